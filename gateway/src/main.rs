@@ -1,2 +1,4 @@
-//! placeholder
+//! The `tidegate` binary.
+mod config;
+mod egress;
 fn main() {}

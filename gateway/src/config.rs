@@ -1,0 +1,361 @@
+//! The gateway's configuration file.
+//!
+//! Unknown keys are refused; every key has its unit, default and range beside it.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+/// Configuration of one gateway.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Config {
+    /// This gateway's name, unique in the cluster.
+    pub name: String,
+    /// The node that it runs on.
+    pub node: String,
+    /// Folder with manifests; re-read when a file changes.
+    pub directory: PathBuf,
+    /// Where agents connect: gRPC with mutual TLS.
+    pub control: SocketAddr,
+    /// Certificates, PEM.
+    pub tls: Tls,
+    /// Unix socket of this node's agent.
+    pub socket: PathBuf,
+    /// Folder in a BPF filesystem for this gateway's maps and links.
+    pub pins: PathBuf,
+    /// Metrics, health and status over HTTP; absent: none.
+    #[serde(default)]
+    pub admin: Option<SocketAddr>,
+    /// Audit log.
+    #[serde(default)]
+    pub audit: Audit,
+    /// Every gateway, this one included, in the same order on each.
+    pub gateways: Vec<Replica>,
+    /// Which gateway holds which pair; pairs that are not listed follow rendezvous order.
+    #[serde(default)]
+    pub owners: Vec<Owner>,
+    /// What is inside the cluster.
+    pub cluster: Cluster,
+    /// Where names outside are resolved.
+    pub resolvers: Vec<Resolver>,
+    /// What a pod is that nothing selects. Default `Untouched`.
+    #[serde(default)]
+    pub cluster_default: ClusterDefault,
+    /// Namespaces that nothing touches. Default `[kube-system]`.
+    #[serde(default = "default_exempt")]
+    pub exempt_namespaces: Vec<String>,
+    /// Which names are resolved. Default `Strict`.
+    #[serde(default)]
+    pub dns_filter: DnsFilter,
+    /// Clamps and bounds of DNS answers.
+    #[serde(default)]
+    pub dns: Dns,
+    /// A flow without packets for so long is dead. Seconds, 60 to 86400, default 7200.
+    #[serde(default = "default_idle")]
+    pub flow_idle_seconds: u64,
+    /// How long SIGTERM waits for connections to end. Seconds, 0 to 3600, default 30.
+    #[serde(default = "default_drain")]
+    pub drain_seconds: u64,
+    /// UDP port of the tunnel, as the agents have it. Default 8475.
+    #[serde(default = "default_tunnel_port")]
+    pub tunnel_port: u16,
+    /// The device by which this pod reaches the network. Default `eth0`.
+    #[serde(default = "default_device")]
+    pub device: String,
+    /// Whether ICMP echo passes to destinations that a rule allows. Default false.
+    #[serde(default)]
+    pub ping: bool,
+    /// Bounds per namespace.
+    #[serde(default)]
+    pub quotas: Quotas,
+}
+
+/// Certificate files in PEM.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tls {
+    /// This gateway's certificate chain, for `NAME.gateway.tidegate`.
+    pub certificate: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+    /// The CA that signs agents' and gateways' certificates.
+    pub ca: PathBuf,
+}
+
+/// Where audit records go.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Audit {
+    /// A file, appended to; absent: standard output.
+    #[serde(default)]
+    pub file: Option<PathBuf>,
+}
+
+/// One gateway of the cluster.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Replica {
+    /// Its name.
+    pub name: String,
+    /// Its node.
+    pub node: String,
+}
+
+/// A pair that is pinned to a gateway.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Owner {
+    /// The pool's name.
+    pub pool: String,
+    /// The pair's IPv4 address, if it has one.
+    #[serde(default)]
+    pub ipv4: Option<Ipv4Addr>,
+    /// The pair's IPv6 address, if it has no IPv4 address.
+    #[serde(default)]
+    pub ipv6: Option<Ipv6Addr>,
+    /// The gateway's name.
+    pub gateway: String,
+}
+
+/// What is inside the cluster.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Cluster {
+    /// Pod, service and other ranges that pass un-steered.
+    pub prefixes: Vec<IpNet>,
+    /// Ports on nodes that do not count as the cluster. Default 30000 to 32767.
+    #[serde(default)]
+    pub node_ports: PortSpan,
+    /// Endpoints of the cluster's DNS.
+    pub dns: Vec<SocketAddr>,
+    /// Names that the cluster's DNS answers. Default `[cluster.local]`.
+    #[serde(default = "default_suffixes")]
+    pub suffixes: Vec<String>,
+}
+
+/// An inclusive range of ports.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct PortSpan {
+    /// First port.
+    pub first: u16,
+    /// Last port.
+    pub last: u16,
+}
+
+impl Default for PortSpan {
+    fn default() -> Self {
+        Self { first: 30000, last: 32767 }
+    }
+}
+
+/// Servers that answer names outside.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Resolver {
+    /// Only for names at or below these; absent: for every name.
+    #[serde(default)]
+    pub suffixes: Vec<String>,
+    /// Address and port of each server, tried in order.
+    pub servers: Vec<SocketAddr>,
+    /// How they are asked. Default `Udp`, with TCP when an answer is truncated.
+    #[serde(default)]
+    pub protocol: ResolverProtocol,
+}
+
+/// How resolvers are asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub enum ResolverProtocol {
+    /// UDP, and TCP on truncation or mismatch.
+    #[default]
+    Udp,
+    /// TCP only.
+    Tcp,
+}
+
+/// What a pod is that nothing selects.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+pub enum ClusterDefault {
+    /// Left alone.
+    #[default]
+    Untouched,
+    /// Audited.
+    Audit,
+    /// Default deny.
+    Isolated,
+}
+
+/// Which names are resolved.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Serialize)]
+pub enum DnsFilter {
+    /// Only those that some rule could match.
+    #[default]
+    Strict,
+    /// All; only allowed ones bind.
+    Open,
+}
+
+/// Clamps and bounds of DNS.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Dns {
+    /// A fact lives at least so long. Seconds, default 30.
+    pub ttl_min_seconds: u64,
+    /// A fact lives at most so long. Seconds, default 3600.
+    pub ttl_max_seconds: u64,
+    /// Added to each fact's life. Seconds, default 60.
+    pub grace_seconds: u64,
+    /// How long an answer waits for the node's kernel. Milliseconds, default 200.
+    pub barrier_millis: u64,
+}
+
+impl Default for Dns {
+    fn default() -> Self {
+        Self { ttl_min_seconds: 30, ttl_max_seconds: 3600, grace_seconds: 60, barrier_millis: 200 }
+    }
+}
+
+/// Bounds per namespace.
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Quotas {
+    /// Learnt facts. Default 16384.
+    pub facts: usize,
+    /// Learnt names. Default 8192.
+    pub names: usize,
+    /// Addresses of one name. Default 64.
+    pub addresses_per_name: usize,
+    /// DNS queries waiting for an upstream or a node. Default 512.
+    pub queries_in_flight: usize,
+    /// Relayed connections. Default 8192.
+    pub connections: usize,
+}
+
+impl Default for Quotas {
+    fn default() -> Self {
+        Self { facts: 16384, names: 8192, addresses_per_name: 64, queries_in_flight: 512, connections: 8192 }
+    }
+}
+
+fn default_exempt() -> Vec<String> {
+    vec!["kube-system".into()]
+}
+fn default_suffixes() -> Vec<String> {
+    vec!["cluster.local".into()]
+}
+fn default_idle() -> u64 {
+    7200
+}
+fn default_drain() -> u64 {
+    30
+}
+fn default_tunnel_port() -> u16 {
+    8475
+}
+fn default_device() -> String {
+    "eth0".into()
+}
+
+impl Config {
+    /// Reads and checks the file.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let config: Self =
+            serde_saphyr::from_str(&text).with_context(|| format!("{} is not a valid gateway configuration", path.display()))?;
+        config.check().with_context(|| format!("{} is not a valid gateway configuration", path.display()))?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<()> {
+        ensure!(self.gateways.len() <= 64, "gateways: at most 64");
+        let names: BTreeSet<&str> = self.gateways.iter().map(|g| g.name.as_str()).collect();
+        ensure!(names.len() == self.gateways.len(), "gateways: a name stands twice");
+        let own = self.gateways.iter().find(|g| g.name == self.name);
+        ensure!(
+            own.is_some_and(|g| g.node == self.node),
+            "gateways: {} on node {} is not in the list",
+            self.name,
+            self.node
+        );
+        for (i, o) in self.owners.iter().enumerate() {
+            ensure!(names.contains(o.gateway.as_str()), "owners[{i}].gateway: {} is not in gateways", o.gateway);
+            ensure!(o.ipv4.is_some() || o.ipv6.is_some(), "owners[{i}]: ipv4 or ipv6 must name the pair");
+        }
+        ensure!(!self.resolvers.is_empty(), "resolvers: at least one");
+        for (i, r) in self.resolvers.iter().enumerate() {
+            ensure!(!r.servers.is_empty(), "resolvers[{i}].servers: at least one");
+        }
+        ensure!(self.cluster.node_ports.first <= self.cluster.node_ports.last, "cluster.nodePorts: first is above last");
+        ensure!((60..=86400).contains(&self.flow_idle_seconds), "flowIdleSeconds: 60 to 86400");
+        ensure!(self.drain_seconds <= 3600, "drainSeconds: 0 to 3600");
+        ensure!(self.dns.ttl_min_seconds <= self.dns.ttl_max_seconds, "dns.ttlMinSeconds is above dns.ttlMaxSeconds");
+        ensure!((1..=5000).contains(&self.dns.barrier_millis), "dns.barrierMillis: 1 to 5000");
+        ensure!(!self.device.is_empty() && self.device.len() < 16, "device: 1 to 15 characters");
+        Ok(())
+    }
+
+    /// The gateway that holds a pair, by the static order.
+    pub fn owner(&self, pool: &str, ipv4: Option<Ipv4Addr>, ipv6: Option<Ipv6Addr>) -> Option<&Replica> {
+        let pinned = self.owners.iter().find(|o| {
+            o.pool == pool && (o.ipv4.is_some() && o.ipv4 == ipv4 || o.ipv4.is_none() && o.ipv6.is_some() && o.ipv6 == ipv6)
+        });
+        if let Some(o) = pinned {
+            return self.gateways.iter().find(|g| g.name == o.gateway);
+        }
+        // Rendezvous order: the highest hash of (gateway, pool, pair) comes first.
+        self.gateways.iter().max_by_key(|g| {
+            let pair = format!("{:?}/{:?}", ipv4.map(IpAddr::from), ipv6.map(IpAddr::from));
+            tidegate_policy::key::KeyHasher::new("owner")
+                .field(g.name.as_bytes())
+                .field(pool.as_bytes())
+                .field(pair.as_bytes())
+                .finish()
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+name: gw-a
+node: n1
+directory: /m
+control: "[::]:7443"
+tls: {certificate: /c, key: /k, ca: /a}
+socket: /run/a.sock
+pins: /sys/fs/bpf/x
+gateways: [{name: gw-a, node: n1}, {name: gw-b, node: n2}]
+owners: [{pool: p, ipv4: 203.0.113.10, gateway: gw-b}]
+cluster: {prefixes: [10.0.0.0/8], dns: ["10.0.0.53:53"]}
+resolvers: [{servers: ["198.51.100.53:53"]}]
+"#;
+
+    #[test]
+    fn good_config_has_defaults_and_owners() {
+        let c: Config = serde_saphyr::from_str(GOOD).unwrap();
+        c.check().unwrap();
+        assert_eq!(c.flow_idle_seconds, 7200);
+        assert_eq!(c.cluster.node_ports.first, 30000);
+        assert_eq!(c.owner("p", Some("203.0.113.10".parse().unwrap()), None).unwrap().name, "gw-b");
+        assert!(c.owner("p", Some("203.0.113.11".parse().unwrap()), None).is_some());
+    }
+
+    #[test]
+    fn bad_config_names_the_field() {
+        let unknown = format!("{GOOD}\nsurprise: 1\n");
+        assert!(serde_saphyr::from_str::<Config>(&unknown).unwrap_err().to_string().contains("surprise"));
+        let mut c: Config = serde_saphyr::from_str(GOOD).unwrap();
+        c.owners[0].gateway = "gw-x".into();
+        assert!(c.check().unwrap_err().to_string().contains("owners[0].gateway"));
+        c.owners.clear();
+        c.node = "n9".into();
+        assert!(c.check().unwrap_err().to_string().contains("gateways"));
+    }
+}

@@ -1,0 +1,125 @@
+//! The way out: everything that the gateway sets up in its own network namespace.
+//!
+//! One desired state ([`Way`]) is applied idempotently at start, on a change and
+//! in the periodic full pass; only what is ours is touched: our nftables table,
+//! rules with our priorities, routes in our tables, addresses of `tga`.
+
+pub mod nft;
+mod routes;
+
+use std::io::Write;
+use std::net::IpAddr;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use nft::{HeldPair, Rules};
+
+/// The device towards pods, plugged in by the agent.
+pub const TOWARDS_PODS: &str = "tgp";
+/// The device towards the uplink, plugged in by the agent.
+pub const TOWARDS_UPLINK: &str = "tga";
+
+/// The desired state of the namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Way {
+    /// The rules.
+    pub rules: Rules,
+    /// Idle seconds after which a tracked flow is forgotten.
+    pub flow_idle_seconds: u64,
+}
+
+impl Way {
+    /// Builds the desired state.
+    pub fn new(device: &str, mtu: u16, dns_port: u16, relay_port: u16, pairs: Vec<HeldPair>, flow_idle_seconds: u64) -> Self {
+        Self { rules: Rules { device: device.into(), mtu, dns_port, relay_port, pairs }, flow_idle_seconds }
+    }
+
+    /// The egress addresses.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        self.rules
+            .pairs
+            .iter()
+            .flat_map(|p| [p.ipv4.map(IpAddr::from), p.ipv6.map(IpAddr::from)])
+            .flatten()
+            .collect()
+    }
+
+    /// Makes the namespace so. Safe to call again at any time.
+    pub async fn apply(&self) -> Result<()> {
+        self.sysctls()?;
+        // The rules come first: until they hold, nothing may be forwarded.
+        let text = self.rules.render();
+        tokio::task::spawn_blocking(move || load_rules(&text)).await.context("the nft thread died")??;
+        routes::apply(&self.rules.device, self.rules.mtu, &self.addresses()).await
+    }
+
+    fn sysctls(&self) -> Result<()> {
+        let idle = self.flow_idle_seconds.to_string();
+        let dev = &self.rules.device;
+        let mut wanted: Vec<(String, &str)> = vec![
+            ("net/ipv4/ip_forward".into(), "1"),
+            ("net/ipv6/conf/all/forwarding".into(), "1"),
+            // Answers that the stack makes by itself (resets, ICMP errors) go where the marked packet came from.
+            ("net/ipv4/fwmark_reflect".into(), "1"),
+            ("net/ipv6/fwmark_reflect".into(), "1"),
+            // Without it, outgoing connections collapse once the ports are in TIME-WAIT.
+            ("net/ipv4/tcp_tw_reuse".into(), "1"),
+        ];
+        for d in ["all", "default", TOWARDS_PODS, TOWARDS_UPLINK, dev] {
+            wanted.push((format!("net/ipv4/conf/{d}/rp_filter"), "0"));
+            wanted.push((format!("net/ipv4/conf/{d}/send_redirects"), "0"));
+        }
+        for d in [TOWARDS_PODS, TOWARDS_UPLINK] {
+            wanted.push((format!("net/ipv6/conf/{d}/accept_ra"), "0"));
+        }
+        for (key, value) in &wanted {
+            write_sysctl(key, value)?;
+        }
+        // The conntrack module shows its keys only once a rule of ours has loaded it.
+        let _ = write_sysctl("net/netfilter/nf_conntrack_tcp_timeout_established", &idle);
+        let _ = write_sysctl("net/netfilter/nf_conntrack_tcp_be_liberal", "0");
+        Ok(())
+    }
+}
+
+/// Sets a sysctl of this thread's network namespace, if it does not hold already (a read-only /proc/sys is fine then).
+fn write_sysctl(key: &str, value: &str) -> Result<()> {
+    let path = format!("/proc/sys/{key}");
+    let now = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    if now.trim() != value {
+        std::fs::write(&path, value)
+            .with_context(|| format!("cannot set {path} to {value}: the gateway needs NET_ADMIN and a writable /proc/sys/net"))?;
+    }
+    Ok(())
+}
+
+/// Loads a text as one nftables transaction. Called at start, on a change and in the full pass; never per packet.
+pub fn load_rules(text: &str) -> Result<()> {
+    let mut child = Command::new("nft")
+        .args(["-f", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("cannot run nft: install nftables")?;
+    if let Some(mut stdin) = child.stdin.take() {
+        stdin.write_all(text.as_bytes()).context("cannot write to nft")?;
+    }
+    let output = child.wait_with_output().context("cannot wait for nft")?;
+    if !output.status.success() {
+        bail!("nft refused our rules: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
+}
+
+/// Whether our table is still there: another program may have flushed it.
+pub fn rules_present() -> bool {
+    Command::new("nft")
+        .args(["list", "chain", "inet", "tidegate", "leave"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|s| s.success())
+}

@@ -1,0 +1,185 @@
+//! The gateway namespace's nftables rules, as one text for one transaction.
+//!
+//! Marks come from `gateway_ingress`: the low byte is the carry, the second byte
+//! the egress pair (0 is the pod's own way out). [`REPLY`] marks what the
+//! gateway's own sockets send back to pods.
+
+use std::fmt::Write;
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+/// Carry byte: routed and source-NATed.
+pub const FORWARD: u32 = 1;
+/// Carry byte: to the TLS relay.
+pub const TLS: u32 = 2;
+/// Carry byte: refused with an answer.
+pub const BLOCK: u32 = 3;
+/// Carry byte: to the DNS service.
+pub const DNS: u32 = 4;
+/// Mark of the gateway's own sockets towards pods.
+pub const REPLY: u32 = 0x1_0000;
+
+/// Source ports that the kernel's SNAT uses: disjoint from the relay's, so that no clash changes a port on the wire.
+pub const SNAT_PORTS: (u16, u16) = (1024, 32767);
+/// Source ports that the relay binds.
+pub const RELAY_PORTS: (u16, u16) = (32768, 60999);
+
+/// An egress pair with its index in the mark, 1 to 255.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HeldPair {
+    /// Index in the mark's second byte.
+    pub index: u8,
+    /// IPv4 egress address.
+    pub ipv4: Option<Ipv4Addr>,
+    /// IPv6 egress address.
+    pub ipv6: Option<Ipv6Addr>,
+}
+
+/// What the rules depend on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rules {
+    /// The pod's own device.
+    pub device: String,
+    /// MTU towards pods, in bytes.
+    pub mtu: u16,
+    /// Port of the DNS service's sockets.
+    pub dns_port: u16,
+    /// Port of the TLS relay's sockets.
+    pub relay_port: u16,
+    /// Pairs that this gateway holds, sorted by index.
+    pub pairs: Vec<HeldPair>,
+}
+
+impl Rules {
+    /// The transaction: our table is made anew as a whole, no other table is touched.
+    pub fn render(&self) -> String {
+        let mut out = String::with_capacity(4096);
+        // Writing to a String cannot fail.
+        let _ = self.write(&mut out);
+        out
+    }
+
+    fn write(&self, o: &mut String) -> std::fmt::Result {
+        let dev = &self.device;
+        let (slo, shi) = SNAT_PORTS;
+        let (mss4, mss6) = (self.mtu - 40, self.mtu - 60);
+        writeln!(o, "table inet tidegate {{}}\ndelete table inet tidegate\ntable inet tidegate {{")?;
+
+        // Intercepted flows have their state in a socket: conntrack would cost about a tenth of a query.
+        writeln!(o, "  chain raw_prerouting {{\n    type filter hook prerouting priority raw; policy accept;")?;
+        writeln!(o, "    iifname \"tgp\" meta mark & 0xff == {{ {TLS}, {DNS} }} notrack\n  }}")?;
+        writeln!(o, "  chain raw_output {{\n    type filter hook output priority raw; policy accept;")?;
+        writeln!(o, "    meta mark & {REPLY:#x} == {REPLY:#x} notrack\n  }}")?;
+
+        writeln!(o, "  chain intercept {{\n    type filter hook prerouting priority mangle; policy accept;")?;
+        for (family, l3) in [("ip", "ipv4"), ("ip6", "ipv6")] {
+            for l4 in ["udp", "tcp"] {
+                writeln!(
+                    o,
+                    "    iifname \"tgp\" meta mark & 0xff == {DNS} meta nfproto {l3} meta l4proto {l4} tproxy {family} to :{} accept",
+                    self.dns_port
+                )?;
+            }
+            writeln!(
+                o,
+                "    iifname \"tgp\" meta mark & 0xff == {TLS} meta nfproto {l3} meta l4proto tcp tproxy {family} to :{} accept",
+                self.relay_port
+            )?;
+        }
+        // Without a listener tproxy falls through, and the packet would be forwarded.
+        writeln!(o, "    iifname \"tgp\" meta mark & 0xff == {{ {TLS}, {DNS} }} counter drop")?;
+        // What the kernel program did not decide has no business here.
+        writeln!(o, "    iifname \"tgp\" meta mark & 0xff == 0 counter drop\n  }}")?;
+
+        writeln!(o, "  chain input {{\n    type filter hook input priority filter; policy accept;")?;
+        writeln!(o, "    iifname \"tgp\" meta mark & 0xff != {{ {TLS}, {DNS} }} counter drop")?;
+        writeln!(o, "    iifname \"tga\" ct state established,related accept")?;
+        writeln!(o, "    iifname \"tga\" icmp type echo-request accept")?;
+        writeln!(o, "    iifname \"tga\" icmpv6 type echo-request accept")?;
+        writeln!(o, "    iifname \"tga\" counter drop\n  }}")?;
+
+        writeln!(o, "  chain forward {{\n    type filter hook forward priority filter; policy drop;")?;
+        writeln!(o, "    iifname \"tgp\" meta mark & 0xff == {BLOCK} meta l4proto tcp reject with tcp reset")?;
+        writeln!(o, "    iifname \"tgp\" meta mark & 0xff == {BLOCK} reject with icmpx type port-unreachable")?;
+        writeln!(o, "    ct state invalid counter drop")?;
+        writeln!(o, "    iifname \"tgp\" ct state new tcp flags & (fin|syn|rst|ack) != syn counter drop")?;
+        // Both ends must send segments that fit the tunnel.
+        for (l3, mss) in [("ipv4", mss4), ("ipv6", mss6)] {
+            writeln!(o, "    meta nfproto {l3} tcp flags syn tcp option maxseg size > {mss} tcp option maxseg size set {mss}")?;
+        }
+        writeln!(o, "    iifname \"tgp\" oifname \"{dev}\" meta mark & 0xffff == {FORWARD:#x} accept")?;
+        for p in &self.pairs {
+            let mark = FORWARD | u32::from(p.index) << 8;
+            for (l3, held) in [("ipv4", p.ipv4.is_some()), ("ipv6", p.ipv6.is_some())] {
+                if held {
+                    writeln!(o, "    iifname \"tgp\" oifname \"tga\" meta nfproto {l3} meta mark & 0xffff == {mark:#x} accept")?;
+                }
+            }
+        }
+        writeln!(o, "    iifname {{ \"tga\", \"{dev}\" }} oifname \"tgp\" ct state established,related accept")?;
+        writeln!(o, "    counter\n  }}")?;
+
+        writeln!(o, "  chain postrouting {{\n    type nat hook postrouting priority srcnat; policy accept;")?;
+        writeln!(o, "    oifname \"{dev}\" meta mark & 0xffff == {FORWARD:#x} meta l4proto {{ tcp, udp }} masquerade to :{slo}-{shi}")?;
+        writeln!(o, "    oifname \"{dev}\" meta mark & 0xffff == {FORWARD:#x} masquerade")?;
+        for p in &self.pairs {
+            let mark = FORWARD | u32::from(p.index) << 8;
+            if let Some(a) = p.ipv4 {
+                writeln!(o, "    oifname \"tga\" meta mark & 0xffff == {mark:#x} meta l4proto {{ tcp, udp }} snat ip to {a}:{slo}-{shi}")?;
+                writeln!(o, "    oifname \"tga\" meta mark & 0xffff == {mark:#x} snat ip to {a}")?;
+            }
+            if let Some(a) = p.ipv6 {
+                writeln!(
+                    o,
+                    "    oifname \"tga\" meta mark & 0xffff == {mark:#x} meta l4proto {{ tcp, udp }} snat ip6 to [{a}]:{slo}-{shi}"
+                )?;
+                writeln!(o, "    oifname \"tga\" meta mark & 0xffff == {mark:#x} snat ip6 to {a}")?;
+            }
+        }
+        writeln!(o, "  }}")?;
+        // Whatever NAT did not translate (a dead flow's FIN, an ICMP error, a transparent socket's stray answer)
+        // must not leave with a foreign source. The unspecified address is address detection's.
+        writeln!(o, "  chain leave {{\n    type filter hook postrouting priority srcnat + 10; policy accept;")?;
+        writeln!(o, "    ip6 saddr :: accept")?;
+        writeln!(o, "    oifname {{ \"tga\", \"{dev}\" }} fib saddr type != local counter drop")?;
+        writeln!(o, "  }}\n}}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rules() -> Rules {
+        Rules {
+            device: "eth0".into(),
+            mtu: 1450,
+            dns_port: 53,
+            relay_port: 15001,
+            pairs: vec![
+                HeldPair { index: 1, ipv4: Some("203.0.113.10".parse().unwrap()), ipv6: Some("2001:db8::10".parse().unwrap()) },
+                HeldPair { index: 2, ipv4: Some("203.0.113.11".parse().unwrap()), ipv6: None },
+            ],
+        }
+    }
+
+    #[test]
+    fn a_family_that_a_pair_lacks_is_not_forwarded() {
+        let text = rules().render();
+        assert!(text.contains("meta nfproto ipv6 meta mark & 0xffff == 0x101 accept"));
+        assert!(text.contains("meta nfproto ipv4 meta mark & 0xffff == 0x201 accept"));
+        assert!(!text.contains("meta nfproto ipv6 meta mark & 0xffff == 0x201 accept"));
+    }
+
+    #[test]
+    fn the_kernel_takes_the_rules_twice() {
+        // In a network namespace of its own: the table must not touch the machine's.
+        std::thread::spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            for _ in 0..2 {
+                crate::egress::load_rules(&rules().render()).unwrap();
+            }
+        })
+        .join()
+        .unwrap();
+    }
+}

@@ -1,0 +1,228 @@
+//! Links, addresses, policy rules and routes inside the gateway's namespace.
+//!
+//! | table | holds | reached by |
+//! |---|---|---|
+//! | 100 | everything is local | intercepted packets (carry TLS and DNS) |
+//! | 101 | everything goes to pods | answers: the gateway's own (mark), what comes back from outside, refusals |
+//! | 102 | everything goes to the uplink | any egress pair in the mark |
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use anyhow::{Context, Result};
+use futures_util::TryStreamExt;
+use netlink_packet_route::address::{AddressAttribute, AddressFlags};
+use netlink_packet_route::route::{RouteProtocol, RouteScope, RouteType};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
+use netlink_packet_route::AddressFamily;
+use rtnetlink::{Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
+
+use super::nft::{BLOCK, DNS, REPLY, TLS};
+use super::{TOWARDS_PODS, TOWARDS_UPLINK};
+
+const LOCAL: u32 = 100;
+const PODS: u32 = 101;
+const UPLINK: u32 = 102;
+/// Our rules' priorities begin here; everything in `FIRST..LAST` is ours.
+const FIRST: u32 = 20100;
+const LAST: u32 = 20199;
+
+/// How a rule selects packets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Select<'a> {
+    Mark { value: u32, mask: u32, invert: bool },
+    From(&'a str),
+}
+
+fn wanted(device: &str) -> Vec<(u32, Select<'_>, u32)> {
+    let mark = |value, mask| Select::Mark { value, mask, invert: false };
+    vec![
+        (FIRST, mark(REPLY, REPLY), PODS),
+        (FIRST + 1, mark(TLS, 0xff), LOCAL),
+        (FIRST + 2, mark(DNS, 0xff), LOCAL),
+        (FIRST + 3, mark(BLOCK, 0xff), PODS),
+        (FIRST + 4, Select::From(TOWARDS_UPLINK), PODS),
+        (FIRST + 5, Select::From(device), PODS),
+        (FIRST + 6, Select::Mark { value: 0, mask: 0xff00, invert: true }, UPLINK),
+    ]
+}
+
+/// Makes links, addresses, rules and routes so.
+pub async fn apply(device: &str, mtu: u16, addresses: &[IpAddr]) -> Result<()> {
+    let (connection, handle, _) = rtnetlink::new_connection().context("cannot open a netlink socket")?;
+    let task = tokio::spawn(connection);
+    let result = apply_with(&handle, device, mtu, addresses).await;
+    task.abort();
+    result
+}
+
+async fn apply_with(handle: &Handle, device: &str, mtu: u16, addresses: &[IpAddr]) -> Result<()> {
+    let lo = link(handle, "lo").await?;
+    let tgp = link(handle, TOWARDS_PODS).await?;
+    let tga = link(handle, TOWARDS_UPLINK).await?;
+    for (index, mtu) in [(lo, None), (tgp, Some(mtu)), (tga, None)] {
+        let mut m = LinkUnspec::new_with_index(index).up();
+        if let Some(mtu) = mtu {
+            m = m.mtu(u32::from(mtu));
+        }
+        handle.link().set(m.build()).execute().await.context("cannot set a link up")?;
+    }
+    set_addresses(handle, tga, addresses).await?;
+    for v6 in [false, true] {
+        set_rules(handle, v6, device).await?;
+        for (table, index, kind) in [(LOCAL, lo, RouteType::Local), (PODS, tgp, RouteType::Unicast), (UPLINK, tga, RouteType::Unicast)] {
+            set_default(handle, v6, table, index, kind).await.with_context(|| format!("cannot set the default route of table {table}"))?;
+        }
+    }
+    Ok(())
+}
+
+async fn link(handle: &Handle, name: &str) -> Result<u32> {
+    let mut links = handle.link().get().match_name(name.to_owned()).execute();
+    let link = links.try_next().await.with_context(|| format!("the device {name} is not there"))?;
+    Ok(link.with_context(|| format!("the device {name} is not there"))?.header.index)
+}
+
+async fn set_addresses(handle: &Handle, index: u32, wanted: &[IpAddr]) -> Result<()> {
+    let mut have = BTreeSet::new();
+    let mut stream = handle.address().get().set_link_index_filter(index).execute();
+    while let Some(m) = stream.try_next().await.context("cannot list addresses")? {
+        let address = m.attributes.iter().find_map(|a| match a {
+            AddressAttribute::Address(ip) => Some(*ip),
+            _ => None,
+        });
+        match address {
+            Some(IpAddr::V6(ip)) if ip.is_unicast_link_local() => {}
+            Some(ip) if wanted.contains(&ip) => {
+                have.insert(ip);
+            }
+            _ => handle.address().del(m).execute().await.context("cannot remove an address of tga")?,
+        }
+    }
+    for ip in wanted.iter().filter(|ip| !have.contains(ip)) {
+        let mut add = handle.address().add(index, *ip, if ip.is_ipv4() { 32 } else { 128 });
+        // The agent's responder owns the address on the wire: duplicate detection here would only delay it.
+        if ip.is_ipv6() {
+            add.message_mut().attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+        }
+        add.execute().await.with_context(|| format!("cannot add {ip} to tga"))?;
+    }
+    Ok(())
+}
+
+fn rule_matches(m: &RuleMessage, priority: u32, select: &Select<'_>, table: u32) -> bool {
+    let has = |a: RuleAttribute| m.attributes.contains(&a);
+    let same_table = u32::from(m.header.table) == table || has(RuleAttribute::Table(table));
+    same_table
+        && m.header.action == RuleAction::ToTable
+        && has(RuleAttribute::Priority(priority))
+        && match select {
+            Select::Mark { value, mask, invert } => {
+                // The kernel leaves a zero mark out of its listing.
+                (*value == 0 || has(RuleAttribute::FwMark(*value)))
+                    && has(RuleAttribute::FwMask(*mask))
+                    && m.header.flags.contains(RuleFlags::Invert) == *invert
+            }
+            Select::From(dev) => has(RuleAttribute::Iifname((*dev).into())),
+        }
+}
+
+async fn set_rules(handle: &Handle, v6: bool, device: &str) -> Result<()> {
+    let version = if v6 { IpVersion::V6 } else { IpVersion::V4 };
+    let mut present = BTreeSet::new();
+    let rules = wanted(device);
+    let mut stream = handle.rule().get(version).execute();
+    while let Some(m) = stream.try_next().await.context("cannot list rules")? {
+        let priority = m.attributes.iter().find_map(|a| match a {
+            RuleAttribute::Priority(p) => Some(*p),
+            _ => None,
+        });
+        let Some(priority) = priority.filter(|p| (FIRST..=LAST).contains(p)) else { continue };
+        let ours = rules.iter().find(|(p, s, t)| *p == priority && rule_matches(&m, *p, s, *t));
+        // Stale ones of an earlier version, and doubles.
+        if ours.is_none() || !present.insert(priority) {
+            handle.rule().del(m).execute().await.context("cannot remove a stale rule")?;
+        }
+    }
+    for (priority, select, table) in rules.iter().filter(|(p, ..)| !present.contains(p)) {
+        let mut add = handle.rule().add().table_id(*table).priority(*priority).action(RuleAction::ToTable);
+        let m = add.message_mut();
+        match select {
+            Select::Mark { value, mask, invert } => {
+                m.attributes.push(RuleAttribute::FwMark(*value));
+                m.attributes.push(RuleAttribute::FwMask(*mask));
+                if *invert {
+                    m.header.flags |= RuleFlags::Invert;
+                }
+            }
+            Select::From(dev) => m.attributes.push(RuleAttribute::Iifname((*dev).into())),
+        }
+        m.header.family = if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
+        add.execute().await.with_context(|| format!("cannot add the rule with priority {priority}"))?;
+    }
+    Ok(())
+}
+
+async fn set_default(handle: &Handle, v6: bool, table: u32, index: u32, kind: RouteType) -> Result<()> {
+    let scope = if kind == RouteType::Local { RouteScope::Host } else { RouteScope::Link };
+    let message = if v6 {
+        RouteMessageBuilder::<Ipv6Addr>::new()
+            .destination_prefix(Ipv6Addr::UNSPECIFIED, 0)
+            .output_interface(index)
+            .table_id(table)
+            .kind(kind)
+            .protocol(RouteProtocol::Static)
+            .build()
+    } else {
+        RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
+            .output_interface(index)
+            .table_id(table)
+            .kind(kind)
+            .scope(scope)
+            .protocol(RouteProtocol::Static)
+            .build()
+    };
+    handle.route().add(message).replace().execute().await?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    fn sh(line: &str) -> String {
+        let out = Command::new("sh").args(["-c", line]).output().unwrap();
+        assert!(out.status.success(), "{line}: {}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).unwrap()
+    }
+
+    #[test]
+    fn applied_twice_and_repaired() {
+        std::thread::spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            sh("ip link add tgp type veth peer name tgq; ip link add tga type veth peer name tgh; ip link add eth0 type veth peer name e1; ip rule add pref 5000 lookup 77");
+            let rt = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let a: IpAddr = "203.0.113.10".parse().unwrap();
+            let b: IpAddr = "2001:db8::10".parse().unwrap();
+            rt.block_on(apply("eth0", 1450, &[a, b])).unwrap();
+            let before = sh("ip rule; ip -6 rule; ip route show table all; ip -6 route show table 101; ip addr show tga | grep inet");
+            rt.block_on(apply("eth0", 1450, &[a, b])).unwrap();
+            let again = sh("ip rule; ip -6 rule; ip route show table all; ip -6 route show table 101; ip addr show tga | grep inet");
+            assert_eq!(before, again, "a second run changes nothing");
+            assert!(before.contains("not from all fwmark 0/0xff00 lookup 102"), "{before}");
+            assert!(before.contains("203.0.113.10/32") && before.contains("2001:db8::10/128"));
+            sh("ip rule del pref 20101; ip route flush table 101; ip addr del 203.0.113.10/32 dev tga; ip addr add 203.0.113.99/32 dev tga");
+            rt.block_on(apply("eth0", 1450, &[a, b])).unwrap();
+            let repaired = sh("ip rule; ip -6 rule; ip route show table all; ip -6 route show table 101");
+            assert!(repaired.contains("fwmark 0x2/0xff lookup 100"), "{repaired}");
+            assert!(repaired.contains("default dev tgp table 101"), "{repaired}");
+            assert!(repaired.contains("lookup 77"), "foreign rules stay");
+            let addresses = sh("ip addr show tga");
+            assert!(addresses.contains("203.0.113.10/32") && !addresses.contains("203.0.113.99"), "{addresses}");
+        })
+        .join()
+        .unwrap();
+    }
+}
