@@ -1,0 +1,34 @@
+# Everything runs on one Debian 12 machine, as root, with Rust and a kernel of 6.6 or newer.
+# Missing packages are installed by scripts/setup.
+export PATH := $(PATH):$(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin
+
+.PHONY: help demo test lint bench build setup clean-lab
+
+help:
+	@echo "make demo       builds everything, brings up the lab and plays the story"
+	@echo "make test       runs every test, the lab's included"
+	@echo "make lint       checks formatting and lints"
+	@echo "make bench      measures matching"
+	@echo "make clean-lab  removes what a crashed lab left behind"
+
+setup:
+	@scripts/setup
+
+build: setup
+	cargo build --locked --bins --workspace --exclude tidegate-ebpf-programs
+
+demo: build
+	target/debug/tidegate-lab demo
+
+test: build
+	cargo test --locked --workspace --exclude tidegate-ebpf-programs
+
+lint: setup
+	cargo fmt --check
+	cargo clippy --locked --workspace --exclude tidegate-ebpf-programs --all-targets -- -D warnings
+
+bench: setup
+	cargo bench --locked -p tidegate-policy
+
+clean-lab: build
+	target/debug/tidegate-lab down --all
