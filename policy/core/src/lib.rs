@@ -6,7 +6,9 @@
 
 pub mod event;
 pub mod key;
+pub mod model;
 pub mod name;
+pub mod pattern;
 pub mod port;
 pub mod reason;
 pub mod state;
