@@ -1,0 +1,72 @@
+//! Finds an address that answers.
+
+use std::io;
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tidegate_sni_core::Egress;
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until, timeout_at};
+
+use crate::socket;
+
+/// The most addresses that one connection tries.
+pub(crate) const MOST: usize = 8;
+
+/// An address and how to leave for it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Target {
+    pub address: SocketAddr,
+    pub egress: Egress,
+}
+
+/// Connects to the first of `targets` that answers. They start one after the other, `delay` apart or
+/// as soon as the one before failed (as RFC 8305, section 5, races); the first to connect ends the others.
+///
+/// # Errors
+/// The last failure when all failed, or `TimedOut` after `limit`.
+pub(crate) async fn race(
+    targets: &[Target],
+    ports: Option<&Arc<RangeInclusive<u16>>>,
+    delay: Duration,
+    limit: Duration,
+) -> io::Result<(TcpStream, SocketAddr)> {
+    let deadline = Instant::now() + limit;
+    let mut waiting = targets.iter().copied();
+    let mut tries = JoinSet::new();
+    let mut error = io::Error::from(io::ErrorKind::AddrNotAvailable);
+    let mut next = Instant::now();
+    loop {
+        if tries.is_empty() || Instant::now() >= next {
+            match waiting.next() {
+                Some(target) => {
+                    let ports = ports.cloned();
+                    tries.spawn(async move { dial(target, ports.as_deref()).await.map(|s| (s, target.address)) });
+                    next = Instant::now() + delay;
+                }
+                None if tries.is_empty() => return Err(error),
+                None => next = deadline,
+            }
+        }
+        tokio::select! {
+            joined = timeout_at(deadline, tries.join_next()) => match joined {
+                Err(_) => return Err(io::ErrorKind::TimedOut.into()),
+                Ok(Some(Ok(Ok(connected)))) => return Ok(connected),
+                Ok(Some(Ok(Err(e)))) => {
+                    error = e;
+                    next = Instant::now();
+                }
+                // No task is aborted or panics while its set is waited for.
+                Ok(Some(Err(_)) | None) => {}
+            },
+            () = sleep_until(next) => {}
+        }
+    }
+}
+
+async fn dial(target: Target, ports: Option<&RangeInclusive<u16>>) -> io::Result<TcpStream> {
+    socket::upstream(target.address, target.egress, ports)?.connect(target.address).await
+}
