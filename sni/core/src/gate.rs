@@ -144,3 +144,116 @@ impl Gate {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{hello, host, message, record, records};
+    use proptest::prelude::*;
+
+    fn server_hello(random: [u8; 32]) -> Vec<u8> {
+        message(2, &[&[3, 3][..], &random, &[0, 0x13, 1, 0, 0, 0]].concat())
+    }
+
+    fn behind(name: &str) -> Gate {
+        Gate::new(Hello::parse(&hello(&[host(name)])[4..]).unwrap())
+    }
+
+    fn retrying(name: &str) -> Gate {
+        let mut gate = behind(name);
+        gate.server(&record(22, &server_hello(RETRY_RANDOM)));
+        assert!(gate.is_retry());
+        gate
+    }
+
+    #[test]
+    fn a_server_hello_opens_and_a_retry_does_not_however_they_are_cut() {
+        let warning = record(21, &[1, 112]);
+        for (random, retry) in [([5; 32], false), (RETRY_RANDOM, true)] {
+            for size in [1, 6, 37, 100] {
+                let stream = [warning.clone(), records(&server_hello(random), size)].concat();
+                for cut in 0..stream.len() {
+                    let mut gate = behind("a.example");
+                    gate.server(&stream[..cut]);
+                    gate.server(&stream[cut..]);
+                    assert_eq!((gate.is_retry(), gate.is_open()), (retry, !retry), "{size} {cut}");
+                }
+            }
+        }
+        // Not TLS: then there is no second hello.
+        let mut gate = behind("a.example");
+        gate.server(b"HTTP/1.1 400");
+        assert!(gate.is_open());
+    }
+
+    #[test]
+    fn no_second_hello_before_the_server_answered() {
+        let mut out = Vec::new();
+        let mut gate = behind("a.example");
+        let early = [record(20, &[1]), record(23, &[4; 90])].concat();
+        for chunk in early.chunks(7) {
+            gate.client(chunk, &mut out).unwrap();
+        }
+        assert_eq!(out, early);
+        let second = record(22, &hello(&[host("a.example")]));
+        assert_eq!(gate.client(&second, &mut out), Err(Reason::HelloMalformed));
+        assert_eq!(out, early);
+    }
+
+    #[test]
+    fn the_second_hello_passes_whole_or_not_at_all() {
+        let second = records(&hello(&[host("A.example."), (44, vec![0, 0])]), 40);
+        let after = record(23, &[6; 20]);
+        let stream = [record(20, &[1]), record(23, &[4; 30]), second, after].concat();
+        let until = stream.len() - 25;
+        for step in [1, 3, 64, 1000] {
+            let mut gate = retrying("a.example");
+            let mut out = Vec::new();
+            let mut sent = 0;
+            for chunk in stream.chunks(step) {
+                gate.client(chunk, &mut out).unwrap();
+                sent += chunk.len();
+                assert!(sent >= until || out.len() <= 6 + 35, "held until it is whole");
+            }
+            assert_eq!(out, stream);
+            assert!(gate.is_open());
+        }
+    }
+
+    #[test]
+    fn the_second_hello_must_say_what_the_first_said() {
+        let second = |extensions: &[(u16, Vec<u8>)]| {
+            let mut out = Vec::new();
+            let stream = [record(20, &[1]), record(22, &hello(extensions))].concat();
+            let result = retrying("a.example").client(&stream, &mut out);
+            assert_eq!(out.len() > 6, result.is_ok(), "nothing of a refused hello passes");
+            result
+        };
+        assert_eq!(second(&[host("a.example")]), Ok(()));
+        assert_eq!(second(&[host("b.example")]), Err(Reason::SniMismatch));
+        assert_eq!(second(&[]), Err(Reason::SniMismatch));
+        assert_eq!(second(&[host("192.0.2.1")]), Err(Reason::SniMismatch));
+        assert_eq!(second(&[host("a.example"), (0xfe0d, vec![])]), Err(Reason::Ech));
+        assert_eq!(second(&[host("a.example"), host("a.example")]), Err(Reason::HelloMalformed));
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_bytes_never_panic(
+            turns in proptest::collection::vec((any::<bool>(), proptest::collection::vec(any::<u8>(), 0..60)), 0..20),
+            retry in any::<bool>(),
+        ) {
+            let mut gate = if retry { retrying("a.example") } else { behind("a.example") };
+            let mut out = Vec::new();
+            for (client, bytes) in turns {
+                if client {
+                    if gate.client(&bytes, &mut out).is_err() {
+                        break;
+                    }
+                } else {
+                    gate.server(&bytes);
+                }
+            }
+        }
+    }
+}

@@ -130,3 +130,77 @@ fn server_name(data: &[u8]) -> Option<Sni> {
     }
     Name::parse(text).ok().map(Sni::Name)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{hello, host, server_name};
+
+    fn read(extensions: &[(u16, Vec<u8>)]) -> Result<Hello, Reason> {
+        Hello::parse(&hello(extensions)[4..])
+    }
+
+    fn sni(name: &str) -> Result<Sni, Reason> {
+        read(&[host(name)]).map(|h| h.sni)
+    }
+
+    const MALFORMED: Reason = Reason::HelloMalformed;
+
+    #[test]
+    fn names_come_in_canonical_form() {
+        let name = |n| Ok(Sni::Name(Name::parse(n).unwrap()));
+        assert_eq!(sni("api.example"), name("api.example"));
+        assert_eq!(sni("API.Example."), name("api.example"));
+        assert_eq!(sni("xn--bcher-kva.example"), name("xn--bcher-kva.example"));
+        for ip in ["192.0.2.1", "192.0.2.1.", "2001:db8::1", "[2001:db8::1]", "::ffff:192.0.2.1"] {
+            assert_eq!(sni(ip), Ok(Sni::Ip), "{ip}");
+        }
+        for bad in ["", ".", "..", "a..b", "a b", "a\0.example", "bücher.example", "*.example", "a.example:443"] {
+            assert_eq!(sni(bad), Err(MALFORMED), "{bad:?}");
+        }
+        assert_eq!(sni(&"a".repeat(300)), Err(MALFORMED));
+    }
+
+    #[test]
+    fn nothing_may_be_said_twice() {
+        assert_eq!(read(&[host("a.example"), host("b.example")]), Err(MALFORMED));
+        assert_eq!(read(&[host("a.example"), (16, vec![]), (16, vec![])]), Err(MALFORMED));
+        let two = server_name(&[(0, b"a.example"), (0, b"b.example")]);
+        assert_eq!(read(&[two]), Err(MALFORMED));
+        // Of a second type that a server may or may not skip.
+        assert_eq!(read(&[server_name(&[(1, b"x"), (0, b"b.example")])]), Err(MALFORMED));
+        assert_eq!(read(&[server_name(&[(0, b"a.example"), (1, b"x")])]), Err(MALFORMED));
+        assert_eq!(read(&[server_name(&[])]), Err(MALFORMED));
+        assert_eq!(read(&[(0, vec![])]), Err(MALFORMED));
+    }
+
+    #[test]
+    fn any_ech_extension_counts() {
+        assert!(!read(&[host("a.example")]).unwrap().ech);
+        assert!(read(&[host("a.example"), (0xfe0d, vec![])]).unwrap().ech);
+        assert_eq!(read(&[(0xfe0d, vec![1, 2, 3])]).unwrap(), Hello { sni: Sni::Missing, ech: true });
+    }
+
+    #[test]
+    fn lengths_must_fit_exactly() {
+        let whole = hello(&[host("a.example"), (43, vec![2, 3, 4])]);
+        let body = &whole[4..];
+        assert!(Hello::parse(body).is_ok());
+        // Before the extensions: version, random, session, suites, compression.
+        let fixed = 2 + 32 + 1 + 4 + 2;
+        for cut in 0..body.len() {
+            assert_eq!(Hello::parse(&body[..cut]).is_ok(), cut == fixed, "{cut}");
+        }
+        let longer = [body, &[0]].concat();
+        assert_eq!(Hello::parse(&longer), Err(MALFORMED));
+        let with = |at: usize, value: u8| {
+            let mut b = body.to_vec();
+            b[at] = value;
+            Hello::parse(&b)
+        };
+        assert_eq!(with(0, 2), Err(MALFORMED), "SSL 2");
+        assert_eq!(with(34, 33), Err(MALFORMED), "session id");
+        assert_eq!(with(36, 1), Err(MALFORMED), "odd suites");
+        assert_eq!(with(39, 0), Err(MALFORMED), "no compression method");
+    }
+}

@@ -18,6 +18,8 @@ pub mod gate;
 pub mod hello;
 pub mod peek;
 mod record;
+#[cfg(test)]
+mod testing;
 
 pub use check::{Check, Client, Egress, Judgement};
 pub use gate::Gate;

@@ -133,3 +133,123 @@ impl Peek {
         Hello::parse(&message[self.head.len()..])
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Sni;
+    use crate::testing::{hello, host, message, record, records};
+    use proptest::prelude::*;
+
+    fn all(stream: &[u8]) -> Progress {
+        Peek::new().push(stream)
+    }
+
+    fn name(progress: &Progress) -> Option<&str> {
+        match progress {
+            Progress::Hello(Hello { sni: Sni::Name(name), .. }) => Some(name.as_str()),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn records_and_segments_may_be_cut_anywhere() {
+        let message = hello(&[host("a.example"), (51, vec![9; 1200])]);
+        for size in [1, 2, 3, 5, 7, 100, 1000, message.len()] {
+            let stream = records(&message, size);
+            for cut in 0..=stream.len() {
+                let mut peek = Peek::new();
+                let first = peek.push(&stream[..cut]);
+                assert_eq!(first == Progress::NeedMore, cut < stream.len(), "{size} {cut}");
+                if cut < stream.len() {
+                    assert_eq!(name(&peek.push(&stream[cut..])), Some("a.example"));
+                }
+                assert_eq!(peek.into_bytes(), (stream.clone(), stream.len()));
+            }
+        }
+    }
+
+    #[test]
+    fn what_follows_is_told_apart() {
+        let first = records(&hello(&[host("a.example")]), 50);
+        let follows = record(20, &[1]);
+        let mut peek = Peek::new();
+        assert_eq!(name(&peek.push(&[first.clone(), follows].concat())), Some("a.example"));
+        let (bytes, len) = peek.into_bytes();
+        assert_eq!((&bytes[..len], bytes.len()), (&first[..], len + 6));
+    }
+
+    #[test]
+    fn other_protocols_are_not_tls() {
+        for bytes in [&b"GET / HTTP/1.1\r\n"[..], b"SSH-2.0-x", b"\x80\x2e\x01\x03\x01", b"\x16\x02", b"\x00"] {
+            assert_eq!(all(bytes), Progress::Reject(Reason::NotTls), "{bytes:?}");
+        }
+        assert_eq!(all(&record(21, &[1, 0])), Progress::Reject(Reason::NotTls));
+        assert_eq!(all(&record(23, &[1, 0])), Progress::Reject(Reason::NotTls));
+    }
+
+    #[test]
+    fn broken_tls_is_malformed() {
+        let message1 = hello(&[host("a.example")]);
+        let malformed = Progress::Reject(Reason::HelloMalformed);
+        assert_eq!(all(&record(22, &message(2, &[0; 40]))), malformed, "a ServerHello");
+        let (a, b) = message1.split_at(20);
+        assert_eq!(all(&[record(22, a), record(20, &[1]), record(22, b)].concat()), malformed, "interleaved");
+        assert_eq!(all(&[record(22, a), record(22, &[]), record(22, b)].concat()), malformed, "an empty record");
+        assert_eq!(all(&record(22, &[&message1[..], &message1].concat())), malformed, "two hellos in one record");
+        assert_eq!(all(&[record(22, a), b"GET".to_vec()].concat()), malformed);
+    }
+
+    #[test]
+    fn size_is_bounded() {
+        let too_large = Progress::Reject(Reason::HelloTooLarge);
+        // By what it declares, before it is sent.
+        assert_eq!(all(&record(22, &[1, 1, 0, 0])), too_large);
+        // By what it takes on the wire.
+        let message = hello(&[host("a.example"), (51, vec![9; 15_000])]);
+        let stream = records(&message, 1);
+        assert_eq!(all(&stream[..MAX_HELLO - 1]), Progress::NeedMore);
+        assert_eq!(all(&stream[..MAX_HELLO]), too_large);
+        assert_eq!(all(&stream), too_large);
+        // The largest that fits.
+        let room = MAX_HELLO - 4 * HEADER - hello(&[host("a.example"), (51, vec![])]).len();
+        let stream = records(&hello(&[host("a.example"), (51, vec![9; room])]), MAX_PLAIN);
+        assert_eq!(stream.len(), MAX_HELLO);
+        assert_eq!(name(&all(&stream)), Some("a.example"));
+        let stream = records(&hello(&[host("a.example"), (51, vec![9; room + 1])]), MAX_PLAIN);
+        assert_eq!(all(&stream), too_large);
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400), cuts in any::<u64>()) {
+            let mut peek = Peek::new();
+            let mut rest = &bytes[..];
+            let mut cuts = cuts;
+            while !rest.is_empty() {
+                let n = ((cuts & 15) as usize + 1).min(rest.len());
+                cuts = cuts.rotate_right(4);
+                peek.push(&rest[..n]);
+                rest = &rest[n..];
+            }
+        }
+
+        #[test]
+        fn damaged_hellos_never_panic_and_cuts_change_nothing(
+            at in 0usize..160, value in any::<u8>(), size in 1usize..200, step in 1usize..50,
+        ) {
+            let mut message = hello(&[host("a.example"), (43, vec![2, 3, 4]), (0xfe0d, vec![5; 40])]);
+            if let Some(b) = message.get_mut(at).filter(|_| !(1..4).contains(&at)) {
+                *b = value;
+            }
+            let whole = all(&records(&message, message.len()));
+            let mut peek = Peek::new();
+            let mut last = Progress::NeedMore;
+            for chunk in records(&message, size).chunks(step) {
+                last = peek.push(chunk);
+            }
+            // All but the message's length was damaged: with another one, a later record may be no part of it.
+            prop_assert_eq!(last, whole);
+        }
+    }
+}
