@@ -1,2 +1,141 @@
-//! placeholder
-fn main() {}
+//! `tidegate-lab`: builds, shows and removes labs.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use tidegate_lab::{Lab, Options, Scenario, serve, state};
+
+/// A whole cluster in network namespaces on one machine.
+#[derive(Parser)]
+#[command(name = "tidegate-lab", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Do,
+}
+
+#[derive(Subcommand)]
+enum Do {
+    /// Builds a lab and leaves it running.
+    Up {
+        /// The scenario; without it the demo's.
+        #[arg(long)]
+        scenario: Option<PathBuf>,
+        /// Name of the instance; several run side by side.
+        #[arg(long, default_value = "lab")]
+        name: String,
+        /// Only the world, without the product.
+        #[arg(long)]
+        bare: bool,
+    },
+    /// Runs a command in a pod, node, gateway, `router` or `internet`.
+    Exec {
+        /// Name of the instance.
+        #[arg(long, default_value = "lab")]
+        name: String,
+        /// The place: NAMESPACE/POD, or a name that only one pod has.
+        place: String,
+        /// The command.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Shows what runs.
+    Status {
+        /// Name of the instance; without it every instance.
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// Removes a lab, also after a crash.
+    Down {
+        /// Name of the instance.
+        #[arg(long, default_value = "lab")]
+        name: String,
+        /// Every instance.
+        #[arg(long, conflicts_with = "name")]
+        all: bool,
+    },
+    /// Serves what a file of the state folder says, in the namespace it is started in.
+    #[command(hide = true)]
+    Serve {
+        /// The file.
+        file: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("tidegate-lab: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The demo's scenario, found from the folder of the call or of the build.
+fn demo_scenario() -> PathBuf {
+    let relative = PathBuf::from("loadtest/scenarios/demo.yaml");
+    if relative.is_file() {
+        return relative;
+    }
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../scenarios/demo.yaml")
+}
+
+fn run(command: Do) -> Result<ExitCode> {
+    match command {
+        Do::Up { scenario, name, bare } => {
+            let mut scenario = Scenario::load(&scenario.unwrap_or_else(demo_scenario))?;
+            if bare {
+                scenario.tidegate = None;
+            }
+            let lab = Lab::up(scenario, &Options { name, ..Options::default() })?;
+            show(&lab);
+            println!("try: tidegate-lab exec --name {} POD -- COMMAND", lab.name());
+            lab.detach();
+        }
+        Do::Exec { name, place, command } => {
+            Lab::open(&name)?.place(&place)?.exec(&command)?;
+        }
+        Do::Status { name } => {
+            let names = name.map_or_else(state::instances, |n| vec![n]);
+            for name in names {
+                match Lab::open(&name) {
+                    Ok(lab) => show(&lab),
+                    Err(e) => println!("{name}: {e:#}"),
+                }
+            }
+        }
+        Do::Down { name, all } => {
+            let names = if all { state::instances() } else { vec![name] };
+            for name in names {
+                Lab::open(&name)?.down().with_context(|| format!("{name} did not go down cleanly"))?;
+            }
+        }
+        Do::Serve { file } => serve::run(&file)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// One line for each process and pod.
+fn show(lab: &Lab) {
+    println!("lab {}  {}", lab.name(), lab.layout().folder.display());
+    let products = lab.product_names();
+    for process in lab.processes() {
+        let state = if !process.is_alive() {
+            "ended"
+        } else if !products.contains(&process.name) {
+            "runs"
+        } else if matches!(lab.admin(&process.name, "/readyz"), Ok((200, _))) {
+            "ready"
+        } else {
+            "not ready"
+        };
+        println!("  {:<28} pid {:<8} {state}", process.name, process.pid);
+    }
+    for pod in &lab.scenario().pods {
+        let addresses: Vec<String> = pod.addresses().iter().map(ToString::to_string).collect();
+        println!("  {:<28} {:<12} {}", pod.key(), pod.node, addresses.join(" "));
+    }
+}

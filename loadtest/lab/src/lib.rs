@@ -1,0 +1,18 @@
+//! A whole cluster in network namespaces on one machine: nodes, pods, gateways, an internet with its servers.
+//!
+//! The lab starts the product's own processes with ordinary configuration files; no code of the product knows it.
+//! docs/lab.md describes the scenario file and the commands.
+#![forbid(unsafe_code)]
+
+pub mod admin;
+pub mod certs;
+pub mod lab;
+pub mod netns;
+pub mod product;
+pub mod scenario;
+pub mod serve;
+pub mod state;
+pub mod world;
+
+pub use lab::{Lab, Mark, Options, Output, Place, Running};
+pub use scenario::Scenario;

@@ -1,0 +1,329 @@
+//! What the product's processes get: certificates, configuration files and manifests, as an administrator would write them.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::certs::{Authority, Files};
+use crate::scenario::{CLUSTER_DOMAIN, Scenario, SYSTEM_NAMESPACE};
+
+/// Where agents find gateways, on the gateway pod's own address.
+const CONTROL_PORT: u16 = 7443;
+/// Admin port of agents, on loopback.
+pub const AGENT_ADMIN: u16 = 9091;
+/// Admin port of gateways.
+pub const GATEWAY_ADMIN: u16 = 9090;
+
+/// Files and folders of an instance.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    /// The state folder.
+    pub folder: PathBuf,
+}
+
+impl Layout {
+    /// Where the product reads manifests.
+    pub fn manifests(&self) -> PathBuf {
+        self.folder.join("manifests")
+    }
+
+    /// Certificates and keys.
+    pub fn ca(&self) -> PathBuf {
+        self.folder.join("ca")
+    }
+
+    /// Where a bpffs is mounted.
+    pub fn bpffs(&self) -> PathBuf {
+        self.folder.join("bpf")
+    }
+
+    /// Configuration of a process.
+    pub fn config(&self, name: &str) -> PathBuf {
+        self.folder.join("config").join(format!("{}.yaml", name.replace('/', ".")))
+    }
+
+    /// What a process wrote to its standard output and error.
+    pub fn log(&self, name: &str) -> PathBuf {
+        self.folder.join("log").join(format!("{}.log", name.replace(['/', ' '], ".")))
+    }
+
+    /// Audit records of a process.
+    pub fn audit(&self, name: &str) -> PathBuf {
+        self.folder.join("audit").join(format!("{name}.jsonl"))
+    }
+
+    /// The Unix socket of a node's agent.
+    pub fn socket(&self, node: &str) -> PathBuf {
+        self.folder.join("socket").join(format!("{node}.sock"))
+    }
+
+    /// Makes the folders.
+    pub fn create(&self) -> Result<()> {
+        let folders = [
+            self.manifests(),
+            self.ca(),
+            self.bpffs(),
+            self.folder.join("config"),
+            self.folder.join("log"),
+            self.folder.join("audit"),
+            self.folder.join("socket"),
+            self.folder.join("serve"),
+            self.folder.join("run"),
+        ];
+        for folder in folders {
+            std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes certificates, configuration and manifests.
+///
+/// # Errors
+/// When a file cannot be written.
+pub fn write(scenario: &Scenario, layout: &Layout) -> Result<()> {
+    for (name, text) in manifests(scenario)? {
+        std::fs::write(layout.manifests().join(name), text)?;
+    }
+    if let Some(policies) = &scenario.policies {
+        copy_policies(policies, &layout.manifests())?;
+    }
+    let Some(tidegate) = &scenario.tidegate else { return Ok(()) };
+    let authority = Authority::new("tidegate-lab control")?;
+    let ca = authority.write(&layout.ca(), "control", false)?;
+    for node in &scenario.nodes {
+        let tls = authority.sign(&layout.ca(), &format!("{}.node.tidegate", node.name), &ca)?;
+        let config = overlay(agent(scenario, layout, &node.name, &tls)?, &tidegate.agent);
+        std::fs::write(layout.config(&node.name), yaml(&config)?)?;
+    }
+    for gateway in &scenario.gateways {
+        let tls = authority.sign(&layout.ca(), &format!("{}.gateway.tidegate", gateway.name), &ca)?;
+        let config = overlay(self::gateway(scenario, layout, &gateway.name, &gateway.node, &tls), &tidegate.gateway);
+        std::fs::write(layout.config(&gateway.name), yaml(&config)?)?;
+    }
+    Ok(())
+}
+
+/// Policy manifests are copied flat; the product re-reads the copies, so a user's files stay as they are.
+fn copy_policies(from: &Path, to: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(from).with_context(|| format!("cannot read {}", from.display()))? {
+        let path = entry?.path();
+        let yaml = path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
+        if let (true, Some(name)) = (yaml, path.file_name()) {
+            std::fs::copy(&path, to.join(name)).with_context(|| format!("cannot copy {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// A value as YAML.
+///
+/// # Errors
+/// When it cannot be written so.
+pub fn yaml(value: &Value) -> Result<String> {
+    serde_saphyr::to_string(value).map_err(|e| anyhow::anyhow!("{e}"))
+}
+
+/// Lays the scenario's own keys over a generated configuration, maps key by key.
+fn overlay(mut base: Value, keys: &BTreeMap<String, Value>) -> Value {
+    for (key, value) in keys {
+        match (base.get_mut(key), value) {
+            (Some(Value::Object(old)), Value::Object(new)) => {
+                old.extend(new.iter().map(|(k, v)| (k.clone(), v.clone())));
+            }
+            _ => base[key] = value.clone(),
+        }
+    }
+    base
+}
+
+fn tls(files: &Files) -> Value {
+    json!({"certificate": files.certificate, "key": files.key, "ca": files.ca})
+}
+
+fn agent(scenario: &Scenario, layout: &Layout, node: &str, files: &Files) -> Result<Value> {
+    let gateways = scenario.gateways.iter().map(|gateway| {
+        let pod = scenario.pod(&format!("{SYSTEM_NAMESPACE}/{}", gateway.name))?;
+        let address = pod.ipv4.context("a gateway pod has no address")?;
+        Ok(json!({"name": gateway.name, "address": format!("{address}:{CONTROL_PORT}")}))
+    });
+    Ok(json!({
+        "node": node,
+        "gateways": gateways.collect::<Result<Vec<_>>>()?,
+        "tls": tls(files),
+        "socket": layout.socket(node),
+        "pins": layout.bpffs().join(node),
+        "interfaces": "HostRoute",
+        "admin": format!("127.0.0.1:{AGENT_ADMIN}"),
+        "audit": {"file": layout.audit(node)},
+    }))
+}
+
+fn gateway(scenario: &Scenario, layout: &Layout, name: &str, node: &str, files: &Files) -> Value {
+    let owners: Vec<Value> = scenario
+        .pools
+        .iter()
+        .flat_map(|pool| pool.addresses.iter().map(move |pair| (pool, pair)))
+        .filter_map(|(pool, pair)| {
+            let owner = pair.owner.as_ref()?;
+            Some(json!({"pool": pool.name, "ipv4": pair.ipv4, "gateway": owner}))
+        })
+        .collect();
+    let prefixes: Vec<String> =
+        scenario.nodes.iter().flat_map(|n| [n.pods.ipv4.to_string(), n.pods.ipv6.to_string()]).collect();
+    let resolvers: Vec<String> =
+        scenario.internet.resolvers.iter().map(|ip| std::net::SocketAddr::new(*ip, 53).to_string()).collect();
+    json!({
+        "name": name,
+        "node": node,
+        "directory": layout.manifests(),
+        "control": format!("[::]:{CONTROL_PORT}"),
+        "tls": tls(files),
+        "socket": layout.socket(node),
+        "pins": layout.bpffs().join(name),
+        "admin": format!("0.0.0.0:{GATEWAY_ADMIN}"),
+        "audit": {"file": layout.audit(name)},
+        "gateways": scenario.gateways.iter().map(|g| json!({"name": g.name, "node": g.node})).collect::<Vec<_>>(),
+        "owners": owners,
+        "cluster": {
+            "prefixes": prefixes,
+            "nodePorts": {"first": 30000, "last": 32767},
+            "dns": scenario.cluster_dns_servers(),
+            "suffixes": suffixes(scenario),
+        },
+        "resolvers": [{"servers": resolvers, "protocol": "Udp"}],
+        "exemptNamespaces": ["kube-system", SYSTEM_NAMESPACE],
+    })
+}
+
+/// What the cluster DNS is the authority for: the cluster domain and the reverse zones of the pod ranges.
+pub fn suffixes(scenario: &Scenario) -> Vec<String> {
+    let mut all = vec![CLUSTER_DOMAIN.to_owned()];
+    for node in &scenario.nodes {
+        let octets = node.pods.ipv4.network().octets();
+        let kept = usize::from(node.pods.ipv4.prefix_len() / 8);
+        let labels: Vec<String> = octets[..kept].iter().rev().map(u8::to_string).collect();
+        all.push(format!("{}.in-addr.arpa", labels.join(".")));
+        let bits = format!("{:032x}", u128::from(node.pods.ipv6.network()));
+        let kept = usize::from(node.pods.ipv6.prefix_len() / 4);
+        let labels: Vec<String> = bits[..kept].chars().rev().map(String::from).collect();
+        all.push(format!("{}.ip6.arpa", labels.join(".")));
+    }
+    all
+}
+
+/// A UID that is the same in every run: scopes are named by it.
+fn uid(kind: &str, name: &str) -> String {
+    let hash = format!("{kind}/{name}").bytes().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128, |h, b| {
+        (h ^ u128::from(b)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
+    });
+    let h = format!("{hash:032x}");
+    format!("{}-{}-{}-{}-{}", &h[..8], &h[8..12], &h[12..16], &h[16..20], &h[20..])
+}
+
+/// The cluster's objects, one file for each kind, and one for each Namespace so that tests can edit it.
+///
+/// # Errors
+/// When one cannot be written as YAML.
+pub fn manifests(scenario: &Scenario) -> Result<Vec<(String, String)>> {
+    let mut files = Vec::new();
+    for namespace in &scenario.namespaces {
+        let mut labels = namespace.labels.clone();
+        labels.insert("kubernetes.io/metadata.name".into(), namespace.name.clone());
+        let object = namespace_object(&namespace.name, &labels, &namespace.annotations);
+        files.push((format!("namespace-{}.yaml", namespace.name), yaml(&object)?));
+    }
+    let nodes = scenario.nodes.iter().map(|node| {
+        json!({
+            "apiVersion": "v1", "kind": "Node",
+            "metadata": {"name": node.name, "uid": uid("node", &node.name), "labels": node.labels},
+            "spec": {"podCIDR": node.pods.ipv4, "podCIDRs": [json!(node.pods.ipv4), json!(node.pods.ipv6)]},
+            "status": {"addresses": [
+                {"type": "InternalIP", "address": node.ipv4},
+                {"type": "InternalIP", "address": node.ipv6},
+                {"type": "Hostname", "address": node.name},
+            ]},
+        })
+    });
+    files.push(("nodes.yaml".into(), documents(nodes)?));
+    let pods = scenario.pods.iter().map(|pod| {
+        json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {
+                "name": pod.name, "namespace": pod.namespace, "uid": uid("pod", &pod.key()), "labels": pod.labels,
+            },
+            "spec": {"nodeName": pod.node, "containers": [{"name": "main", "image": "lab"}]},
+            "status": {
+                "phase": "Running",
+                "podIP": pod.ipv4,
+                "podIPs": pod.addresses().iter().map(|ip| json!({"ip": ip})).collect::<Vec<_>>(),
+            },
+        })
+    });
+    files.push(("pods.yaml".into(), documents(pods)?));
+    let pools = scenario.pools.iter().map(|pool| {
+        let addresses: Vec<Value> = pool
+            .addresses
+            .iter()
+            .map(|pair| match pair.ipv6 {
+                Some(ipv6) => json!({"ipv4": pair.ipv4, "ipv6": ipv6}),
+                None => json!({"ipv4": pair.ipv4}),
+            })
+            .collect();
+        let allowed =
+            if pool.allowed_namespaces.is_empty() { json!({}) } else { json!({"matchLabels": pool.allowed_namespaces}) };
+        json!({
+            "apiVersion": "tidegate.dev/v1alpha1", "kind": "EgressPool",
+            "metadata": {"name": pool.name},
+            "spec": {"allowedNamespaces": allowed, "addressSource": "Static", "static": {"addresses": addresses}},
+        })
+    });
+    if !scenario.pools.is_empty() {
+        files.push(("pools.yaml".into(), documents(pools)?));
+    }
+    Ok(files)
+}
+
+/// A Namespace manifest, with the UID that the lab always gives it.
+pub fn namespace_object(name: &str, labels: &BTreeMap<String, String>, annotations: &BTreeMap<String, String>) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Namespace",
+        "metadata": {"name": name, "uid": uid("namespace", name), "labels": labels, "annotations": annotations},
+    })
+}
+
+fn documents(objects: impl Iterator<Item = Value>) -> Result<String> {
+    Ok(objects.map(|o| yaml(&o)).collect::<Result<Vec<_>>>()?.join("---\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn yaml_reads_back_as_written() {
+        let value = json!({
+            "a": ["::1", "yes", "0x10", "12", "[::]:7443", "*.example.com", "", "x: y", "10.244.0.0/16", "1e3", "null"],
+            "b": {"c": 1, "d": true, "e": null, "f": {}, "g": []},
+        });
+        let back: Value = serde_saphyr::from_str(&yaml(&value).unwrap()).unwrap();
+        assert_eq!(back, value);
+    }
+
+    #[test]
+    fn own_keys_are_laid_over() {
+        let keys = BTreeMap::from([("dns".to_owned(), json!({"graceSeconds": 1})), ("ping".to_owned(), json!(true))]);
+        let base = json!({"dns": {"graceSeconds": 60, "ttlMinSeconds": 30}, "name": "x"});
+        let want = json!({"dns": {"graceSeconds": 1, "ttlMinSeconds": 30}, "name": "x", "ping": true});
+        assert_eq!(overlay(base, &keys), want);
+    }
+
+    #[test]
+    fn uids_are_stable_and_distinct() {
+        assert_eq!(uid("namespace", "shop"), uid("namespace", "shop"));
+        assert_ne!(uid("namespace", "shop"), uid("namespace", "shot"));
+        assert_eq!(uid("pod", "x").len(), 36);
+    }
+}
