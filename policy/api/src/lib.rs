@@ -1,1 +1,22 @@
-//! placeholder
+//! The resources of `tidegate.dev/v1alpha1`, the annotations of namespaces, and the reader of manifests.
+//!
+//! Everything that people write comes in here and leaves as `tidegate_policy::model`,
+//! or as a [`Problem`] that names file, document, line and field. Nothing is coerced
+//! and nothing unknown is skipped: what cannot be read must not look as if it held.
+#![forbid(unsafe_code)]
+
+pub mod annotation;
+pub mod convert;
+mod core_v1;
+mod de;
+mod format;
+mod lint;
+mod manifest;
+mod problem;
+mod reader;
+pub mod resource;
+pub mod rule;
+mod tree;
+
+pub use problem::{Code, FieldPath, FieldProblem, ObjectRef, Problem, Seg, Severity, printable};
+pub use reader::{Loaded, MAX_DEPTH, MAX_DOCUMENTS, MAX_FILE, MAX_FILES, Reader, check, check_file, watch_paths};
