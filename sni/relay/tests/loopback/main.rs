@@ -1,0 +1,5 @@
+//! The relay over loopback, between real TLS clients and servers.
+
+mod carry;
+mod common;
+mod decide;
