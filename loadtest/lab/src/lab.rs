@@ -46,7 +46,10 @@ impl Options {
     pub fn unique(prefix: &str) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        Self { name: format!("{prefix}-{}-{n}", std::process::id()), ..Self::default() }
+        Self {
+            name: format!("{prefix}-{}-{n}", std::process::id()),
+            ..Self::default()
+        }
     }
 }
 
@@ -94,7 +97,9 @@ pub struct Running {
 /// Whether a path is a mount point.
 pub fn is_mount(path: &Path) -> bool {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    mounts.lines().any(|line| line.split(' ').nth(4).is_some_and(|p| Path::new(p) == path))
+    mounts
+        .lines()
+        .any(|line| line.split(' ').nth(4).is_some_and(|p| Path::new(p) == path))
 }
 
 /// Waits until something is there, looking every 20 ms.
@@ -113,11 +118,19 @@ pub fn wait_for<T>(limit: Duration, mut look: impl FnMut() -> Option<T>) -> Opti
 
 /// Says in one sentence what this machine lacks.
 fn preflight() -> Result<()> {
-    ensure!(nix::unistd::geteuid().is_root(), "the lab makes network namespaces: run it as root");
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "the lab makes network namespaces: run it as root"
+    );
     let release = nix::sys::utsname::uname()?.release().to_string_lossy().into_owned();
     let mut parts = release.split(['.', '-']).map_while(|p| p.parse::<u32>().ok());
     let version = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
-    ensure!(version >= KERNEL, "this kernel is {release}; the lab needs {}.{} or newer (tcx)", KERNEL.0, KERNEL.1);
+    ensure!(
+        version >= KERNEL,
+        "this kernel is {release}; the lab needs {}.{} or newer (tcx)",
+        KERNEL.0,
+        KERNEL.1
+    );
     for (tool, package) in [("ip", "iproute2"), ("nft", "nftables"), ("timeout", "coreutils")] {
         let found = std::env::var_os("PATH").unwrap_or_default();
         let found = std::env::split_paths(&found).any(|folder| folder.join(tool).is_file());
@@ -130,8 +143,18 @@ fn preflight() -> Result<()> {
 fn binaries(options: &Options) -> Result<(PathBuf, PathBuf)> {
     let exe = std::env::current_exe()?;
     // A test runs from target/debug/deps, the binaries are one folder up.
-    let beside = |name: &str| exe.ancestors().skip(1).take(2).map(|f| f.join(name)).find(|p| p.is_file());
-    let lab = options.lab.clone().or_else(|| beside("tidegate-lab")).context("the binary tidegate-lab is not built")?;
+    let beside = |name: &str| {
+        exe.ancestors()
+            .skip(1)
+            .take(2)
+            .map(|f| f.join(name))
+            .find(|p| p.is_file())
+    };
+    let lab = options
+        .lab
+        .clone()
+        .or_else(|| beside("tidegate-lab"))
+        .context("the binary tidegate-lab is not built")?;
     let tidegate = options
         .tidegate
         .clone()
@@ -155,9 +178,45 @@ impl Lab {
             tidegate.display()
         );
         let state = State::create(&options.name, scenario)?;
-        let layout = Layout { folder: state::folder(&options.name) };
-        let mut this = Self { state, layout, lab, tidegate, owned: true };
+        let layout = Layout {
+            folder: state::folder(&options.name),
+        };
+        let mut this = Self {
+            state,
+            layout,
+            lab,
+            tidegate,
+            owned: true,
+        };
         this.build().context("the lab did not come up")?;
+        Ok(this)
+    }
+
+    /// As [`Lab::up`], and a process beside this one takes the instance down when this process is gone, however it
+    /// ended: for tests that share an instance in a static, which is never dropped.
+    ///
+    /// # Errors
+    /// As [`Lab::up`].
+    pub fn up_guarded(scenario: Scenario, options: &Options) -> Result<Self> {
+        let this = Self::up(scenario, options)?;
+        let own = i32::try_from(std::process::id())?;
+        let started = state::start_time(own).context("this process has no start time")?;
+        Command::new(&this.lab)
+            .args([
+                "guard",
+                "--name",
+                &this.state.name,
+                "--pid",
+                &own.to_string(),
+                "--started",
+                &started.to_string(),
+            ])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn()
+            .context("cannot start the guard")?;
         Ok(this)
     }
 
@@ -167,8 +226,16 @@ impl Lab {
     /// When there is none of this name.
     pub fn open(name: &str) -> Result<Self> {
         let (lab, tidegate) = binaries(&Options::default())?;
-        let layout = Layout { folder: state::folder(name) };
-        Ok(Self { state: State::load(name)?, layout, lab, tidegate, owned: false })
+        let layout = Layout {
+            folder: state::folder(name),
+        };
+        Ok(Self {
+            state: State::load(name)?,
+            layout,
+            lab,
+            tidegate,
+            owned: false,
+        })
     }
 
     /// Lets it run on when this process ends.
@@ -188,9 +255,15 @@ impl Lab {
     fn build(&mut self) -> Result<()> {
         self.layout.create()?;
         product::write(&self.state.scenario, &self.layout)?;
-        fs::write(self.resolv_conf(SYSTEM_NAMESPACE), resolv_conf(&self.state.scenario, SYSTEM_NAMESPACE))?;
+        fs::write(
+            self.resolv_conf(SYSTEM_NAMESPACE),
+            resolv_conf(&self.state.scenario, SYSTEM_NAMESPACE),
+        )?;
         for namespace in &self.state.scenario.namespaces {
-            fs::write(self.resolv_conf(&namespace.name), resolv_conf(&self.state.scenario, &namespace.name))?;
+            fs::write(
+                self.resolv_conf(&namespace.name),
+                resolv_conf(&self.state.scenario, &namespace.name),
+            )?;
         }
         world::build(&mut self.state)?;
         self.start_servers()?;
@@ -211,12 +284,21 @@ impl Lab {
         let path = self.layout.bpffs();
         self.state.bpffs = Some(path.clone());
         self.state.save()?;
-        nix::mount::mount(Some("bpf"), &path, Some("bpf"), nix::mount::MsFlags::empty(), None::<&str>)
-            .context("this kernel has no BPF filesystem")
+        nix::mount::mount(
+            Some("bpf"),
+            &path,
+            Some("bpf"),
+            nix::mount::MsFlags::empty(),
+            None::<&str>,
+        )
+        .context("this kernel has no BPF filesystem")
     }
 
     fn resolv_conf(&self, namespace: &str) -> PathBuf {
-        self.layout.folder.join("config").join(format!("resolv.{namespace}.conf"))
+        self.layout
+            .folder
+            .join("config")
+            .join(format!("resolv.{namespace}.conf"))
     }
 
     fn start_servers(&mut self) -> Result<()> {
@@ -226,7 +308,11 @@ impl Lab {
         let signer = Some((certificate.clone(), certificate.with_extension("key")));
         let serve = self.layout.folder.join("serve");
 
-        let servers = scenario.internet.resolvers.iter().chain(&scenario.internet.public_resolvers);
+        let servers = scenario
+            .internet
+            .resolvers
+            .iter()
+            .chain(&scenario.internet.public_resolvers);
         let zone = Zone {
             suffixes: vec![String::new()],
             names: scenario.internet.names.clone(),
@@ -239,25 +325,48 @@ impl Lab {
             log: serve.join("internet.queries.jsonl"),
         };
         state::replace(&internet_dns.zone, &serde_json::to_vec_pretty(&zone)?)?;
-        let mut jobs = vec![("internet".to_owned(), scenario.internet.listen.clone(), Some(internet_dns))];
+        let mut jobs = vec![(
+            "internet".to_owned(),
+            scenario.internet.listen.clone(),
+            Some(internet_dns),
+        )];
 
         let key = scenario.pod(&scenario.cluster_dns)?.key();
         let cluster_dns = serve::Dns {
             addresses: scenario.cluster_dns_servers(),
             zone: serve.join("cluster.zone.json"),
-            forward: scenario.internet.resolvers.iter().find(|ip| ip.is_ipv4()).map(|ip| SocketAddr::new(*ip, 53)),
+            forward: scenario
+                .internet
+                .resolvers
+                .iter()
+                .find(|ip| ip.is_ipv4())
+                .map(|ip| SocketAddr::new(*ip, 53)),
             log: serve.join("cluster.queries.jsonl"),
         };
-        state::replace(&cluster_dns.zone, &serde_json::to_vec_pretty(&cluster_zone(&scenario)?)?)?;
+        state::replace(
+            &cluster_dns.zone,
+            &serde_json::to_vec_pretty(&cluster_zone(&scenario)?)?,
+        )?;
         jobs.push((key, Listen::default(), Some(cluster_dns)));
-        jobs.extend(scenario.pods.iter().filter(|p| !p.listen.is_empty()).map(|p| (p.key(), p.listen.clone(), None)));
+        jobs.extend(
+            scenario
+                .pods
+                .iter()
+                .filter(|p| !p.listen.is_empty())
+                .map(|p| (p.key(), p.listen.clone(), None)),
+        );
 
         let mut waiting = Vec::new();
         for (place, listen, dns) in jobs {
             let file = place.replace('/', ".");
             let ready = serve.join(format!("{file}.ready"));
             let config = serve.join(format!("{file}.json"));
-            let value = serve::Config { ready: ready.clone(), listen, authority: signer.clone(), dns };
+            let value = serve::Config {
+                ready: ready.clone(),
+                listen,
+                authority: signer.clone(),
+                dns,
+            };
             fs::write(&config, serde_json::to_vec_pretty(&value)?)?;
             let name = format!("serve {place}");
             let mut command = Command::new(&self.lab);
@@ -266,8 +375,15 @@ impl Lab {
             waiting.push((process, ready));
         }
         for (process, ready) in waiting {
-            let up = wait_for(SERVE_LIMIT, || (ready.exists() || !process.is_alive()).then(|| ready.exists()));
-            ensure!(up == Some(true), "`{}` does not serve: {}", process.name, self.last_words(&process.name));
+            let up = wait_for(SERVE_LIMIT, || {
+                (ready.exists() || !process.is_alive()).then(|| ready.exists())
+            });
+            ensure!(
+                up == Some(true),
+                "`{}` does not serve: {}",
+                process.name,
+                self.last_words(&process.name)
+            );
         }
         Ok(())
     }
@@ -284,7 +400,9 @@ impl Lab {
             // A group of its own: Ctrl-C at the terminal is for the lab, which then stops it in order.
             .process_group(0);
         let child = netns::spawn(netns, None, &mut command)?;
-        self.state.add_process(name, child.id()).with_context(|| self.last_words(name))?;
+        self.state
+            .add_process(name, child.id())
+            .with_context(|| self.last_words(name))?;
         self.state.processes.last().cloned().context("no process was recorded")
     }
 
@@ -293,7 +411,11 @@ impl Lab {
         let log = fs::read_to_string(self.layout.log(name)).unwrap_or_default();
         let lines: Vec<&str> = log.lines().rev().filter(|l| !l.trim().is_empty()).take(3).collect();
         let words = lines.into_iter().rev().collect::<Vec<_>>().join(" | ");
-        if words.is_empty() { format!("{} is empty", self.layout.log(name).display()) } else { words }
+        if words.is_empty() {
+            format!("{} is empty", self.layout.log(name).display())
+        } else {
+            words
+        }
     }
 
     /// Names of the product's processes: nodes for agents, then gateways.
@@ -302,7 +424,9 @@ impl Lab {
             return Vec::new();
         }
         let nodes = self.state.scenario.nodes.iter().map(|n| n.name.clone());
-        nodes.chain(self.state.scenario.gateways.iter().map(|g| g.name.clone())).collect()
+        nodes
+            .chain(self.state.scenario.gateways.iter().map(|g| g.name.clone()))
+            .collect()
     }
 
     /// Starts a process of the product: an agent by its node's name, a gateway by its own.
@@ -310,7 +434,11 @@ impl Lab {
     /// # Errors
     /// When there is none of this name or it ends at once.
     pub fn start(&mut self, name: &str) -> Result<()> {
-        let role = if self.state.scenario.node(name).is_ok() { "agent" } else { "gateway" };
+        let role = if self.state.scenario.node(name).is_ok() {
+            "agent"
+        } else {
+            "gateway"
+        };
         let netns = self.place(name)?.netns;
         let mut command = Command::new(&self.tidegate);
         command.arg(role).arg("--config").arg(self.layout.config(name));
@@ -341,7 +469,10 @@ impl Lab {
         match ready {
             Some(true) => Ok(()),
             Some(false) => bail!("{name} ended: {}", self.last_words(name)),
-            None => bail!("{name} is not ready: {last}; its log ends with: {}", self.last_words(name)),
+            None => bail!(
+                "{name} is not ready: {last}; its log ends with: {}",
+                self.last_words(name)
+            ),
         }
     }
 
@@ -354,6 +485,7 @@ impl Lab {
         process.signal(signal);
         if let Some(limit) = wait {
             ensure!(process.wait(limit), "{name} did not end within {limit:?} of {signal}");
+            process.reap();
         }
         Ok(())
     }
@@ -373,7 +505,11 @@ impl Lab {
     /// # Errors
     /// When there is none of this name.
     pub fn process(&self, name: &str) -> Result<&Process> {
-        self.state.processes.iter().find(|p| p.name == name).with_context(|| format!("no process is called {name:?}"))
+        self.state
+            .processes
+            .iter()
+            .find(|p| p.name == name)
+            .with_context(|| format!("no process is called {name:?}"))
     }
 
     /// Every recorded process.
@@ -409,7 +545,12 @@ impl Lab {
         let scenario = &self.state.scenario;
         let bare = matches!(name, "fabric" | "router" | "internet") || scenario.node(name).is_ok();
         if bare {
-            return Ok(Place { lab: self, name: name.into(), netns: self.state.netns(name), resolv: None });
+            return Ok(Place {
+                lab: self,
+                name: name.into(),
+                netns: self.state.netns(name),
+                resolv: None,
+            });
         }
         let pod = scenario.pod(name)?;
         Ok(Place {
@@ -436,7 +577,11 @@ impl Lab {
     pub fn admin(&self, name: &str, path: &str) -> Result<(u16, String)> {
         let agent = self.state.scenario.node(name).is_ok();
         let port = if agent { AGENT_ADMIN } else { GATEWAY_ADMIN };
-        admin::get(&self.place(name)?.netns, SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port), path)
+        admin::get(
+            &self.place(name)?.netns,
+            SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port),
+            path,
+        )
     }
 
     /// The metrics of a node's agent or of a gateway.
@@ -460,7 +605,11 @@ impl Lab {
     /// Where all audit logs end now.
     pub fn mark(&self) -> Mark {
         let names = self.product_names().into_iter();
-        Mark(names.map(|n| (n.clone(), fs::metadata(self.layout.audit(&n)).map_or(0, |m| m.len()))).collect())
+        Mark(
+            names
+                .map(|n| (n.clone(), fs::metadata(self.layout.audit(&n)).map_or(0, |m| m.len())))
+                .collect(),
+        )
     }
 
     /// The audit records of a node's agent or a gateway since a mark.
@@ -468,19 +617,26 @@ impl Lab {
     /// # Errors
     /// When a record is not JSON.
     pub fn audit(&self, name: &str, since: &Mark) -> Result<Vec<Value>> {
-        let Ok(mut file) = File::open(self.layout.audit(name)) else { return Ok(Vec::new()) };
+        let Ok(mut file) = File::open(self.layout.audit(name)) else {
+            return Ok(Vec::new());
+        };
         file.seek(SeekFrom::Start(since.0.get(name).copied().unwrap_or(0)))?;
         let mut text = String::new();
         file.read_to_string(&mut text)?;
         // The last line may still be on its way.
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-        whole.lines().map(|l| serde_json::from_str(l).with_context(|| format!("audit of {name}: {l}"))).collect()
+        whole
+            .lines()
+            .map(|l| serde_json::from_str(l).with_context(|| format!("audit of {name}: {l}")))
+            .collect()
     }
 
     /// Waits up to 3 s for a record that fits, at any of the named processes.
     pub fn wait_audit(&self, names: &[&str], since: &Mark, fits: impl Fn(&Value) -> bool) -> Option<Value> {
         wait_for(Duration::from_secs(3), || {
-            names.iter().find_map(|n| self.audit(n, since).unwrap_or_default().into_iter().find(|r| fits(r)))
+            names
+                .iter()
+                .find_map(|n| self.audit(n, since).unwrap_or_default().into_iter().find(|r| fits(r)))
         })
     }
 
@@ -517,9 +673,15 @@ impl Lab {
     /// When the scenario has no such namespace.
     pub fn annotate(&self, namespace: &str, annotations: &[(&str, &str)]) -> Result<()> {
         let known = self.state.scenario.namespaces.iter().find(|n| n.name == namespace);
-        let mut labels = known.with_context(|| format!("there is no namespace {namespace:?}"))?.labels.clone();
+        let mut labels = known
+            .with_context(|| format!("there is no namespace {namespace:?}"))?
+            .labels
+            .clone();
         labels.insert("kubernetes.io/metadata.name".into(), namespace.into());
-        let annotations = annotations.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let annotations = annotations
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+            .collect();
         let object = product::namespace_object(namespace, &labels, &annotations);
         self.edit_manifest(&format!("namespace-{namespace}.yaml"), &product::yaml(&object)?)
     }
@@ -552,7 +714,10 @@ impl Drop for Lab {
             return;
         }
         if std::env::var_os("TIDEGATE_LAB_KEEP").is_some() {
-            eprintln!("the lab {0} stays: `tidegate-lab down --name {0}` ends it", self.state.name);
+            eprintln!(
+                "the lab {0} stays: `tidegate-lab down --name {0}` ends it",
+                self.state.name
+            );
             return;
         }
         if let Err(e) = self.state.tear_down() {
@@ -576,7 +741,10 @@ impl Place<'_> {
     ///
     /// # Panics
     /// When it cannot be started: for tests and the demo, whose commands `up` has checked.
-    #[expect(clippy::expect_used, reason = "a test that cannot start its client has nothing to go on with")]
+    #[expect(
+        clippy::expect_used,
+        reason = "a test that cannot start its client has nothing to go on with"
+    )]
     pub fn run<S: AsRef<std::ffi::OsStr>>(&self, command: &[S]) -> Output {
         self.try_run(command).expect("the command starts")
     }
@@ -588,7 +756,10 @@ impl Place<'_> {
     pub fn try_run<S: AsRef<std::ffi::OsStr>>(&self, command: &[S]) -> Result<Output> {
         let mut limited = Command::new("timeout");
         limited.args(["-k", "1", RUN_SECONDS]).args(command);
-        limited.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        limited
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         self.environment(&mut limited);
         let child = netns::spawn(&self.netns, self.resolv.as_deref(), &mut limited)?;
         let out = child.wait_with_output()?;
@@ -607,12 +778,24 @@ impl Place<'_> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let (program, arguments) = command.split_first().context("the command is empty")?;
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        let out = self.lab.layout.folder.join("run").join(format!("{}.{n}.out", std::process::id()));
+        let out = self
+            .lab
+            .layout
+            .folder
+            .join("run")
+            .join(format!("{}.{n}.out", std::process::id()));
         let file = File::create(&out)?;
         let mut command = Command::new(program);
-        command.args(arguments).stdin(Stdio::piped()).stdout(file.try_clone()?).stderr(file);
+        command
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(file.try_clone()?)
+            .stderr(file);
         self.environment(&mut command);
-        Ok(Running { child: netns::spawn(&self.netns, self.resolv.as_deref(), &mut command)?, out })
+        Ok(Running {
+            child: netns::spawn(&self.netns, self.resolv.as_deref(), &mut command)?,
+            out,
+        })
     }
 
     /// Runs a closure in a thread inside the place's network namespace.
@@ -628,7 +811,9 @@ impl Place<'_> {
     /// # Errors
     /// Always: it returns only when that fails.
     pub fn exec(&self, command: &[String]) -> Result<std::convert::Infallible> {
-        let (program, arguments) = command.split_first().context("what should run there? exec POD -- COMMAND …")?;
+        let (program, arguments) = command
+            .split_first()
+            .context("what should run there? exec POD -- COMMAND …")?;
         netns::enter_thread(&self.netns).with_context(|| format!("cannot enter {}", self.name))?;
         if let Some(resolv) = &self.resolv {
             netns::own_resolv_conf(resolv).context("cannot mount resolv.conf")?;
@@ -642,7 +827,10 @@ impl Place<'_> {
     /// What every command gets: the mark of the lab, and trust in the internet's authority.
     fn environment(&self, command: &mut Command) {
         let ca = self.lab.internet_ca();
-        command.env(MARKER, &self.lab.state.name).env("CURL_CA_BUNDLE", &ca).env("SSL_CERT_FILE", &ca);
+        command
+            .env(MARKER, &self.lab.state.name)
+            .env("CURL_CA_BUNDLE", &ca)
+            .env("SSL_CERT_FILE", &ca);
     }
 }
 
@@ -697,7 +885,9 @@ fn resolv_conf(scenario: &Scenario, namespace: &str) -> String {
     for server in scenario.cluster_dns_servers() {
         text.push_str(&format!("nameserver {}\n", server.ip()));
     }
-    text.push_str(&format!("search {namespace}.svc.{CLUSTER_DOMAIN} svc.{CLUSTER_DOMAIN} {CLUSTER_DOMAIN}\n"));
+    text.push_str(&format!(
+        "search {namespace}.svc.{CLUSTER_DOMAIN} svc.{CLUSTER_DOMAIN} {CLUSTER_DOMAIN}\n"
+    ));
     text.push_str("options ndots:5 timeout:2 attempts:2\n");
     text
 }
@@ -707,18 +897,31 @@ fn cluster_zone(scenario: &Scenario) -> Result<Zone> {
     let mut names = Vec::new();
     for service in &scenario.services {
         let name = format!("{}.{}.svc.{CLUSTER_DOMAIN}", service.name, service.namespace);
-        let mut spec = NameSpec { name: name.clone(), ttl: 5, ..NameSpec::default() };
+        let mut spec = NameSpec {
+            name: name.clone(),
+            ttl: 5,
+            ..NameSpec::default()
+        };
         for pod in &service.pods {
             let pod = scenario.pod(&format!("{}/{pod}", service.namespace))?;
             spec.ipv4.extend(pod.ipv4);
             spec.ipv6.extend(pod.ipv6);
             for ip in pod.addresses() {
-                names.push(NameSpec { name: zone::reverse(ip), ttl: 5, ptr: Some(name.clone()), ..NameSpec::default() });
+                names.push(NameSpec {
+                    name: zone::reverse(ip),
+                    ttl: 5,
+                    ptr: Some(name.clone()),
+                    ..NameSpec::default()
+                });
             }
         }
         names.push(spec);
     }
-    Ok(Zone { suffixes: product::suffixes(scenario), names, any_name: None })
+    Ok(Zone {
+        suffixes: product::suffixes(scenario),
+        names,
+        any_name: None,
+    })
 }
 
 /// Sums the samples of a metric in Prometheus's text format whose labels contain each of the given texts.

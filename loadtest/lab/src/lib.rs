@@ -8,10 +8,12 @@ pub mod admin;
 pub mod certs;
 pub mod lab;
 pub mod netns;
+pub mod probe;
 pub mod product;
 pub mod scenario;
 pub mod serve;
 pub mod state;
+pub mod story;
 pub mod world;
 
 pub use lab::{Lab, Mark, Options, Output, Place, Running};

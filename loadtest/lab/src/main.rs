@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use tidegate_lab::{Lab, Options, Scenario, serve, state};
+use tidegate_lab::{Lab, Options, Scenario, serve, state, story};
 
 /// A whole cluster in network namespaces on one machine.
 #[derive(Parser)]
@@ -56,6 +56,28 @@ enum Do {
         #[arg(long, conflicts_with = "name")]
         all: bool,
     },
+    /// Brings a lab up, plays the story in it, takes it down; fails on any surprise.
+    Demo {
+        /// Only these points, from 1 to 14.
+        #[arg(long)]
+        point: Vec<u8>,
+        /// Leaves the lab running afterwards, under the name `demo`.
+        #[arg(long)]
+        keep: bool,
+    },
+    /// Takes a lab down when a process has ended.
+    #[command(hide = true)]
+    Guard {
+        /// Name of the instance.
+        #[arg(long)]
+        name: String,
+        /// The process.
+        #[arg(long)]
+        pid: i32,
+        /// Its start time in clock ticks.
+        #[arg(long)]
+        started: u64,
+    },
     /// Serves what a file of the state folder says, in the namespace it is started in.
     #[command(hide = true)]
     Serve {
@@ -90,7 +112,13 @@ fn run(command: Do) -> Result<ExitCode> {
             if bare {
                 scenario.tidegate = None;
             }
-            let lab = Lab::up(scenario, &Options { name, ..Options::default() })?;
+            let lab = Lab::up(
+                scenario,
+                &Options {
+                    name,
+                    ..Options::default()
+                },
+            )?;
             show(&lab);
             println!("try: tidegate-lab exec --name {} POD -- COMMAND", lab.name());
             lab.detach();
@@ -110,12 +138,82 @@ fn run(command: Do) -> Result<ExitCode> {
         Do::Down { name, all } => {
             let names = if all { state::instances() } else { vec![name] };
             for name in names {
-                Lab::open(&name)?.down().with_context(|| format!("{name} did not go down cleanly"))?;
+                Lab::open(&name)?
+                    .down()
+                    .with_context(|| format!("{name} did not go down cleanly"))?;
+            }
+        }
+        Do::Demo { point, keep } => return demo(&point, keep),
+        Do::Guard { name, pid, started } => {
+            let process = state::Process {
+                name: "guarded".into(),
+                pid,
+                started,
+            };
+            while process.is_alive() {
+                std::thread::sleep(std::time::Duration::from_millis(100));
+            }
+            if state::instances().contains(&name) {
+                Lab::open(&name)?.down()?;
             }
         }
         Do::Serve { file } => serve::run(&file)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Plays the story; an interrupt takes the lab down too.
+fn demo(points: &[u8], keep: bool) -> Result<ExitCode> {
+    use nix::sys::signal::{SigSet, Signal};
+    let name = if keep {
+        "demo".to_owned()
+    } else {
+        Options::unique("demo").name
+    };
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGINT);
+    signals.add(Signal::SIGTERM);
+    // Blocked here, and so in every thread; children get an empty mask from the standard library.
+    signals.thread_block()?;
+    let watched = name.clone();
+    std::thread::spawn(move || {
+        if signals.wait().is_ok() {
+            if let Ok(lab) = Lab::open(&watched)
+                && let Err(e) = lab.down()
+            {
+                eprintln!("the lab {watched} did not go down cleanly: {e:#}");
+            }
+            std::process::exit(130);
+        }
+    });
+    let begun = std::time::Instant::now();
+    let mut lab = Lab::up(
+        Scenario::load(&demo_scenario())?,
+        &Options {
+            name,
+            ..Options::default()
+        },
+    )?;
+    println!(
+        "the lab is up after {:.1} s: {} pods on {} nodes, {} gateways",
+        begun.elapsed().as_secs_f32(),
+        lab.scenario().pods.len(),
+        lab.scenario().nodes.len(),
+        lab.scenario().gateways.len()
+    );
+    let surprises = story::play(&mut lab, points, true)?;
+    println!("{surprises} surprises, {:.1} s", begun.elapsed().as_secs_f32());
+    if keep {
+        println!("the lab stays: tidegate-lab exec --name demo POD -- COMMAND; tidegate-lab down --name demo");
+        lab.detach();
+    } else {
+        lab.down()?;
+    }
+    Ok(if surprises == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 /// One line for each process and pod.

@@ -42,8 +42,20 @@ pub fn enter_thread(netns: &str) -> io::Result<()> {
 pub fn own_resolv_conf(resolv_conf: &Path) -> io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     // Slave and not private: what is unmounted outside, as bpffs when the lab goes down, must go here too.
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)?;
-    mount(Some(resolv_conf), "/etc/resolv.conf", None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_SLAVE | MsFlags::MS_REC,
+        None::<&str>,
+    )?;
+    mount(
+        Some(resolv_conf),
+        "/etc/resolv.conf",
+        None::<&str>,
+        MsFlags::MS_BIND,
+        None::<&str>,
+    )?;
     Ok(())
 }
 
@@ -67,7 +79,9 @@ pub fn spawn(netns: &str, resolv_conf: Option<&Path>, command: &mut Command) -> 
         if let Some(resolv) = resolv_conf {
             own_resolv_conf(resolv).context("cannot mount resolv.conf")?;
         }
-        command.spawn().with_context(|| format!("cannot start {:?}", command.get_program()))
+        command
+            .spawn()
+            .with_context(|| format!("cannot start {:?}", command.get_program()))
     })?
 }
 

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use crate::certs::{Authority, Files};
-use crate::scenario::{CLUSTER_DOMAIN, Scenario, SYSTEM_NAMESPACE};
+use crate::scenario::{CLUSTER_DOMAIN, SYSTEM_NAMESPACE, Scenario};
 
 /// Where agents find gateways, on the gateway pod's own address.
 const CONTROL_PORT: u16 = 7443;
@@ -41,12 +41,16 @@ impl Layout {
 
     /// Configuration of a process.
     pub fn config(&self, name: &str) -> PathBuf {
-        self.folder.join("config").join(format!("{}.yaml", name.replace('/', ".")))
+        self.folder
+            .join("config")
+            .join(format!("{}.yaml", name.replace('/', ".")))
     }
 
     /// What a process wrote to its standard output and error.
     pub fn log(&self, name: &str) -> PathBuf {
-        self.folder.join("log").join(format!("{}.log", name.replace(['/', ' '], ".")))
+        self.folder
+            .join("log")
+            .join(format!("{}.log", name.replace(['/', ' '], ".")))
     }
 
     /// Audit records of a process.
@@ -90,7 +94,9 @@ pub fn write(scenario: &Scenario, layout: &Layout) -> Result<()> {
     if let Some(policies) = &scenario.policies {
         copy_policies(policies, &layout.manifests())?;
     }
-    let Some(tidegate) = &scenario.tidegate else { return Ok(()) };
+    let Some(tidegate) = &scenario.tidegate else {
+        return Ok(());
+    };
     let authority = Authority::new("tidegate-lab control")?;
     let ca = authority.write(&layout.ca(), "control", false)?;
     for node in &scenario.nodes {
@@ -100,7 +106,10 @@ pub fn write(scenario: &Scenario, layout: &Layout) -> Result<()> {
     }
     for gateway in &scenario.gateways {
         let tls = authority.sign(&layout.ca(), &format!("{}.gateway.tidegate", gateway.name), &ca)?;
-        let config = overlay(self::gateway(scenario, layout, &gateway.name, &gateway.node, &tls), &tidegate.gateway);
+        let config = overlay(
+            self::gateway(scenario, layout, &gateway.name, &gateway.node, &tls),
+            &tidegate.gateway,
+        );
         std::fs::write(layout.config(&gateway.name), yaml(&config)?)?;
     }
     Ok(())
@@ -110,7 +119,9 @@ pub fn write(scenario: &Scenario, layout: &Layout) -> Result<()> {
 fn copy_policies(from: &Path, to: &Path) -> Result<()> {
     for entry in std::fs::read_dir(from).with_context(|| format!("cannot read {}", from.display()))? {
         let path = entry?.path();
-        let yaml = path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
+        let yaml = path
+            .extension()
+            .is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
         if let (true, Some(name)) = (yaml, path.file_name()) {
             std::fs::copy(&path, to.join(name)).with_context(|| format!("cannot copy {}", path.display()))?;
         }
@@ -171,10 +182,17 @@ fn gateway(scenario: &Scenario, layout: &Layout, name: &str, node: &str, files: 
             Some(json!({"pool": pool.name, "ipv4": pair.ipv4, "gateway": owner}))
         })
         .collect();
-    let prefixes: Vec<String> =
-        scenario.nodes.iter().flat_map(|n| [n.pods.ipv4.to_string(), n.pods.ipv6.to_string()]).collect();
-    let resolvers: Vec<String> =
-        scenario.internet.resolvers.iter().map(|ip| std::net::SocketAddr::new(*ip, 53).to_string()).collect();
+    let prefixes: Vec<String> = scenario
+        .nodes
+        .iter()
+        .flat_map(|n| [n.pods.ipv4.to_string(), n.pods.ipv6.to_string()])
+        .collect();
+    let resolvers: Vec<String> = scenario
+        .internet
+        .resolvers
+        .iter()
+        .map(|ip| std::net::SocketAddr::new(*ip, 53).to_string())
+        .collect();
     json!({
         "name": name,
         "node": node,
@@ -216,9 +234,11 @@ pub fn suffixes(scenario: &Scenario) -> Vec<String> {
 
 /// A UID that is the same in every run: scopes are named by it.
 fn uid(kind: &str, name: &str) -> String {
-    let hash = format!("{kind}/{name}").bytes().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128, |h, b| {
-        (h ^ u128::from(b)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
-    });
+    let hash = format!("{kind}/{name}")
+        .bytes()
+        .fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128, |h, b| {
+            (h ^ u128::from(b)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
+        });
     let h = format!("{hash:032x}");
     format!("{}-{}-{}-{}-{}", &h[..8], &h[8..12], &h[12..16], &h[16..20], &h[20..])
 }
@@ -272,8 +292,11 @@ pub fn manifests(scenario: &Scenario) -> Result<Vec<(String, String)>> {
                 None => json!({"ipv4": pair.ipv4}),
             })
             .collect();
-        let allowed =
-            if pool.allowed_namespaces.is_empty() { json!({}) } else { json!({"matchLabels": pool.allowed_namespaces}) };
+        let allowed = if pool.allowed_namespaces.is_empty() {
+            json!({})
+        } else {
+            json!({"matchLabels": pool.allowed_namespaces})
+        };
         json!({
             "apiVersion": "tidegate.dev/v1alpha1", "kind": "EgressPool",
             "metadata": {"name": pool.name},
@@ -287,7 +310,11 @@ pub fn manifests(scenario: &Scenario) -> Result<Vec<(String, String)>> {
 }
 
 /// A Namespace manifest, with the UID that the lab always gives it.
-pub fn namespace_object(name: &str, labels: &BTreeMap<String, String>, annotations: &BTreeMap<String, String>) -> Value {
+pub fn namespace_object(
+    name: &str,
+    labels: &BTreeMap<String, String>,
+    annotations: &BTreeMap<String, String>,
+) -> Value {
     json!({
         "apiVersion": "v1", "kind": "Namespace",
         "metadata": {"name": name, "uid": uid("namespace", name), "labels": labels, "annotations": annotations},
@@ -314,7 +341,10 @@ mod tests {
 
     #[test]
     fn own_keys_are_laid_over() {
-        let keys = BTreeMap::from([("dns".to_owned(), json!({"graceSeconds": 1})), ("ping".to_owned(), json!(true))]);
+        let keys = BTreeMap::from([
+            ("dns".to_owned(), json!({"graceSeconds": 1})),
+            ("ping".to_owned(), json!(true)),
+        ]);
         let base = json!({"dns": {"graceSeconds": 60, "ttlMinSeconds": 30}, "name": "x"});
         let want = json!({"dns": {"graceSeconds": 1, "ttlMinSeconds": 30}, "name": "x", "ping": true});
         assert_eq!(overlay(base, &keys), want);

@@ -66,8 +66,14 @@ pub fn folder(name: &str) -> PathBuf {
 /// The names of all instances.
 pub fn instances() -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(ROOT)
-        .map(|entries| entries.flatten().filter_map(|e| e.file_name().into_string().ok()).collect())
+        .map(|entries| {
+            entries
+                .flatten()
+                .filter_map(|e| e.file_name().into_string().ok())
+                .collect()
+        })
         .unwrap_or_default();
+    names.retain(|n| !n.starts_with('.'));
     names.sort();
     names
 }
@@ -80,14 +86,29 @@ impl State {
     pub fn create(name: &str, scenario: Scenario) -> Result<Self> {
         let ok = !name.is_empty()
             && name.len() <= 32
-            && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+            && name
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
         ensure!(ok, "{name:?} is not a name for a lab: use a-z, 0-9 and '-', at most 32");
-        fs::create_dir_all(ROOT)?;
-        fs::create_dir(folder(name))
-            .with_context(|| format!("a lab called {name:?} is there already; `tidegate-lab down --name {name}` ends it"))?;
-        let state =
-            Self { name: name.into(), scenario, namespaces: Vec::new(), processes: Vec::new(), bpffs: None };
-        state.save()?;
+        let state = Self {
+            name: name.into(),
+            scenario,
+            namespaces: Vec::new(),
+            processes: Vec::new(),
+            bpffs: None,
+        };
+        // Made aside and renamed: there is never a folder without a state, whenever this process dies.
+        let made = Path::new(ROOT).join(format!(".{name}.{}", std::process::id()));
+        fs::create_dir_all(&made).with_context(|| format!("cannot make {}", made.display()))?;
+        fs::write(made.join("state.json"), serde_json::to_vec_pretty(&state)?)?;
+        if let Err(e) = fs::rename(&made, folder(name)) {
+            fs::remove_dir_all(&made)?;
+            ensure!(
+                !folder(name).exists(),
+                "a lab called {name:?} is there already; `tidegate-lab down --name {name}` ends it"
+            );
+            return Err(e.into());
+        }
         Ok(state)
     }
 
@@ -103,7 +124,10 @@ impl State {
 
     /// Writes the state in one step.
     pub fn save(&self) -> Result<()> {
-        replace(&folder(&self.name).join("state.json"), serde_json::to_string_pretty(self)?.as_bytes())
+        replace(
+            &folder(&self.name).join("state.json"),
+            serde_json::to_string_pretty(self)?.as_bytes(),
+        )
     }
 
     /// The network namespace of a place.
@@ -114,8 +138,14 @@ impl State {
     /// Makes a namespace, and writes it down first.
     pub fn make_namespace(&mut self, place: &str) -> Result<String> {
         let netns = self.netns(place);
-        ensure!(netns::inode(&netns).is_none(), "a network namespace {netns} is there already and not this lab's");
-        self.namespaces.push(Namespace { netns: netns.clone(), inode: None });
+        ensure!(
+            netns::inode(&netns).is_none(),
+            "a network namespace {netns} is there already and not this lab's"
+        );
+        self.namespaces.push(Namespace {
+            netns: netns.clone(),
+            inode: None,
+        });
         self.save()?;
         netns::create(&netns)?;
         if let Some(last) = self.namespaces.last_mut() {
@@ -130,7 +160,11 @@ impl State {
         let pid = i32::try_from(pid)?;
         let started = start_time(pid).with_context(|| format!("{name} ended at once"))?;
         self.processes.retain(|p| p.name != name);
-        self.processes.push(Process { name: name.into(), pid, started });
+        self.processes.push(Process {
+            name: name.into(),
+            pid,
+            started,
+        });
         self.save()
     }
 
@@ -142,8 +176,13 @@ impl State {
         let mut errors = Vec::new();
         let mut processes = self.processes.clone();
         // A crash between start and record leaves processes that only their environment betrays.
-        processes.extend(marked(&self.name).into_iter().filter(|m| !self.processes.iter().any(|p| p.pid == m.pid)));
+        processes.extend(
+            marked(&self.name)
+                .into_iter()
+                .filter(|m| !self.processes.iter().any(|p| p.pid == m.pid)),
+        );
         stop(&processes);
+        self.processes.iter().for_each(Process::reap);
         for namespace in self.namespaces.iter().rev() {
             match (netns::inode(&namespace.netns), namespace.inode) {
                 (Some(now), Some(then)) if now != then => {} // another's by now
@@ -155,7 +194,10 @@ impl State {
             && crate::lab::is_mount(bpffs)
         {
             let done = nix::mount::umount2(bpffs, nix::mount::MntFlags::MNT_DETACH);
-            errors.extend(done.with_context(|| format!("cannot unmount {}", bpffs.display())).err());
+            errors.extend(
+                done.with_context(|| format!("cannot unmount {}", bpffs.display()))
+                    .err(),
+            );
         }
         if errors.is_empty() {
             fs::remove_dir_all(folder(&self.name)).context("cannot remove the state folder")?;
@@ -203,12 +245,16 @@ impl Process {
         }
     }
 
+    /// Takes the status of an ended child; does nothing to a process that is not a child of this one.
+    pub fn reap(&self) {
+        // An error says that it is no child, or was taken before.
+        let _ = waitpid(Pid::from_raw(self.pid), Some(WaitPidFlag::WNOHANG));
+    }
+
     /// Waits until it has ended.
     pub fn wait(&self, limit: Duration) -> bool {
         let end = Instant::now() + limit;
         loop {
-            // Reaps it if it is ours; fails harmlessly if it is not.
-            let _ = waitpid(Pid::from_raw(self.pid), Some(WaitPidFlag::WNOHANG));
             if !self.is_alive() {
                 return true;
             }
@@ -237,7 +283,9 @@ pub fn stop(processes: &[Process]) {
 /// Processes whose environment says that this instance started them.
 fn marked(name: &str) -> Vec<Process> {
     let wanted = format!("{MARKER}={name}");
-    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
     entries
         .flatten()
         .filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok())
@@ -246,7 +294,13 @@ fn marked(name: &str) -> Vec<Process> {
             let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
             environment.split(|b| *b == 0).any(|v| v == wanted.as_bytes())
         })
-        .filter_map(|pid| Some(Process { name: "marked".into(), pid, started: start_time(pid)? }))
+        .filter_map(|pid| {
+            Some(Process {
+                name: "marked".into(),
+                pid,
+                started: start_time(pid)?,
+            })
+        })
         .collect()
 }
 
@@ -258,8 +312,15 @@ mod tests {
     fn a_process_is_told_from_another_with_its_id() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
-        let process = Process { name: "x".into(), pid, started: start_time(pid).unwrap() };
-        let other = Process { started: process.started + 1, ..process.clone() };
+        let process = Process {
+            name: "x".into(),
+            pid,
+            started: start_time(pid).unwrap(),
+        };
+        let other = Process {
+            started: process.started + 1,
+            ..process.clone()
+        };
         assert!(process.is_alive() && !other.is_alive());
         other.signal(Signal::SIGKILL);
         assert!(process.is_alive());
@@ -271,7 +332,11 @@ mod tests {
     #[test]
     fn marked_processes_are_found() {
         let name = format!("mark-{}", std::process::id());
-        let mut child = std::process::Command::new("sleep").arg("60").env(MARKER, &name).spawn().unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .env(MARKER, &name)
+            .spawn()
+            .unwrap();
         // The environment is the parent's until the child has called exec.
         let end = Instant::now() + Duration::from_secs(5);
         while marked(&name).is_empty() && Instant::now() < end {

@@ -64,7 +64,10 @@ pub fn acceptor(certificate: &Path, key: &Path) -> Result<TlsAcceptor> {
     let mut config = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()?
         .with_no_client_auth()
-        .with_cert_resolver(Arc::new(BySni { issuer, made: Mutex::default() }));
+        .with_cert_resolver(Arc::new(BySni {
+            issuer,
+            made: Mutex::default(),
+        }));
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
@@ -101,7 +104,9 @@ pub fn serve(port: u16, tls: Option<TlsAcceptor>) -> Result<()> {
 async fn requests<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, seen: serde_json::Value) -> std::io::Result<()> {
     let mut pending = Vec::new();
     loop {
-        let Some(head) = read_head(stream, &mut pending).await? else { return Ok(()) };
+        let Some(head) = read_head(stream, &mut pending).await? else {
+            return Ok(());
+        };
         let mut lines = head.split("\r\n");
         let mut request = lines.next().unwrap_or_default().split(' ');
         let (method, path) = (request.next().unwrap_or_default(), request.next().unwrap_or("/"));
@@ -113,7 +118,9 @@ async fn requests<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, seen: serde
         };
         let last = header("connection").is_some_and(|v| v.eq_ignore_ascii_case("close"));
         if path == "/stream" {
-            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n").await?;
+            stream
+                .write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n")
+                .await?;
             loop {
                 stream.write_all(b"tick\n").await?;
                 stream.flush().await?;
@@ -121,7 +128,8 @@ async fn requests<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, seen: serde
             }
         }
         if let Some(count) = path.strip_prefix("/bytes/").and_then(|n| n.parse::<u64>().ok()) {
-            let head = format!("HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent-Length: {count}\r\n\r\n");
+            let head =
+                format!("HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent-Length: {count}\r\n\r\n");
             stream.write_all(head.as_bytes()).await?;
             let block = [b'.'; 16 * 1024];
             let mut left = count;

@@ -1,0 +1,229 @@
+//! Points about the way of packets.
+
+use std::net::SocketAddr;
+
+use anyhow::Result;
+
+use super::{POOL_A, POOL_B, Story, bare, ip, named, of};
+use crate::probe::{self, FAMILIES, Family};
+use crate::world::METADATA;
+
+/// What a drop may be called when nothing was ever learnt about an address.
+const UNKNOWN: &[&str] = &["no-binding", "not-allowed"];
+
+/// 1: the first try works, and the source is the pool's from every node.
+pub fn allowed(s: &mut Story<'_>) -> Result<()> {
+    for pod in ["shop/web", "shop/worker", "shop/local"] {
+        for family in FAMILIES {
+            s.fetch(pod, family, "https://api.example.com/", of(POOL_A, family))?;
+        }
+    }
+    s.fetch(
+        "shop/web",
+        Family::V4,
+        "https://alias.example.com/",
+        of(POOL_A, Family::V4),
+    )?;
+    Ok(())
+}
+
+/// 3: never resolved.
+pub fn never_resolved(s: &mut Story<'_>) -> Result<()> {
+    for family in FAMILIES {
+        let counter = |s: &Story<'_>| -> Result<f64> {
+            let metrics = s.lab.metrics(&s.node("shop/web")?)?;
+            Ok(dropped_packets(&metrics, UNKNOWN))
+        };
+        let before = counter(s)?;
+        s.dropped("shop/web", named(family, 14, 443), UNKNOWN)?;
+        let counted = crate::lab::wait_for(std::time::Duration::from_secs(5), || {
+            counter(s).ok().filter(|now| *now > before)
+        });
+        let seen = counted.map_or("it stays".to_owned(), |now| format!("{before} to {now}"));
+        s.check("node-1", "the drop counter", "grows", seen, counted.is_some());
+    }
+    Ok(())
+}
+
+/// The sum of every counter whose labels name one of these reasons.
+fn dropped_packets(metrics: &str, reasons: &[&str]) -> f64 {
+    let samples = metrics.lines().filter(|l| !l.starts_with('#'));
+    let about = samples.filter(|l| reasons.iter().any(|r| l.contains(&format!("reason=\"{r}\""))));
+    about.filter_map(|l| l.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+}
+
+/// 4: resolved by another namespace only.
+pub fn resolved_by_another(s: &mut Story<'_>) -> Result<()> {
+    for family in FAMILIES {
+        s.fetch("billing/pay", family, "https://bank.example.com/", of(POOL_B, family))?;
+        s.dropped("shop/web", named(family, 15, 443), UNKNOWN)?;
+    }
+    Ok(())
+}
+
+/// 6: a port that no rule names.
+pub fn other_port(s: &mut Story<'_>) -> Result<()> {
+    for family in FAMILIES {
+        s.resolve("shop/web", family, "api.example.com")?;
+        s.dropped("shop/web", named(family, 10, 8443), &["not-allowed"])?;
+    }
+    Ok(())
+}
+
+/// 7: forwarded without inspection.
+pub fn forwarded(s: &mut Story<'_>) -> Result<()> {
+    for family in FAMILIES {
+        s.resolve("shop/web", family, "tcp.example.com")?;
+        s.echo("shop/web", named(family, 12, 7000), of(POOL_A, family))?;
+        s.resolve("shop/worker", family, "udp.example.com")?;
+        s.udp("shop/worker", named(family, 13, 7001), of(POOL_A, family))?;
+    }
+    Ok(())
+}
+
+/// 10: untouched and guarded pods.
+pub fn untouched(s: &mut Story<'_>) -> Result<()> {
+    for family in FAMILIES {
+        for pod in ["untouched/app", "shop/batch", "guarded/app"] {
+            let source = s.node_address(pod, family)?;
+            // A pod of a production namespace that no EgressPolicy selects is guarded by the platform's policies.
+            s.fetch(pod, family, "https://other.example.org/", source)?;
+        }
+        s.denied(
+            "guarded/app",
+            "secret.example.org",
+            family.record(),
+            &[],
+            &["denied-by-policy"],
+        )?;
+        s.dropped("guarded/app", bare(family, 66, 7000), &["denied-by-policy"])?;
+        let source = s.node_address("guarded/app", family)?;
+        s.echo("guarded/app", bare(family, 67, 7000), source)?;
+    }
+    Ok(())
+}
+
+/// 11: inside the cluster, and from outside.
+pub fn in_cluster(s: &mut Story<'_>) -> Result<()> {
+    for family in FAMILIES {
+        let own = s.pod_address("shop/web", family)?;
+        s.fetch("shop/web", family, "http://backend.untouched:8080/", own)?;
+        let other = s.pod_address("untouched/app", family)?;
+        s.fetch("untouched/app", family, "http://web.shop:8080/", other)?;
+        let to = SocketAddr::new(own, 8080);
+        let seen = probe::curl(&s.place("internet")?, family, &format!("http://{to}/"), &[]);
+        s.check(
+            "internet",
+            &format!("curl http://{to}/"),
+            "an answer",
+            seen.text(),
+            seen.exit == 0,
+        );
+        let seen = probe::datagram(&s.place("internet")?, SocketAddr::new(own, 7001), b"hello", true)?;
+        let text = if seen.is_some() { "echo" } else { "no answer" };
+        s.check(
+            "internet",
+            &format!("udp {own} port 7001"),
+            "echo",
+            text,
+            seen.is_some(),
+        );
+    }
+    let seen = s.resolve("shop/web", Family::V4, "no-such.shop.svc.cluster.local")?;
+    s.check(
+        "shop/web",
+        "dig no-such.shop.svc.cluster.local",
+        "NXDOMAIN",
+        seen.text(),
+        seen.status == "NXDOMAIN",
+    );
+    let name = crate::serve::zone::reverse(s.pod_address("shop/web", Family::V4)?);
+    let seen = probe::dig(&s.place("shop/web")?, &name, "PTR", &[]);
+    s.check(
+        "shop/web",
+        &format!("dig {name} PTR"),
+        "its service",
+        seen.text(),
+        seen.status == "NOERROR" && !seen.answers.is_empty(),
+    );
+    Ok(())
+}
+
+/// 13: ways round.
+pub fn ways_round(s: &mut Story<'_>) -> Result<()> {
+    for family in FAMILIES {
+        s.resolve("shop/worker", family, "tcp.example.com")?;
+        s.resolve("shop/worker", family, "udp.example.com")?;
+        // An address of its own making; the pod has root in its namespace.
+        let forged = family.pick("10.244.2.99", "fd00:10:244:2::99");
+        let length = family.pick(32, 128);
+        s.place("shop/worker")?
+            .run(&["ip", "addr", "replace", &format!("{forged}/{length}"), "dev", "lo"]);
+        let why = s.at_node("shop/worker", &["spoofed-source"], forged)?;
+        let url = format!("http://{}/", named(family, 12, 7000));
+        let seen = probe::curl(
+            &s.place("shop/worker")?,
+            family,
+            &url,
+            &["--interface", forged, "-m", "1"],
+        );
+        s.check_why(
+            "shop/worker",
+            &format!("curl --interface {forged} {url}"),
+            "no answer",
+            seen.text(),
+            seen.exit == 28,
+            &why,
+        );
+        s.place("shop/worker")?
+            .run(&["ip", "addr", "del", &format!("{forged}/{length}"), "dev", "lo"]);
+
+        // GRE by hand: the node must not let protocols out that nobody checks.
+        let to = named(family, 12, 0).ip();
+        let why = s.at_node("shop/worker", &["protocol"], to.to_string())?;
+        let target = family.pick(format!("IP4-SENDTO:{to}:47"), format!("IP6-SENDTO:[{to}]:47"));
+        let out = s
+            .place("shop/worker")?
+            .run(&["sh", "-c", &format!("printf tunnel | socat -u - '{target}'")]);
+        s.check_why(
+            "shop/worker",
+            &format!("GRE to {to}"),
+            "dropped",
+            format!("sent, exit {}", out.status),
+            out.status == 0,
+            &why,
+        );
+
+        let node = s.node_address("shop/web", family)?;
+        s.udp_dropped("shop/worker", SocketAddr::new(node, 8475), b"vxlan", &["tunnel-port"])?;
+        s.udp_dropped("shop/worker", named(family, 13, 7001), &[b'.'; 4000], &["fragment"])?;
+        s.dropped("shop/worker", named(family, 12, 853), &["encrypted-dns"])?;
+    }
+    s.dropped("shop/worker", SocketAddr::new(ip(METADATA), 80), &["metadata"])
+}
+
+/// 14: each pair's owner serves its own scopes.
+pub fn two_gateways(s: &mut Story<'_>) -> Result<()> {
+    for (pod, name, pool, gateway, other) in [
+        ("shop/web", "api.example.com", POOL_A, "gw-a", "gw-b"),
+        ("billing/ledger", "bank.example.com", POOL_B, "gw-b", "gw-a"),
+    ] {
+        for family in FAMILIES {
+            let mark = s.lab.mark();
+            s.fetch(pod, family, &format!("https://{name}/"), of(pool, family))?;
+            let namespace = pod.split('/').next().unwrap_or_default();
+            let about = |r: &serde_json::Value| r["namespace"] == namespace && r.to_string().contains(name);
+            let wrote = s.lab.wait_audit(&[gateway], &mark, about).is_some();
+            let stray = s.lab.audit(other, &mark)?.iter().any(about);
+            let seen = if !wrote {
+                "nothing"
+            } else if stray {
+                "both"
+            } else {
+                gateway
+            };
+            s.check(pod, &format!("who recorded {name}"), gateway, seen, wrote && !stray);
+        }
+    }
+    Ok(())
+}
