@@ -39,7 +39,8 @@ pub struct RelayConfig {
     pub reply_mark: u32,
     /// Where the original destination is found.
     pub destination: Destination,
-    /// Source ports of upstream connections, disjoint from those of the kernel's SNAT; absent for the kernel's own range.
+    /// Source ports of upstream connections, disjoint from those of the kernel's SNAT and within
+    /// net.ipv4.ip_local_port_range, outside of which the kernel ignores them; absent for that whole range.
     pub ports: Option<RangeInclusive<u16>>,
     /// How long a client may take for its hello, and for a second one after a HelloRetryRequest.
     pub hello_timeout: Duration,
@@ -90,6 +91,14 @@ pub enum Error {
     /// A thread or its runtime could not be made.
     #[error("cannot start a relay thread")]
     Thread(#[source] io::Error),
+    /// The kernel would ignore `ports`.
+    #[error("ports {wanted:?} are not within net.ipv4.ip_local_port_range, {kernel:?}")]
+    Ports {
+        /// What was asked for.
+        wanted: RangeInclusive<u16>,
+        /// What the network namespace gives.
+        kernel: RangeInclusive<u16>,
+    },
     /// `listen` is empty or `threads` is 0.
     #[error("a relay needs at least one thread and one address")]
     Nothing,

@@ -48,10 +48,16 @@ impl Relay {
     /// recorder must be installed before.
     ///
     /// # Errors
-    /// If a listener cannot be made (a port in use, or CAP_NET_ADMIN missing), or a thread.
+    /// If a listener cannot be made (a port in use, or CAP_NET_ADMIN missing), or a thread, or if the
+    /// configuration cannot hold.
     pub fn start<C: Check>(config: RelayConfig, check: Arc<C>, emit: Arc<dyn Emit>) -> Result<Self, Error> {
         if config.threads == 0 || config.listen.is_empty() {
             return Err(Error::Nothing);
+        }
+        if let (Some(wanted), Some(kernel)) = (&config.ports, socket::namespace_ports())
+            && !(wanted.start() <= wanted.end() && kernel.contains(wanted.start()) && kernel.contains(wanted.end()))
+        {
+            return Err(Error::Ports { wanted: wanted.clone(), kernel });
         }
         let mut addresses = config.listen.clone();
         let mut listeners: Vec<Vec<TcpListener>> = Vec::new();

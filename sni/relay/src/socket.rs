@@ -75,6 +75,13 @@ pub(crate) fn upstream(to: SocketAddr, egress: Egress, ports: Option<&RangeInclu
     Ok(TcpSocket::from_std_stream(socket.into()))
 }
 
+/// The ports that this thread's network namespace gives to outgoing connections, if it says so.
+pub(crate) fn namespace_ports() -> Option<RangeInclusive<u16>> {
+    let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").ok()?;
+    let mut numbers = text.split_whitespace().map(str::parse);
+    Some(numbers.next()?.ok()?..=numbers.next()?.ok()?)
+}
+
 /// Whether this kernel can keep a socket to a range of ports; without it the namespace's own range holds.
 pub(crate) fn has_local_ports() -> bool {
     let any = [SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)), SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0))];

@@ -142,7 +142,11 @@ impl Lab {
         let events = Arc::new(Mutex::new(Vec::new()));
         let asked = Arc::new(Mutex::new(SocketAddr::from(([127, 0, 0, 1], 1))));
         let map = asked.clone();
-        let config = RelayConfig { destination: Destination::Mapped(Arc::new(move |_, _| *map.lock())), ..config };
+        let destination = match config.transparent {
+            true => Destination::Local,
+            false => Destination::Mapped(Arc::new(move |_, _| *map.lock())),
+        };
+        let config = RelayConfig { destination, ..config };
         let sink = events.clone();
         let relay = Relay::start(config, table.clone(), Arc::new(move |e: Event| sink.lock().push(e))).unwrap();
         Self { relay, table, events, asked }

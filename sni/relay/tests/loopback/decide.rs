@@ -8,8 +8,8 @@ use crate::common::*;
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::ServerName;
 use tidegate_policy::Reason;
-use tidegate_policy::event::{Verdict, What};
-use tidegate_sni::RelayConfig;
+use tidegate_policy::event::{Event, Verdict, What};
+use tidegate_sni::{Error, Relay, RelayConfig};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -250,11 +250,20 @@ async fn the_upstream_leg_leaves_from_the_egress_address_and_the_range() {
     }
     for stream in &streams {
         let client = stream.get_ref().0.local_addr().unwrap();
-        let of = |e: &tidegate_policy::event::Event| matches!(e.what, What::Open { client: c, .. } if c == client);
+        let of = |e: &Event| matches!(e.what, What::Open { client: c, .. } if c == client);
         let What::Open { egress, actual, .. } = lab.event(of).await.what else { unreachable!() };
         let egress = egress.unwrap();
         assert_eq!((egress.ip(), actual), (source, Some(server)));
         assert!((42_000..=42_063).contains(&egress.port()), "{egress}");
+    }
+}
+
+#[test]
+fn ports_that_the_kernel_would_ignore_are_refused() {
+    for ports in [1024..=2047, 60_000..=65_535, std::ops::RangeInclusive::new(50_000, 40_000)] {
+        let config = RelayConfig { ports: Some(ports), ..config() };
+        let started = Relay::start(config, Arc::new(Table::default()), Arc::new(|_: Event| {}));
+        assert!(matches!(started, Err(Error::Ports { .. })));
     }
 }
 
