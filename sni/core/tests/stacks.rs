@@ -1,4 +1,5 @@
 //! Hellos of a real TLS stack, and what two other parsers say of the same bytes.
+#![allow(clippy::unwrap_used, reason = "clippy.toml allows it in test functions, not in their helpers")]
 
 use std::sync::Arc;
 

@@ -126,12 +126,18 @@ impl<'a> Flow<'a> {
         }
     }
 
-    /// Sends the judged `hello` and what already followed it, then moves bytes until both sides have
+    /// Sends the judged hello, the first `first` octets of `bytes`, and what already followed it, then moves bytes until both sides have
     /// ended their data. Sockets keep resetting on close unless that end was clean.
     ///
     /// # Errors
     /// How it ended otherwise.
-    pub async fn run(&self, hello: &[u8], followed: &[u8], hello_timeout: Duration, idle: Duration) -> Result<(), End> {
+    pub async fn run(
+        &self,
+        mut bytes: Vec<u8>,
+        first: usize,
+        hello_timeout: Duration,
+        idle: Duration,
+    ) -> Result<(), End> {
         let up =
             Way { from: self.client, to: self.upstream, count: &self.entry.sent, total: &self.metrics.sent, up: true };
         let down = Way {
@@ -142,10 +148,11 @@ impl<'a> Flow<'a> {
             up: false,
         };
         let moving = async {
-            let mut first = hello.to_vec();
-            self.gate.lock().client(followed, &mut first).map_err(End::Refused)?;
-            up.write(&first).await?;
-            drop(first);
+            let followed = bytes.split_off(first);
+            self.gate.lock().client(&followed, &mut bytes).map_err(End::Refused)?;
+            up.write(&bytes).await?;
+            // The flow may live for hours.
+            drop((bytes, followed));
             tokio::try_join!(self.direction(up), self.direction(down)).map(drop)
         };
         tokio::select! {

@@ -11,6 +11,8 @@
 //! connection never changes threads. Sockets are set to reset on close from the first moment on, so
 //! that whatever goes wrong, even the death of the process, never looks like the end of the data.
 
+#![deny(unsafe_code)]
+
 mod config;
 mod connect;
 mod flow;

@@ -159,8 +159,7 @@ impl<C: Check> Shared<C> {
         self.opened(entry, upstream.local_addr().ok().map(canonical), rule.clone());
         *opened = Some(Opened { rule });
         let flow = Flow::new(client, &upstream, entry, &self.metrics, Gate::new(hello.clone()));
-        let (hello, followed) = bytes.split_at(first);
-        flow.run(hello, followed, self.config.hello_timeout, self.config.idle).await.map_err(Stop::Ended)
+        flow.run(bytes, first, self.config.hello_timeout, self.config.idle).await.map_err(Stop::Ended)
     }
 
     /// Where the relay may go: the asked address first, then others that are bound to the name.

@@ -88,6 +88,7 @@ pub(crate) fn has_local_ports() -> bool {
     any.into_iter().any(|a| stream_socket(a).is_ok_and(|s| local_ports(&s, &(32768..=60999)).is_ok()))
 }
 
+#[allow(unsafe_code)]
 fn local_ports(socket: &Socket, ports: &RangeInclusive<u16>) -> io::Result<()> {
     let value = u32::from(*ports.end()) << 16 | u32::from(*ports.start());
     // SAFETY: `value` lives through the call and its size is passed; the descriptor is open, for `socket` is borrowed.

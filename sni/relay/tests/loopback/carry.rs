@@ -68,7 +68,11 @@ async fn plain_pair(lab: &Lab) -> (TcpStream, TcpStream) {
     (client, soon(server).await.unwrap())
 }
 
-async fn both_ways(lab: &Lab, bytes: usize) {
+/// Sends so many bytes both ways, and returns how often a pipe was wanted and could not be had.
+async fn both_ways(config: RelayConfig, bytes: usize) -> u64 {
+    let counters = Counters::default();
+    let lab = metrics::with_local_recorder(&counters, || Lab::with(config));
+    let lab = &lab;
     let (client, server) = plain_pair(lab).await;
     let (up, down) = (pattern(bytes, 3), pattern(bytes + 11, 5));
     let ends = |stream: TcpStream, say: Vec<u8>, hear: Vec<u8>| async move {
@@ -90,16 +94,17 @@ async fn both_ways(lab: &Lab, bytes: usize) {
     assert_eq!(close.reason, Reason::Allowed);
     let hello = hello("a.example").len();
     assert_eq!(counts(close.what), ((bytes + hello) as u64, (bytes + 12) as u64));
+    counters.get(&format!("{} ", metric::NO_PIPE))
 }
 
 #[tokio::test]
 async fn fifty_mebibytes_both_ways_intact_and_counted() {
-    both_ways(&Lab::new(), 50 * MIB).await;
+    assert_eq!(both_ways(config(), 50 * MIB).await, 0);
 }
 
 #[tokio::test]
 async fn without_pipes_the_buffer_does_it() {
-    both_ways(&Lab::with(RelayConfig { pipes: 0, ..config() }), 5 * MIB).await;
+    assert!(both_ways(RelayConfig { pipes: 0, ..config() }, 5 * MIB).await > 0);
 }
 
 #[tokio::test]
