@@ -9,12 +9,18 @@ use tidegate_lab::product::{self, Layout};
 fn the_demos_manifests_have_no_errors() {
     let scenario = Scenario::load(concat!(env!("CARGO_MANIFEST_DIR"), "/../scenarios/demo.yaml").as_ref()).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let layout = Layout { folder: folder.path().into() };
+    let layout = Layout {
+        folder: folder.path().into(),
+    };
     layout.create().unwrap();
     product::write(&scenario, &layout).unwrap();
     let loaded = Reader::new(layout.manifests()).reload();
-    let errors: Vec<String> =
-        loaded.problems.iter().filter(|p| matches!(p.severity, Severity::Error | Severity::Refused)).map(|p| format!("{p:?}")).collect();
+    let errors: Vec<String> = loaded
+        .problems
+        .iter()
+        .filter(|p| matches!(p.severity, Severity::Error | Severity::Refused))
+        .map(|p| format!("{p:?}"))
+        .collect();
     assert!(errors.is_empty(), "{}", errors.join("\n"));
     let objects = &loaded.objects;
     assert_eq!(objects.namespaces.len(), scenario.namespaces.len());

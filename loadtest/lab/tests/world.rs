@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tidegate_lab::probe::{self, Echo, FAMILIES, Family};
 use tidegate_lab::scenario::NameSpec;
-use tidegate_lab::{Lab, Options, Scenario, state};
+use tidegate_lab::{Lab, Options, Scenario, state, story};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_tidegate-lab");
 const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../scenarios/demo.yaml");
@@ -298,4 +298,17 @@ fn commands_run_in_a_pod_with_its_resolver() {
     assert!(running.is_alive());
     lab.down().unwrap();
     assert_eq!(running.wait(Duration::from_secs(2)).map(|code| code >= 128), Some(true));
+}
+
+#[test]
+fn the_story_tells_a_world_with_the_product_from_one_without() {
+    let mut lab = up(bare());
+    // In-cluster traffic is the same in both; all that is about denying or about egress addresses must be surprised.
+    story::hold(&mut lab, 11).unwrap();
+    for point in 1..=7 {
+        assert!(
+            story::play(&mut lab, &[point], true).unwrap() > 0,
+            "point {point} holds without the product"
+        );
+    }
 }

@@ -249,9 +249,9 @@ impl Story<'_> {
             return (false, None);
         };
         let at: Vec<&str> = why.at.iter().map(String::as_str).collect();
-        let about = |r: &Value| {
-            r["namespace"] == *pod.namespace && r["pod"] == *pod.name && r.to_string().contains(&why.needle)
-        };
+        // A forged source belongs to nobody: such a record names no pod.
+        let whose = |r: &Value| r["namespace"].is_null() || r["namespace"] == *pod.namespace && r["pod"] == *pod.name;
+        let about = |r: &Value| whose(r) && r.to_string().contains(&why.needle);
         let fits = |r: &Value| about(r) && r["reason"].as_str().is_some_and(|x| why.reasons.contains(&x));
         let writer = why.at.join(" or ");
         if let Some(record) = self.lab.wait_audit(&at, &why.mark, fits) {
