@@ -1,1 +1,17 @@
-//! placeholder
+//! What kernel and host share: map layouts, packet parsing and the verdict.
+//!
+//! The crate is `no_std`, allocates nothing and has no dependency in the
+//! kernel. [`verdict::verdict`] is generic over [`verdict::Tables`], so the
+//! very same code runs in the kernel programs, in host tests and in models.
+#![no_std]
+#![deny(unsafe_code)]
+
+pub mod code;
+pub mod layout;
+pub mod packet;
+pub mod verdict;
+
+pub use code::{Code, Hook, Outcome};
+pub use layout::Addr;
+pub use packet::{Bytes, Packet, Parsed};
+pub use verdict::{Action, Decision, Tables, verdict};

@@ -1,2 +1,44 @@
-//! placeholder
+//! The kernel programs: tcx classifiers around the one verdict of `tidegate-ebpf-common`.
+//!
+//! | program | hook | on |
+//! |---|---|---|
+//! | `pod_egress`, `pod_ingress` | ingress, egress | host side of a pod's veth |
+//! | `node_guard`, `uplink_ingress` | egress, ingress | uplinks |
+//! | `tunnel_ingress` | ingress | `tgn` |
+//! | `gateway_return` | ingress | `tgq` |
+//! | `uplink_egress` | ingress | `tgh` |
+//! | `gateway_ingress` | ingress | `tgp`, inside the gateway's namespace |
+//!
+//! For any other target than BPF this is an empty binary, so that host tools can build the workspace.
+#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+
+#[cfg(target_arch = "bpf")]
+mod answer;
+#[cfg(target_arch = "bpf")]
+mod gateway;
+#[cfg(target_arch = "bpf")]
+mod maps;
+#[cfg(target_arch = "bpf")]
+mod node;
+#[cfg(target_arch = "bpf")]
+mod skb;
+#[cfg(target_arch = "bpf")]
+mod tables;
+#[cfg(target_arch = "bpf")]
+mod uplink;
+
+#[cfg(not(target_arch = "bpf"))]
 fn main() {}
+
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    // The verifier refuses a program that could come here.
+    loop {}
+}
+
+/// Some helpers are only for programs under a licence that the kernel calls compatible.
+#[cfg(target_arch = "bpf")]
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,522 @@
+//! The verdict on a packet that a pod sends: the steps 0 to 12 in their order.
+//!
+//! ```text
+//!  0 untouched interface   4 tunnel port      8 built-in denies
+//!  1 not IP                5 known flow       9 protocol
+//!  2 malformed, fragment   6 DNS             10 fact and grant
+//!  3 source                7 cluster set     11 prefixes
+//!                                            12 the group's default
+//! ```
+
+use crate::code::Code;
+use crate::layout::{
+    Addr, CHAIN, DnsKey, Endpoint, Fact, FactKey, FlowKey, GrantKey, Group, PortSet, Prefix, PrefixKey, Range,
+    STALE_NS, Scope, config, endpoint, flow, group, iface, prefix_key, via,
+};
+use crate::packet::{Packet, Parsed, mark, proto};
+
+/// What [`verdict`] looks things up in.
+pub trait Tables {
+    /// Whether this is a gateway: packets were steered already, so that nothing can pass un-steered.
+    const GATEWAY: bool;
+
+    /// The coarse monotonic clock in nanoseconds.
+    fn now_ns(&self) -> u64;
+    /// The tunnel's UDP port.
+    fn tunnel_port(&self) -> u16;
+    /// [`config`] flags.
+    fn flags(&self) -> u32;
+    /// First and last port on node addresses that is outside the cluster set.
+    fn node_ports(&self) -> (u16, u16);
+    /// The interface's [`iface`] kind, 0 if it is not known.
+    fn interface(&self, ifindex: u32) -> u16;
+    /// An endpoint.
+    fn endpoint(&self, addr: &Addr) -> Option<&Endpoint>;
+    /// A group.
+    fn group(&self, id: u32) -> Option<&Group>;
+    /// A scope.
+    fn scope(&self, id: u32) -> Option<&Scope>;
+    /// Whether a gateway with this id is known.
+    fn gateway(&self, id: u32) -> bool;
+    /// When the gateway's last heartbeat was written (nanoseconds), 0 if never.
+    fn heartbeat(&self, id: u32) -> u64;
+    /// Whether this is a node's address.
+    fn node(&self, addr: &Addr) -> bool;
+    /// Whether the longest-match lookup finds the key in the cluster set.
+    fn cluster(&self, key: &PrefixKey) -> bool;
+    /// Whether this is an endpoint of the cluster DNS.
+    fn cluster_dns(&self, key: &DnsKey) -> bool;
+    /// A fact.
+    fn fact(&self, key: &FactKey) -> Option<&Fact>;
+    /// Notes that the fact carries a packet (gateways).
+    fn carried(&self, key: &FactKey, now: u32);
+    /// The port set of a grant.
+    fn grant(&self, key: &GrantKey) -> Option<u32>;
+    /// An entry of the port sets.
+    fn portset(&self, id: u32) -> Option<&PortSet>;
+    /// [`scan`]; the kernel gives it a function of its own, which the verifier walks once.
+    fn ports(&self, set: u32, question: u32) -> u8 {
+        scan(self, set, question)
+    }
+    /// The longest match in a prefix set.
+    fn prefix(&self, key: &PrefixKey) -> Option<&Prefix>;
+    /// Flags of a flow, 0 if it is not known; a known flow was seen at `now`.
+    fn flow(&self, key: &FlowKey, now: u32) -> u32;
+    /// Remembers a flow within its endpoint's budget; false if that is used up.
+    fn remember(&self, key: &FlowKey, flags: u32, now: u32) -> bool;
+}
+
+/// What to do with the packet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Action {
+    /// It goes on, and may leave the node (it gets the mark).
+    #[default]
+    Pass,
+    /// It goes on as if Tidegate were not there.
+    Ignore,
+    /// To the owner of its scope.
+    Steer,
+    /// Dropped.
+    Drop,
+}
+
+/// The verdict.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Decision {
+    /// What to do.
+    pub action: Action,
+    /// Why.
+    pub code: u8,
+    /// How it is carried, one of [`via`], if it is steered.
+    pub via: u8,
+    /// Whether an event is due: every drop, would-be drops of audit, first packets.
+    pub report: bool,
+    /// Whether the packet passed although enforcement would drop it.
+    pub audit: bool,
+    /// The scope, 0 if it has none.
+    pub scope: u32,
+    /// The owner of the scope if the action is [`Action::Steer`], 0 at a gateway.
+    pub owner: u32,
+}
+
+impl Decision {
+    #[inline(always)]
+    fn set(&mut self, action: Action, code: Code) {
+        self.action = action;
+        self.code = code as u8;
+        self.report = matches!(action, Action::Drop);
+    }
+
+    #[inline(always)]
+    fn drop(&mut self, code: Code) {
+        self.set(Action::Drop, code);
+    }
+}
+
+/// Seconds of the coarse clock.
+#[inline(always)]
+pub const fn seconds(ns: u64) -> u32 {
+    (ns / 1_000_000_000) as u32
+}
+
+/// Whether `addr` with `port` belongs to the cluster set (step 7).
+#[inline(always)]
+pub fn in_cluster<T: Tables>(t: &T, addr: &Addr, proto: u8, port: u16) -> bool {
+    if t.node(addr) {
+        let (lo, hi) = t.node_ports();
+        return !(matches!(proto, proto::TCP | proto::UDP) && port >= lo && port <= hi);
+    }
+    t.cluster(&prefix_key(0, *addr))
+}
+
+/// Whether this is neighbour discovery or listener reporting that cannot leave the link
+/// (RFC 4861, section 6.1: hop limit 255; RFC 3810). Router advertisements and redirects are a router's.
+#[inline(always)]
+fn on_link<T: Tables>(p: &Packet, t: &T) -> bool {
+    if !p.is_v6() || p.proto != proto::ICMP6 || p.has(mark::LATER_FRAGMENT | mark::FIRST_FRAGMENT | mark::DETOUR) {
+        return false;
+    }
+    let multicast = p.dst.head() == 0xff02;
+    match p.flags {
+        133 | 135 | 136 => {
+            p.hops == 255 && (multicast || p.dst.head() & 0xffc0 == 0xfe80 || in_cluster(t, &p.dst, p.proto, 0))
+        }
+        131 | 132 | 143 => multicast,
+        _ => false,
+    }
+}
+
+/// What a port set is asked, in one word: port, protocol, and whether any allowed port counts (ICMP).
+#[inline(always)]
+pub const fn question(p: &Packet) -> u32 {
+    p.dport as u32 | (p.proto as u32) << 16 | (p.is_icmp() as u32) << 24
+}
+
+/// The [`via`] that the port set `set` answers, [`via::NONE`] if it decides nothing.
+#[inline(always)]
+pub fn scan<T: Tables + ?Sized>(t: &T, set: u32, question: u32) -> u8 {
+    let (port, proto, icmp) = (question as u16, (question >> 16) as u8, question >> 24 != 0);
+    let mut id = set;
+    for _ in 0..CHAIN {
+        let Some(entry) = t.portset(id) else { return via::NONE };
+        for r in &entry.ranges {
+            let Range { lo, hi, proto: of, via } = *r;
+            if via == via::NONE {
+                return via::NONE;
+            }
+            if icmp {
+                if via == via::PASS {
+                    return via;
+                }
+                if via != via::DENY {
+                    return via::FORWARD;
+                }
+            } else if of == proto && port >= lo && port <= hi {
+                return via;
+            }
+        }
+        id = entry.next;
+        if id == 0 {
+            return via::NONE;
+        }
+    }
+    via::NONE
+}
+
+/// What a prefix set says of the packet.
+#[inline(always)]
+fn prefixes<T: Tables>(t: &T, set: u32, p: &Packet) -> u8 {
+    if set == 0 {
+        return via::NONE;
+    }
+    match t.prefix(&prefix_key(set, p.dst)) {
+        Some(found) => t.ports(found.ports, question(p)),
+        None => via::NONE,
+    }
+}
+
+/// Addresses that give credentials away, or that never leave the link (step 8).
+#[inline(always)]
+fn is_metadata(addr: &Addr) -> bool {
+    const AWS6: Addr = Addr::from_ip(core::net::IpAddr::V6(core::net::Ipv6Addr::new(
+        0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254,
+    )));
+    const GCP6: Addr = Addr::from_ip(core::net::IpAddr::V6(core::net::Ipv6Addr::new(
+        0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254,
+    )));
+    const ALIBABA: Addr = Addr::from_ip(core::net::IpAddr::V4(core::net::Ipv4Addr::new(100, 100, 100, 200)));
+    const AZURE: Addr = Addr::from_ip(core::net::IpAddr::V4(core::net::Ipv4Addr::new(168, 63, 129, 16)));
+    if is_link_local(addr) {
+        return true;
+    }
+    *addr == ALIBABA || *addr == AZURE || *addr == AWS6 || *addr == GCP6
+}
+
+/// 169.254.0.0/16 (RFC 3927), fe80::/10 and link-local multicast (RFC 4291).
+#[inline(always)]
+fn is_link_local(addr: &Addr) -> bool {
+    let head = addr.head();
+    if addr.is_v4() {
+        head == 0xa9fe
+    } else {
+        head & 0xffc0 == 0xfe80 || head == 0xff02
+    }
+}
+
+/// Whether a cluster policy accepts a built-in deny: its prefix lies inside what is denied, so that
+/// an accepted default route does not open the metadata service.
+#[inline(always)]
+fn accepts<T: Tables>(t: &T, set: u32, p: &Packet, metadata: bool) -> bool {
+    if set == 0 {
+        return false;
+    }
+    let Some(found) = t.prefix(&prefix_key(set, p.dst)) else {
+        return false;
+    };
+    let least = match (metadata, is_link_local(&p.dst), p.is_v6()) {
+        (false, ..) => 1,
+        (true, true, false) => 16,
+        (true, true, true) => 10,
+        (true, false, false) => 32,
+        (true, false, true) => 128,
+    };
+    found.len >= least && !matches!(t.ports(found.ports, question(p)), via::NONE | via::DENY)
+}
+
+/// The flow that the packet belongs to, as seen from the pod that sends it.
+#[inline(always)]
+pub fn flow_key(p: &Packet) -> FlowKey {
+    FlowKey {
+        pod: p.src,
+        peer: p.dst,
+        pod_port: p.sport,
+        peer_port: p.dport,
+        proto: p.proto as u32,
+    }
+}
+
+/// Decides about a packet that entered by `ifindex`.
+#[inline(always)]
+pub fn verdict<T: Tables>(parsed: Parsed, p: &Packet, ifindex: u32, t: &T, out: &mut Decision) {
+    *out = Decision::default();
+    // Step 0.
+    let kind = if T::GATEWAY {
+        iface::ENDPOINT
+    } else {
+        t.interface(ifindex)
+    };
+    if kind == iface::UNTOUCHED {
+        return untouched(parsed, p, t, out);
+    }
+    // Step 1.
+    match parsed {
+        Parsed::Ip => {}
+        Parsed::Arp => return out.set(Action::Ignore, Code::Allowed),
+        Parsed::NotIp if kind == iface::ENDPOINT || t.flags() & config::DROP_UNKNOWN != 0 => {
+            return out.drop(Code::Protocol);
+        }
+        Parsed::Malformed if kind == iface::ENDPOINT => return out.drop(Code::Malformed),
+        _ => return untouched(parsed, p, t, out),
+    }
+    if !T::GATEWAY && on_link(p, t) {
+        return out.set(Action::Ignore, Code::Allowed);
+    }
+    // An interface that nobody announced yet: an endpoint's packets meet the source check below, strangers the guard.
+    let Some(ep) = t.endpoint(&p.src) else {
+        if kind == iface::ENDPOINT {
+            // Steps 2 and 3.
+            return out.drop(if p.has(mark::DETOUR) {
+                Code::Malformed
+            } else {
+                Code::SpoofedSource
+            });
+        }
+        if t.flags() & config::DROP_UNKNOWN != 0 {
+            return out.drop(Code::UnknownPod);
+        }
+        return untouched(parsed, p, t, out);
+    };
+    if ep.flags & endpoint::TOUCHED == 0 && kind != iface::ENDPOINT {
+        return untouched(parsed, p, t, out);
+    }
+    let isolated = ep.flags & endpoint::ISOLATED != 0;
+    let (flags, admin, own, drain) = match t.group(ep.group) {
+        Some(g) => (g.flags, g.admin, g.own, g.drain),
+        None => (0, 0, 0, 0),
+    };
+    let audit = !T::GATEWAY && flags & group::AUDIT != 0;
+    out.scope = ep.scope;
+    let now_ns = t.now_ns();
+    let now = seconds(now_ns);
+
+    // Step 2.
+    if p.has(mark::DETOUR) {
+        return out.drop(Code::Malformed);
+    }
+    let later = p.has(mark::LATER_FRAGMENT);
+    let cluster = in_cluster(t, &p.dst, p.proto, p.dport);
+    if later && !cluster && isolated && !audit {
+        return out.drop(Code::Fragment);
+    }
+    // Step 3.
+    if !T::GATEWAY && ep.ifindex != ifindex {
+        return out.drop(Code::SpoofedSource);
+    }
+    // Step 4.
+    if p.proto == proto::UDP && !later && p.dport == t.tunnel_port() {
+        return out.drop(Code::TunnelPort);
+    }
+    // Step 5. Echo requests and TCP SYNs start something new, whatever was there before.
+    let key = flow_key(p);
+    let known = if later || p.is_syn() || p.is_echo_request() {
+        0
+    } else {
+        t.flow(&key, now)
+    };
+    if !T::GATEWAY && (known & flow::OUTSIDE != 0 || (known & flow::AUDIT != 0 && (audit || now < drain))) {
+        return out.set(Action::Pass, Code::Allowed);
+    }
+    // Step 6.
+    let transport = matches!(p.proto, proto::TCP | proto::UDP) && !later;
+    if transport
+        && (p.dport == 53
+            || t.cluster_dns(&DnsKey {
+                addr: p.dst,
+                port: p.dport as u32,
+            }))
+    {
+        out.owner = owner(t, ep.scope);
+        if T::GATEWAY || out.owner != 0 {
+            out.via = via::DNS;
+            return out.set(Action::Steer, Code::Allowed);
+        }
+        if isolated && !audit {
+            return out.drop(Code::NoGateway);
+        }
+        return out.set(Action::Pass, Code::Allowed);
+    }
+    // Step 7.
+    if cluster {
+        return if T::GATEWAY {
+            out.drop(Code::NotAllowed)
+        } else {
+            out.set(Action::Pass, Code::Allowed)
+        };
+    }
+    policy(p, t, ep, isolated, admin, own, known, now, out);
+    if out.action == Action::Drop && is_miss(out.code) && !T::GATEWAY && isolated && !audit && !later {
+        // The gateway may know more than this node was told.
+        let gateway = owner(t, ep.scope);
+        if gateway != 0 && now_ns.saturating_sub(t.heartbeat(gateway)) > STALE_NS {
+            out.via = via::NONE;
+            out.set(Action::Steer, Code::Allowed);
+        }
+    }
+    if out.action == Action::Steer && !T::GATEWAY && !audit {
+        out.owner = owner(t, ep.scope);
+        if out.owner == 0 {
+            if isolated {
+                out.drop(Code::NoGateway);
+            } else {
+                out.set(Action::Pass, Code::Allowed);
+            }
+        }
+    }
+    if out.action == Action::Pass && T::GATEWAY {
+        out.drop(Code::NotAllowed);
+    }
+    if audit {
+        out.audit = out.action == Action::Drop;
+        out.action = Action::Pass;
+        out.report = true;
+        if (transport || p.is_echo_request()) && !t.remember(&key, flow::AUDIT, now) && !out.audit {
+            // Without a place in the table every packet would be reported.
+            out.report = p.is_syn();
+        }
+    } else if out.action == Action::Steer && p.proto == proto::UDP && known == 0 && out.via != via::NONE {
+        // A first packet; at a gateway it is worth a record.
+        let placed = t.remember(&key, flow::STEERED, now);
+        out.report = T::GATEWAY && placed;
+    } else if out.action == Action::Steer {
+        out.report = T::GATEWAY && p.is_syn();
+    }
+}
+
+/// Steps 8 to 12, as if nothing were audited and every gateway alive.
+#[inline(always)]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "always inlined; a struct of them would lie on the kernel's small stack"
+)]
+fn policy<T: Tables>(
+    p: &Packet,
+    t: &T,
+    ep: &Endpoint,
+    isolated: bool,
+    admin: u32,
+    own: u32,
+    known: u32,
+    now: u32,
+    out: &mut Decision,
+) {
+    let later = p.has(mark::LATER_FRAGMENT);
+    if isolated {
+        // Step 8.
+        if is_metadata(&p.dst) {
+            let accepted = !later && accepts(t, admin, p, true);
+            // It passes on the node and is never steered: the gateway's own credentials live there.
+            return if accepted {
+                out.set(Action::Pass, Code::Allowed)
+            } else {
+                out.drop(Code::Metadata)
+            };
+        }
+        let transport = matches!(p.proto, proto::TCP | proto::UDP);
+        if transport && !later && p.dport == 853 && !accepts(t, admin, p, false) {
+            return out.drop(Code::EncryptedDns);
+        }
+        if later {
+            return out.drop(Code::Fragment);
+        }
+        // Step 9.
+        let ping = p.is_echo_request() && t.flags() & config::PING != 0;
+        if !(transport || ping || p.is_path_mtu()) {
+            return out.drop(Code::Protocol);
+        }
+    } else if later {
+        return out.set(Action::Pass, Code::Allowed);
+    }
+    // Step 10.
+    let key = FactKey {
+        scope: ep.scope,
+        addr: p.dst,
+    };
+    let mut expired = false;
+    let mut found = via::NONE;
+    if let Some(fact) = t.fact(&key) {
+        let (class, expires) = (fact.class, fact.expires);
+        if let Some(set) = t.grant(&GrantKey { group: ep.group, class }) {
+            found = t.ports(set, question(p));
+        }
+        let opens = p.is_syn() || (p.proto == proto::UDP && known & flow::STEERED == 0) || p.is_echo_request();
+        if opens && now >= expires && matches!(found, via::FORWARD | via::TLS | via::BLOCK) {
+            expired = true;
+            found = via::NONE;
+        }
+        if T::GATEWAY && found != via::NONE {
+            t.carried(&key, now);
+        }
+    }
+    // Step 11.
+    if found == via::NONE {
+        found = prefixes(t, admin, p);
+    }
+    if found == via::NONE {
+        found = prefixes(t, own, p);
+    }
+    // Step 12.
+    out.via = found;
+    match found {
+        via::FORWARD | via::TLS | via::BLOCK => out.set(Action::Steer, Code::Allowed),
+        via::DENY => out.drop(Code::DeniedByPolicy),
+        via::PASS => out.set(Action::Pass, Code::Allowed),
+        _ if !isolated => out.set(Action::Pass, Code::Allowed),
+        _ if expired => out.drop(Code::BindingExpired),
+        _ => out.drop(Code::NotAllowed),
+    }
+}
+
+/// Whether a drop with this code only says that nothing is known.
+#[inline(always)]
+fn is_miss(code: u8) -> bool {
+    code == Code::NotAllowed as u8 || code == Code::BindingExpired as u8
+}
+
+/// The known gateway that owns the scope, 0 if there is none.
+#[inline(always)]
+fn owner<T: Tables>(t: &T, scope: u32) -> u32 {
+    match t.scope(scope) {
+        Some(s) if t.gateway(s.owner) => s.owner,
+        _ => 0,
+    }
+}
+
+/// Step 0: everything but UDP to a node's tunnel port goes its way.
+#[inline(always)]
+fn untouched<T: Tables>(parsed: Parsed, p: &Packet, t: &T, out: &mut Decision) {
+    let tunnel = match parsed {
+        Parsed::Ip => p.proto == proto::UDP && !p.has(mark::LATER_FRAGMENT) && p.dport == t.tunnel_port(),
+        // What the ports of a packet to a node are must be certain.
+        Parsed::Malformed => true,
+        Parsed::Arp | Parsed::NotIp => false,
+    };
+    if tunnel && t.node(&p.dst) {
+        return out.drop(if parsed == Parsed::Ip {
+            Code::TunnelPort
+        } else {
+            Code::Malformed
+        });
+    }
+    out.set(Action::Ignore, Code::Allowed);
+}

@@ -1,0 +1,266 @@
+//! Programs on hooks: tcx links at the head of the chain, pinned, adopted by atomic update.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use aya::Ebpf;
+use aya::programs::links::{FdLink, LinkError, PinnedLink};
+use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
+use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
+use nix::net::if_::if_nametoindex;
+
+use crate::load::{Datapath, load_object, program_error};
+use crate::{Error, Program};
+
+/// How an attachment came about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attached {
+    /// A new link at the head of the chain.
+    New,
+    /// The link of an earlier process, with its program exchanged atomically.
+    Adopted,
+}
+
+/// Where a program stands on its hook.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// It runs first.
+    First,
+    /// These run before it.
+    Behind(Vec<String>),
+    /// It is not attached.
+    Missing,
+}
+
+fn attach_type(program: Program) -> TcAttachType {
+    if program.is_egress() {
+        TcAttachType::Egress
+    } else {
+        TcAttachType::Ingress
+    }
+}
+
+fn index(interface: &str) -> Result<u32, Error> {
+    if_nametoindex(interface).map_err(|_| Error::NoDevice(interface.to_owned()))
+}
+
+fn classifier(ebpf: &mut Ebpf, program: Program) -> Result<&mut SchedClassifier, Error> {
+    ebpf.program_mut(program.name())
+        .ok_or(Error::NotLoaded(program.name()))?
+        .try_into()
+        .map_err(program_error(program))
+}
+
+fn link_error(path: &Path) -> impl Fn(LinkError) -> Error {
+    let path = path.to_owned();
+    move |e| Error::Link {
+        path: path.clone(),
+        message: format!("{e:?}"),
+    }
+}
+
+/// A link at the head of the chain, not pinned yet.
+fn attach_first(ebpf: &mut Ebpf, program: Program, interface: &str, pin: &Path) -> Result<FdLink, Error> {
+    let loaded = classifier(ebpf, program)?;
+    let order = TcAttachOptions::TcxOrder(LinkOrder::first());
+    let id = loaded
+        .attach_with_options(interface, attach_type(program), order)
+        .map_err(program_error(program))?;
+    let link = loaded.take_link(id).map_err(program_error(program))?;
+    FdLink::try_from(link).map_err(link_error(pin))
+}
+
+/// The pinned link, if there is a pin.
+fn pinned(path: &Path) -> Result<Option<FdLink>, Error> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    PinnedLink::from_pin(path)
+        .map(|l| Some(FdLink::from(l)))
+        .map_err(link_error(path))
+}
+
+impl Datapath {
+    fn pin_of(&self, program: Program, ifindex: u32) -> PathBuf {
+        // A dot is not allowed in names of a bpffs.
+        self.root.join("links").join(format!("{}-{ifindex}", program.name()))
+    }
+
+    /// Attaches a program to a device of the current network namespace, at the head of the chain; an earlier
+    /// process's link is adopted in place. Calling it again is harmless.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`] if there is no such device; otherwise what the kernel refused.
+    pub fn attach(&mut self, program: Program, interface: &str) -> Result<Attached, Error> {
+        let pin = self.pin_of(program, index(interface)?);
+        if let Some(link) = pinned(&pin)? {
+            let link = SchedClassifierLink::try_from(link).map_err(link_error(&pin))?;
+            let loaded = classifier(&mut self.ebpf, program)?;
+            match loaded.attach_to_link(link) {
+                Ok(id) => {
+                    // Dropping it closes our descriptor only: the pin holds the link.
+                    drop(FdLink::try_from(loaded.take_link(id).map_err(program_error(program))?));
+                    return Ok(Attached::Adopted);
+                }
+                // Its device is gone, and another one has its index now.
+                Err(ProgramError::SyscallError(e)) if e.io_error.raw_os_error() == Some(libc::ENOLINK) => {
+                    remove(&pin)?;
+                }
+                Err(e) => return Err(program_error(program)(e)),
+            }
+        }
+        let link = attach_first(&mut self.ebpf, program, interface, &pin)?;
+        link.pin(&pin).map_err(|e| Error::Link {
+            path: pin.clone(),
+            message: e.to_string(),
+        })?;
+        Ok(Attached::New)
+    }
+
+    /// Where the program stands on the device.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    pub fn place(&self, program: Program, interface: &str) -> Result<Place, Error> {
+        let pin = self.pin_of(program, index(interface)?);
+        let Some(link) = pinned(&pin)? else {
+            return Ok(Place::Missing);
+        };
+        let own = link.info().map_err(link_error(&pin))?.program_id();
+        let (_, programs) =
+            SchedClassifier::query_tcx(interface, attach_type(program)).map_err(program_error(program))?;
+        let Some(at) = programs.iter().position(|p| p.id() == own) else {
+            return Ok(Place::Missing);
+        };
+        if at == 0 {
+            return Ok(Place::First);
+        }
+        Ok(Place::Behind(
+            programs[..at]
+                .iter()
+                .map(|p| p.name_as_str().unwrap_or("?").to_owned())
+                .collect(),
+        ))
+    }
+
+    /// Takes the first place back: a second copy is attached first, then the old link goes, so that no
+    /// packet passes in between.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    pub fn reclaim(&mut self, program: Program, interface: &str) -> Result<(), Error> {
+        let pin = self.pin_of(program, index(interface)?);
+        let Some(old) = pinned(&pin)? else {
+            return self.attach(program, interface).map(drop);
+        };
+        let attached = old.info().map_err(link_error(&pin))?.program_id();
+        let own = self.program(program)?.info().map_err(program_error(program))?.id();
+        // The kernel refuses the same program twice on one hook.
+        let link = if attached == own {
+            if self.spare.is_none() {
+                self.spare = Some(load_object(&self.options, &self.root)?);
+            }
+            let Some(spare) = &mut self.spare else {
+                return Err(Error::NotLoaded(program.name()));
+            };
+            attach_first(spare, program, interface, &pin)?
+        } else {
+            attach_first(&mut self.ebpf, program, interface, &pin)?
+        };
+        let new = pin
+            .with_extension("")
+            .with_file_name(format!("{}-new", file_name(&pin)));
+        remove(&new)?;
+        link.pin(&new).map_err(|e| Error::Link {
+            path: new.clone(),
+            message: e.to_string(),
+        })?;
+        drop(old);
+        fs::rename(&new, &pin).map_err(Error::io(format!("cannot move {}", new.display())))
+    }
+
+    /// Detaches a program from a device.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`], or the pin cannot be removed.
+    pub fn detach(&mut self, program: Program, interface: &str) -> Result<(), Error> {
+        remove(&self.pin_of(program, index(interface)?))
+    }
+
+    /// Removes the links of devices that are not in the current network namespace any more; returns how many.
+    ///
+    /// # Errors
+    /// A pin cannot be read or removed.
+    pub fn detach_gone(&mut self) -> Result<usize, Error> {
+        let mut n = 0;
+        for path in entries(&self.root.join("links"))? {
+            let ifindex = file_name(&path).rsplit('-').next().and_then(|i| i.parse::<u32>().ok());
+            let there = ifindex.is_some_and(|i| nix::net::if_::if_indextoname(i).is_ok());
+            if !there {
+                remove(&path)?;
+                n += 1;
+            }
+        }
+        Ok(n)
+    }
+
+    /// Removes the pins of other layouts below the same folder: an earlier or later version's, once
+    /// this version's programs are attached. Returns how many pins went.
+    ///
+    /// # Errors
+    /// A pin cannot be removed.
+    pub fn retire_others(&mut self) -> Result<usize, Error> {
+        let mut n = 0;
+        for path in entries(&self.options.pins)? {
+            if path != self.root && file_name(&path).starts_with('v') && path.is_dir() {
+                n += remove_all(&path)?;
+            }
+        }
+        Ok(n)
+    }
+
+    /// Detaches everything and removes all pins: nothing of Tidegate stays in the kernel once the value is dropped.
+    ///
+    /// # Errors
+    /// A pin cannot be removed.
+    pub fn cleanup(self) -> Result<(), Error> {
+        remove_all(&self.root)?;
+        // Fails while another layout lives there, and then it shall.
+        let _ = fs::remove_dir(&self.options.pins);
+        Ok(())
+    }
+}
+
+fn file_name(path: &Path) -> &str {
+    path.file_name().and_then(|n| n.to_str()).unwrap_or_default()
+}
+
+fn entries(folder: &Path) -> Result<Vec<PathBuf>, Error> {
+    let read = fs::read_dir(folder).map_err(Error::io(format!("cannot read {}", folder.display())))?;
+    Ok(read.flatten().map(|e| e.path()).collect())
+}
+
+fn remove(path: &Path) -> Result<(), Error> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io(format!("cannot remove {}", path.display()))(e)),
+        _ => Ok(()),
+    }
+}
+
+/// Removes a folder of pins; links before maps, as they lie in folders of these names.
+fn remove_all(folder: &Path) -> Result<usize, Error> {
+    let mut n = 0;
+    let mut inside = entries(folder)?;
+    inside.sort();
+    for path in inside {
+        if path.is_dir() {
+            n += remove_all(&path)?;
+        } else {
+            remove(&path)?;
+            n += 1;
+        }
+    }
+    fs::remove_dir(folder).map_err(Error::io(format!("cannot remove {}", folder.display())))?;
+    Ok(n)
+}

@@ -1,0 +1,296 @@
+//! From the desired state to kernel entries, and their reconciliation.
+
+use ahash::AHashMap;
+use ipnet::IpNet;
+use tidegate_ebpf_common::Addr;
+use tidegate_ebpf_common::layout::{
+    Config, DnsKey, Endpoint, Gateway, GrantKey, Group, Iface, Node, Prefix, Scope, config, endpoint, group, iface,
+    node, prefix_bits, prefix_key,
+};
+use tidegate_policy::state::{NodeState, Touch};
+
+use crate::ids::Kind;
+use crate::load::{Datapath, now_secs};
+use crate::table::Lpm;
+use crate::{Applied, Error, Local};
+
+/// All entries as they should be.
+#[derive(Default)]
+struct Desired {
+    config: Config,
+    endpoints: AHashMap<Addr, Endpoint>,
+    ifaces: AHashMap<u32, Iface>,
+    groups: AHashMap<u32, Group>,
+    scopes: AHashMap<u32, Scope>,
+    gateways: AHashMap<u32, Gateway>,
+    nodes: AHashMap<Addr, Node>,
+    outer: AHashMap<u32, Addr>,
+    grants: AHashMap<GrantKey, u32>,
+    prefixes: AHashMap<Lpm, Prefix>,
+    cluster: AHashMap<Lpm, u32>,
+    cluster_dns: AHashMap<DnsKey, u32>,
+}
+
+/// The LPM key of a prefix in a set.
+fn lpm(set: u32, net: &IpNet) -> Lpm {
+    let addr = Addr::from_ip(net.network());
+    (
+        prefix_bits(addr.is_v4()) + u32::from(net.prefix_len()),
+        prefix_key(set, addr),
+    )
+}
+
+impl Datapath {
+    /// Brings every map but the facts to the desired state: updates, deletes and prunes.
+    ///
+    /// Nothing is done when neither argument changed since the last call. With `full` the kernel's
+    /// truth is read again first, so that what others changed is put right.
+    ///
+    /// # Errors
+    /// What the kernel refused; entries before that hold, and the next call goes on from there.
+    pub fn apply(&mut self, state: &NodeState, local: &Local, full: bool) -> Result<Applied, Error> {
+        if !full && self.last.as_ref().is_some_and(|(s, l)| s == state && l == local) {
+            return Ok(Applied::default());
+        }
+        let mut applied = Applied::default();
+        if full {
+            applied.repaired = self.reload()?;
+        }
+        self.last = None;
+        self.tables.portsets.begin();
+        let want = self.desired(state, local)?;
+        let t = &mut self.tables;
+        // What is referred to comes first.
+        applied.updated += t.cluster.fill(&want.cluster)?
+            + t.cluster_dns.fill(&want.cluster_dns)?
+            + t.nodes.fill(&want.nodes)?
+            + t.outer.fill(&want.outer)?
+            + t.gateways.fill(&want.gateways)?
+            + t.prefixes.fill(&want.prefixes)?
+            + t.scopes.fill(&want.scopes)?
+            + t.groups.fill(&want.groups)?
+            + t.grants.fill(&want.grants)?
+            + t.endpoints.fill(&want.endpoints)?
+            + t.ifaces.fill(&want.ifaces)?;
+        let held = t.config.get(&0, 0).map_err(Error::map("CONFIG"))?;
+        if held != want.config {
+            t.config.set(0, want.config, 0).map_err(Error::map("CONFIG"))?;
+            applied.updated += 1;
+        }
+        // What refers goes first.
+        applied.deleted += t.ifaces.prune(&want.ifaces)?
+            + t.endpoints.prune(&want.endpoints)?
+            + t.grants.prune(&want.grants)?
+            + t.groups.prune(&want.groups)?
+            + t.scopes.prune(&want.scopes)?
+            + t.prefixes.prune(&want.prefixes)?
+            + t.gateways.prune(&want.gateways)?
+            + t.outer.prune(&want.outer)?
+            + t.nodes.prune(&want.nodes)?
+            + t.cluster_dns.prune(&want.cluster_dns)?
+            + t.cluster.prune(&want.cluster)?;
+        t.portsets.finish();
+        self.last = Some((state.clone(), local.clone()));
+        Ok(applied)
+    }
+
+    fn reload(&mut self) -> Result<usize, Error> {
+        let t = &mut self.tables;
+        Ok(t.cluster.reload()?
+            + t.cluster_dns.reload()?
+            + t.nodes.reload()?
+            + t.outer.reload()?
+            + t.gateways.reload()?
+            + t.prefixes.reload()?
+            + t.scopes.reload()?
+            + t.groups.reload()?
+            + t.grants.reload()?
+            + t.endpoints.reload()?
+            + t.ifaces.reload()?
+            + t.portsets.repair()?)
+    }
+
+    fn desired(&mut self, state: &NodeState, local: &Local) -> Result<Desired, Error> {
+        let mut want = Desired::default();
+        self.places(state, local, &mut want)?;
+        self.policy(state, &mut want)?;
+        self.pods(state, local, &mut want)?;
+        let mut flags = 0;
+        if local.drop_unknown {
+            flags |= config::DROP_UNKNOWN;
+        }
+        if state.cluster.ping {
+            flags |= config::PING;
+        }
+        // An empty range where there are no such ports.
+        let (node_port_lo, node_port_hi) = state.cluster.node_ports.unwrap_or((1, 0));
+        let plugged = local.plugged.as_ref();
+        want.config = Config {
+            flags,
+            node_port_lo,
+            node_port_hi,
+            tunnel: local.tunnel_ifindex,
+            tgq: plugged.map_or(0, |p| p.tgq),
+            tgh: plugged.map_or(0, |p| p.tgh),
+            node: self.ids.named(Kind::Node, &local.node)?,
+        };
+        Ok(want)
+    }
+
+    /// Nodes, gateways, the cluster set.
+    fn places(&mut self, state: &NodeState, local: &Local, want: &mut Desired) -> Result<(), Error> {
+        // The tunnel's outer family: IPv4 where both ends have it.
+        let own = state.nodes.get(&local.node);
+        let prefer_v4 = own.is_none_or(|n| n.addresses.is_empty() || n.addresses.iter().any(|a| a.is_ipv4()));
+        for (name, value) in &state.nodes {
+            let id = self.ids.named(Kind::Node, name)?;
+            let gateway = state.gateways.values().any(|g| g.node == *name);
+            let flags = if gateway { node::GATEWAY } else { 0 };
+            for address in &value.addresses {
+                want.nodes.insert(Addr::from_ip(*address), Node { id, flags });
+            }
+            let outer = value
+                .addresses
+                .iter()
+                .find(|a| a.is_ipv4() == prefer_v4)
+                .or(value.addresses.first());
+            if let Some(outer) = outer {
+                want.outer.insert(id, Addr::from_ip(*outer));
+            }
+        }
+        for (name, value) in &state.gateways {
+            let tgq = local
+                .plugged
+                .as_ref()
+                .filter(|p| p.gateway == *name)
+                .map_or(0, |p| p.tgq);
+            let node = self.ids.named(Kind::Node, &value.node)?;
+            want.gateways
+                .insert(self.ids.named(Kind::Gateway, name)?, Gateway { node, tgq });
+        }
+        for net in &state.cluster.prefixes {
+            want.cluster.insert(lpm(0, net), 1);
+        }
+        for server in &state.cluster.dns {
+            let key = DnsKey {
+                addr: Addr::from_ip(server.ip()),
+                port: u32::from(server.port()),
+            };
+            want.cluster_dns.insert(key, 1);
+        }
+        Ok(())
+    }
+
+    /// Prefix sets, scopes, groups, grants.
+    fn policy(&mut self, state: &NodeState, want: &mut Desired) -> Result<(), Error> {
+        for (key, prefixes) in &state.prefixes {
+            let set = self.ids.get(Kind::Prefixes, key.0)?;
+            for (net, ports) in prefixes {
+                let value = Prefix {
+                    ports: self.tables.portsets.intern(ports)?,
+                    len: u32::from(net.prefix_len()),
+                };
+                want.prefixes.insert(lpm(set, net), value);
+            }
+        }
+        for (key, scope) in &state.scopes {
+            let owner = self.ids.named(Kind::Gateway, &scope.owner)?;
+            let pair = u32::from(scope.pair);
+            want.scopes
+                .insert(self.ids.get(Kind::Scope, key.0)?, Scope { owner, pair });
+        }
+        let drain = u32::try_from(self.options.drain.as_secs()).unwrap_or(u32::MAX);
+        for (key, value) in &state.groups {
+            let id = self.ids.get(Kind::Group, key.0)?;
+            let before = self.tables.groups.get(&id).copied().unwrap_or_default();
+            let mut flags = 0;
+            if value.isolated {
+                flags |= group::ISOLATED;
+            }
+            if value.audit {
+                flags |= group::AUDIT;
+            }
+            let leaves_audit = before.flags & group::AUDIT != 0 && !value.audit;
+            let set = |ids: &mut crate::ids::Ids, key: Option<tidegate_policy::PrefixSetKey>| {
+                key.map_or(Ok(0), |k| ids.get(Kind::Prefixes, k.0))
+            };
+            want.groups.insert(
+                id,
+                Group {
+                    flags,
+                    admin: set(&mut self.ids, value.admin)?,
+                    own: set(&mut self.ids, value.own)?,
+                    drain: if leaves_audit {
+                        now_secs().saturating_add(drain)
+                    } else {
+                        before.drain
+                    },
+                },
+            );
+        }
+        for ((g, c), ports) in &state.grants {
+            let key = GrantKey {
+                group: self.ids.get(Kind::Group, g.0)?,
+                class: self.ids.get(Kind::Class, c.0)?,
+            };
+            want.grants.insert(key, self.tables.portsets.intern(ports)?);
+        }
+        Ok(())
+    }
+
+    /// Endpoints and interfaces.
+    fn pods(&mut self, state: &NodeState, local: &Local, want: &mut Desired) -> Result<(), Error> {
+        for ifindex in &local.untouched {
+            want.ifaces.insert(
+                *ifindex,
+                Iface {
+                    kind: iface::UNTOUCHED,
+                    mac: [0; 6],
+                },
+            );
+        }
+        for (ip, value) in &state.endpoints {
+            let interface = local.interfaces.get(ip).filter(|_| value.node == local.node);
+            let flags = match value.touch {
+                Touch::Untouched => 0,
+                Touch::Guarded => endpoint::TOUCHED,
+                Touch::Isolated => endpoint::TOUCHED | endpoint::ISOLATED,
+            };
+            let (scope, group) = match value.member {
+                Some((s, g)) => (self.ids.get(Kind::Scope, s.0)?, self.ids.get(Kind::Group, g.0)?),
+                None => (0, 0),
+            };
+            want.endpoints.insert(
+                Addr::from_ip(*ip),
+                Endpoint {
+                    scope,
+                    group,
+                    node: self.ids.named(Kind::Node, &value.node)?,
+                    ifindex: interface.map_or(0, |i| i.ifindex),
+                    mac: interface.map_or([0; 6], |i| i.mac),
+                    flags,
+                },
+            );
+            let Some(interface) = interface else { continue };
+            // One touched address makes the whole interface touched.
+            let kind = if flags == 0 { iface::UNTOUCHED } else { iface::ENDPOINT };
+            let entry = want
+                .ifaces
+                .entry(interface.ifindex)
+                .or_insert(Iface { kind, mac: [0; 6] });
+            if kind == iface::ENDPOINT {
+                entry.kind = kind;
+            }
+        }
+        for uplink in &local.uplinks {
+            want.ifaces.insert(
+                uplink.ifindex,
+                Iface {
+                    kind: iface::UPLINK,
+                    mac: uplink.mac,
+                },
+            );
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,78 @@
+//! What can go wrong between host and kernel.
+
+use std::io;
+use std::path::PathBuf;
+
+/// An error of the kernel edge.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The object does not load.
+    #[error("the kernel programs do not load: {0}")]
+    Load(#[from] aya::EbpfError),
+    /// A program is refused or cannot be attached.
+    #[error("program {program}: {source}")]
+    Program {
+        /// The program.
+        program: &'static str,
+        /// Why.
+        source: Box<aya::programs::ProgramError>,
+    },
+    /// A link cannot be read, updated or pinned.
+    #[error("link {path}: {message}")]
+    Link {
+        /// Its pin.
+        path: PathBuf,
+        /// Why.
+        message: String,
+    },
+    /// A map refuses an operation.
+    #[error("map {map}: {source}")]
+    Map {
+        /// The map.
+        map: &'static str,
+        /// Why.
+        source: Box<aya::maps::MapError>,
+    },
+    /// A pinned map has another layout than this version's.
+    #[error("pinned map {map} has another layout: {what}")]
+    Layout {
+        /// The map.
+        map: &'static str,
+        /// What differs.
+        what: String,
+    },
+    /// Another process holds the pins.
+    #[error("another process works with the pins in {0}")]
+    Busy(PathBuf),
+    /// A file or system call failed.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The desired state does not fit.
+    #[error("{0}")]
+    Capacity(String),
+    /// The device is not there.
+    #[error("no network device {0}")]
+    NoDevice(String),
+    /// The program belongs to the other role.
+    #[error("program {0} is not loaded in this role")]
+    NotLoaded(&'static str),
+}
+
+impl Error {
+    pub(crate) fn map(map: &'static str) -> impl Fn(aya::maps::MapError) -> Self {
+        move |source| Error::Map {
+            map,
+            source: Box::new(source),
+        }
+    }
+
+    pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |source| Error::Io { what, source }
+    }
+}

@@ -1,0 +1,76 @@
+//! What must be there before anything is loaded.
+
+use std::path::Path;
+
+use nix::mount::{MsFlags, mount};
+use nix::sys::statfs::statfs;
+
+const BPFFS: &str = "/sys/fs/bpf";
+/// `BPF_FS_MAGIC`.
+const MAGIC: i64 = 0xcafe_4a11;
+
+/// Checks what the kernel programs need, and mounts the bpffs if it is not mounted.
+///
+/// # Errors
+/// One sentence that names what is missing.
+pub fn preflight() -> Result<(), String> {
+    let kernel = nix::sys::utsname::uname().map_err(|e| format!("the kernel does not tell its version: {e}"))?;
+    let release = kernel.release().to_string_lossy();
+    if parse_release(&release).is_none_or(|version| version < (6, 6)) {
+        return Err(format!("kernel {release} is too old: tcx needs 6.6"));
+    }
+    if !Path::new("/sys/kernel/btf/vmlinux").exists() {
+        return Err("the kernel has no BTF: it must be built with CONFIG_DEBUG_INFO_BTF".into());
+    }
+    mount_bpffs()?;
+    // Creating a map needs CAP_BPF; loading classifiers CAP_NET_ADMIN.
+    for (bit, name) in [(39, "CAP_BPF"), (12, "CAP_NET_ADMIN")] {
+        if !has_capability(bit) {
+            return Err(format!("{name} is missing: run as root or grant it"));
+        }
+    }
+    Ok(())
+}
+
+fn mount_bpffs() -> Result<(), String> {
+    let mounted = || statfs(BPFFS).is_ok_and(|s| i64::from(s.filesystem_type().0) == MAGIC);
+    if mounted() {
+        return Ok(());
+    }
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("bpf"), BPFFS, Some("bpf"), flags, Some("mode=0700"))
+        .map_err(|e| format!("no bpffs is mounted at {BPFFS}, and mounting it failed: {e}"))
+}
+
+/// Major and minor version.
+fn parse_release(release: &str) -> Option<(u32, u32)> {
+    let mut parts = release.split(|c: char| !c.is_ascii_digit());
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+fn has_capability(bit: u32) -> bool {
+    let Ok(status) = std::fs::read_to_string("/proc/thread-self/status") else {
+        return false;
+    };
+    let effective = status.lines().find_map(|l| l.strip_prefix("CapEff:"));
+    effective
+        .and_then(|v| u64::from_str_radix(v.trim(), 16).ok())
+        .is_some_and(|caps| caps & (1 << bit) != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read() {
+        assert_eq!(parse_release("6.18.44-fc-v657"), Some((6, 18)));
+        assert_eq!(parse_release("5.15.0"), Some((5, 15)));
+        assert_eq!(parse_release("x"), None);
+    }
+
+    #[test]
+    fn this_machine_will_do() {
+        assert_eq!(preflight(), Ok(()));
+    }
+}

@@ -1,0 +1,139 @@
+//! What nobody deletes by name: idle flows, facts long expired, forgotten identities.
+
+use std::time::Duration;
+
+use ahash::{AHashMap, AHashSet};
+use aya::Pod;
+use aya::maps::{HashMap, MapData};
+use tidegate_ebpf_common::Addr;
+use tidegate_ebpf_common::layout::{FactKey, Flow, FlowKey, flow};
+use tidegate_ebpf_common::packet::proto;
+
+use crate::Error;
+use crate::ids::Kind;
+use crate::load::{Datapath, is_missing, now_secs};
+
+/// How long an answered TCP flow may be silent (RFC 5382, REQ-5 asks for at least 2 h 4 min).
+const TCP: u32 = 7_500;
+/// How long an unanswered flow, and echo, is remembered.
+const SHORT: u32 = 60;
+/// How long a UDP flow may be silent (RFC 4787, REQ-5 recommends 5 min).
+const UDP: u32 = 300;
+/// How long an expired fact is kept for the flows that it may still carry.
+const EXPIRED: Duration = Duration::from_secs(24 * 3600);
+
+/// What [`Datapath::sweep`] removed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Idle flows.
+    pub flows: usize,
+    /// Facts that expired more than a day ago.
+    pub facts: usize,
+    /// Identities that nothing names any more.
+    pub ids: usize,
+}
+
+fn idle_limit(key: &FlowKey, value: &Flow) -> u32 {
+    match u8::try_from(key.proto) {
+        Ok(proto::TCP) if value.flags & (flow::ANSWERED | flow::AUDIT) != 0 => TCP,
+        Ok(proto::UDP) => UDP,
+        _ => SHORT,
+    }
+}
+
+/// All entries of a map that the kernel changes meanwhile. An iteration that loses its place starts over,
+/// so it is bounded by the map's size.
+fn entries<K: Pod, V: Pod>(map: &HashMap<MapData, K, V>, most: u32) -> Vec<(K, V)> {
+    map.iter().flatten().take(most as usize).collect()
+}
+
+fn gone(result: Result<(), aya::maps::MapError>, map: &'static str) -> Result<(), Error> {
+    match result {
+        Err(e) if !is_missing(&e) => Err(Error::map(map)(e)),
+        _ => Ok(()),
+    }
+}
+
+impl Datapath {
+    /// Removes idle flows and corrects the endpoints' budgets, removes facts that expired more than 24 h ago
+    /// and identities that neither the last applied state nor a fact names. To be called every minute or so.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    pub fn sweep(&mut self) -> Result<Swept, Error> {
+        let mut swept = Swept::default();
+        let now = now_secs();
+        let mut counts: AHashMap<Addr, u32> = AHashMap::new();
+        for (key, value) in entries(&self.flows, self.options.capacities.flows) {
+            if now.saturating_sub(value.seen) > idle_limit(&key, &value) {
+                gone(self.flows.remove(&key), "FLOWS")?;
+                swept.flows += 1;
+            } else {
+                *counts.entry(key.pod).or_default() += 1;
+            }
+        }
+        for (addr, count) in entries(&self.flow_counts, self.options.capacities.endpoints) {
+            match counts.get(&addr) {
+                Some(right) if *right == count => {}
+                Some(right) => self
+                    .flow_counts
+                    .insert(addr, right, 0)
+                    .map_err(Error::map("FLOW_COUNTS"))?,
+                None => gone(self.flow_counts.remove(&addr), "FLOW_COUNTS")?,
+            }
+        }
+        let (mut scopes, mut classes) = (AHashSet::new(), AHashSet::new());
+        let limit = u32::try_from(EXPIRED.as_secs()).unwrap_or(u32::MAX);
+        for (key, value) in entries::<FactKey, _>(&self.facts, self.options.capacities.facts) {
+            let idle_since = value.expires.max(value.seen);
+            if now.saturating_sub(idle_since) > limit {
+                gone(self.facts.remove(&key), "FACTS")?;
+                swept.facts += 1;
+            } else {
+                scopes.insert(key.scope);
+                classes.insert(value.class);
+            }
+        }
+        let Some((state, local)) = &self.last else {
+            return Ok(swept);
+        };
+        let mut used: AHashSet<(u32, u32)> = AHashSet::new();
+        used.extend(scopes.into_iter().map(|id| (Kind::Scope as u32, id)));
+        used.extend(classes.into_iter().map(|id| (Kind::Class as u32, id)));
+        let mut keep = |kind: Kind, id: Option<u32>| used.extend(id.map(|id| (kind as u32, id)));
+        let ids = &self.ids;
+        let members = state.endpoints.values().filter_map(|e| e.member);
+        for scope in state.scopes.keys().copied().chain(members.clone().map(|m| m.0)) {
+            keep(Kind::Scope, ids.find(Kind::Scope, scope.0));
+        }
+        for group in state
+            .groups
+            .keys()
+            .copied()
+            .chain(members.map(|m| m.1))
+            .chain(state.grants.keys().map(|g| g.0))
+        {
+            keep(Kind::Group, ids.find(Kind::Group, group.0));
+        }
+        for (_, class) in state.grants.keys() {
+            keep(Kind::Class, ids.find(Kind::Class, class.0));
+        }
+        for set in state
+            .prefixes
+            .keys()
+            .chain(state.groups.values().flat_map(|g| g.admin.iter().chain(&g.own)))
+        {
+            keep(Kind::Prefixes, ids.find(Kind::Prefixes, set.0));
+        }
+        let gateways = state.gateways.values().map(|g| &g.node);
+        let pods = state.endpoints.values().map(|e| &e.node);
+        for node in state.nodes.keys().chain(gateways).chain(pods).chain([&local.node]) {
+            keep(Kind::Node, ids.find_named(Kind::Node, node));
+        }
+        for gateway in state.gateways.keys().chain(state.scopes.values().map(|s| &s.owner)) {
+            keep(Kind::Gateway, ids.find_named(Kind::Gateway, gateway));
+        }
+        swept.ids = self.ids.retain(|kind, id| used.contains(&(kind, id)))?;
+        Ok(swept)
+    }
+}

@@ -1,0 +1,60 @@
+//! A datapath with pins of its own, removed when the test ends.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use tidegate_ebpf::{Capacities, Datapath, Options, Role, preflight};
+
+/// A loaded datapath.
+pub struct Fixture {
+    pub options: Options,
+    datapath: Option<Datapath>,
+}
+
+/// A folder on the bpffs that no other test uses.
+pub fn pins() -> PathBuf {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let n = NEXT.fetch_add(1, Ordering::Relaxed);
+    PathBuf::from(format!("/sys/fs/bpf/tidegate-test-{}-{n}", std::process::id()))
+}
+
+impl Fixture {
+    pub fn new(role: Role) -> Self {
+        preflight().expect("the machine can run kernel programs");
+        let mut options = Options::new(role, pins());
+        options.capacities = Capacities {
+            endpoints: 64,
+            facts: 256,
+            grants: 64,
+            portsets: 64,
+            prefixes: 64,
+            flows: 256,
+        };
+        options.flows_per_endpoint = 8;
+        let datapath = Some(Datapath::load(&options).expect("it loads"));
+        Self { options, datapath }
+    }
+
+    pub fn path(&self) -> &Datapath {
+        self.datapath.as_ref().expect("it is loaded")
+    }
+
+    pub fn path_mut(&mut self) -> &mut Datapath {
+        self.datapath.as_mut().expect("it is loaded")
+    }
+
+    /// As when the process ends and another one starts.
+    pub fn restart(&mut self) {
+        self.datapath = None;
+        self.datapath = Some(Datapath::load(&self.options).expect("it loads again"));
+    }
+}
+
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        if let Some(datapath) = self.datapath.take() {
+            datapath.cleanup().expect("pins are removed");
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! Programs of every node: pods, guard, tunnel.
+
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use tidegate_ebpf_common::layout::{Endpoint, VNI_TO_GATEWAY, VNI_TO_POD, config, endpoint, flow, group, iface, node};
+use tidegate_ebpf_common::packet::{self, mark, proto};
+use tidegate_ebpf_common::verdict::{flow_key, in_cluster, seconds};
+use tidegate_ebpf_common::{Action, Addr, Code, Decision, Hook, Outcome, Packet, Parsed, verdict};
+
+use crate::maps;
+use crate::skb::{NEXT, SHOT, Skb};
+use crate::tables::{self, Kernel, count, dropped, get, now_ns, report};
+
+#[inline(always)]
+fn marked(skb: &Skb) -> bool {
+    skb.mark() & maps::mark_mask() == maps::mark()
+}
+
+/// What a pod sends.
+#[classifier]
+pub fn pod_egress(ctx: TcContext) -> i32 {
+    pod_egress_inner(&Skb::new(&ctx))
+}
+
+#[inline(always)]
+fn pod_egress_inner(skb: &Skb) -> i32 {
+    let Some(config) = tables::config() else { return SHOT };
+    let t = Kernel::<false> { config };
+    let mut p = Packet::default();
+    let mut d = Decision::default();
+    let parsed = packet::parse(skb, skb.ethertype(), &mut p);
+    verdict(parsed, &p, skb.ifindex(), &t, &mut d);
+    match d.action {
+        Action::Ignore => NEXT,
+        Action::Pass => {
+            let outcome = if d.audit { Outcome::Audit } else { Outcome::Pass };
+            count(Hook::PodEgress, outcome, d.code);
+            if d.report {
+                report(skb, Hook::PodEgress, outcome, d.code, &p);
+            }
+            skb.set_mark(skb.mark() & !maps::mark_mask() | maps::mark());
+            NEXT
+        }
+        Action::Drop => {
+            count(Hook::PodEgress, Outcome::Drop, d.code);
+            report(skb, Hook::PodEgress, Outcome::Drop, d.code, &p);
+            SHOT
+        }
+        Action::Steer => steer(skb, &p, d.owner, config.tunnel),
+    }
+}
+
+/// To the gateway: into its namespace if it is plugged in here, else through the tunnel.
+#[inline(always)]
+fn steer(skb: &Skb, p: &Packet, owner: u32, tunnel: u32) -> i32 {
+    let Some(gateway) = get!(GATEWAYS, &owner) else {
+        return dropped(skb, Hook::PodEgress, Code::NoGateway, p);
+    };
+    let (node, tgq) = (gateway.node, gateway.tgq);
+    skb.set_mark(skb.mark() & !maps::mark_mask());
+    if tgq != 0 {
+        count(Hook::PodEgress, Outcome::Steer, Code::Allowed as u8);
+        return skb.redirect_peer(tgq);
+    }
+    if p.has(mark::DONT_FRAGMENT) && too_large(skb, p) {
+        count(Hook::PodEgress, Outcome::Drop, Code::TooBig as u8);
+        report(skb, Hook::PodEgress, Outcome::Drop, Code::TooBig as u8, p);
+        return crate::answer::too_big(skb, p.is_v6());
+    }
+    let Some(remote) = get!(OUTER, &node) else {
+        return dropped(skb, Hook::PodEgress, Code::NoGateway, p);
+    };
+    if tunnel == 0 || !skb.set_tunnel(VNI_TO_GATEWAY, remote) {
+        return dropped(skb, Hook::PodEgress, Code::NoGateway, p);
+    }
+    count(Hook::PodEgress, Outcome::Steer, Code::Allowed as u8);
+    skb.redirect(tunnel)
+}
+
+/// Whether the packet, or a segment of it, does not fit into the tunnel.
+#[inline(always)]
+fn too_large(skb: &Skb, p: &Packet) -> bool {
+    let segment = skb.gso_size();
+    let length = if segment == 0 {
+        skb.len() - packet::ETH
+    } else {
+        p.l4 - packet::ETH + u32::from(p.l4_length) + segment
+    };
+    length > maps::tunnel_mtu()
+}
+
+/// What a pod receives by the ordinary way: flows that are opened from outside are remembered,
+/// so that their replies pass.
+#[classifier]
+pub fn pod_ingress(ctx: TcContext) -> i32 {
+    let skb = Skb::new(&ctx);
+    record(&skb);
+    NEXT
+}
+
+#[inline(always)]
+fn record(skb: &Skb) {
+    let mut p = Packet::default();
+    if packet::parse(skb, skb.ethertype(), &mut p) != Parsed::Ip || p.has(mark::LATER_FRAGMENT) {
+        return;
+    }
+    if !(p.is_syn() || p.proto == proto::UDP || p.is_echo_request()) {
+        return;
+    }
+    match get!(ENDPOINTS, &p.dst) {
+        Some(ep) if ep.flags & endpoint::TOUCHED != 0 => {}
+        _ => return,
+    }
+    let Some(config) = tables::config() else { return };
+    let t = Kernel::<false> { config };
+    // Answers into the cluster set pass anyway, and need no place in the table.
+    if in_cluster(&t, &p.src, p.proto, p.sport) {
+        return;
+    }
+    core::mem::swap(&mut p.src, &mut p.dst);
+    if p.proto != proto::ICMP && p.proto != proto::ICMP6 {
+        core::mem::swap(&mut p.sport, &mut p.dport);
+    }
+    if !tables::remember(&flow_key(&p), flow::OUTSIDE, seconds(now_ns())) {
+        count(Hook::PodIngress, Outcome::Pass, Code::Quota as u8);
+    }
+}
+
+/// What leaves by an uplink: nothing of an isolated pod that did not come through the verdict.
+#[classifier]
+pub fn node_guard(ctx: TcContext) -> i32 {
+    guard(&Skb::new(&ctx))
+}
+
+#[inline(always)]
+fn guard(skb: &Skb) -> i32 {
+    let ethertype = skb.ethertype();
+    if (ethertype != packet::IPV4 && ethertype != packet::IPV6) || marked(skb) {
+        return NEXT;
+    }
+    let Some(config) = tables::config() else { return NEXT };
+    let mut p = Packet::default();
+    packet::parse(skb, ethertype, &mut p);
+    if let Some(ep) = get!(ENDPOINTS, &p.src) {
+        if ep.flags & endpoint::ISOLATED == 0 || ep.node != config.node {
+            return NEXT;
+        }
+        let audit = get!(GROUPS, &ep.group).is_some_and(|g| g.flags & group::AUDIT != 0);
+        if audit {
+            count(Hook::NodeGuard, Outcome::Audit, Code::NotAllowed as u8);
+            report(skb, Hook::NodeGuard, Outcome::Audit, Code::NotAllowed as u8, &p);
+            return NEXT;
+        }
+        return dropped(skb, Hook::NodeGuard, Code::NotAllowed, &p);
+    }
+    if config.flags & config::DROP_UNKNOWN == 0 || get!(NODES, &p.src).is_some() || get!(HELD, &p.src).is_some() {
+        return NEXT;
+    }
+    // What entered by an uplink is another node's; what entered nowhere is this node's own.
+    let from = skb.ingress_ifindex();
+    if from == 0 || get!(IFACES, &from).is_some_and(|i| i.kind == iface::UPLINK || i.kind == iface::UNTOUCHED) {
+        return NEXT;
+    }
+    let t = Kernel::<false> { config };
+    if !in_cluster(&t, &p.src, 0, 0) {
+        return NEXT;
+    }
+    dropped(skb, Hook::NodeGuard, Code::UnknownPod, &p)
+}
+
+/// What comes out of the tunnel: packets of pods for the gateway of this node, packets of
+/// gateways for the pods of this node. Never up the host's stack.
+#[classifier]
+pub fn tunnel_ingress(ctx: TcContext) -> i32 {
+    from_tunnel(&Skb::new(&ctx))
+}
+
+#[inline(always)]
+fn from_tunnel(skb: &Skb) -> i32 {
+    let mut p = Packet::default();
+    let mut outer = Addr::default();
+    let Some(config) = tables::config() else { return SHOT };
+    if packet::parse(skb, skb.ethertype(), &mut p) != Parsed::Ip {
+        return dropped(skb, Hook::TunnelIngress, Code::Malformed, &p);
+    }
+    let Some(vni) = skb.tunnel(&mut outer) else {
+        return dropped(skb, Hook::TunnelIngress, Code::Malformed, &p);
+    };
+    let Some(from) = get!(NODES, &outer) else {
+        return dropped(skb, Hook::TunnelIngress, Code::SpoofedSource, &p);
+    };
+    if vni == VNI_TO_GATEWAY {
+        return match get!(ENDPOINTS, &p.src) {
+            Some(ep) if ep.node == from.id && ep.flags & endpoint::TOUCHED != 0 => {
+                if config.tgq == 0 {
+                    return dropped(skb, Hook::TunnelIngress, Code::NoGateway, &p);
+                }
+                count(Hook::TunnelIngress, Outcome::Steer, Code::Allowed as u8);
+                skb.redirect_peer(config.tgq)
+            }
+            _ => dropped(skb, Hook::TunnelIngress, Code::SpoofedSource, &p),
+        };
+    }
+    if vni != VNI_TO_POD {
+        return dropped(skb, Hook::TunnelIngress, Code::Malformed, &p);
+    }
+    if from.flags & node::GATEWAY == 0 {
+        return dropped(skb, Hook::TunnelIngress, Code::SpoofedSource, &p);
+    }
+    match get!(ENDPOINTS, &p.dst) {
+        Some(ep) if ep.ifindex != 0 => to_pod(skb, Hook::TunnelIngress, ep),
+        _ => dropped(skb, Hook::TunnelIngress, Code::UnknownPod, &p),
+    }
+}
+
+/// Into a pod of this node, with the pod's MAC address as destination.
+#[inline(always)]
+fn to_pod(skb: &Skb, hook: Hook, ep: &Endpoint) -> i32 {
+    let (ifindex, mac) = (ep.ifindex, ep.mac);
+    if mac != [0; 6] {
+        skb.store(0, &mac);
+    }
+    count(hook, Outcome::Steer, Code::Allowed as u8);
+    skb.redirect_peer(ifindex)
+}
+
+/// What a gateway sends to pods.
+#[classifier]
+pub fn gateway_return(ctx: TcContext) -> i32 {
+    to_pods(&Skb::new(&ctx))
+}
+
+#[inline(always)]
+fn to_pods(skb: &Skb) -> i32 {
+    let mut p = Packet::default();
+    let Some(config) = tables::config() else { return SHOT };
+    if packet::parse(skb, skb.ethertype(), &mut p) != Parsed::Ip {
+        return dropped(skb, Hook::GatewayReturn, Code::Malformed, &p);
+    }
+    let Some(ep) = get!(ENDPOINTS, &p.dst) else {
+        return dropped(skb, Hook::GatewayReturn, Code::UnknownPod, &p);
+    };
+    if ep.ifindex != 0 {
+        return to_pod(skb, Hook::GatewayReturn, ep);
+    }
+    let Some(remote) = get!(OUTER, &ep.node) else {
+        return dropped(skb, Hook::GatewayReturn, Code::UnknownPod, &p);
+    };
+    skb.set_mark(skb.mark() & !maps::mark_mask());
+    if config.tunnel == 0 || ep.node == config.node || !skb.set_tunnel(VNI_TO_POD, remote) {
+        return dropped(skb, Hook::GatewayReturn, Code::UnknownPod, &p);
+    }
+    count(Hook::GatewayReturn, Outcome::Steer, Code::Allowed as u8);
+    skb.redirect(config.tunnel)
+}

@@ -1,0 +1,208 @@
+//! A packet in the kernel, and the few helpers that the programs need.
+
+use aya_ebpf::bindings::{__sk_buff, bpf_tunnel_key};
+use aya_ebpf::helpers::generated as bpf;
+use aya_ebpf::programs::TcContext;
+use tidegate_ebpf_common::Bytes;
+use tidegate_ebpf_common::layout::Addr;
+
+/// `TCX_NEXT`: the next program of the chain decides.
+pub const NEXT: i32 = -1;
+/// `TC_ACT_OK`: on into the stack.
+pub const OK: i32 = 0;
+/// `TC_ACT_SHOT`: dropped.
+pub const SHOT: i32 = 2;
+
+const PACKET_HOST: u32 = 0;
+const F_TUNINFO_IPV6: u64 = 1;
+const F_ZERO_CSUM_TX: u64 = 2;
+
+/// The tunnel key up to the outer source, which the kernel chooses (`bpf_tunnel_key`).
+#[repr(C)]
+struct TunnelKey {
+    id: u32,
+    remote: [u32; 4],
+    tos: u8,
+    ttl: u8,
+    ext: u16,
+    label: u32,
+}
+
+/// The packet.
+pub struct Skb {
+    /// The context.
+    pub ctx: *mut __sk_buff,
+    /// Read once: a pointer into the context that the compiler keeps for a second read is refused.
+    ifindex: u32,
+}
+
+macro_rules! field {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[inline(always)]
+        pub fn $name(&self) -> u32 {
+            // SAFETY: the context is valid for the run of the program.
+            unsafe { (*self.ctx).$name }
+        }
+    };
+}
+
+impl Skb {
+    #[inline(always)]
+    pub fn new(context: &TcContext) -> Self {
+        let ctx = context.skb.skb;
+        // SAFETY: the context is valid for the run of the program.
+        Self {
+            ctx,
+            ifindex: unsafe { (*ctx).ifindex },
+        }
+    }
+
+    /// The device of the hook.
+    #[inline(always)]
+    pub fn ifindex(&self) -> u32 {
+        self.ifindex
+    }
+
+    field!(/// Length of the frame.
+        len);
+    field!(/// The device by which it entered.
+        ingress_ifindex);
+    field!(/// The mark.
+        mark);
+    field!(/// Size of a segment, 0 if it is not to be segmented.
+        gso_size);
+    field!(/// Whether a VLAN tag lies in the metadata.
+        vlan_present);
+
+    /// The EtherType; a tagged frame has none that we speak.
+    #[inline(always)]
+    pub fn ethertype(&self) -> u16 {
+        if self.vlan_present() != 0 {
+            return 0x8100;
+        }
+        // SAFETY: as above.
+        u16::from_be(unsafe { (*self.ctx).protocol } as u16)
+    }
+
+    #[inline(always)]
+    pub fn set_mark(&self, mark: u32) {
+        // SAFETY: as above; the mark is writable.
+        unsafe { (*self.ctx).mark = mark }
+    }
+
+    /// Writes into the frame; false if it is too short.
+    #[inline(always)]
+    pub fn store<const N: usize>(&self, offset: u32, from: &[u8; N]) -> bool {
+        // SAFETY: the buffer holds N octets.
+        unsafe { bpf::bpf_skb_store_bytes(self.ctx.cast(), offset, from.as_ptr().cast(), N as u32, 0) == 0 }
+    }
+
+    /// Cuts or extends the frame.
+    #[inline(always)]
+    pub fn resize(&self, len: u32) -> bool {
+        // SAFETY: a valid context.
+        unsafe { bpf::bpf_skb_change_tail(self.ctx, len, 0) == 0 }
+    }
+
+    /// Out by the device.
+    #[inline(always)]
+    pub fn redirect(&self, ifindex: u32) -> i32 {
+        // SAFETY: no pointers.
+        unsafe { bpf::bpf_redirect(ifindex, 0) as i32 }
+    }
+
+    /// Into the other end of the device, which lies in another namespace.
+    #[inline(always)]
+    pub fn redirect_peer(&self, ifindex: u32) -> i32 {
+        // A decapsulated frame, or one for another MAC address, would be refused by the stack.
+        // SAFETY: a valid context; no pointers.
+        unsafe {
+            bpf::bpf_skb_change_type(self.ctx, PACKET_HOST);
+            bpf::bpf_redirect_peer(ifindex, 0) as i32
+        }
+    }
+
+    /// Up this namespace's stack although the frame's MAC address is another's.
+    #[inline(always)]
+    pub fn to_host(&self) {
+        // SAFETY: a valid context.
+        unsafe { bpf::bpf_skb_change_type(self.ctx, PACKET_HOST) };
+    }
+
+    /// Out by the device, with the neighbour's address filled in by the kernel.
+    #[inline(always)]
+    pub fn redirect_neigh(&self, ifindex: u32) -> i32 {
+        // SAFETY: a null parameter lets the kernel look the next hop up.
+        unsafe { bpf::bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) as i32 }
+    }
+
+    /// Gives the frame a tunnel key; the addresses' family is that of `remote`.
+    #[inline(always)]
+    pub fn set_tunnel(&self, vni: u32, remote: &Addr) -> bool {
+        let mut key = TunnelKey {
+            id: vni,
+            remote: [0; 4],
+            tos: 0,
+            ttl: 64,
+            ext: 0,
+            label: 0,
+        };
+        let flags = if remote.is_v4() {
+            key.remote[0] = u32::from_be(remote.0[3]);
+            F_ZERO_CSUM_TX
+        } else {
+            key.remote = remote.0;
+            F_TUNINFO_IPV6
+        };
+        // SAFETY: the kernel takes the structure cut before the outer source since 5.18.
+        unsafe {
+            bpf::bpf_skb_set_tunnel_key(
+                self.ctx,
+                (&raw mut key).cast::<bpf_tunnel_key>(),
+                size_of::<TunnelKey>() as u32,
+                flags,
+            ) == 0
+        }
+    }
+
+    /// The virtual network identifier and the outer source of a decapsulated frame.
+    #[inline(always)]
+    pub fn tunnel(&self, remote: &mut Addr) -> Option<u32> {
+        let mut key = TunnelKey {
+            id: 0,
+            remote: [0; 4],
+            tos: 0,
+            ttl: 0,
+            ext: 0,
+            label: 0,
+        };
+        let p = (&raw mut key).cast::<bpf_tunnel_key>();
+        let size = size_of::<TunnelKey>() as u32;
+        // SAFETY: as above; the kernel refuses a family that is not the tunnel's.
+        unsafe {
+            if bpf::bpf_skb_get_tunnel_key(self.ctx, p, size, 0) == 0 {
+                *remote = Addr::v4(key.remote[0].to_be());
+                return Some(key.id);
+            }
+            if bpf::bpf_skb_get_tunnel_key(self.ctx, p, size, F_TUNINFO_IPV6) == 0 {
+                *remote = Addr(key.remote);
+                return Some(key.id);
+            }
+        }
+        None
+    }
+}
+
+impl Bytes for Skb {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32, to: &mut [u8; N]) -> bool {
+        // SAFETY: the buffer holds N octets.
+        unsafe { bpf::bpf_skb_load_bytes(self.ctx.cast(), offset, to.as_mut_ptr().cast(), N as u32) == 0 }
+    }
+
+    #[inline(always)]
+    fn size(&self) -> u32 {
+        self.len()
+    }
+}
