@@ -337,6 +337,23 @@ impl Story<'_> {
         Ok(())
     }
 
+    /// A name must be denied by a rule although names below it may resolve: NODATA with an Extended DNS Error, as
+    /// NXDOMAIN would speak for all below (RFC 8020).
+    fn emptied(&mut self, from: &str, name: &str, kind: &str, reasons: &'static [&'static str]) -> Result<()> {
+        let why = self.at_gateways(reasons, name);
+        let seen = probe::dig(&self.place(from)?, name, kind, &[]);
+        let good = seen.is_no_data() && seen.ede.is_some();
+        self.check_why(
+            from,
+            &format!("dig {name} {kind}"),
+            "NODATA with EDE",
+            seen.text(),
+            good,
+            &why,
+        );
+        Ok(())
+    }
+
     /// A connection that the node's kernel must drop.
     fn dropped(&mut self, from: &str, to: SocketAddr, reasons: &'static [&'static str]) -> Result<()> {
         let why = self.at_node(from, reasons, to.ip().to_string())?;

@@ -89,11 +89,10 @@ pub fn untouched(s: &mut Story<'_>) -> Result<()> {
             // A pod of a production namespace that no EgressPolicy selects is guarded by the platform's policies.
             s.fetch(pod, family, "https://other.example.org/", source)?;
         }
-        s.denied(
+        s.emptied(
             "guarded/app",
             "secret.example.org",
             family.record(),
-            &[],
             &["denied-by-policy"],
         )?;
         s.dropped("guarded/app", bare(family, 66, 7000), &["denied-by-policy"])?;
