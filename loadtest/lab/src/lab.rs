@@ -199,15 +199,23 @@ impl Lab {
     /// As [`Lab::up`].
     pub fn up_guarded(scenario: Scenario, options: &Options) -> Result<Self> {
         let this = Self::up(scenario, options)?;
-        let own = i32::try_from(std::process::id())?;
-        let started = state::start_time(own).context("this process has no start time")?;
-        Command::new(&this.lab)
+        this.guard(i32::try_from(std::process::id())?)?;
+        Ok(this)
+    }
+
+    /// Starts a process that takes the instance down when another one is gone.
+    ///
+    /// # Errors
+    /// When that one is gone already.
+    pub fn guard(&self, pid: i32) -> Result<()> {
+        let started = state::start_time(pid).with_context(|| format!("there is no process {pid}"))?;
+        Command::new(&self.lab)
             .args([
                 "guard",
                 "--name",
-                &this.state.name,
+                &self.state.name,
                 "--pid",
-                &own.to_string(),
+                &pid.to_string(),
                 "--started",
                 &started.to_string(),
             ])
@@ -217,7 +225,7 @@ impl Lab {
             .process_group(0)
             .spawn()
             .context("cannot start the guard")?;
-        Ok(this)
+        Ok(())
     }
 
     /// An instance that another process made; dropping it changes nothing.
