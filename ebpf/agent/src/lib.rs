@@ -1,1 +1,199 @@
-//! placeholder
+//! The node agent.
+//!
+//! ```text
+//!  gateways ──State──▶ stream ──▶ merge ──▶ node (reconciler thread) ──▶ maps, programs (tidegate-ebpf)
+//!           ──Facts──▶                        │   ▲    ▲                ├▶ tgn, tgq, tgh (devices)
+//!           ◀──acks───────────────────────────┘   │    │                └▶ table inet tidegate (guard)
+//!  gateway of this node ──netns──▶ plug ──────────┘    └── devices, routes, neighbours (links)
+//! ```
+//!
+//! Streams and the Unix socket run on the caller's runtime; everything that waits for the
+//! kernel runs on the reconciler's thread, and `nft` on one more. The channels between them are
+//! bounded. All of it works in the network namespace of the thread that calls [`run`].
+//!
+//! When the agent stops, enforcement stays: programs, maps, devices and rules. [`cleanup`] removes them.
+
+pub mod announce;
+pub mod config;
+pub mod devices;
+pub mod events;
+pub mod guard;
+mod held;
+pub mod links;
+pub mod merge;
+mod node;
+pub mod plug;
+pub mod stream;
+mod told;
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tidegate_ebpf::{Datapath, Options, Role};
+use tidegate_policy::event::Emit;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+
+pub use config::Config;
+
+/// How long the reconciler may take to end.
+const STOP: Duration = Duration::from_secs(5);
+
+/// Why the agent cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The configuration is wrong.
+    #[error("configuration: {0}")]
+    Config(#[from] config::ConfigError),
+    /// The machine lacks something.
+    #[error("{0}")]
+    Preflight(String),
+    /// Programs or maps.
+    #[error(transparent)]
+    Datapath(#[from] tidegate_ebpf::Error),
+    /// Devices.
+    #[error(transparent)]
+    Links(#[from] links::LinkError),
+    /// The nftables table.
+    #[error(transparent)]
+    Guard(#[from] guard::GuardError),
+    /// The gateway socket, a thread or a runtime.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// The reconciler ended by itself.
+    #[error("the reconciler died")]
+    Died,
+}
+
+impl AgentError {
+    fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        let what = what.into();
+        move |source| AgentError::Io { what, source }
+    }
+}
+
+/// How the agent is, for `/readyz` and `/status`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Status {
+    /// Whether the kernel holds a complete snapshot: the data path works. Gateways that are away later do not
+    /// change that.
+    pub ready: bool,
+    /// What is not as it should be, one sentence each; empty if all is well.
+    pub conditions: Vec<String>,
+}
+
+/// Runs the agent until `shutdown` completes. Enforcement stays then.
+///
+/// Kernel events go to `emit`; `status` always has the present state.
+///
+/// # Errors
+/// The agent cannot start, or its reconciler died.
+pub async fn run(
+    config: Config,
+    emit: Arc<dyn Emit>,
+    shutdown: impl Future<Output = ()> + Send,
+    status: watch::Sender<Status>,
+) -> Result<(), AgentError> {
+    config.validate()?;
+    tidegate_ebpf::preflight().map_err(AgentError::Preflight)?;
+    events::describe();
+
+    let (state_tx, state) = mpsc::channel(64);
+    let (facts_tx, facts) = mpsc::channel(256);
+    let (plug_tx, plugs) = mpsc::channel(16);
+    let (stop_tx, stop) = oneshot::channel();
+    let (started_tx, started) = oneshot::channel();
+    let (ended_tx, mut ended) = oneshot::channel();
+    let inputs = node::Inputs { state, facts, plugs, stop };
+    let shared = Arc::new(config.clone());
+    std::thread::Builder::new()
+        .name("reconciler".into())
+        .spawn(move || drop(ended_tx.send(node::run(shared, inputs, emit, status, started_tx))))
+        .map_err(AgentError::io("thread"))?;
+    // Either it has started, or the end says why not.
+    if started.await.is_err() {
+        return ended.await.unwrap_or(Err(AgentError::Died));
+    }
+
+    let listener = plug::listen(&config.socket).map_err(AgentError::io(config.socket.display().to_string()))?;
+    let mut tasks = JoinSet::new();
+    tasks.spawn(plug::serve(listener, plug_tx));
+    let boot = stream::random();
+    for (index, gateway) in config.gateways.iter().enumerate() {
+        let client = stream::Client {
+            node: config.node.clone(),
+            boot,
+            index,
+            gateway: gateway.clone(),
+            tls: config.tls.clone(),
+        };
+        tasks.spawn(client.clone().state(state_tx.clone()));
+        tasks.spawn(client.facts(facts_tx.clone()));
+    }
+    drop((state_tx, facts_tx));
+
+    tokio::select! {
+        () = shutdown => {}
+        end = &mut ended => return end.unwrap_or(Err(AgentError::Died)).and(Err(AgentError::Died)),
+    }
+    tasks.shutdown().await;
+    let _ = stop_tx.send(());
+    tokio::time::timeout(STOP, ended).await.map_or(Err(AgentError::Died), |end| end.unwrap_or(Err(AgentError::Died)))
+}
+
+/// How the programs are loaded for this configuration.
+fn options(config: &Config, tunnel_mtu: u16) -> Options {
+    Options {
+        tunnel_port: config.tunnel_port,
+        mark: config.mark.value,
+        mark_mask: config.mark.mask,
+        tunnel_mtu,
+        ..Options::new(Role::Node, &config.pins)
+    }
+}
+
+/// Removes everything of Tidegate from this node: programs, maps, the nftables table, devices, the socket. What is
+/// not there is no error.
+///
+/// # Errors
+/// The agent still runs, or the kernel refused; what could be removed before that is gone.
+pub fn cleanup(config: &Config) -> Result<(), AgentError> {
+    config.validate()?;
+    if config.pins.exists() {
+        match Datapath::load(&options(config, 1450)) {
+            Ok(datapath) => datapath.cleanup()?,
+            Err(e @ tidegate_ebpf::Error::Busy(_)) => return Err(e.into()),
+            // Pins of another version: the folder is ours alone.
+            Err(_) => {
+                std::fs::remove_dir_all(&config.pins).map_err(AgentError::io(config.pins.display().to_string()))?;
+            }
+        }
+    }
+    guard::remove()?;
+    // On a thread of its own: the caller may be inside a runtime.
+    std::thread::scope(|s| {
+        let devices = s.spawn(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
+            runtime.map_err(AgentError::io("runtime"))?.block_on(async {
+                let netlink = links::Netlink::open()?;
+                for name in devices::OURS {
+                    netlink.delete(name).await?;
+                }
+                Ok(())
+            })
+        });
+        devices.join().unwrap_or(Err(AgentError::Died))
+    })?;
+    match std::fs::remove_file(&config.socket) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(AgentError::io(config.socket.display().to_string())(e))
+        }
+        _ => Ok(()),
+    }
+}

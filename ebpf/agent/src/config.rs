@@ -1,0 +1,277 @@
+//! The agent's configuration file (YAML). Unknown keys are refused, so that a
+//! misspelt restriction never means "no restriction".
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Where the node agent finds its gateways, its pods and its kernel state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Config {
+    /// This node's name, as its Node object has it.
+    pub node: String,
+    /// Every gateway replica.
+    pub gateways: Vec<GatewayAddress>,
+    /// The agent's own identity and the authority that signed the gateways'.
+    pub tls: Tls,
+    /// The Unix socket on which a gateway of this node hands over its network namespace.
+    #[serde(default = "default_socket")]
+    pub socket: PathBuf,
+    /// The folder for pinned programs and maps; on a mounted bpffs.
+    #[serde(default = "default_pins")]
+    pub pins: PathBuf,
+    /// UDP port of the tunnel between nodes, the same on all nodes. Not 4789 or 8472, which other overlays use.
+    #[serde(default = "default_tunnel_port")]
+    pub tunnel_port: u16,
+    /// Largest packet inside the tunnel, in bytes, 1280 to 9000. Absent: the smallest uplink MTU less the
+    /// encapsulation (50 bytes, 70 where an uplink has a global IPv6 address).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tunnel_mtu: Option<u16>,
+    /// The bits of the packet mark that say "the verdict let this pass".
+    #[serde(default)]
+    pub mark: Mark,
+    /// Devices towards the rest of the network. Absent: the devices of the default routes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uplinks: Option<Vec<String>>,
+    /// How a pod's host-side interface is found.
+    #[serde(default)]
+    pub interfaces: Interfaces,
+    /// What happens to packets of pods that no gateway has told of.
+    #[serde(default)]
+    pub unknown_pods: UnknownPods,
+    /// Address of `/metrics`, `/healthz`, `/readyz` and `/config`. Absent: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub admin: Option<SocketAddr>,
+    /// Where audit records go. Absent: stdout.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub audit: Option<Audit>,
+}
+
+/// A gateway replica's control endpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct GatewayAddress {
+    /// Its name; its certificate must be for `NAME.gateway.tidegate`.
+    pub name: String,
+    /// Its gRPC address and port.
+    pub address: SocketAddr,
+}
+
+/// PEM files of a mutual TLS identity. They are read again at every connect, so that rotation needs no restart.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Tls {
+    /// Certificate chain, leaf first; the leaf is for `NODE.node.tidegate`.
+    pub certificate: PathBuf,
+    /// Private key.
+    pub key: PathBuf,
+    /// The authority that signed the gateways' certificates.
+    pub ca: PathBuf,
+}
+
+/// Bits of the packet mark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Mark {
+    /// The value inside the mask; not zero.
+    pub value: u32,
+    /// The bits that are ours.
+    pub mask: u32,
+}
+
+impl Default for Mark {
+    fn default() -> Self {
+        Self { value: 0x0020_0000, mask: 0x00f0_0000 }
+    }
+}
+
+/// How a pod's host-side interface is found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Interfaces {
+    /// By the `/32` or `/128` route to the pod (ptp, Calico, AWS).
+    #[default]
+    HostRoute,
+    /// By the neighbour and forwarding tables of a bridge (bridge, flannel).
+    Bridge,
+}
+
+/// What happens to packets of pods that no gateway has told of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum UnknownPods {
+    /// They take the network plugin's path.
+    #[default]
+    Pass,
+    /// They do not leave the node, once a first complete snapshot has arrived.
+    Drop,
+}
+
+/// Where audit records go.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Audit {
+    /// A file of JSON lines.
+    pub file: PathBuf,
+}
+
+fn default_socket() -> PathBuf {
+    PathBuf::from("/run/tidegate/agent.sock")
+}
+
+fn default_pins() -> PathBuf {
+    PathBuf::from("/sys/fs/bpf/tidegate")
+}
+
+fn default_tunnel_port() -> u16 {
+    8475
+}
+
+/// Why a configuration is refused: the key and what is wrong with it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{key}: {problem}")]
+pub struct ConfigError {
+    /// The key, as in the file.
+    pub key: &'static str,
+    /// What is wrong, in one sentence.
+    pub problem: String,
+}
+
+fn refuse(key: &'static str, problem: impl Into<String>) -> Result<(), ConfigError> {
+    Err(ConfigError { key, problem: problem.into() })
+}
+
+/// A name that can stand as a label before `.node.tidegate` or `.gateway.tidegate` in a certificate.
+fn is_name(s: &str) -> bool {
+    !s.is_empty()
+        && s.len() <= 190
+        && s.split('.').all(|label| {
+            !label.is_empty()
+                && label.len() <= 63
+                && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+                && !label.starts_with('-')
+                && !label.ends_with('-')
+        })
+}
+
+impl Config {
+    /// Checks what the types cannot say.
+    ///
+    /// # Errors
+    /// The first key that is wrong.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if !is_name(&self.node) {
+            return refuse("node", format!("{:?} is not a DNS name", self.node));
+        }
+        if self.gateways.is_empty() {
+            return refuse("gateways", "at least one gateway is needed");
+        }
+        if self.gateways.len() > 64 {
+            return refuse("gateways", "at most 64 gateways are supported");
+        }
+        let mut seen = BTreeSet::new();
+        for g in &self.gateways {
+            if !is_name(&g.name) {
+                return refuse("gateways.name", format!("{:?} is not a DNS name", g.name));
+            }
+            if !seen.insert(&g.name) {
+                return refuse("gateways.name", format!("{} is named twice", g.name));
+            }
+            if g.address.port() == 0 {
+                return refuse("gateways.address", format!("{} has no port", g.name));
+            }
+        }
+        if matches!(self.tunnel_port, 0 | 4789 | 8472) {
+            return refuse("tunnelPort", format!("{} is not usable: take a port of its own", self.tunnel_port));
+        }
+        if self.tunnel_mtu.is_some_and(|m| !(1280..=9000).contains(&m)) {
+            return refuse("tunnelMtu", "must be from 1280 to 9000");
+        }
+        if self.mark.value == 0 || self.mark.value & !self.mark.mask != 0 {
+            return refuse("mark", "the value must not be zero and must lie inside the mask");
+        }
+        if let Some(uplinks) = &self.uplinks {
+            if uplinks.is_empty() {
+                return refuse("uplinks", "must name a device, or be absent");
+            }
+            if let Some(bad) =
+                uplinks.iter().find(|u| u.is_empty() || u.len() > 15 || u.bytes().any(|b| b == b'/' || b <= b' '))
+            {
+                return refuse("uplinks", format!("{bad:?} is not a device name"));
+            }
+        }
+        if !self.pins.is_absolute() {
+            return refuse("pins", "must be an absolute path");
+        }
+        if !self.socket.is_absolute() || self.socket.as_os_str().len() > 107 {
+            return refuse("socket", "must be an absolute path of at most 107 bytes");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn minimal() -> serde_json::Value {
+        serde_json::json!({
+            "node": "node-1",
+            "gateways": [{"name": "gw-a", "address": "10.244.3.2:7443"}],
+            "tls": {"certificate": "/p/tls.crt", "key": "/p/tls.key", "ca": "/p/ca.crt"},
+        })
+    }
+
+    fn parse(v: serde_json::Value) -> Config {
+        serde_json::from_value(v).unwrap()
+    }
+
+    #[test]
+    fn defaults_are_the_documented_ones() {
+        let c = parse(minimal());
+        c.validate().unwrap();
+        assert_eq!(c.tunnel_port, 8475);
+        assert_eq!(c.mark, Mark { value: 0x0020_0000, mask: 0x00f0_0000 });
+        assert_eq!(c.interfaces, Interfaces::HostRoute);
+        assert_eq!(c.unknown_pods, UnknownPods::Pass);
+        assert_eq!(c.socket, PathBuf::from("/run/tidegate/agent.sock"));
+        assert_eq!(c.pins, PathBuf::from("/sys/fs/bpf/tidegate"));
+        assert_eq!((c.uplinks, c.admin, c.audit, c.tunnel_mtu), (None, None, None, None));
+    }
+
+    #[test]
+    fn unknown_keys_are_refused_at_every_level() {
+        for (pointer, key) in [("", "unknownpods"), ("/tls", "cert"), ("/gateways/0", "port")] {
+            let mut v = minimal();
+            v.pointer_mut(pointer).unwrap().as_object_mut().unwrap().insert(key.into(), 1.into());
+            assert!(serde_json::from_value::<Config>(v).is_err(), "{pointer}/{key}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused_with_its_key() {
+        type Case = (&'static str, fn(&mut Config));
+        let cases: &[Case] = &[
+            ("node", |c| c.node = "a b".into()),
+            ("gateways", |c| c.gateways.clear()),
+            ("gateways.name", |c| c.gateways.push(c.gateways[0].clone())),
+            ("gateways.name", |c| c.gateways[0].name = "-x".into()),
+            ("gateways.address", |c| c.gateways[0].address.set_port(0)),
+            ("tunnelPort", |c| c.tunnel_port = 4789),
+            ("tunnelPort", |c| c.tunnel_port = 0),
+            ("tunnelMtu", |c| c.tunnel_mtu = Some(1279)),
+            ("mark", |c| c.mark.value = 0),
+            ("mark", |c| c.mark.value = 0x0100_0000),
+            ("uplinks", |c| c.uplinks = Some(vec![])),
+            ("uplinks", |c| c.uplinks = Some(vec!["a/b".into()])),
+            ("pins", |c| c.pins = "pins".into()),
+            ("socket", |c| c.socket = "sock".into()),
+        ];
+        for (key, break_it) in cases {
+            let mut c = parse(minimal());
+            break_it(&mut c);
+            assert_eq!(c.validate().unwrap_err().key, *key);
+        }
+    }
+}

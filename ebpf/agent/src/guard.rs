@@ -1,0 +1,466 @@
+//! The netfilter half of the guard: a table `inet tidegate` of our own.
+//!
+//! Most network plugins masquerade in POSTROUTING, before an egress program on
+//! the uplink sees a packet. The forward hook still has the pod's source, and
+//! the destination after DNAT. Rules are written at start, when a set changes
+//! and when a check finds them changed; never per packet, and no other table is touched.
+//!
+//! `nft` is a process, so all of this runs on a thread of its own ([`Keeper`]).
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use nftables::helper::{NftablesError, apply_ruleset_raw, get_current_ruleset_raw};
+use parking_lot::{Condvar, Mutex};
+use serde_json::{Value, json};
+
+use crate::config::Mark;
+
+const FAMILY: &str = "inet";
+const TABLE: &str = "tidegate";
+
+/// How long changes are gathered before `nft` runs.
+const DEBOUNCE: Duration = Duration::from_millis(100);
+/// How often the table is compared with what was written.
+const CHECK: Duration = Duration::from_secs(30);
+/// How long to wait after a failure.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// What the rules are made of.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Desired {
+    /// Addresses of this node's isolated pods.
+    pub isolated: BTreeSet<IpAddr>,
+    /// Addresses of all pods of this node that are known.
+    pub pods: BTreeSet<IpAddr>,
+    /// Addresses of nodes.
+    pub nodes: BTreeSet<IpAddr>,
+    /// The cluster set.
+    pub cluster: Vec<IpNet>,
+    /// Names of the uplinks.
+    pub uplinks: Vec<String>,
+    /// Drop what leaves by an uplink from an unknown address of the cluster set.
+    pub drop_unknown: bool,
+}
+
+/// What does not change while the agent runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// UDP port of the tunnel.
+    pub tunnel_port: u16,
+    /// The mark of what the verdict let pass.
+    pub mark: Mark,
+}
+
+/// Why the table could not be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum GuardError {
+    /// `nft` failed or could not be run.
+    #[error("nft: {0}")]
+    Nft(String),
+    /// `nft` printed something that is not JSON.
+    #[error("nft printed no JSON: {0}")]
+    Json(#[from] serde_json::Error),
+}
+
+impl From<NftablesError> for GuardError {
+    fn from(e: NftablesError) -> Self {
+        match e {
+            NftablesError::NftFailed { stderr, .. } => GuardError::Nft(stderr.trim().to_owned()),
+            other => GuardError::Nft(other.to_string()),
+        }
+    }
+}
+
+fn run(commands: Vec<Value>) -> Result<(), GuardError> {
+    let payload = serde_json::to_string(&json!({ "nftables": commands }))?;
+    apply_ruleset_raw(&payload, nftables::helper::DEFAULT_NFT, nftables::helper::DEFAULT_ARGS)?;
+    Ok(())
+}
+
+fn list(args: &[&str]) -> Result<Vec<Value>, GuardError> {
+    let text = get_current_ruleset_raw(nftables::helper::DEFAULT_NFT, args)?;
+    match serde_json::from_str::<Value>(&text)? {
+        Value::Object(mut o) => match o.remove("nftables") {
+            Some(Value::Array(items)) => Ok(items),
+            _ => Ok(Vec::new()),
+        },
+        _ => Ok(Vec::new()),
+    }
+}
+
+fn table_exists() -> Result<bool, GuardError> {
+    Ok(list(&["list", "tables"])?
+        .iter()
+        .any(|t| t.pointer("/table/family") == Some(&json!(FAMILY)) && t.pointer("/table/name") == Some(&json!(TABLE))))
+}
+
+/// Removes the table, if it is there.
+///
+/// # Errors
+/// `nft` failed.
+pub fn remove() -> Result<(), GuardError> {
+    if !table_exists()? {
+        return Ok(());
+    }
+    run(vec![json!({"delete": {"table": {"family": FAMILY, "name": TABLE}}})])
+}
+
+/// The counters of the table: name, packets.
+///
+/// # Errors
+/// `nft` failed.
+pub fn counters() -> Result<Vec<(String, u64)>, GuardError> {
+    let items = list(&["list", "counters", "table", FAMILY, TABLE])?;
+    let counter = |i: &Value| {
+        let c = i.get("counter")?;
+        Some((c.get("name")?.as_str()?.to_owned(), c.get("packets")?.as_u64()?))
+    };
+    Ok(items.iter().filter_map(counter).collect())
+}
+
+/// Input chains of other tables that drop by default and name the tunnel's port nowhere: tunnel packets may not
+/// arrive. Best effort, for a warning at start.
+///
+/// # Errors
+/// `nft` failed.
+pub fn closed_inputs(tunnel_port: u16) -> Result<Vec<String>, GuardError> {
+    let items = list(&["list", "ruleset"])?;
+    let port = tunnel_port.to_string();
+    let mentions = |table: &Value| {
+        items.iter().filter_map(|i| i.get("rule")).any(|r| {
+            r.get("table") == Some(table) && r.get("expr").is_some_and(|e| e.to_string().contains(port.as_str()))
+        })
+    };
+    let closed = |i: &Value| {
+        let c = i.get("chain")?;
+        let is = |k: &str, v: &str| c.get(k).and_then(Value::as_str) == Some(v);
+        let table = c.get("table")?;
+        (is("hook", "input") && is("policy", "drop") && !mentions(table))
+            .then(|| format!("{} {}", table.as_str().unwrap_or_default(), c["name"].as_str().unwrap_or_default()))
+    };
+    Ok(items.iter().filter_map(closed).collect())
+}
+
+/// The table, as this process knows it.
+#[derive(Debug)]
+pub struct Table {
+    settings: Settings,
+    written: Option<Desired>,
+    /// The kernel's rules right after they were written, for comparison.
+    listing: Vec<Value>,
+}
+
+/// What [`Table::apply`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Done {
+    /// Nothing: the kernel already has it.
+    Unchanged,
+    /// Elements of sets were added and deleted.
+    Elements,
+    /// The table was replaced in one transaction.
+    Replaced,
+}
+
+impl Table {
+    /// Knows nothing of the kernel yet.
+    pub fn new(settings: Settings) -> Self {
+        Self { settings, written: None, listing: Vec::new() }
+    }
+
+    /// Makes the kernel hold `desired`.
+    ///
+    /// # Errors
+    /// `nft` failed; the kernel holds what it held before.
+    pub fn apply(&mut self, desired: &Desired) -> Result<Done, GuardError> {
+        let done = match &self.written {
+            Some(old) if old == desired => return Ok(Done::Unchanged),
+            Some(old) if same_rules(old, desired) => {
+                let mut commands = Vec::new();
+                for (name, old, new) in [
+                    ("isolated", &old.isolated, &desired.isolated),
+                    ("pods", &old.pods, &desired.pods),
+                    ("nodes", &old.nodes, &desired.nodes),
+                ] {
+                    change(&mut commands, "delete", name, old.difference(new).copied().collect());
+                    change(&mut commands, "add", name, new.difference(old).copied().collect());
+                }
+                // Somebody may have deleted the table meanwhile: then it is written anew.
+                run(commands).map(|()| Done::Elements).or_else(|_| self.replace(desired))?
+            }
+            _ => self.replace(desired)?,
+        };
+        self.written = Some(desired.clone());
+        self.listing = canonical()?;
+        Ok(done)
+    }
+
+    /// Compares the kernel's table with what was written and writes it anew if they differ.
+    ///
+    /// # Errors
+    /// `nft` failed.
+    pub fn check(&mut self) -> Result<Done, GuardError> {
+        let Some(written) = self.written.clone() else { return Ok(Done::Unchanged) };
+        if table_exists()? && canonical()? == self.listing {
+            return Ok(Done::Unchanged);
+        }
+        tracing::warn!("the nftables table {FAMILY} {TABLE} was changed by somebody else; writing it anew");
+        self.written = None;
+        self.apply(&written)
+    }
+
+    fn replace(&self, desired: &Desired) -> Result<Done, GuardError> {
+        run(ruleset(&self.settings, desired))?;
+        Ok(Done::Replaced)
+    }
+}
+
+fn same_rules(a: &Desired, b: &Desired) -> bool {
+    (&a.cluster, &a.uplinks, a.drop_unknown) == (&b.cluster, &b.uplinks, b.drop_unknown)
+}
+
+/// The table without what changes by itself.
+fn canonical() -> Result<Vec<Value>, GuardError> {
+    let mut items = list(&["list", "table", FAMILY, TABLE])?;
+    items.retain(|i| i.get("metainfo").is_none());
+    for item in &mut items {
+        for body in item.as_object_mut().into_iter().flat_map(|o| o.values_mut()) {
+            if let Some(body) = body.as_object_mut() {
+                for key in ["handle", "packets", "bytes"] {
+                    body.remove(key);
+                }
+                if let Some(Value::Array(elements)) = body.get_mut("elem") {
+                    elements.sort_by_key(Value::to_string);
+                }
+            }
+        }
+    }
+    Ok(items)
+}
+
+fn object(kind: &str, mut body: Value) -> Value {
+    body["family"] = json!(FAMILY);
+    body["table"] = json!(TABLE);
+    json!({ "add": { kind: body } })
+}
+
+fn change(commands: &mut Vec<Value>, verb: &str, set: &str, addresses: Vec<IpAddr>) {
+    for (suffix, v4) in [("4", true), ("6", false)] {
+        let elements: Vec<String> =
+            addresses.iter().filter(|a| a.is_ipv4() == v4).map(ToString::to_string).collect();
+        if !elements.is_empty() {
+            let name = format!("{set}{suffix}");
+            commands.push(json!({ verb: {"element": {
+                "family": FAMILY, "table": TABLE, "name": name, "elem": elements,
+            }}}));
+        }
+    }
+}
+
+/// The whole table as one transaction: what was there before goes in the same instant.
+fn ruleset(settings: &Settings, desired: &Desired) -> Vec<Value> {
+    let table = json!({"table": {"family": FAMILY, "name": TABLE}});
+    let mut out = vec![json!({"add": &table}), json!({"delete": &table}), json!({"add": &table})];
+
+    for counter in ["isolated", "unknown", "tunnel_port"] {
+        out.push(object("counter", json!({"name": counter})));
+    }
+    for (suffix, kind) in [("4", "ipv4_addr"), ("6", "ipv6_addr")] {
+        for set in ["isolated", "pods", "nodes"] {
+            out.push(object("set", json!({"name": format!("{set}{suffix}"), "type": kind})));
+        }
+        out.push(object("set", json!({"name": format!("cluster{suffix}"), "type": kind, "flags": ["interval"]})));
+    }
+    out.push(object("set", json!({"name": "uplinks", "type": "ifname"})));
+
+    // After DNAT and after every mark, before the filter chains of others, whose accept would not end ours anyway.
+    for (name, hook, prio) in
+        [("forward", "forward", -5), ("input", "input", -5), ("prerouting", "prerouting", -300), ("output", "output", -300)]
+    {
+        let body = json!({"name": name, "type": "filter", "hook": hook, "prio": prio, "policy": "accept"});
+        out.push(object("chain", body));
+    }
+
+    let Mark { value, mask } = settings.mark;
+    let port = json!({"match": {"op": "==", "left": {"payload": {"protocol": "udp", "field": "dport"}},
+        "right": settings.tunnel_port}});
+    let unmarked = json!({"match": {"op": "!=", "left": {"&": [{"meta": {"key": "mark"}}, mask]}, "right": value}});
+    let local = json!({"match": {"op": "==", "left": {"fib": {"result": "type", "flags": ["daddr"]}}, "right": "local"}});
+    let name = |key: &str, op: &str| json!({"match": {"op": op, "left": {"meta": {"key": key}}, "right": "@uplinks"}});
+    let drop = json!({ "drop": null });
+    let rule = |chain: &str, expr: Vec<Value>| object("rule", json!({"chain": chain, "expr": expr}));
+
+    for (suffix, protocol) in [("4", "ip"), ("6", "ip6")] {
+        let address = |field: &str, op: &str, set: &str| {
+            json!({"match": {"op": op, "left": {"payload": {"protocol": protocol, "field": field}},
+                "right": format!("@{set}{suffix}")}})
+        };
+        let from_pod = address("saddr", "==", "pods");
+        // The tunnel's outer packets come from nodes; what a pod sends there would forge inner sources. In the
+        // forward and input hooks also after DNAT.
+        let counted = json!({"counter": "tunnel_port"});
+        let forge =
+            |more: Value| vec![from_pod.clone(), more, port.clone(), counted.clone(), drop.clone()];
+        out.push(rule("prerouting", forge(local.clone())));
+        out.push(rule("input", vec![from_pod.clone(), port.clone(), counted.clone(), drop.clone()]));
+        out.push(rule("forward", forge(address("daddr", "==", "nodes"))));
+        out.push(rule(
+            "forward",
+            vec![address("saddr", "==", "isolated"), unmarked.clone(), json!({"counter": "isolated"}), drop.clone()],
+        ));
+        if desired.drop_unknown {
+            out.push(rule(
+                "forward",
+                vec![
+                    name("iifname", "!="),
+                    name("oifname", "=="),
+                    address("saddr", "==", "cluster"),
+                    address("saddr", "!=", "pods"),
+                    unmarked.clone(),
+                    json!({"counter": "unknown"}),
+                    drop.clone(),
+                ],
+            ));
+        }
+    }
+    // Else two conntrack entries per flow and node. Port ranges of other UDP services that use the port as a source
+    // are not touched: both directions of the tunnel have it as destination.
+    for chain in ["prerouting", "output"] {
+        out.push(rule(chain, vec![port.clone(), json!({ "notrack": null })]));
+    }
+
+    for (set, addresses) in [("isolated", &desired.isolated), ("pods", &desired.pods), ("nodes", &desired.nodes)] {
+        change(&mut out, "add", set, addresses.iter().copied().collect());
+    }
+    // Interval sets refuse overlaps.
+    let cluster = IpNet::aggregate(&desired.cluster);
+    for (suffix, v4) in [("4", true), ("6", false)] {
+        let nets: Vec<Value> = cluster
+            .iter()
+            .filter(|n| n.addr().is_ipv4() == v4)
+            .map(|n| json!({"prefix": {"addr": n.network(), "len": n.prefix_len()}}))
+            .collect();
+        if !nets.is_empty() {
+            out.push(object("element", json!({"name": format!("cluster{suffix}"), "elem": nets})));
+        }
+    }
+    if !desired.uplinks.is_empty() {
+        out.push(object("element", json!({"name": "uplinks", "elem": desired.uplinks})));
+    }
+    out
+}
+
+#[derive(Debug, Default)]
+struct Wish {
+    desired: Option<Desired>,
+    fresh: bool,
+    stop: bool,
+}
+
+/// Keeps the table as desired, on a thread of its own in the namespace of the thread that starts it.
+/// When it is dropped the thread ends and the table stays.
+#[derive(Debug)]
+pub struct Keeper {
+    wish: Arc<(Mutex<Wish>, Condvar)>,
+}
+
+impl Keeper {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// The thread could not be started.
+    pub fn start(settings: Settings) -> std::io::Result<Self> {
+        let wish = Arc::new((Mutex::new(Wish::default()), Condvar::new()));
+        let theirs = Arc::clone(&wish);
+        std::thread::Builder::new().name("guard".into()).spawn(move || keep(&theirs, Table::new(settings)))?;
+        Ok(Self { wish })
+    }
+
+    /// Says what the table should be. Never waits; the latest wish counts.
+    pub fn set(&self, desired: Desired) {
+        let (wish, changed) = &*self.wish;
+        let mut wish = wish.lock();
+        if wish.desired.as_ref() != Some(&desired) {
+            wish.desired = Some(desired);
+            wish.fresh = true;
+            changed.notify_one();
+        }
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        let (wish, changed) = &*self.wish;
+        wish.lock().stop = true;
+        changed.notify_one();
+    }
+}
+
+fn keep(shared: &(Mutex<Wish>, Condvar), mut table: Table) {
+    let (wish, changed) = shared;
+    let up = metrics::gauge!(crate::events::GUARD_OK);
+    let mut wait = CHECK;
+    loop {
+        let until = Instant::now() + wait;
+        {
+            let mut wish = wish.lock();
+            while !wish.stop && !wish.fresh && !changed.wait_until(&mut wish, until).timed_out() {}
+            if wish.stop {
+                return;
+            }
+        }
+        std::thread::sleep(DEBOUNCE);
+        let (desired, fresh) = {
+            let mut wish = wish.lock();
+            (wish.desired.clone(), std::mem::take(&mut wish.fresh))
+        };
+        let Some(desired) = desired else { continue };
+        let outcome = if fresh { table.apply(&desired) } else { table.check().and_then(|_| table.apply(&desired)) };
+        match outcome.and_then(|_| counters()) {
+            Ok(counters) => {
+                up.set(1.0);
+                wait = CHECK;
+                for (rule, packets) in counters {
+                    metrics::counter!(crate::events::GUARD_PACKETS, "rule" => rule).absolute(packets);
+                }
+            }
+            Err(e) => {
+                tracing::warn!(error = %e, "the nftables guard could not be written; trying again");
+                up.set(0.0);
+                wait = RETRY;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_transaction_replaces_our_table_and_names_no_other() {
+        let settings = Settings { tunnel_port: 8475, mark: Mark::default() };
+        let commands = ruleset(&settings, &Desired { drop_unknown: true, ..Desired::default() });
+        for c in &commands {
+            let body = c.as_object().unwrap().values().next().unwrap().as_object().unwrap().values().next().unwrap();
+            assert_eq!(body["family"], FAMILY);
+            assert_eq!(body.get("table").unwrap_or(&body["name"]), TABLE);
+        }
+        assert!(commands[1].pointer("/delete/table").is_some());
+        assert_eq!(commands.iter().filter(|c| c.get("delete").is_some()).count(), 1);
+    }
+
+    #[test]
+    fn unknown_pods_are_dropped_only_when_armed() {
+        let settings = Settings { tunnel_port: 8475, mark: Mark::default() };
+        let text = |drop_unknown| {
+            let d = Desired { drop_unknown, ..Desired::default() };
+            serde_json::to_string(&ruleset(&settings, &d)).unwrap()
+        };
+        assert!(!text(false).contains(r#""counter":"unknown""#));
+        assert!(text(true).contains(r#""counter":"unknown""#));
+    }
+}

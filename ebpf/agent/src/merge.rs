@@ -1,0 +1,284 @@
+//! What the node's kernel should hold, out of what every gateway says. Pure.
+//!
+//! Rules:
+//! - A scope belongs to the claim with the highest epoch. Its entries (endpoints, groups, grants) come from its
+//!   owner; what an older epoch says is dropped. A gateway other than the owner speaks for it only in what the
+//!   owner has not told yet.
+//! - Nodes, gateways and cluster values are the union of all live gateways.
+//! - A gateway that is away keeps its word for the scopes that it still owns. When no gateway is there, the last
+//!   known good of all of them holds.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use tidegate_policy::state::{Cluster, Endpoint, Entry, EntryKey, NodeState, Touch};
+use tidegate_policy::{ClassKey, GroupKey, PortSet, ScopeKey};
+
+/// How long a grant that came with a fact outlives a snapshot that lacks it: the two streams race, and the next
+/// delta names it.
+const AHEAD: Duration = Duration::from_secs(2);
+
+/// Why an update is refused; the stream must begin anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum UpdateError {
+    /// A delta came before a snapshot, or for another boot of the gateway.
+    #[error("a delta without its snapshot")]
+    NoSnapshot,
+    /// The sequence did not grow.
+    #[error("sequence {got} after {last}")]
+    Sequence {
+        /// The last sequence seen.
+        last: u64,
+        /// What came.
+        got: u64,
+    },
+}
+
+/// One update of a gateway's model.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Update {
+    /// The gateway's boot.
+    pub boot: u64,
+    /// Position in the gateway's `State` stream.
+    pub sequence: u64,
+    /// Whether it replaces all before.
+    pub snapshot: bool,
+    /// Entries to set.
+    pub set: Vec<Entry>,
+    /// Entries to delete.
+    pub delete: Vec<EntryKey>,
+}
+
+/// What one gateway has said.
+#[derive(Debug, Default)]
+pub struct Model {
+    state: NodeState,
+    boot: u64,
+    sequence: u64,
+    /// Whether this connection has begun with a snapshot.
+    synced: bool,
+    /// Whether any snapshot ever came.
+    known: bool,
+    ahead: BTreeMap<(GroupKey, ClassKey), Duration>,
+}
+
+impl Model {
+    /// Whether a snapshot has come on the present connection.
+    pub fn live(&self) -> bool {
+        self.synced
+    }
+
+    /// Whether there is a last known good.
+    pub fn known(&self) -> bool {
+        self.known
+    }
+
+    /// What the gateway said last.
+    pub fn state(&self) -> &NodeState {
+        &self.state
+    }
+
+    /// The stream ended: the state stays as last known good.
+    pub fn away(&mut self) {
+        self.synced = false;
+    }
+
+    /// Takes one update; `now` is monotonic.
+    ///
+    /// # Errors
+    /// See [`UpdateError`]; nothing has changed then.
+    pub fn update(&mut self, update: Update, now: Duration) -> Result<(), UpdateError> {
+        if update.snapshot {
+            let mut state = NodeState::default();
+            if self.boot == update.boot {
+                self.ahead.retain(|_, at| now.saturating_sub(*at) < AHEAD);
+                for key in self.ahead.keys() {
+                    if let Some(ports) = self.state.grants.get(key) {
+                        state.grants.insert(*key, ports.clone());
+                    }
+                }
+            } else {
+                self.ahead.clear();
+            }
+            self.state = state;
+            self.synced = true;
+            self.known = true;
+        } else if !self.synced || self.boot != update.boot {
+            return Err(UpdateError::NoSnapshot);
+        } else if update.sequence <= self.sequence {
+            return Err(UpdateError::Sequence { last: self.sequence, got: update.sequence });
+        }
+        (self.boot, self.sequence) = (update.boot, update.sequence);
+        for key in &update.delete {
+            if let EntryKey::Grant(g, c) = key {
+                self.ahead.remove(&(*g, *c));
+            }
+            self.state.delete(key);
+        }
+        for entry in update.set {
+            if let Entry::Grant(g, c, _) = &entry {
+                self.ahead.remove(&(*g, *c));
+            }
+            self.state.set(entry);
+        }
+        Ok(())
+    }
+
+    /// Takes grants that came with facts. Says whether anything changed.
+    pub fn grants(&mut self, grants: Vec<(GroupKey, ClassKey, PortSet)>, now: Duration) -> bool {
+        let mut changed = false;
+        for (group, class, ports) in grants {
+            let key = (group, class);
+            if self.state.grants.get(&key) != Some(&ports) {
+                self.state.grants.insert(key, ports);
+                self.ahead.insert(key, now);
+                changed = true;
+            }
+        }
+        changed
+    }
+}
+
+/// One gateway's word in a merge.
+#[derive(Clone, Copy, Debug)]
+pub struct Source<'a> {
+    /// The gateway's name.
+    pub name: &'a str,
+    /// Whether its stream is up and in sync.
+    pub live: bool,
+    /// What it says.
+    pub state: &'a NodeState,
+}
+
+/// Merges what the gateways say. The order of `sources` does not matter.
+pub fn merge(sources: &[Source<'_>]) -> NodeState {
+    let mut sources = sources.to_vec();
+    sources.sort_by_key(|s| s.name);
+    let any_live = sources.iter().any(|s| s.live);
+    let mut out = NodeState::default();
+
+    // Scopes: the highest epoch; among equals the owner's own word, then a live one, then the smaller name.
+    let mut claims: BTreeMap<ScopeKey, (u64, bool, bool, usize)> = BTreeMap::new();
+    for (i, s) in sources.iter().enumerate().rev() {
+        for (key, scope) in &s.state.scopes {
+            let claim = (scope.epoch, scope.owner == s.name, s.live, i);
+            let best = claims.entry(*key).or_insert(claim);
+            if (claim.0, claim.1, claim.2) >= (best.0, best.1, best.2) {
+                *best = claim;
+            }
+        }
+    }
+    // Who speaks for a scope: its owner where it knows the scope, else who made the claim.
+    let mut speaker: BTreeMap<ScopeKey, usize> = BTreeMap::new();
+    for (key, (_, _, _, i)) in &claims {
+        let scope = &sources[*i].state.scopes[key];
+        out.scopes.insert(*key, scope.clone());
+        let owner = sources.iter().position(|s| s.name == scope.owner && s.state.scopes.contains_key(key));
+        speaker.insert(*key, owner.unwrap_or(*i));
+    }
+
+    let speaks: Vec<bool> = sources.iter().map(|s| s.live || !any_live).collect();
+    for (s, _) in sources.iter().zip(&speaks).filter(|(_, speaks)| **speaks) {
+        for (name, node) in &s.state.nodes {
+            let merged = out.nodes.entry(name.clone()).or_insert_with(|| node.clone());
+            for a in &node.addresses {
+                if !merged.addresses.contains(a) {
+                    merged.addresses.push(*a);
+                }
+            }
+        }
+        for (name, gateway) in &s.state.gateways {
+            // A gateway's own word about itself is the best.
+            if name == s.name || !out.gateways.contains_key(name) {
+                out.gateways.insert(name.clone(), gateway.clone());
+            }
+        }
+    }
+    for node in out.nodes.values_mut() {
+        node.addresses.sort_unstable();
+    }
+    out.cluster =
+        cluster(sources.iter().zip(&speaks).filter(|(_, speaks)| **speaks).map(|(s, _)| &s.state.cluster));
+
+    // Endpoints, each with the source it came from. A view that is current beats one of a gateway that is away (the
+    // address may have moved since), the scope's owner beats others, and a member beats an untouched pod: the
+    // stricter view is safe until the owner has spoken.
+    let mut chosen: BTreeMap<IpAddr, ((bool, bool, bool), usize, &Endpoint)> = BTreeMap::new();
+    for (i, s) in sources.iter().enumerate() {
+        for (ip, endpoint) in &s.state.endpoints {
+            let by = endpoint.member.and_then(|(scope, _)| speaker.get(&scope)).copied();
+            let owns = by == Some(i);
+            if !owns && (!speaks[i] || by.is_some_and(|o| speaks[o] && sources[o].state.endpoints.contains_key(ip))) {
+                continue;
+            }
+            let rank = (speaks[i], owns, endpoint.touch != Touch::Untouched);
+            if chosen.get(ip).is_none_or(|(best, _, _)| rank > *best) {
+                chosen.insert(*ip, (rank, i, endpoint));
+            }
+        }
+    }
+
+    let mut groups: BTreeSet<GroupKey> = BTreeSet::new();
+    for (ip, (_, i, endpoint)) in chosen {
+        out.endpoints.insert(ip, endpoint.clone());
+        let Some((scope, group)) = endpoint.member else { continue };
+        if !groups.insert(group) {
+            continue;
+        }
+        let by = speaker.get(&scope).copied().filter(|b| sources[*b].state.groups.contains_key(&group)).unwrap_or(i);
+        let from = sources[by].state;
+        let Some(value) = from.groups.get(&group) else { continue };
+        out.groups.insert(group, value.clone());
+        for set in [value.admin, value.own].into_iter().flatten() {
+            if let Some(prefixes) = from.prefixes.get(&set) {
+                out.prefixes.entry(set).or_insert_with(|| prefixes.clone());
+            }
+        }
+        let grants = from.grants.range((group, ClassKey(0))..=(group, ClassKey(u128::MAX)));
+        out.grants.extend(grants.map(|(k, v)| (*k, v.clone())));
+    }
+    out
+}
+
+/// The union of the cluster values; of what only narrows (NodePorts out, ping in) the narrower.
+fn cluster<'a>(all: impl Iterator<Item = &'a Cluster>) -> Cluster {
+    let mut out: Option<Cluster> = None;
+    for c in all {
+        let Some(o) = &mut out else {
+            out = Some(c.clone());
+            continue;
+        };
+        o.prefixes.extend(c.prefixes.iter().copied());
+        o.dns.extend(c.dns.iter().copied());
+        o.node_ports = match (o.node_ports, c.node_ports) {
+            (Some((a, b)), Some((x, y))) => Some((a.min(x), b.max(y))),
+            (a, b) => a.or(b),
+        };
+        o.ping &= c.ping;
+    }
+    let mut out = out.unwrap_or_default();
+    out.prefixes.sort_unstable();
+    out.prefixes.dedup();
+    out.dns.sort_unstable();
+    out.dns.dedup();
+    out
+}
+
+/// Whether `gateway` may still hold egress addresses by the node's view of ownership: it claims no scope with an
+/// egress pair, or it still owns one of those that it claims.
+pub fn may_hold(gateway: &str, claims: Option<&NodeState>, merged: &NodeState) -> bool {
+    let Some(claims) = claims else { return true };
+    let mut claimed = false;
+    for (key, scope) in claims.scopes.iter().filter(|(_, s)| s.owner == gateway && s.pair != 0) {
+        claimed = true;
+        if merged.scopes.get(key).is_none_or(|m| m.owner == gateway && m.epoch <= scope.epoch) {
+            return true;
+        }
+    }
+    !claimed
+}
+
+#[cfg(test)]
+#[path = "merge_tests.rs"]
+mod tests;

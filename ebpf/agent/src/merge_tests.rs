@@ -1,0 +1,234 @@
+use tidegate_policy::state::{Gateway, Group, Node, Scope};
+use tidegate_policy::{Carry, PortRange, Proto, Via};
+
+use super::*;
+
+fn ports(port: u16) -> PortSet {
+    PortSet::from_precedence([PortRange { proto: Proto::Tcp, lo: port, hi: port, via: Via::Allow(Carry::Tls) }])
+}
+
+fn ip(last: u8) -> IpAddr {
+    IpAddr::from([10, 0, 0, last])
+}
+
+fn endpoint(touch: Touch, member: Option<(u128, u128)>) -> Endpoint {
+    Endpoint {
+        node: "n1".into(),
+        namespace: "ns".into(),
+        pod: "pod".into(),
+        touch,
+        member: member.map(|(s, g)| (ScopeKey(s), GroupKey(g))),
+    }
+}
+
+fn scope(owner: &str, epoch: u64) -> Scope {
+    Scope { owner: owner.into(), epoch, pair: 0 }
+}
+
+/// Scope 1 with group 2, one endpoint, one grant on `port`.
+fn view(owner: &str, epoch: u64, port: u16) -> NodeState {
+    let mut s = NodeState::default();
+    s.scopes.insert(ScopeKey(1), scope(owner, epoch));
+    s.groups.insert(GroupKey(2), Group { isolated: true, audit: false, admin: None, own: None });
+    s.grants.insert((GroupKey(2), ClassKey(3)), ports(port));
+    s.endpoints.insert(ip(1), endpoint(Touch::Isolated, Some((1, 2))));
+    s
+}
+
+fn src<'a>(name: &'a str, live: bool, state: &'a NodeState) -> Source<'a> {
+    Source { name, live, state }
+}
+
+fn grant(m: &NodeState) -> Option<&PortSet> {
+    m.grants.get(&(GroupKey(2), ClassKey(3)))
+}
+
+#[test]
+fn a_scope_follows_its_owner_and_not_who_else_speaks_of_it() {
+    let (a, b) = (view("a", 5, 443), view("a", 5, 80));
+    for order in [[src("a", true, &a), src("b", true, &b)], [src("b", true, &b), src("a", true, &a)]] {
+        assert_eq!(grant(&merge(&order)), Some(&ports(443)));
+    }
+}
+
+#[test]
+fn a_higher_epoch_takes_the_scope_and_an_older_one_is_dropped() {
+    let (a, b) = (view("a", 5, 443), view("b", 6, 80));
+    let m = merge(&[src("a", true, &a), src("b", true, &b)]);
+    assert_eq!(m.scopes[&ScopeKey(1)], scope("b", 6));
+    assert_eq!(grant(&m), Some(&ports(80)));
+    // Also while the new owner is away: its epoch is remembered.
+    let m = merge(&[src("a", true, &a), src("b", false, &b)]);
+    assert_eq!(m.scopes[&ScopeKey(1)], scope("b", 6));
+    assert_eq!(grant(&m), Some(&ports(80)));
+}
+
+#[test]
+fn the_last_known_good_stays_while_gateways_are_away() {
+    let mut a = view("a", 5, 443);
+    a.nodes.insert("n1".into(), Node { addresses: vec![ip(9)] });
+    let mut b = NodeState::default();
+    b.scopes.insert(ScopeKey(1), scope("a", 5));
+    let m = merge(&[src("a", false, &a), src("b", true, &b)]);
+    assert_eq!(grant(&m), Some(&ports(443)));
+    assert!(m.endpoints.contains_key(&ip(1)));
+    let m = merge(&[src("a", false, &a), src("b", false, &b)]);
+    assert_eq!(m.nodes["n1"].addresses, vec![ip(9)]);
+}
+
+#[test]
+fn a_gateway_that_is_away_and_owns_nothing_says_nothing() {
+    let mut a = view("a", 5, 443);
+    a.endpoints.insert(ip(7), endpoint(Touch::Untouched, None));
+    a.endpoints.insert(ip(8), endpoint(Touch::Isolated, Some((1, 2))));
+    let b = view("b", 6, 80);
+    let m = merge(&[src("a", false, &a), src("b", true, &b)]);
+    assert_eq!(m.endpoints.keys().copied().collect::<Vec<_>>(), vec![ip(1)]);
+}
+
+#[test]
+fn an_owner_that_was_never_heard_is_stood_in_for() {
+    let b = view("a", 5, 80);
+    let m = merge(&[src("b", true, &b)]);
+    assert_eq!(m.scopes[&ScopeKey(1)].owner, "a");
+    assert_eq!(grant(&m), Some(&ports(80)));
+    assert!(m.groups.contains_key(&GroupKey(2)));
+}
+
+#[test]
+fn an_endpoint_that_moved_while_the_owner_is_away_follows_the_live_view() {
+    let a = view("a", 5, 443);
+    let mut b = NodeState::default();
+    b.scopes.insert(ScopeKey(1), scope("a", 5));
+    b.scopes.insert(ScopeKey(4), scope("b", 1));
+    b.groups.insert(GroupKey(5), Group { isolated: true, audit: false, admin: None, own: None });
+    b.endpoints.insert(ip(1), endpoint(Touch::Isolated, Some((4, 5))));
+    let m = merge(&[src("a", false, &a), src("b", true, &b)]);
+    assert_eq!(m.endpoints[&ip(1)].member, Some((ScopeKey(4), GroupKey(5))));
+}
+
+#[test]
+fn the_owner_says_what_is_untouched_and_others_see_new_pods_first() {
+    let mut a = view("a", 5, 443);
+    a.endpoints.insert(ip(1), endpoint(Touch::Untouched, None));
+    let mut b = view("a", 5, 80);
+    b.endpoints.insert(ip(2), endpoint(Touch::Isolated, Some((1, 2))));
+    for order in [["a", "b"], ["b", "a"]] {
+        let sources = order.map(|n| src(n, true, if n == "a" { &a } else { &b }));
+        let m = merge(&sources);
+        assert_eq!(m.endpoints[&ip(1)].touch, Touch::Untouched);
+        assert_eq!(m.endpoints[&ip(2)].touch, Touch::Isolated);
+        assert_eq!(grant(&m), Some(&ports(443)), "the owner's group holds for the new pod too");
+    }
+    // The same with names in the other order, so that neither view wins by its name.
+    let (a2, b2) = (
+        NodeState { scopes: [(ScopeKey(1), scope("z", 5))].into(), ..a },
+        NodeState { scopes: [(ScopeKey(1), scope("z", 5))].into(), ..b },
+    );
+    let m = merge(&[src("z", true, &a2), src("b", true, &b2)]);
+    assert_eq!(m.endpoints[&ip(1)].touch, Touch::Untouched);
+}
+
+#[test]
+fn cluster_values_are_a_union_that_only_narrows_what_must_narrow() {
+    let net = |s: &str| s.parse().unwrap();
+    let mut a = NodeState::default();
+    a.cluster =
+        Cluster { prefixes: vec![net("10.0.0.0/8")], node_ports: Some((30000, 31000)), dns: vec![], ping: true };
+    a.gateways.insert("b".into(), Gateway { node: "wrong".into() });
+    let mut b = NodeState::default();
+    b.cluster = Cluster {
+        prefixes: vec![net("10.0.0.0/8"), net("fd00::/8")],
+        node_ports: Some((30500, 32767)),
+        dns: vec![],
+        ping: false,
+    };
+    b.gateways.insert("b".into(), Gateway { node: "right".into() });
+    let m = merge(&[src("a", true, &a), src("b", true, &b)]);
+    assert_eq!(m.cluster.prefixes.len(), 2);
+    assert_eq!(m.cluster.node_ports, Some((30000, 32767)));
+    assert!(!m.cluster.ping);
+    assert_eq!(m.gateways["b"].node, "right");
+    assert_eq!(merge(&[]), NodeState::default());
+}
+
+const T: Duration = Duration::from_secs(100);
+
+fn snapshot(boot: u64, sequence: u64, state: &NodeState) -> Update {
+    Update { boot, sequence, snapshot: true, set: state.entries(), delete: vec![] }
+}
+
+#[test]
+fn a_model_needs_a_snapshot_and_a_growing_sequence() {
+    let mut m = Model::default();
+    let delta = |boot, sequence| Update { boot, sequence, ..Update::default() };
+    assert_eq!(m.update(delta(1, 1), T), Err(UpdateError::NoSnapshot));
+    m.update(snapshot(1, 4, &view("a", 1, 443)), T).unwrap();
+    m.update(delta(1, 5), T).unwrap();
+    assert_eq!(m.update(delta(1, 5), T), Err(UpdateError::Sequence { last: 5, got: 5 }));
+    assert_eq!(m.update(delta(2, 6), T), Err(UpdateError::NoSnapshot));
+    m.away();
+    assert!(!m.live() && m.known());
+    assert_eq!(m.update(delta(1, 6), T), Err(UpdateError::NoSnapshot), "a new connection begins with a snapshot");
+    assert_eq!(grant(m.state()), Some(&ports(443)));
+    // A snapshot replaces everything, with any sequence.
+    m.update(snapshot(2, 1, &NodeState::default()), T).unwrap();
+    assert_eq!(m.state(), &NodeState::default());
+}
+
+#[test]
+fn deltas_set_and_delete() {
+    let mut m = Model::default();
+    m.update(snapshot(1, 1, &view("a", 1, 443)), T).unwrap();
+    let delta = Update {
+        boot: 1,
+        sequence: 2,
+        snapshot: false,
+        set: vec![Entry::Grant(GroupKey(2), ClassKey(9), ports(25))],
+        delete: vec![EntryKey::Grant(GroupKey(2), ClassKey(3))],
+    };
+    m.update(delta, T).unwrap();
+    assert_eq!(m.state().grants.keys().collect::<Vec<_>>(), vec![&(GroupKey(2), ClassKey(9))]);
+}
+
+#[test]
+fn a_grant_that_came_with_a_fact_survives_a_racing_snapshot_but_no_restart_and_no_delete() {
+    let key = (GroupKey(2), ClassKey(7));
+    let fresh = || {
+        let mut m = Model::default();
+        m.update(snapshot(1, 1, &view("a", 1, 443)), T).unwrap();
+        assert!(m.grants(vec![(key.0, key.1, ports(25))], T));
+        assert!(!m.grants(vec![(key.0, key.1, ports(25))], T));
+        m
+    };
+    let mut m = fresh();
+    m.update(snapshot(1, 2, &view("a", 1, 443)), T + Duration::from_secs(1)).unwrap();
+    assert!(m.state().grants.contains_key(&key));
+    m.update(snapshot(1, 3, &view("a", 1, 443)), T + Duration::from_secs(3)).unwrap();
+    assert!(!m.state().grants.contains_key(&key), "a snapshot long after knows better");
+
+    let mut m = fresh();
+    m.update(snapshot(2, 1, &view("a", 1, 443)), T).unwrap();
+    assert!(!m.state().grants.contains_key(&key), "another boot");
+
+    let mut m = fresh();
+    let delete = vec![EntryKey::Grant(key.0, key.1)];
+    m.update(Update { boot: 1, sequence: 2, delete, ..Update::default() }, T).unwrap();
+    m.update(snapshot(1, 3, &view("a", 1, 443)), T).unwrap();
+    assert!(!m.state().grants.contains_key(&key), "a delete holds");
+}
+
+#[test]
+fn addresses_are_let_go_when_every_claim_was_taken_over() {
+    let mut own = NodeState::default();
+    own.scopes.insert(ScopeKey(1), Scope { owner: "a".into(), epoch: 1, pair: 1 });
+    own.scopes.insert(ScopeKey(2), Scope { owner: "a".into(), epoch: 1, pair: 2 });
+    let mut merged = own.clone();
+    assert!(may_hold("a", Some(&own), &merged));
+    merged.scopes.insert(ScopeKey(1), Scope { owner: "b".into(), epoch: 2, pair: 1 });
+    assert!(may_hold("a", Some(&own), &merged));
+    merged.scopes.insert(ScopeKey(2), Scope { owner: "b".into(), epoch: 2, pair: 1 });
+    assert!(!may_hold("a", Some(&own), &merged));
+    assert!(may_hold("a", None, &merged), "a gateway that has not spoken yet is believed");
+    assert!(may_hold("c", Some(&own), &merged), "no claims, nothing to lose");
+}

@@ -1,0 +1,450 @@
+//! The reconciler: one thread that owns the datapath, and makes the kernel hold
+//! what the gateways say for this node's pods. Facts come first in its queue, since a
+//! DNS reply waits for each of them.
+
+mod passes;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tidegate_ebpf::{Datapath, Program};
+use tidegate_policy::event::Emit;
+use tidegate_policy::state::NodeState;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+use crate::announce::Announcer;
+use crate::config::{Config, Interfaces};
+use crate::events::{self, People};
+use crate::guard::{self, Keeper, Settings};
+use crate::held::{LEASE, Leases};
+use crate::links::{self, Netlink, Topology};
+use crate::merge::{self, Model, Source};
+use crate::plug::{Hello, Request};
+use crate::stream::{self, Ack, Applied};
+use crate::told::Told;
+use crate::{AgentError, Status, options};
+
+/// One step of the cheap checks; a tenth of the attachments is verified in each.
+const STEP: Duration = Duration::from_millis(100);
+const STEPS_PER_SECOND: u64 = 10;
+/// Steps between full passes, and between sweeps.
+const FULL: u64 = 30 * STEPS_PER_SECOND;
+const SWEEP: u64 = 60 * STEPS_PER_SECOND;
+/// How long changes of devices and routes are gathered.
+const GATHER: Duration = Duration::from_millis(20);
+/// After a restart the kernel holds the old state: so long it may wait for the other gateways, so that
+/// nothing of a scope whose owner answers last is taken away and put back.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// What the reconciler hears.
+pub struct Inputs {
+    /// From the `State` streams.
+    pub state: mpsc::Receiver<stream::State>,
+    /// From the `Facts` streams.
+    pub facts: mpsc::Receiver<stream::Facts>,
+    /// From the gateway socket.
+    pub plugs: mpsc::Receiver<Request>,
+    /// The end.
+    pub stop: oneshot::Receiver<()>,
+}
+
+/// The body of the reconciler's thread. `started` is told once the programs are loaded and the uplinks guarded.
+pub fn run(
+    config: Arc<Config>,
+    inputs: Inputs,
+    emit: Arc<dyn Emit>,
+    status: watch::Sender<Status>,
+    started: oneshot::Sender<()>,
+) -> Result<(), AgentError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(AgentError::io("runtime"))?.block_on(async move {
+        let node = Node::start(config, emit, status).await?;
+        // Nobody waits any more only if the agent is stopping, and then `stop` says so.
+        let _ = started.send(());
+        node.serve(inputs).await;
+        Ok(())
+    })
+}
+
+/// The gateway that is plugged in.
+struct Gateway {
+    name: String,
+    /// The connection that renews its leases, while there is one.
+    connection: Option<u64>,
+}
+
+struct Node {
+    config: Arc<Config>,
+    netlink: Netlink,
+    changed: Arc<Notify>,
+    datapath: Datapath,
+    keeper: Keeper,
+    announcer: Announcer,
+    people: Arc<People>,
+    status: watch::Sender<Status>,
+
+    models: Vec<Model>,
+    merged: NodeState,
+    told: Told,
+    /// Since when there is a snapshot to apply.
+    heard: Option<Instant>,
+    /// Whether the kernel held a state of an earlier run.
+    adopted: bool,
+    /// Whether a snapshot was applied.
+    ready: bool,
+    /// Acks that wait for a pass.
+    pending: BTreeMap<usize, (Ack, Applied)>,
+
+    topology: Topology,
+    tunnel_mtu: u16,
+    /// Interfaces of local pods that were found, by address. They stay while the device exists: a route that flaps or a
+    /// neighbour that is forgotten must not open a pod.
+    interfaces: BTreeMap<IpAddr, u32>,
+    pod_macs: BTreeMap<u32, [u8; 6]>,
+    attached: BTreeMap<(Program, u32), String>,
+    gateway: Option<Gateway>,
+    leases: Leases,
+    epoch: Instant,
+    /// Where the next slice of verifications begins.
+    verified: usize,
+    problems: BTreeMap<&'static str, String>,
+}
+
+impl Node {
+    async fn start(config: Arc<Config>, emit: Arc<dyn Emit>, status: watch::Sender<Status>) -> Result<Self, AgentError> {
+        let netlink = Netlink::open()?;
+        let changed = Arc::new(Notify::new());
+        links::watch(config.interfaces == Interfaces::Bridge, Arc::clone(&changed))?;
+        netlink.ensure_tunnel(config.tunnel_port).await?;
+        let topology = netlink.topology(config.interfaces).await?;
+        let uplinks = topology.uplinks(config.uplinks.as_deref());
+        let tunnel_mtu = config.tunnel_mtu.unwrap_or_else(|| topology.tunnel_mtu(&uplinks));
+        match guard::closed_inputs(config.tunnel_port) {
+            Ok(closed) if closed.is_empty() => {}
+            Ok(closed) => tracing::warn!(
+                chains = closed.join(", "),
+                port = config.tunnel_port,
+                "an input chain drops by default and does not name the tunnel's UDP port: accept it there"
+            ),
+            Err(error) => tracing::warn!(%error, "the firewall's rules cannot be read"),
+        }
+
+        let adopted = std::fs::read_dir(&config.pins).is_ok_and(|mut d| d.next().is_some());
+        let mut datapath = Datapath::load(&options(&config, tunnel_mtu))?;
+        let settings = Settings { tunnel_port: config.tunnel_port, mark: config.mark };
+        let keeper = Keeper::start(settings).map_err(AgentError::io("thread"))?;
+        let announcer = Announcer::open().map_err(AgentError::io("packet socket"))?;
+        let people = Arc::new(People::default());
+        if let Some(mut events) = datapath.events() {
+            let people = Arc::clone(&people);
+            tokio::spawn(async move {
+                loop {
+                    match events.next().await {
+                        Ok(event) => emit.emit(event.into_event(people.get(event.source.ip()))),
+                        Err(error) => {
+                            tracing::error!(%error, "kernel events cannot be read");
+                            return;
+                        }
+                    }
+                }
+            });
+        }
+        let models = config.gateways.iter().map(|_| Model::default()).collect();
+        let mut node = Self {
+            config,
+            netlink,
+            changed,
+            datapath,
+            keeper,
+            announcer,
+            people,
+            status,
+            models,
+            merged: NodeState::default(),
+            told: Told::default(),
+            heard: None,
+            adopted,
+            ready: false,
+            pending: BTreeMap::new(),
+            topology,
+            tunnel_mtu,
+            interfaces: BTreeMap::new(),
+            pod_macs: BTreeMap::new(),
+            attached: BTreeMap::new(),
+            gateway: None,
+            leases: Leases::default(),
+            epoch: Instant::now(),
+            verified: 0,
+            problems: BTreeMap::new(),
+        };
+        node.attach_missing();
+        node.tell();
+        Ok(node)
+    }
+
+    async fn serve(mut self, mut inputs: Inputs) {
+        let mut step = interval(STEP);
+        step.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut steps = 0u64;
+        let changed = Arc::clone(&self.changed);
+        loop {
+            tokio::select! {
+                biased;
+                _ = &mut inputs.stop => return,
+                Some(facts) = inputs.facts.recv() => self.facts(facts),
+                Some(request) = inputs.plugs.recv() => self.plug(request).await,
+                Some(first) = inputs.state.recv() => {
+                    let mut all = vec![first];
+                    while let Ok(more) = inputs.state.try_recv() {
+                        all.push(more);
+                    }
+                    self.state(all).await;
+                }
+                _ = step.tick() => {
+                    steps += 1;
+                    self.step(steps).await;
+                }
+                () = changed.notified() => {
+                    // More changes follow the first: a pod's device, its address, its route.
+                    tokio::time::sleep(GATHER).await;
+                    self.refresh().await;
+                    self.reconcile(false).await;
+                }
+            }
+        }
+    }
+
+    // --- what comes in ---
+
+    fn facts(&mut self, facts: stream::Facts) {
+        let Some(name) = self.config.gateways.get(facts.gateway).map(|g| g.name.clone()) else { return };
+        // What waited too long in the queue is no sign of life any more.
+        if facts.at.elapsed() < stream::SILENCE
+            && let Err(e) = self.datapath.heartbeat(&name)
+        {
+            tracing::error!(gateway = name, error = %e, "heartbeat");
+        }
+        let Some((mut batch, ack)) = facts.batch else { return };
+        let applied = Applied { boot: batch.boot_id, sequence: batch.sequence, error: None };
+        let grants = std::mem::take(&mut batch.grants).into_iter().map(|g| (g.group, g.class, g.ports)).collect();
+        let now = self.epoch.elapsed();
+        let mut result = Ok(());
+        if self.models[facts.gateway].grants(grants, now) && self.ready {
+            self.merge();
+            let local = self.local();
+            result = self.datapath.apply(&self.merged, &local, false).map(drop);
+        }
+        let updates = self.told.take(facts.gateway, batch);
+        let result = result.and_then(|()| self.datapath.facts(&updates));
+        acknowledge(&ack, applied, result.map_err(|e| e.to_string()));
+    }
+
+    async fn state(&mut self, all: Vec<stream::State>) {
+        let now = self.epoch.elapsed();
+        for message in all {
+            match message {
+                stream::State::Away { gateway } => self.models[gateway].away(),
+                stream::State::Update { gateway, update, ack } => {
+                    let applied = Applied { boot: update.boot, sequence: update.sequence, error: None };
+                    match self.models[gateway].update(update, now) {
+                        Ok(()) => drop(self.pending.insert(gateway, (ack, applied))),
+                        Err(e) => acknowledge(&ack, applied, Err(e.to_string())),
+                    }
+                }
+            }
+        }
+        for (gateway, model) in self.config.gateways.iter().zip(&self.models) {
+            let up = if model.live() { 1.0 } else { 0.0 };
+            metrics::gauge!(events::GATEWAY_UP, "gateway" => gateway.name.clone()).set(up);
+        }
+        if self.heard.is_none() && self.models.iter().any(Model::known) {
+            self.heard = Some(Instant::now());
+            // The pass that comes at the latest, if other gateways stay silent.
+            let changed = Arc::clone(&self.changed);
+            tokio::spawn(async move {
+                tokio::time::sleep(SETTLE).await;
+                changed.notify_one();
+            });
+        }
+        self.merge();
+        self.reconcile(false).await;
+    }
+
+    async fn plug(&mut self, request: Request) {
+        match request {
+            Request::Plug { connection, hello, netns, answer } => {
+                let result = self.plug_in(connection, &hello, &netns).await;
+                if let Err(error) = &result {
+                    tracing::warn!(gateway = hello.gateway, error, "a gateway could not be plugged in");
+                }
+                // The connection may be gone; its end is told separately.
+                let _ = answer.send(result);
+            }
+            Request::Renew { connection, addresses } => self.renew(connection, &addresses),
+            Request::Gone { connection } => {
+                if let Some(gateway) = self.gateway.as_mut().filter(|g| g.connection == Some(connection)) {
+                    gateway.connection = None;
+                    tracing::info!(gateway = gateway.name, "the gateway's connection ended; its addresses are let go");
+                    let gone = self.leases.end();
+                    self.release(&gone);
+                }
+            }
+        }
+    }
+
+    async fn plug_in(&mut self, connection: u64, hello: &Hello, netns: &OwnedFd) -> Result<u16, String> {
+        if let Some(other) = self.gateway.as_ref().filter(|g| g.connection.is_some() && g.name != hello.gateway) {
+            return Err(format!("gateway {} is plugged in on this node", other.name));
+        }
+        if !self.config.gateways.iter().any(|g| g.name == hello.gateway) {
+            return Err(format!("gateway {} is not in the agent's configuration", hello.gateway));
+        }
+        let mtu = hello.tunnel_mtu.min(self.tunnel_mtu);
+        let uplinks = self.topology.uplinks(self.config.uplinks.as_deref());
+        let egress_mtu = uplinks.iter().map(|l| l.mtu).min().unwrap_or(1500).clamp(1280, 65_535);
+        let plugged = self.netlink.plug(netns.as_fd(), mtu, egress_mtu).await.map_err(|e| e.to_string())?;
+        self.gateway = Some(Gateway { name: hello.gateway.clone(), connection: Some(connection) });
+        self.refresh().await;
+        self.reconcile(false).await;
+        for (program, link) in
+            [(Program::GatewayReturn, &plugged.pod_side), (Program::UplinkEgress, &plugged.egress_side)]
+        {
+            if !self.attached.contains_key(&(program, link.index)) {
+                return Err(format!("program {} could not be attached to {}", program.name(), link.name));
+            }
+        }
+        self.renew(connection, &hello.r#static);
+        tracing::info!(gateway = hello.gateway, mtu, "gateway plugged in");
+        Ok(mtu)
+    }
+
+    fn renew(&mut self, connection: u64, addresses: &[IpAddr]) {
+        let Some(gateway) = self.gateway.as_ref().filter(|g| g.connection == Some(connection)) else { return };
+        let allowed = self.may_hold(&gateway.name);
+        let change = self.leases.renew(addresses, allowed, Instant::now());
+        self.release(&change.release);
+        match self.datapath.hold(&change.hold, LEASE) {
+            Ok(()) => self.problems.remove("hold"),
+            Err(e) => self.problems.insert("hold", format!("egress addresses cannot be held: {e}")),
+        };
+        self.announce();
+    }
+
+    /// The node's own view of ownership, which a gateway that is cut off does not have.
+    fn may_hold(&self, gateway: &str) -> bool {
+        let index = self.config.gateways.iter().position(|g| g.name == gateway);
+        let claims = index.map(|i| &self.models[i]).filter(|m| m.known()).map(Model::state);
+        merge::may_hold(gateway, claims, &self.merged)
+    }
+
+    fn release(&mut self, addresses: &[IpAddr]) {
+        // What the kernel does not release now its lease ends.
+        if let Err(error) = self.datapath.release(addresses) {
+            tracing::warn!(%error, "egress addresses cannot be released before their lease ends");
+        }
+        metrics::gauge!(events::HELD).set(self.leases.len() as f64);
+    }
+
+    fn announce(&mut self) {
+        for address in self.leases.due(Instant::now()) {
+            for uplink in self.topology.uplinks(self.config.uplinks.as_deref()) {
+                if let Err(error) = self.announcer.announce(uplink.index, uplink.mac, address) {
+                    tracing::warn!(%address, device = uplink.name, %error, "address not announced");
+                }
+            }
+        }
+        metrics::gauge!(events::HELD).set(self.leases.len() as f64);
+    }
+
+    /// Out of what every gateway says, what this node's kernel should hold.
+    fn merge(&mut self) {
+        let sources: Vec<Source<'_>> = self
+            .config
+            .gateways
+            .iter()
+            .zip(&self.models)
+            .filter(|(_, m)| m.known())
+            .map(|(g, m)| Source { name: &g.name, live: m.live(), state: m.state() })
+            .collect();
+        self.merged = merge::merge(&sources);
+        if self.gateway.as_ref().is_some_and(|g| !self.may_hold(&g.name)) {
+            let gone = self.leases.end();
+            if !gone.is_empty() {
+                tracing::warn!(addresses = ?gone, "another gateway owns these addresses at a higher epoch; letting go");
+                self.release(&gone);
+            }
+        }
+    }
+
+    async fn step(&mut self, steps: u64) {
+        self.announce();
+        self.verify();
+        if !steps.is_multiple_of(STEPS_PER_SECOND) {
+            return;
+        }
+        self.count();
+        if steps.is_multiple_of(SWEEP)
+            && let Err(error) = self.datapath.sweep()
+        {
+            tracing::warn!(%error, "idle flows and old facts cannot be swept");
+        }
+        if steps.is_multiple_of(FULL) {
+            self.pod_macs.clear();
+            self.refresh().await;
+            self.reconcile(true).await;
+        } else if !self.problems.is_empty() {
+            self.refresh().await;
+            self.reconcile(false).await;
+        }
+        self.resolve().await;
+    }
+
+    /// Publishes the kernel's counters.
+    fn count(&self) {
+        match self.datapath.counters() {
+            Ok(counters) => {
+                for c in counters {
+                    metrics::counter!(
+                        events::PACKETS,
+                        "hook" => tidegate_ebpf::hook_name(c.hook),
+                        "reason" => c.reason.as_str(),
+                        "outcome" => events::outcome(c.outcome),
+                    )
+                    .absolute(c.packets);
+                }
+            }
+            Err(error) => tracing::warn!(%error, "kernel counters cannot be read"),
+        }
+        if let Ok(events) = self.datapath.suppressed_events() {
+            metrics::counter!(events::SUPPRESSED).absolute(events);
+        }
+    }
+
+    /// Publishes how the agent is.
+    fn tell(&self) {
+        let status = Status { ready: self.ready, conditions: self.problems.values().cloned().collect() };
+        self.status.send_if_modified(|old| {
+            let new = *old != status;
+            if new {
+                for condition in status.conditions.iter().filter(|c| !old.conditions.contains(c)) {
+                    tracing::warn!("{condition}");
+                }
+                *old = status;
+            }
+            new
+        });
+    }
+}
+
+fn acknowledge(ack: &Ack, applied: Applied, result: Result<(), String>) {
+    let error = result.err();
+    if let Some(error) = &error {
+        tracing::error!(sequence = applied.sequence, error, "an update could not be applied");
+    }
+    // A stream that is gone needs no ack: the next one begins with a snapshot.
+    let _ = ack.send(Applied { error, ..applied });
+}

@@ -1,0 +1,324 @@
+//! Passes of the reconciler: from what should be to what the kernel holds.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use tidegate_ebpf::{Error, Interface, Local, Place, Plugged, Program};
+use tidegate_policy::state::Touch;
+use tokio::time::Instant;
+
+use super::{Gateway, Node, SETTLE, STEPS_PER_SECOND, acknowledge};
+use crate::config::{Interfaces, UnknownPods};
+use crate::devices::{EGRESS_SIDE, POD_SIDE, TUNNEL};
+use crate::events;
+use crate::guard::Desired;
+use crate::links::{Kind, Link};
+use crate::merge::Model;
+
+/// The most neighbours to ask for in one second.
+const MAX_RESOLVE: usize = 64;
+/// The programs of a pod's interface.
+const POD_PROGRAMS: [Program; 2] = [Program::PodEgress, Program::PodIngress];
+
+impl Node {
+    /// Reads the node's network anew, puts the tunnel device back if it is gone, finds the pods.
+    pub(super) async fn refresh(&mut self) {
+        let tunnel = self.topology.by_name(TUNNEL).map(|l| (l.kind, l.up));
+        let wanted = Kind::Vxlan { port: self.config.tunnel_port, external: true };
+        let read = async {
+            let mut topology = self.netlink.topology(self.config.interfaces).await?;
+            let now = topology.by_name(TUNNEL).map(|l| (l.kind, l.up));
+            if now != Some((wanted, true)) {
+                if tunnel.is_some() {
+                    tracing::warn!("device {TUNNEL} was changed by somebody else; putting it back");
+                }
+                self.netlink.ensure_tunnel(self.config.tunnel_port).await?;
+                topology = self.netlink.topology(self.config.interfaces).await?;
+            }
+            Ok::<_, crate::links::LinkError>(topology)
+        };
+        match read.await {
+            Ok(topology) => {
+                self.topology = topology;
+                self.problems.remove("links");
+            }
+            Err(e) => drop(self.problems.insert("links", format!("the node's network cannot be read: {e}"))),
+        }
+        self.find_pods().await;
+    }
+
+    /// Which interface leads to which of this node's pods, and the pods' hardware addresses.
+    async fn find_pods(&mut self) {
+        let links = &self.topology.links;
+        let pods: BTreeSet<IpAddr> = self.local_pods().collect();
+        self.interfaces.retain(|ip, index| pods.contains(ip) && links.contains_key(index));
+        for ip in pods {
+            if let Some(link) = self.topology.interface(ip, self.config.interfaces) {
+                self.interfaces.insert(ip, link.index);
+            }
+        }
+        self.pod_macs.retain(|index, _| links.contains_key(index));
+        let unknown: BTreeSet<u32> =
+            self.interfaces.values().filter(|i| !self.pod_macs.contains_key(i)).copied().collect();
+        for index in unknown {
+            let Some(link) = self.topology.links.get(&index) else { continue };
+            match self.netlink.peer_mac(link).await {
+                Ok(mac) => drop(self.pod_macs.insert(index, mac)),
+                Err(error) => tracing::debug!(device = link.name, %error, "the pod's hardware address is not known"),
+            }
+        }
+    }
+
+    /// Addresses of this node's pods. Pods in the node's own network have no interface of their own and are not managed.
+    fn local_pods(&self) -> impl Iterator<Item = IpAddr> {
+        let own = &self.topology.addresses;
+        let local = self.merged.endpoints.iter().filter(|(_, e)| e.node == self.config.node);
+        local.map(|(ip, _)| *ip).filter(|ip| !own.values().any(|a| a.contains(ip)))
+    }
+
+    /// Asks for pods that are in no neighbour table yet.
+    pub(super) async fn resolve(&mut self) {
+        if self.config.interfaces != Interfaces::Bridge {
+            return;
+        }
+        let missing: Vec<IpAddr> =
+            self.local_pods().filter(|ip| !self.interfaces.contains_key(ip)).take(MAX_RESOLVE).collect();
+        for ip in missing {
+            let Some(bridge) = self.topology.bridge(ip) else { continue };
+            if let Err(error) = self.netlink.resolve(bridge, ip).await {
+                tracing::debug!(%ip, %error, "the pod cannot be looked for");
+            }
+        }
+    }
+
+    /// What only this node knows.
+    pub(super) fn local(&self) -> Local {
+        let index = |name: &str| self.topology.by_name(name).map(|l| l.index);
+        let interface = |(ip, index): (&IpAddr, &u32)| {
+            (*ip, Interface { ifindex: *index, mac: self.pod_macs.get(index).copied().unwrap_or_default() })
+        };
+        let plugged = match (index(POD_SIDE), index(EGRESS_SIDE), self.plugged_name()) {
+            (Some(tgq), Some(tgh), Some(gateway)) => Some(Plugged { gateway, tgq, tgh }),
+            _ => None,
+        };
+        Local {
+            node: self.config.node.clone(),
+            tunnel_ifindex: index(TUNNEL).unwrap_or(0),
+            interfaces: self.interfaces.iter().map(interface).collect(),
+            untouched: BTreeSet::new(),
+            plugged,
+            uplinks: self.uplinks().iter().map(|l| Interface { ifindex: l.index, mac: l.mac }).collect(),
+            drop_unknown: self.config.unknown_pods == UnknownPods::Drop,
+        }
+    }
+
+    /// The gateway whose devices are on this node: after a restart of the agent, the one that the state places here.
+    fn plugged_name(&self) -> Option<String> {
+        let placed = || self.merged.gateways.iter().find(|(_, g)| g.node == self.config.node).map(|(name, _)| name.clone());
+        self.gateway.as_ref().map(|g: &Gateway| g.name.clone()).or_else(placed)
+    }
+
+    fn uplinks(&self) -> Vec<&Link> {
+        self.topology.uplinks(self.config.uplinks.as_deref())
+    }
+
+    /// Whether a snapshot is to be applied. After a restart the other gateways get a moment.
+    fn settled(&self) -> bool {
+        self.ready
+            || self.heard.is_some_and(|at| {
+                !self.adopted || at.elapsed() >= SETTLE || self.models.iter().all(Model::live)
+            })
+    }
+
+    /// Makes the kernel hold what it should. With `full` the kernel's truth is read again.
+    pub(super) async fn reconcile(&mut self, full: bool) {
+        self.attach_missing();
+        if self.settled() {
+            self.find_pods().await;
+            if !self.ready && self.adopted && self.config.interfaces == Interfaces::Bridge {
+                self.find_again().await;
+            }
+            let local = self.local();
+            let applied = self.datapath.apply(&self.merged, &local, full);
+            // Programs after maps: on an interface that the maps do not know they would let everything pass anyway.
+            self.attach_missing();
+            self.detach_left();
+            let result = match applied {
+                Ok(done) => {
+                    if done.repaired > 0 {
+                        tracing::warn!(entries = done.repaired, "kernel maps were changed by somebody else; put right");
+                    }
+                    self.problems.remove("maps");
+                    self.ready = true;
+                    Ok(())
+                }
+                Err(e) => {
+                    self.problems.insert("maps", format!("the kernel does not hold the whole state: {e}"));
+                    Err(e.to_string())
+                }
+            };
+            let label = if result.is_ok() { "ok" } else { "error" };
+            metrics::counter!(events::PASSES, "result" => label).increment(1);
+            for (ack, applied) in std::mem::take(&mut self.pending).into_values() {
+                acknowledge(&ack, applied, result.clone());
+            }
+            self.people.update(&self.merged);
+            self.keeper.set(self.guard());
+        }
+        self.tell();
+    }
+
+    /// After a restart, on bridges: tables may have forgotten pods whose interfaces the kernel's maps still know.
+    async fn find_again(&mut self) {
+        self.resolve().await;
+        tokio::time::sleep(SETTLE / 5).await;
+        self.refresh().await;
+    }
+
+    /// The netfilter half.
+    fn guard(&self) -> Desired {
+        let audited = |group| self.merged.groups.get(group).is_some_and(|g| g.audit);
+        let isolated = |ip: &IpAddr| {
+            self.merged.endpoints.get(ip).is_some_and(|e| {
+                e.touch == Touch::Isolated && !e.member.as_ref().is_some_and(|(_, group)| audited(group))
+            })
+        };
+        let pods: BTreeSet<IpAddr> = self.local_pods().collect();
+        Desired {
+            isolated: pods.iter().filter(|ip| isolated(ip)).copied().collect(),
+            pods,
+            nodes: self.merged.nodes.values().flat_map(|n| n.addresses.iter().copied()).collect(),
+            cluster: self.merged.cluster.prefixes.clone(),
+            uplinks: self.uplinks().iter().map(|l| l.name.clone()).collect(),
+            drop_unknown: self.config.unknown_pods == UnknownPods::Drop && self.ready,
+        }
+    }
+
+    /// Which programs belong where.
+    fn wanted(&self) -> BTreeMap<(Program, u32), String> {
+        let mut out = BTreeMap::new();
+        let mut want = |link: &Link, programs: &[Program]| {
+            for program in programs {
+                out.insert((*program, link.index), link.name.clone());
+            }
+        };
+        for link in self.uplinks() {
+            want(link, &[Program::NodeGuard, Program::UplinkIngress]);
+        }
+        for (name, program) in [
+            (TUNNEL, Program::TunnelIngress),
+            (POD_SIDE, Program::GatewayReturn),
+            (EGRESS_SIDE, Program::UplinkEgress),
+        ] {
+            if let Some(link) = self.topology.by_name(name) {
+                want(link, &[program]);
+            }
+        }
+        for link in self.interfaces.values().filter_map(|i| self.topology.links.get(i)) {
+            want(link, &POD_PROGRAMS);
+        }
+        out
+    }
+
+    /// Attaches what is not attached yet.
+    pub(super) fn attach_missing(&mut self) {
+        let wanted = self.wanted();
+        let mut failed = None;
+        for ((program, index), name) in &wanted {
+            // A device that was renamed keeps its index, its programs and its pins.
+            if let Some(old) = self.attached.get_mut(&(*program, *index)) {
+                old.clone_from(name);
+                continue;
+            }
+            match self.datapath.attach(*program, name) {
+                Ok(_) => drop(self.attached.insert((*program, *index), name.clone())),
+                // It went between the dump and now; a notification is on its way.
+                Err(Error::NoDevice(_)) => {}
+                Err(e) => failed = Some(format!("program {} is not on {name}: {e}", program.name())),
+            }
+        }
+        match failed {
+            Some(text) => drop(self.problems.insert("attach", text)),
+            None => drop(self.problems.remove("attach")),
+        }
+        let local = self.local_pods().count();
+        let found = self.interfaces.len();
+        metrics::gauge!(events::ENDPOINTS, "attached" => "true").set(found as f64);
+        metrics::gauge!(events::ENDPOINTS, "attached" => "false").set(local.saturating_sub(found) as f64);
+        match local.saturating_sub(found) {
+            0 => drop(self.problems.remove("pods")),
+            n => drop(self.problems.insert("pods", format!("{n} endpoints of this node have no interface that is known"))),
+        }
+        if self.uplinks().is_empty() {
+            self.problems.insert("uplinks", "no uplink: there is no default route, or the devices named are not there".into());
+        } else {
+            self.problems.remove("uplinks");
+        }
+    }
+
+    /// Detaches what belongs nowhere any more. Links of devices that are gone leave their pins behind.
+    fn detach_left(&mut self) {
+        let wanted = self.wanted();
+        let first = !self.ready;
+        let mut left: Vec<((Program, u32), String)> = Vec::new();
+        if first {
+            // An earlier run may have attached to what is no pod's interface any more.
+            for link in self.topology.links.values().filter(|l| l.kind == Kind::Veth) {
+                for program in POD_PROGRAMS {
+                    left.push(((program, link.index), link.name.clone()));
+                }
+            }
+        }
+        left.extend(self.attached.iter().map(|(k, v)| (*k, v.clone())));
+        let mut gone = first;
+        for (key, name) in left.into_iter().filter(|(key, _)| !wanted.contains_key(key)) {
+            self.attached.remove(&key);
+            if self.topology.links.contains_key(&key.1) {
+                match self.datapath.detach(key.0, &name) {
+                    Ok(()) | Err(Error::NoDevice(_)) => {}
+                    Err(error) => tracing::warn!(program = key.0.name(), device = name, %error, "cannot detach"),
+                }
+            } else {
+                gone = true;
+            }
+        }
+        if gone && let Err(error) = self.datapath.detach_gone() {
+            tracing::warn!(%error, "pins of devices that are gone stay");
+        }
+    }
+
+    /// Verifies the place of a tenth of the attachments, so that each is seen once a second.
+    pub(super) fn verify(&mut self) {
+        let all: Vec<(Program, String)> =
+            self.attached.iter().map(|((program, _), name)| (*program, name.clone())).collect();
+        if all.is_empty() {
+            return;
+        }
+        let slice = all.len().div_ceil(STEPS_PER_SECOND as usize);
+        let began = Instant::now();
+        for i in 0..slice {
+            let (program, name) = &all[(self.verified + i) % all.len()];
+            let repaired = match self.datapath.place(*program, name) {
+                Ok(Place::First) | Err(Error::NoDevice(_)) => continue,
+                Ok(Place::Behind(others)) => {
+                    tracing::warn!(program = program.name(), device = name, ?others, "other programs ran first; taking the place back");
+                    self.datapath.reclaim(*program, name)
+                }
+                Ok(Place::Missing) => {
+                    tracing::warn!(program = program.name(), device = name, "the program was detached; attaching it again");
+                    self.datapath.attach(*program, name).map(drop)
+                }
+                Err(e) => Err(e),
+            };
+            metrics::counter!(events::DISPLACED).increment(1);
+            if let Err(e) = repaired {
+                self.problems.insert("place", format!("program {} is not first on {name}: {e}", program.name()));
+                self.tell();
+            } else if self.problems.remove("place").is_some() {
+                self.tell();
+            }
+        }
+        self.verified = (self.verified + slice) % all.len();
+        tracing::trace!(slice, took = ?began.elapsed(), "verified");
+    }
+}

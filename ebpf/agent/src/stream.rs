@@ -1,0 +1,342 @@
+//! The client of every gateway: mutual TLS, a `State` and a `Facts` stream each
+//! on a connection of its own, so that an urgent fact never waits behind a
+//! snapshot's bytes. Messages are checked here and handed to the reconciler
+//! through bounded channels; acks come back through a watch, since they are cumulative.
+
+use std::fs;
+use std::io::Read;
+use std::time::Duration;
+
+use futures_util::{StreamExt, stream};
+use tidegate_proto::wire::control_client::ControlClient;
+use tidegate_proto::wire::{FactsAck, StateAck};
+use tidegate_proto::{FactsBatch, Joiner, MAX_MESSAGE, StateBatch, Up, WireError};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, timeout};
+use tokio_stream::wrappers::WatchStream;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+
+use crate::config::{GatewayAddress, Tls};
+use crate::merge::Update;
+
+/// A `Facts` stream without a message for so long is dead: gateways send a heartbeat every 500 ms.
+pub const SILENCE: Duration = Duration::from_millis(1500);
+
+const CONNECT: Duration = Duration::from_secs(2);
+const KEEPALIVE_EVERY: Duration = Duration::from_millis(500);
+const KEEPALIVE_WAIT: Duration = Duration::from_millis(1500);
+const BACKOFF_FIRST: Duration = Duration::from_millis(100);
+const BACKOFF_LAST: Duration = Duration::from_secs(2);
+
+/// What the kernel holds of a stream: everything up to here.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// The gateway's boot id.
+    pub boot: u64,
+    /// The sequence.
+    pub sequence: u64,
+    /// Why it does not hold all of it.
+    pub error: Option<String>,
+}
+
+/// Where an ack goes.
+pub type Ack = watch::Sender<Applied>;
+
+/// From a `State` stream.
+#[derive(Debug)]
+pub enum State {
+    /// An update; a whole one, parts are joined.
+    Update {
+        /// Index of the gateway in the configuration.
+        gateway: usize,
+        /// What it says.
+        update: Update,
+        /// Where the ack goes.
+        ack: Ack,
+    },
+    /// The stream ended.
+    Away {
+        /// Index of the gateway in the configuration.
+        gateway: usize,
+    },
+}
+
+/// From a `Facts` stream. Every one of them is also a sign of life.
+#[derive(Debug)]
+pub struct Facts {
+    /// Index of the gateway in the configuration.
+    pub gateway: usize,
+    /// When it arrived.
+    pub at: Instant,
+    /// The batch; absent for a heartbeat.
+    pub batch: Option<(FactsBatch, Ack)>,
+}
+
+/// Why a stream ended.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    /// A PEM file cannot be read.
+    #[error("{path}: {source}")]
+    File {
+        /// The file.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// No connection.
+    #[error("connect: {}", chain(.0))]
+    Transport(#[from] tonic::transport::Error),
+    /// The gateway ended the stream.
+    #[error("{}: {}", .0.code(), .0.message())]
+    Status(Box<tonic::Status>),
+    /// The gateway broke the contract.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// The gateway broke the contract.
+    #[error("{0}")]
+    Protocol(&'static str),
+    /// The gateway ended the stream without a word.
+    #[error("the gateway closed the stream")]
+    Closed,
+    /// Nothing came for [`SILENCE`].
+    #[error("nothing came for 1.5 s")]
+    Silent,
+    /// The agent is stopping.
+    #[error("the agent is stopping")]
+    Stopping,
+}
+
+impl From<tonic::Status> for StreamError {
+    fn from(status: tonic::Status) -> Self {
+        StreamError::Status(Box::new(status))
+    }
+}
+
+/// The causes too: "transport error" alone helps nobody.
+fn chain(e: &dyn std::error::Error) -> String {
+    let mut text = e.to_string();
+    let mut next = e.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
+}
+
+/// A random number for boot ids and jitter; zeroes where there is no `/dev/urandom`.
+pub fn random() -> u64 {
+    let mut bytes = [0; 8];
+    let _ = fs::File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut bytes));
+    u64::from_ne_bytes(bytes)
+}
+
+/// The client of one gateway.
+#[derive(Clone, Debug)]
+pub struct Client {
+    /// This node.
+    pub node: String,
+    /// Chosen at the agent's start.
+    pub boot: u64,
+    /// Index of the gateway in the configuration.
+    pub index: usize,
+    /// The gateway.
+    pub gateway: GatewayAddress,
+    /// The agent's identity.
+    pub tls: Tls,
+}
+
+impl Client {
+    /// Keeps a `State` stream until `out` is closed.
+    pub async fn state(self, out: mpsc::Sender<State>) {
+        let mut backoff = Backoff::default();
+        while !out.is_closed() {
+            let started = Instant::now();
+            let mut spoke = false;
+            let Err(e) = self.state_once(&out, &mut spoke).await;
+            if spoke && out.send(State::Away { gateway: self.index }).await.is_err() {
+                return;
+            }
+            self.wait("State", &mut backoff, spoke, started, e).await;
+        }
+    }
+
+    /// Keeps a `Facts` stream until `out` is closed.
+    pub async fn facts(self, out: mpsc::Sender<Facts>) {
+        let mut backoff = Backoff::default();
+        while !out.is_closed() {
+            let started = Instant::now();
+            let mut spoke = false;
+            let Err(e) = self.facts_once(&out, &mut spoke).await;
+            self.wait("Facts", &mut backoff, spoke, started, e).await;
+        }
+    }
+
+    async fn wait(&self, stream: &str, backoff: &mut Backoff, spoke: bool, started: Instant, error: StreamError) {
+        if matches!(error, StreamError::Stopping) {
+            return;
+        }
+        let gateway = self.gateway.name.as_str();
+        // One line for a loss or a first failure; the rest of a long outage is for those who look closely.
+        if spoke || backoff.0 == BACKOFF_FIRST {
+            tracing::warn!(gateway, stream, %error, "stream lost; connecting again");
+        } else {
+            tracing::debug!(gateway, stream, %error, "no stream yet");
+        }
+        if spoke && started.elapsed() > BACKOFF_LAST {
+            *backoff = Backoff::default();
+        }
+        sleep(backoff.next(random())).await;
+    }
+
+    async fn connect(&self) -> Result<ControlClient<Channel>, StreamError> {
+        let read = |path: &std::path::Path| {
+            fs::read(path).map_err(|source| StreamError::File { path: path.display().to_string(), source })
+        };
+        let tls = ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(read(&self.tls.ca)?))
+            .identity(Identity::from_pem(read(&self.tls.certificate)?, read(&self.tls.key)?))
+            .domain_name(format!("{}.gateway.tidegate", self.gateway.name))
+            .timeout(CONNECT);
+        let endpoint = Endpoint::from_shared(format!("https://{}", self.gateway.address))?
+            .tls_config(tls)?
+            .connect_timeout(CONNECT)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEPALIVE_EVERY)
+            .keep_alive_timeout(KEEPALIVE_WAIT)
+            .keep_alive_while_idle(true);
+        let channel = endpoint.connect().await?;
+        Ok(ControlClient::new(channel).max_decoding_message_size(MAX_MESSAGE))
+    }
+
+    fn hello(&self) -> Up {
+        Up::Hello { node: self.node.clone(), boot_id: self.boot }
+    }
+
+    /// Our side of a stream: the hello, then the latest ack whenever it has changed.
+    fn outbound<T: From<Up>>(&self, acks: watch::Receiver<Applied>) -> impl futures_util::Stream<Item = T> + use<T> {
+        let hello = T::from(self.hello());
+        let acks = WatchStream::from_changes(acks)
+            .map(|a| T::from(Up::Applied { boot_id: a.boot, sequence: a.sequence, error: a.error }));
+        stream::once(std::future::ready(hello)).chain(acks)
+    }
+
+    async fn state_once(
+        &self,
+        out: &mpsc::Sender<State>,
+        spoke: &mut bool,
+    ) -> Result<std::convert::Infallible, StreamError> {
+        let mut client = self.connect().await?;
+        let (ack, acks) = watch::channel(Applied::default());
+        let mut inbound = client.state(self.outbound::<StateAck>(acks)).await?.into_inner();
+        tracing::info!(gateway = self.gateway.name.as_str(), "State stream is up");
+        let mut joiner = Joiner::<StateBatch>::default();
+        let mut last: Option<(u64, u64)> = None;
+        loop {
+            let message = tokio::select! {
+                m = inbound.message() => m?.ok_or(StreamError::Closed)?,
+                () = out.closed() => return Err(StreamError::Stopping),
+            };
+            let part = StateBatch::try_from(message)?;
+            if part.gateway != self.gateway.name {
+                return Err(StreamError::Protocol("another gateway answers at this address"));
+            }
+            let Some(whole) = joiner.push(part)? else { continue };
+            follows(last, whole.boot_id, whole.sequence, whole.snapshot)?;
+            last = Some((whole.boot_id, whole.sequence));
+            let StateBatch { boot_id: boot, sequence, snapshot, set, delete, .. } = whole;
+            let update = Update { boot, sequence, snapshot, set, delete };
+            *spoke = true;
+            let update = State::Update { gateway: self.index, update, ack: ack.clone() };
+            out.send(update).await.map_err(|_| StreamError::Stopping)?;
+        }
+    }
+
+    async fn facts_once(
+        &self,
+        out: &mpsc::Sender<Facts>,
+        spoke: &mut bool,
+    ) -> Result<std::convert::Infallible, StreamError> {
+        let mut client = self.connect().await?;
+        let (ack, acks) = watch::channel(Applied::default());
+        let mut inbound = client.facts(self.outbound::<FactsAck>(acks)).await?.into_inner();
+        tracing::info!(gateway = self.gateway.name.as_str(), "Facts stream is up");
+        let mut joiner = Joiner::<FactsBatch>::default();
+        let mut last: Option<(u64, u64)> = None;
+        loop {
+            let message = tokio::select! {
+                m = timeout(SILENCE, inbound.message()) => m,
+                () = out.closed() => return Err(StreamError::Stopping),
+            };
+            let message = message.map_err(|_| StreamError::Silent)??.ok_or(StreamError::Closed)?;
+            let at = Instant::now();
+            let part = FactsBatch::try_from(message)?;
+            *spoke = true;
+            let batch = if part.is_heartbeat() {
+                None
+            } else if let Some(whole) = joiner.push(part)? {
+                follows(last, whole.boot_id, whole.sequence, whole.snapshot)?;
+                last = Some((whole.boot_id, whole.sequence));
+                Some((whole, ack.clone()))
+            } else {
+                None
+            };
+            let facts = Facts { gateway: self.index, at, batch };
+            out.send(facts).await.map_err(|_| StreamError::Stopping)?;
+        }
+    }
+}
+
+/// A stream begins with a snapshot, stays with one boot of the gateway and its sequence grows.
+fn follows(last: Option<(u64, u64)>, boot: u64, sequence: u64, snapshot: bool) -> Result<(), StreamError> {
+    match last {
+        None if !snapshot => Err(StreamError::Protocol("the stream does not begin with a snapshot")),
+        Some((b, _)) if b != boot => Err(StreamError::Protocol("the boot id changed within a stream")),
+        Some((_, s)) if sequence <= s => Err(StreamError::Protocol("the sequence does not grow")),
+        _ => Ok(()),
+    }
+}
+
+/// 100 ms, doubling to 2 s; of each step between a half and the whole, so that nodes do not return as one.
+#[derive(Clone, Copy, Debug)]
+struct Backoff(Duration);
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self(BACKOFF_FIRST)
+    }
+}
+
+impl Backoff {
+    fn next(&mut self, random: u64) -> Duration {
+        let step = self.0;
+        self.0 = (step * 2).min(BACKOFF_LAST);
+        let half = step.as_millis() as u64 / 2;
+        Duration::from_millis(half + random % (half + 1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backoff_doubles_with_jitter_and_is_bounded() {
+        let mut b = Backoff::default();
+        let steps: Vec<u64> = (0..7).map(|_| b.next(u64::MAX - 3).as_millis() as u64).collect();
+        for (got, most) in steps.iter().zip([100, 200, 400, 800, 1600, 2000, 2000]) {
+            assert!((most / 2..=most).contains(got), "{got} of {most}");
+        }
+        assert_eq!(Backoff::default().next(0), Duration::from_millis(50));
+        assert_eq!(Backoff::default().next(50), Duration::from_millis(100));
+    }
+
+    #[test]
+    fn a_stream_begins_with_a_snapshot_and_its_sequence_grows() {
+        assert!(follows(None, 1, 5, true).is_ok());
+        assert!(follows(None, 1, 5, false).is_err());
+        assert!(follows(Some((1, 5)), 1, 6, false).is_ok());
+        assert!(follows(Some((1, 5)), 1, 5, false).is_err());
+        assert!(follows(Some((1, 5)), 2, 6, true).is_err());
+    }
+}
