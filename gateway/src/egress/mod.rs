@@ -54,6 +54,12 @@ impl Way {
         routes::apply(&self.rules.device, self.rules.mtu, &self.addresses()).await
     }
 
+    /// Repairs what another program may have changed, without loading the rules anew (their counters would start again).
+    pub async fn repair(&self) -> Result<()> {
+        self.sysctls()?;
+        routes::apply(&self.rules.device, self.rules.mtu, &self.addresses()).await
+    }
+
     fn sysctls(&self) -> Result<()> {
         let idle = self.flow_idle_seconds.to_string();
         let dev = &self.rules.device;

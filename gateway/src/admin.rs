@@ -1,0 +1,306 @@
+//! The admin port: `/metrics`, `/healthz`, `/readyz`, `/config` and `/status` over HTTP, read only.
+//!
+//! It runs on a thread and a runtime of its own, so that a stalled data path can still be looked at
+//! and a scrape never delays a packet. It may be reachable from pods: connections are few, short
+//! and bounded, and nothing secret is served.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context as Task, Poll};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use axum::Router;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use metrics_exporter_prometheus::PrometheusHandle;
+use parking_lot::Mutex;
+use serde_json::Value;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+
+/// The most connections at a time.
+const MAX_CONNECTIONS: usize = 64;
+/// The longest life of a connection, whatever it does.
+const MAX_LIFE: Duration = Duration::from_secs(30);
+
+/// What has to be ready before the process is. Cheap to clone.
+///
+/// Each part takes a guard at start and drops it once it can serve; a part that
+/// becomes unable to serve takes one again.
+#[derive(Clone, Debug, Default)]
+pub struct Readiness(Arc<Mutex<BTreeMap<String, usize>>>);
+
+/// Holds readiness back until it is dropped.
+#[derive(Debug)]
+#[must_use = "dropping it says that the part is ready"]
+pub struct Guard {
+    readiness: Readiness,
+    name: String,
+}
+
+impl Readiness {
+    /// Holds readiness back in the name of a part, which `/readyz` then lists.
+    pub fn guard(&self, name: &str) -> Guard {
+        *self.0.lock().entry(name.to_owned()).or_default() += 1;
+        Guard { readiness: self.clone(), name: name.to_owned() }
+    }
+
+    /// The parts that are not ready, sorted; empty when all are.
+    pub fn waiting_for(&self) -> Vec<String> {
+        self.0.lock().keys().cloned().collect()
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let mut waiting = self.readiness.0.lock();
+        if let Some(n) = waiting.get_mut(&self.name) {
+            *n -= 1;
+            if *n == 0 {
+                waiting.remove(&self.name);
+            }
+        }
+    }
+}
+
+/// What the port serves.
+pub struct Admin {
+    /// Metrics.
+    pub metrics: PrometheusHandle,
+    /// Readiness.
+    pub readiness: Readiness,
+    /// The effective configuration: paths of keys, never keys.
+    pub config: Value,
+    /// Says the status. Must not block for long.
+    pub status: Arc<dyn Fn() -> Value + Send + Sync>,
+}
+
+/// A running admin port; dropping it closes the port.
+#[derive(Debug)]
+pub struct Server {
+    address: SocketAddr,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// The address that it is bound to (with the port that the kernel chose for port 0).
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(t) = self.thread.take() {
+            // The thread ends at once and has no result.
+            let _ = t.join();
+        }
+    }
+}
+
+/// Binds the port and serves it on a thread of its own, in the network namespace of the calling thread.
+///
+/// # Errors
+/// When the address cannot be bound or the thread cannot be started; the text says what to do.
+pub fn serve(address: SocketAddr, admin: Admin) -> Result<Server> {
+    let listener = TcpListener::bind(address).with_context(|| {
+        format!("cannot listen on {address} for the admin port: choose another address for `admin`, or end the process that holds it")
+    })?;
+    listener.set_nonblocking(true).context("the admin port cannot be set to non-blocking")?;
+    let address = listener.local_addr().context("the admin port has no address")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("the admin port's runtime cannot be started")?;
+    let (stop, stopped) = oneshot::channel::<()>();
+    let thread = std::thread::Builder::new()
+        .name("admin".to_owned())
+        .spawn(move || {
+            runtime.block_on(async move {
+                let listener = match tokio::net::TcpListener::from_std(listener) {
+                    Ok(l) => Bounded { listener: l, permits: Arc::new(Semaphore::new(MAX_CONNECTIONS)) },
+                    Err(e) => return tracing::error!("the admin port cannot be served: {e}"),
+                };
+                // Open connections end with the runtime, at most one scrape is cut.
+                tokio::select! {
+                    r = axum::serve(listener, router(admin)) => {
+                        if let Err(e) = r {
+                            tracing::error!("the admin port has ended: {e}");
+                        }
+                    }
+                    _ = stopped => {}
+                }
+            });
+        })
+        .context("the admin port's thread cannot be started")?;
+    Ok(Server { address, stop: Some(stop), thread: Some(thread) })
+}
+
+fn json(value: &Value) -> Response {
+    // A Value always serialises.
+    let text = serde_json::to_string_pretty(value).unwrap_or_default();
+    ([(header::CONTENT_TYPE, "application/json")], text + "\n").into_response()
+}
+
+fn router(admin: Admin) -> Router {
+    let Admin { metrics, readiness, config, status } = admin;
+    let metrics_page = move || async move {
+        ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], metrics.render())
+    };
+    let ready_page = move || async move {
+        match readiness.waiting_for() {
+            w if w.is_empty() => (StatusCode::OK, "ready\n".to_owned()),
+            w => (StatusCode::SERVICE_UNAVAILABLE, format!("waiting for: {}\n", w.join(", "))),
+        }
+    };
+    Router::new()
+        .route("/metrics", get(metrics_page))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready_page))
+        .route("/config", get(move || async move { json(&config) }))
+        .route("/status", get(move || async move { json(&status()) }))
+}
+
+/// A listener with few connections, each with an end.
+struct Bounded {
+    listener: tokio::net::TcpListener,
+    permits: Arc<Semaphore>,
+}
+
+impl axum::serve::Listener for Bounded {
+    type Io = Connection;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Connection, SocketAddr) {
+        // The semaphore is never closed; without a permit the connection lives on, bounded by its end.
+        let permit = self.permits.clone().acquire_owned().await.ok();
+        let (stream, peer) = axum::serve::Listener::accept(&mut self.listener).await;
+        (Connection { stream, end: Box::pin(tokio::time::sleep(MAX_LIFE)), _permit: permit }, peer)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+}
+
+/// A connection that ends in time even if its client neither asks nor reads.
+struct Connection {
+    stream: tokio::net::TcpStream,
+    end: Pin<Box<tokio::time::Sleep>>,
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Connection {
+    fn check(&mut self, cx: &mut Task<'_>) -> io::Result<()> {
+        match self.end.as_mut().poll(cx) {
+            Poll::Ready(()) => Err(io::ErrorKind::TimedOut.into()),
+            Poll::Pending => Ok(()),
+        }
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Task<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.check(cx)?;
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Task<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.check(cx)?;
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Task<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Task<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::TcpStream;
+
+    fn start() -> (Server, Readiness) {
+        let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+        metrics::with_local_recorder(&recorder, || metrics::counter!("tidegate_test_total").increment(7));
+        let readiness = Readiness::default();
+        let admin = Admin {
+            metrics: recorder.handle(),
+            readiness: readiness.clone(),
+            config: serde_json::json!({"name": "gw-a"}),
+            status: Arc::new(|| serde_json::json!({"agents": 2})),
+        };
+        (serve("127.0.0.1:0".parse().unwrap(), admin).unwrap(), readiness)
+    }
+
+    fn ask(server: &Server, request: &str) -> (u16, String) {
+        let mut s = TcpStream::connect(server.address()).unwrap();
+        write!(s, "{request} HTTP/1.0\r\n\r\n").unwrap();
+        let mut text = String::new();
+        s.read_to_string(&mut text).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+    }
+
+    #[test]
+    fn pages() {
+        let (server, _) = start();
+        assert_eq!(ask(&server, "GET /healthz"), (200, "ok\n".into()));
+        assert!(ask(&server, "GET /metrics").1.contains("tidegate_test_total 7"));
+        assert_eq!(ask(&server, "GET /config"), (200, "{\n  \"name\": \"gw-a\"\n}\n".into()));
+        assert_eq!(ask(&server, "GET /status"), (200, "{\n  \"agents\": 2\n}\n".into()));
+        assert_eq!(ask(&server, "GET /other").0, 404);
+        assert_eq!(ask(&server, "POST /config").0, 405);
+    }
+
+    #[test]
+    fn ready_when_every_guard_is_gone() {
+        let (server, readiness) = start();
+        assert_eq!(ask(&server, "GET /readyz"), (200, "ready\n".into()));
+        let dns = readiness.guard("dns");
+        let (a, b) = (readiness.guard("agents"), readiness.guard("agents"));
+        assert_eq!(ask(&server, "GET /readyz"), (503, "waiting for: agents, dns\n".into()));
+        drop((dns, a));
+        assert_eq!(ask(&server, "GET /readyz"), (503, "waiting for: agents\n".into()));
+        drop(b);
+        assert_eq!(ask(&server, "GET /readyz").0, 200);
+    }
+
+    #[test]
+    fn an_address_in_use_says_what_to_do() {
+        let (server, _) = start();
+        let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+        let admin = Admin {
+            metrics: recorder.handle(),
+            readiness: Readiness::default(),
+            config: Value::Null,
+            status: Arc::new(|| Value::Null),
+        };
+        let text = format!("{:#}", serve(server.address(), admin).unwrap_err());
+        assert!(text.contains("choose another address for `admin`") && text.contains("in use"), "{text}");
+    }
+
+    #[test]
+    fn dropping_closes_the_port_even_with_idle_clients() {
+        let (server, _) = start();
+        let address = server.address();
+        let _idle = TcpStream::connect(address).unwrap();
+        drop(server);
+        assert!(TcpStream::connect(address).is_err());
+    }
+}

@@ -1,0 +1,95 @@
+//! `tidegate agent`: the node agent's process around the agent library.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use tidegate_agent::{Config, Status};
+use tidegate_policy::event::Emit;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use crate::admin::{self, Admin, Readiness};
+use crate::{audit, telemetry};
+
+fn load(path: &Path) -> Result<Config> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let config: Config = serde_saphyr::from_str(&text)
+        .with_context(|| format!("{} is not a valid agent configuration", path.display()))?;
+    config.validate().with_context(|| format!("{} is not a valid agent configuration", path.display()))?;
+    Ok(config)
+}
+
+/// Runs the agent until SIGTERM or SIGINT. Enforcement stays then.
+pub fn run(path: &Path) -> Result<()> {
+    let config = load(path)?;
+    telemetry::logs()?;
+    let effective = serde_json::to_value(&config)?;
+    tracing::info!(config = %effective, version = env!("CARGO_PKG_VERSION"), "effective configuration");
+    let metrics = telemetry::install_metrics()?;
+    let writer = Arc::new(
+        audit::start(audit::Config {
+            file: config.audit.as_ref().map(|a| a.file.clone()),
+            gateway: None,
+            node: config.node.clone(),
+            boot: audit::boot_id()?,
+        })
+        .context("cannot start the audit log")?,
+    );
+    let (status, seen) = watch::channel(Status::default());
+    let readiness = Readiness::default();
+    let admin = match config.admin {
+        None => None,
+        Some(address) => {
+            let (node, now) = (config.node.clone(), seen.clone());
+            let status = move || {
+                let s = now.borrow();
+                serde_json::json!({"node": node, "ready": s.ready, "conditions": s.conditions})
+            };
+            let admin = Admin { metrics, readiness: readiness.clone(), config: effective, status: Arc::new(status) };
+            Some(admin::serve(address, admin)?)
+        }
+    };
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot make a runtime")?;
+    let result = runtime.block_on(async {
+        let mut term = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+        let mut int = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+        let shutdown = async move {
+            tokio::select! {
+                _ = term.recv() => {}
+                _ = int.recv() => {}
+            }
+        };
+        tokio::spawn(follow(seen, readiness));
+        let emit: Arc<dyn Emit> = writer.clone();
+        tidegate_agent::run(config, emit, shutdown, status).await.context("the agent ended")
+    });
+    drop(admin);
+    writer.stop();
+    result
+}
+
+/// Readiness is the agent's: not ready until the kernel holds a complete snapshot.
+async fn follow(mut seen: watch::Receiver<Status>, readiness: Readiness) {
+    let mut waiting = Some(readiness.guard("snapshot"));
+    loop {
+        let ready = seen.borrow_and_update().ready;
+        match (ready, waiting.is_some()) {
+            (true, true) => waiting = None,
+            (false, false) => waiting = Some(readiness.guard("snapshot")),
+            _ => {}
+        }
+        if seen.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Removes everything of Tidegate from this node.
+pub fn cleanup(path: &Path) -> Result<()> {
+    let config = load(path)?;
+    tidegate_agent::cleanup(&config).context("cannot clean up")?;
+    println!("removed Tidegate's programs, maps, rules and devices from node {}", config.node);
+    Ok(())
+}

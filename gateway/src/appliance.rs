@@ -1,0 +1,424 @@
+//! The gateway: puts its threads together, and takes them apart on SIGTERM.
+//!
+//! ```text
+//!  policy thread ──Compiled──▶ core thread ──▶ nodes (control runtime), own kernel maps
+//!  DNS workers ──hit── view, bindings          ▲
+//!      └─miss── DNS runtime ──Bind─────────────┘
+//!  relay threads ── RelayCheck: world, bindings
+//!  way thread ── agent's socket, namespace     admin thread ── metrics, status
+//! ```
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, Result, anyhow};
+use arc_swap::ArcSwap;
+use crossbeam_channel::Sender;
+use tidegate_api::Reader;
+use tidegate_dns::{ClusterDns, DnsConfig, Protocol, ResolverGroup};
+use tidegate_ebpf::{Datapath, Events, Options, Role};
+use tidegate_ledger::Ledger;
+use tidegate_policy::event::Emit;
+use tidegate_policy::model::{self, Objects, UnixSeconds};
+use tidegate_policy::world::World;
+use tidegate_sni::{Relay, RelayConfig};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::admin::{Admin, Guard, Readiness};
+use crate::config::{self, Config};
+use crate::core::{Classifier, Core, Ids, Shared, Status, ToCore};
+use crate::desired::{Compiled, Desired};
+use crate::dns_view::{CoreBinder, DnsView};
+use crate::egress::nft::{RELAY_PORTS, REPLY};
+use crate::push::Streams;
+use crate::relay_check::RelayCheck;
+use crate::watch::Watch;
+use crate::way::Keeper;
+use crate::{admin, audit, core, push, telemetry};
+
+/// Where intercepted DNS arrives.
+const DNS_PORT: u16 = 53;
+/// Where intercepted TLS arrives. Only TPROXY reaches it.
+const RELAY_PORT: u16 = 15001;
+/// Manifests are read again at least so often, whatever the watch says.
+const REREAD: Duration = Duration::from_secs(10);
+
+fn now() -> UnixSeconds {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    UnixSeconds(i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
+}
+
+/// Whether this namespace has a route out for IPv4 and IPv6. Nothing is sent.
+fn families() -> (bool, bool) {
+    let reaches = |from: SocketAddr, to: SocketAddr| UdpSocket::bind(from).and_then(|s| s.connect(to)).is_ok();
+    // Documentation addresses (RFC 5737, RFC 3849).
+    let v4 = reaches((Ipv4Addr::UNSPECIFIED, 0).into(), (Ipv4Addr::new(192, 0, 2, 1), 9).into());
+    let v6 = reaches(
+        (Ipv6Addr::UNSPECIFIED, 0).into(),
+        (Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1), 9).into(),
+    );
+    (v4, v6)
+}
+
+fn settings(config: &Config) -> model::Settings {
+    model::Settings {
+        cluster_default: match config.cluster_default {
+            config::ClusterDefault::Untouched => model::ClusterDefault::Untouched,
+            config::ClusterDefault::Audit => model::ClusterDefault::Audit,
+            config::ClusterDefault::Isolated => model::ClusterDefault::Isolated,
+        },
+        dns_filter: match config.dns_filter {
+            config::DnsFilter::Strict => model::DnsFilter::Strict,
+            config::DnsFilter::Open => model::DnsFilter::Open,
+        },
+        exempt_namespaces: config.exempt_namespaces.clone(),
+        cluster_prefixes: config.cluster.prefixes.clone(),
+    }
+}
+
+fn dns_config(config: &Config) -> DnsConfig {
+    DnsConfig {
+        listen: vec![(Ipv6Addr::UNSPECIFIED, DNS_PORT).into()],
+        transparent: true,
+        mark: Some(REPLY),
+        cluster: ClusterDns { servers: config.cluster.dns.clone(), suffixes: config.cluster.suffixes.clone() },
+        resolvers: config
+            .resolvers
+            .iter()
+            .map(|r| ResolverGroup {
+                servers: r.servers.clone(),
+                protocol: match r.protocol {
+                    config::ResolverProtocol::Udp => Protocol::Udp,
+                    config::ResolverProtocol::Tcp => Protocol::Tcp,
+                },
+                suffixes: r.suffixes.clone(),
+            })
+            .collect(),
+        ttl_max_seconds: u32::try_from(config.dns.ttl_max_seconds).unwrap_or(u32::MAX),
+        addresses_per_name: config.quotas.addresses_per_name.clamp(1, 64),
+        in_flight_per_namespace: config.quotas.queries_in_flight,
+        ..DnsConfig::default()
+    }
+}
+
+fn ledger_config(config: &Config) -> tidegate_ledger::Config {
+    let bound = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    tidegate_ledger::Config {
+        ttl_min: Duration::from_secs(config.dns.ttl_min_seconds),
+        ttl_max: Duration::from_secs(config.dns.ttl_max_seconds),
+        grace: Duration::from_secs(config.dns.grace_seconds),
+        barrier: Duration::from_millis(config.dns.barrier_millis),
+        quotas: tidegate_ledger::Quotas {
+            facts: bound(config.quotas.facts),
+            names: bound(config.quotas.names),
+            addresses_per_name: bound(config.quotas.addresses_per_name),
+        },
+        ..tidegate_ledger::Config::default()
+    }
+}
+
+/// What is wrong with the manifests, for the status.
+type Problems = Arc<ArcSwap<Vec<String>>>;
+
+/// Reads manifests, compiles, and tells the core; forever.
+struct PolicyThread {
+    config: Arc<Config>,
+    core: Sender<ToCore>,
+    problems: Problems,
+    stop: Arc<AtomicBool>,
+    /// Dropped after the first complete read.
+    waiting: Option<Guard>,
+}
+
+impl PolicyThread {
+    fn run(mut self) {
+        let mut reader = Reader::new(&self.config.directory);
+        let mut watch = Watch::new(&self.config.directory)
+            .inspect_err(|error| tracing::warn!(%error, "no change notices: manifests are read again every 10 s"))
+            .ok();
+        let mut world: Option<Arc<World>> = None;
+        let mut objects = Objects::default();
+        while !self.stop.load(Ordering::Relaxed) {
+            let loaded = reader.reload();
+            let texts: Vec<String> = loaded.problems.iter().map(ToString::to_string).collect();
+            if **self.problems.load() != texts {
+                for text in &texts {
+                    tracing::warn!("{text}");
+                }
+            }
+            let changed = loaded.changed;
+            if changed {
+                objects = loaded.objects;
+                objects.settings = settings(&self.config);
+            }
+            let due = world.as_ref().is_some_and(|w| w.next_change().is_some_and(|t| t <= now()));
+            if changed || due || world.is_none() {
+                let compiled = Arc::new(World::compile(&objects, now(), world.as_deref()));
+                let mut all = texts.clone();
+                all.extend(compiled.issues().iter().map(ToString::to_string));
+                self.problems.store(Arc::new(all));
+                tracing::info!(
+                    namespaces = objects.namespaces.len(),
+                    pods = objects.pods.len(),
+                    policies = objects.policies.len() + objects.cluster_policies.len(),
+                    scopes = compiled.scopes().len(),
+                    groups = compiled.groups().len(),
+                    "policy compiled"
+                );
+                let message = Arc::new(Compiled::new(compiled.clone(), &objects));
+                world = Some(compiled);
+                if self.core.send(ToCore::World(message)).is_err() {
+                    return;
+                }
+                self.waiting = None;
+            }
+            self.wait(watch.as_mut(), world.as_deref());
+        }
+    }
+
+    /// Until a file changes, a rule ends, or it is time to read again.
+    fn wait(&self, mut watch: Option<&mut Watch>, world: Option<&World>) {
+        let until = Instant::now() + REREAD;
+        while Instant::now() < until && !self.stop.load(Ordering::Relaxed) {
+            let step = Duration::from_millis(200);
+            match watch.as_deref_mut() {
+                Some(w) => match w.wait(step) {
+                    Ok(true) => return,
+                    Ok(false) => {}
+                    Err(error) => {
+                        tracing::warn!(%error, "the watch on the manifests failed");
+                        std::thread::sleep(step);
+                    }
+                },
+                None => std::thread::sleep(step),
+            }
+            if world.is_some_and(|w| w.next_change().is_some_and(|t| t <= now())) {
+                return;
+            }
+        }
+    }
+}
+
+/// Drops and first packets of forwarded flows, as the kernel program saw them.
+async fn kernel_events(
+    mut events: Events,
+    shared: Arc<Shared>,
+    emit: Arc<dyn Emit>,
+    mut ended: tokio::sync::oneshot::Receiver<()>,
+) {
+    loop {
+        tokio::select! {
+            _ = &mut ended => return,
+            event = events.next() => match event {
+                Ok(e) => {
+                    let who = shared.world.load().endpoint(e.source.ip()).map(|p| p.who.clone());
+                    emit.emit(e.into_event(who));
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the kernel's events cannot be read any more");
+                    return;
+                }
+            }
+        }
+    }
+}
+
+fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<std::thread::JoinHandle<()>> {
+    std::thread::Builder::new().name(name.into()).spawn(body).with_context(|| format!("cannot start the {name} thread"))
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot make a runtime")
+}
+
+/// Runs a gateway until SIGTERM or SIGINT.
+pub fn run(path: &Path) -> Result<()> {
+    let config = Arc::new(Config::load(path)?);
+    telemetry::logs()?;
+    let effective = serde_json::to_value(&*config)?;
+    tracing::info!(config = %effective, version = env!("CARGO_PKG_VERSION"), "effective configuration");
+    tidegate_ebpf::preflight().map_err(|e| anyhow!("{e}"))?;
+    let metrics = telemetry::install_metrics()?;
+    let readiness = Readiness::default();
+    let starting = readiness.guard("start");
+
+    let writer = Arc::new(
+        audit::start(audit::Config {
+            file: config.audit.file.clone(),
+            gateway: Some(config.name.clone()),
+            node: config.node.clone(),
+            boot: audit::boot_id()?,
+        })
+        .context("cannot start the audit log")?,
+    );
+    let emit: Arc<dyn Emit> = writer.clone();
+
+    let families = families();
+    let desired = Arc::new(Desired::new(config.clone()));
+    let empty = Arc::new(World::compile(&Objects::default(), now(), None));
+    let shared = Arc::new(Shared {
+        world: ArcSwap::new(empty.clone()),
+        view: Arc::new(ArcSwap::from_pointee(DnsView::empty(empty))),
+        pairs: Arc::default(),
+        egress: ArcSwap::default(),
+        nodes: Ids::default(),
+        namespaces: Ids::default(),
+        epoch: Instant::now(),
+        status: ArcSwap::from_pointee(Status::default()),
+    });
+    let seeds: [u64; 4] = std::array::from_fn(|_| random());
+    let ledger = Ledger::new(ledger_config(&config), seeds, Classifier(shared.clone()), shared.now());
+    let bindings = ledger.bindings();
+    let options = Options { tunnel_port: config.tunnel_port, ..Options::new(Role::Gateway, &config.pins) };
+    let mut datapath = Datapath::load(&options).context("cannot load the kernel program")?;
+    let events = datapath.events().context("the kernel's events are taken already")?;
+
+    let (to_core, rx) = core::channel();
+    let relay_config = RelayConfig {
+        listen: vec![(Ipv4Addr::UNSPECIFIED, RELAY_PORT).into(), (Ipv6Addr::UNSPECIFIED, RELAY_PORT).into()],
+        reply_mark: REPLY,
+        ports: Some(RELAY_PORTS.0..=RELAY_PORTS.1),
+        idle: Duration::from_secs(config.flow_idle_seconds),
+        quota: config.quotas.connections,
+        ..RelayConfig::default()
+    };
+    let check = RelayCheck { shared: shared.clone(), bindings: bindings.clone(), desired: desired.clone(), families };
+    let relay = Relay::start(relay_config, Arc::new(check), emit.clone()).context("cannot start the TLS relay")?;
+
+    let core_thread = {
+        let core = Core {
+            rx,
+            shared: shared.clone(),
+            desired: desired.clone(),
+            families,
+            ledger,
+            datapath,
+            registry: relay.registry().clone(),
+            boot_id: random(),
+            gateway: config.name.clone(),
+            flow_idle: Duration::from_secs(config.flow_idle_seconds),
+        };
+        thread("core", move || core.run())?
+    };
+    let (end_events, events_ended) = tokio::sync::oneshot::channel::<()>();
+    let events_thread = {
+        let (shared, emit) = (shared.clone(), emit.clone());
+        let runtime = runtime()?;
+        thread("events", move || runtime.block_on(kernel_events(events, shared, emit, events_ended)))?
+    };
+    let stop = Arc::new(AtomicBool::new(false));
+    let problems: Problems = Arc::default();
+    let policy = PolicyThread {
+        config: config.clone(),
+        core: to_core.clone(),
+        problems: problems.clone(),
+        stop: stop.clone(),
+        waiting: Some(readiness.guard("policy")),
+    };
+    let policy_thread = thread("policy", move || policy.run())?;
+
+    let dns_runtime = runtime()?;
+    let binder = CoreBinder { shared: shared.clone(), bindings, core: to_core.clone() };
+    let dns = tidegate_dns::Server::start(
+        dns_config(&config),
+        shared.view.clone(),
+        Arc::new(binder),
+        emit.clone(),
+        dns_runtime.handle().clone(),
+    )
+    .context("cannot start the DNS service")?;
+    let (end_dns, dns_ended) = tokio::sync::oneshot::channel::<()>();
+    let dns_thread = thread("dns-slow", move || {
+        // The service's tasks run here until the sender goes.
+        let _ = dns_runtime.block_on(dns_ended);
+    })?;
+
+    let keeper = Keeper {
+        gateway: config.name.clone(),
+        socket: config.socket.clone(),
+        device: config.device.clone(),
+        dns_port: DNS_PORT,
+        relay_port: RELAY_PORT,
+        flow_idle_seconds: config.flow_idle_seconds,
+        pairs: shared.pairs.clone(),
+        core: to_core.clone(),
+        readiness: readiness.clone(),
+        stop: stop.clone(),
+    };
+    let way_thread = thread("way", move || keeper.run())?;
+
+    let admin = match config.admin {
+        None => None,
+        Some(address) => {
+            let (shared, problems, name) = (shared.clone(), problems, config.name.clone());
+            let status = move || {
+                let world = shared.world.load();
+                serde_json::json!({
+                    "gateway": name,
+                    "core": **shared.status.load(),
+                    "scopes": world.scopes().values().map(|s| serde_json::json!({
+                        "namespace": &**s.namespace(),
+                        "pool": &**s.pool(),
+                        "owned": desired.way_out(s).is_some(),
+                        "ipv4": s.pair().and_then(|p| p.ipv4),
+                        "ipv6": s.pair().and_then(|p| p.ipv6),
+                    })).collect::<Vec<_>>(),
+                    "problems": **problems.load(),
+                })
+            };
+            Some(admin::serve(address, Admin { metrics, readiness: readiness.clone(), config: effective, status: Arc::new(status) })?)
+        }
+    };
+
+    let control = runtime()?;
+    let result = control.block_on(async {
+        let mut term = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+        let mut int = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+        let (end, ended) = tokio::sync::oneshot::channel::<()>();
+        let mut serve = std::pin::pin!(push::serve(config.control, &config.tls, Streams::new(to_core.clone()), async {
+            // The sender's end is the news.
+            let _ = ended.await;
+        }));
+        drop(starting);
+        tokio::select! {
+            r = &mut serve => r.and_then(|()| Err(anyhow!("the control server ended"))),
+            _ = term.recv() => Ok(()),
+            _ = int.recv() => Ok(()),
+        }?;
+        let _draining = readiness.guard("draining");
+        tracing::info!(seconds = config.drain_seconds, "draining");
+        let drain = Duration::from_secs(config.drain_seconds);
+        // Nodes stay connected while connections end: their facts must not go stale under them.
+        let reset = tokio::select! {
+            reset = relay.drain(drain) => reset,
+            _ = &mut serve => 0,
+        };
+        tracing::info!(reset, "relay drained");
+        dns.drain(Duration::from_secs(1)).await;
+        drop(end);
+        // Streams live as long as nodes hold them: they are not waited for.
+        let _ = tokio::time::timeout(Duration::from_millis(200), serve).await;
+        Ok(())
+    });
+    // Held addresses go with the handover's connection, kernel maps and rules stay: what is forwarded goes on.
+    stop.store(true, Ordering::Relaxed);
+    let _ = to_core.send(ToCore::Stop);
+    drop((end_dns, end_events));
+    for t in [way_thread, policy_thread, core_thread, dns_thread, events_thread] {
+        if t.join().is_err() {
+            tracing::error!("a thread has panicked");
+        }
+    }
+    drop(admin);
+    writer.stop();
+    result
+}
+
+/// A random number from the kernel, by way of the standard library's hash keys.
+fn random() -> u64 {
+    use std::hash::{BuildHasher, Hasher, RandomState};
+    RandomState::new().build_hasher().finish()
+}

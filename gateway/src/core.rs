@@ -1,0 +1,653 @@
+//! The core thread: owns the ledger, this gateway's kernel maps and what each node was sent.
+//!
+//! Everything that changes them comes through one bounded channel, so that there is
+//! one order of events and no lock. It never blocks on a node: a node whose
+//! queue is full is cut off and starts anew with a snapshot.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ahash::AHashMap;
+use arc_swap::ArcSwap;
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use parking_lot::RwLock;
+use serde::Serialize;
+use tidegate_ebpf::{Datapath, Program};
+use tidegate_ledger::{Answer, Classify, Input, Ledger, NodeId, Output, OwnerId};
+use tidegate_policy::model::Objects;
+use tidegate_policy::state::{Entry, FactUpdate, NodeState};
+use tidegate_policy::world::{NodeStateParts, World};
+use tidegate_policy::{ClassKey, Name, Reason, ScopeKey};
+use tidegate_proto::wire::{FactsUpdate, StateUpdate};
+use tidegate_proto::{FactsBatch, GrantEntry, StateBatch};
+use tidegate_sni::Registry;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::desired::{Compiled, Desired, Target};
+use crate::dns_view::DnsView;
+use crate::egress::TOWARDS_PODS;
+use crate::egress::nft::HeldPair;
+use crate::push::{Ack, StreamId};
+use crate::relay_check::still_allowed;
+use crate::telemetry::BARRIER_SECONDS;
+
+/// Nodes hear from us at least so often; a node takes two seconds of silence for our death.
+const HEARTBEAT: Duration = Duration::from_millis(500);
+/// The foreign changes of our kernel maps are repaired at least so often.
+const FULL_PASS: Duration = Duration::from_secs(30);
+
+/// What a DNS answer waits for.
+pub struct Bind {
+    /// The asking pod's scope.
+    pub scope: ScopeKey,
+    /// The asking pod's node.
+    pub node: NodeId,
+    /// The namespace whose quotas count.
+    pub owner: OwnerId,
+    /// The name.
+    pub name: Name,
+    /// The addresses.
+    pub addresses: Vec<IpAddr>,
+    /// What is left of the RRset's TTL.
+    pub ttl: Duration,
+    /// The rule's least life of a binding.
+    pub min_binding: Option<Duration>,
+    /// Told which addresses are bound.
+    pub reply: oneshot::Sender<Result<Vec<IpAddr>, Reason>>,
+}
+
+/// Messages to the core.
+pub enum ToCore {
+    /// Policy was compiled anew.
+    World(Arc<Compiled>),
+    /// An answer waits for its addresses to be bound.
+    Bind(Box<Bind>),
+    /// A State stream is up.
+    StateUp {
+        /// The node's name, from its certificate.
+        node: String,
+        /// The stream.
+        id: StreamId,
+        /// Towards the node.
+        out: mpsc::Sender<StateUpdate>,
+    },
+    /// A node applied a state.
+    StateAck {
+        /// The node's name.
+        node: String,
+        /// The stream.
+        id: StreamId,
+        /// What it holds.
+        ack: Ack,
+    },
+    /// A State stream ended.
+    StateDown {
+        /// The node's name.
+        node: String,
+        /// The stream.
+        id: StreamId,
+    },
+    /// A Facts stream is up.
+    FactsUp {
+        /// The node's name, from its certificate.
+        node: String,
+        /// The stream.
+        id: StreamId,
+        /// The agent's boot id.
+        boot_id: u64,
+        /// Towards the node.
+        out: mpsc::Sender<FactsUpdate>,
+    },
+    /// A node applied facts.
+    FactsAck {
+        /// The node's name.
+        node: String,
+        /// The stream.
+        id: StreamId,
+        /// What it holds.
+        ack: Ack,
+    },
+    /// A Facts stream ended.
+    FactsDown {
+        /// The node's name.
+        node: String,
+        /// The stream.
+        id: StreamId,
+    },
+    /// The pod-facing device is there: attach the program to it.
+    Attach {
+        /// Told how it went.
+        reply: Sender<Result<(), String>>,
+    },
+    /// End the thread.
+    Stop,
+}
+
+/// Dense ids of nodes and namespaces by name; ids are never used again.
+#[derive(Debug, Default)]
+pub struct Ids(RwLock<(AHashMap<Arc<str>, u32>, Vec<Arc<str>>)>);
+
+impl Ids {
+    /// The id of a name, new if it was not known.
+    pub fn id(&self, name: &str) -> u32 {
+        if let Some(id) = self.0.read().0.get(name) {
+            return *id;
+        }
+        let mut guard = self.0.write();
+        let (ids, names) = &mut *guard;
+        if let Some(id) = ids.get(name) {
+            return *id;
+        }
+        // Nodes and namespaces come from the administrator: their number is bounded by the cluster's.
+        let id = u32::try_from(names.len()).unwrap_or(u32::MAX);
+        let name: Arc<str> = name.into();
+        ids.insert(name.clone(), id);
+        names.push(name);
+        id
+    }
+
+    /// The name of an id.
+    fn name(&self, id: u32) -> Option<Arc<str>> {
+        self.0.read().1.get(id as usize).cloned()
+    }
+}
+
+/// What other threads share with the core.
+pub struct Shared {
+    /// The compiled policy.
+    pub world: ArcSwap<World>,
+    /// The DNS service's view of it.
+    pub view: Arc<ArcSwap<DnsView>>,
+    /// The pairs that this gateway holds.
+    pub pairs: Arc<ArcSwap<Vec<HeldPair>>>,
+    /// Every egress address of every pool.
+    pub egress: ArcSwap<BTreeSet<IpAddr>>,
+    /// Node ids.
+    pub nodes: Ids,
+    /// Namespace ids.
+    pub namespaces: Ids,
+    /// Zero of the monotonic clock that the ledger counts on.
+    pub epoch: Instant,
+    /// What `tidegate status` shows.
+    pub status: ArcSwap<Status>,
+}
+
+impl Shared {
+    /// Now, on the ledger's clock.
+    pub fn now(&self) -> Duration {
+        self.epoch.elapsed()
+    }
+}
+
+/// A node's part of the status.
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeStatus {
+    /// Whether both streams are up.
+    pub connected: bool,
+    /// The last state sent.
+    pub sent: u64,
+    /// The last state that its kernel holds.
+    pub applied: u64,
+    /// Why the last one could not be applied in whole.
+    pub error: Option<String>,
+}
+
+/// What `tidegate status` shows of the core.
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    /// Nodes by name.
+    pub nodes: BTreeMap<String, NodeStatus>,
+    /// Learnt facts.
+    pub facts: usize,
+    /// Live relayed connections.
+    pub connections: usize,
+}
+
+#[derive(Default)]
+struct Node {
+    state: Option<(StreamId, mpsc::Sender<StateUpdate>)>,
+    facts: Option<(StreamId, mpsc::Sender<FactsUpdate>)>,
+    agent: Option<u64>,
+    /// What the State stream was sent, grants of the Facts stream included.
+    held: NodeState,
+    state_seq: u64,
+    facts_seq: u64,
+    /// Classes whose grants this stream was sent with facts.
+    classes: BTreeSet<(ScopeKey, ClassKey)>,
+    status: NodeStatus,
+}
+
+struct Waiting {
+    since: Instant,
+    reply: oneshot::Sender<Result<Vec<IpAddr>, Reason>>,
+}
+
+/// Everything that the thread owns.
+pub struct Core {
+    /// Messages.
+    pub rx: Receiver<ToCore>,
+    /// Shared with other threads.
+    pub shared: Arc<Shared>,
+    /// Builds desired states.
+    pub desired: Arc<Desired>,
+    /// Whether the pod's own network has a way out for IPv4 and for IPv6.
+    pub families: (bool, bool),
+    /// Facts and barrier.
+    pub ledger: Ledger<Classifier>,
+    /// This gateway's kernel maps.
+    pub datapath: Datapath,
+    /// Live relayed connections.
+    pub registry: Arc<Registry>,
+    /// Chosen at start.
+    pub boot_id: u64,
+    /// This gateway's name.
+    pub gateway: String,
+    /// A flow without packets for so long is dead.
+    pub flow_idle: Duration,
+}
+
+/// Finds classes in whatever policy holds now.
+pub struct Classifier(pub Arc<Shared>);
+
+impl Classify for Classifier {
+    fn class(&self, scope: ScopeKey, ip: IpAddr, names: &mut dyn Iterator<Item = &Name>) -> ClassKey {
+        match self.0.world.load().scope(scope) {
+            Some(s) => s.class(ip, names),
+            // No grant has this class: it allows nothing.
+            None => ClassKey(0),
+        }
+    }
+}
+
+/// Which classes facts have, so that their grants are pushed and those of others are not.
+#[derive(Default)]
+struct Classes {
+    of: AHashMap<(ScopeKey, IpAddr), ClassKey>,
+    count: BTreeMap<(ScopeKey, ClassKey), u32>,
+}
+
+impl Classes {
+    /// Notes a fact's class; says whether no other fact of the scope had it.
+    fn note(&mut self, scope: ScopeKey, ip: IpAddr, class: Option<ClassKey>) -> bool {
+        let old = match class {
+            Some(c) => self.of.insert((scope, ip), c),
+            None => self.of.remove(&(scope, ip)),
+        };
+        if old == class {
+            return false;
+        }
+        if let Some(old) = old
+            && let Some(n) = self.count.get_mut(&(scope, old))
+        {
+            *n -= 1;
+            if *n == 0 {
+                self.count.remove(&(scope, old));
+            }
+        }
+        let Some(class) = class else { return false };
+        let n = self.count.entry((scope, class)).or_default();
+        *n += 1;
+        *n == 1
+    }
+
+    fn active(&self) -> impl Iterator<Item = (ScopeKey, ClassKey)> {
+        self.count.keys().copied()
+    }
+}
+
+struct Run {
+    core: Core,
+    compiled: Arc<Compiled>,
+    classes: Classes,
+    nodes: HashMap<String, Node>,
+    waiting: AHashMap<u64, Waiting>,
+    own: NodeState,
+    next_ticket: u64,
+    out: Vec<Output>,
+}
+
+impl Core {
+    /// Runs until told to stop or until nobody can talk to it any more.
+    pub fn run(self) {
+        let mut run = Run {
+            compiled: Arc::new(Compiled::new(self.shared.world.load_full(), &Objects::default())),
+            classes: Classes::default(),
+            core: self,
+            nodes: HashMap::new(),
+            waiting: AHashMap::new(),
+            own: NodeState::default(),
+            next_ticket: 1,
+            out: Vec::new(),
+        };
+        let mut beat = Instant::now();
+        let mut full = Instant::now() + FULL_PASS;
+        loop {
+            let mut due = beat.min(full);
+            if let Some(d) = run.core.ledger.next_deadline() {
+                due = due.min(run.core.shared.epoch + d);
+            }
+            match run.core.rx.recv_timeout(due.saturating_duration_since(Instant::now())) {
+                Ok(ToCore::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+                Ok(message) => run.handle(message),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            let now = Instant::now();
+            if run.core.ledger.next_deadline().is_some_and(|d| run.core.shared.epoch + d <= now) {
+                run.feed(Input::Tick);
+            }
+            if beat <= now {
+                beat = now + HEARTBEAT;
+                run.heartbeat();
+            }
+            if full <= now {
+                full = now + FULL_PASS;
+                run.full_pass();
+            }
+        }
+    }
+}
+
+impl Run {
+    fn handle(&mut self, message: ToCore) {
+        match message {
+            ToCore::World(world) => self.world(world),
+            ToCore::Bind(bind) => self.bind(*bind),
+            ToCore::StateUp { node, id, out } => {
+                let n = self.nodes.entry(node.clone()).or_default();
+                n.state = Some((id, out));
+                n.held = NodeState::default();
+                let parts = self.parts();
+                self.send_state(&node, &parts, true);
+            }
+            ToCore::StateAck { node, id, ack } => {
+                let boot_id = self.core.boot_id;
+                if let Some(n) = self.nodes.get_mut(&node)
+                    && n.state.as_ref().is_some_and(|s| s.0 == id)
+                    && ack.boot_id == boot_id
+                {
+                    if let Some(error) = &ack.error {
+                        tracing::warn!(node, sequence = ack.sequence, error, "a node could not apply its state in whole");
+                    }
+                    n.status.applied = ack.sequence;
+                    n.status.error = ack.error;
+                }
+            }
+            ToCore::StateDown { node, id } => {
+                if let Some(n) = self.nodes.get_mut(&node)
+                    && n.state.as_ref().is_some_and(|s| s.0 == id)
+                {
+                    n.state = None;
+                }
+            }
+            ToCore::FactsUp { node, id, boot_id, out } => {
+                let n = self.nodes.entry(node.clone()).or_default();
+                n.facts = Some((id, out));
+                n.classes.clear();
+                let same = n.agent.replace(boot_id) == Some(boot_id);
+                let node = NodeId(self.core.shared.nodes.id(&node));
+                self.feed(if same { Input::NodeUp { node } } else { Input::NodeReset { node } });
+            }
+            ToCore::FactsAck { node, id, ack } => {
+                let current = self.nodes.get(&node).is_some_and(|n| n.facts.as_ref().is_some_and(|f| f.0 == id));
+                if current && ack.boot_id == self.core.boot_id {
+                    if let Some(error) = &ack.error {
+                        // Not confirmed: the answers that wait for it end with barrier-timeout.
+                        tracing::warn!(node, sequence = ack.sequence, error, "a node could not apply facts");
+                        return;
+                    }
+                    let node = NodeId(self.core.shared.nodes.id(&node));
+                    self.feed(Input::Ack { node, seq: ack.sequence });
+                }
+            }
+            ToCore::FactsDown { node, id } => {
+                if self.nodes.get(&node).is_some_and(|n| n.facts.as_ref().is_some_and(|f| f.0 == id)) {
+                    self.facts_down(&node);
+                }
+            }
+            ToCore::Attach { reply } => {
+                let result = self.core.datapath.attach(Program::GatewayIngress, TOWARDS_PODS);
+                // The asker waits with a limit of its own.
+                let _ = reply.try_send(result.map(drop).map_err(|e| e.to_string()));
+            }
+            ToCore::Stop => {}
+        }
+    }
+
+    fn facts_down(&mut self, node: &str) {
+        if let Some(n) = self.nodes.get_mut(node) {
+            n.facts = None;
+        }
+        let node = NodeId(self.core.shared.nodes.id(node));
+        self.feed(Input::NodeDown { node });
+    }
+
+    /// An edit: classes first, then grants, facts and cuts.
+    fn world(&mut self, compiled: Arc<Compiled>) {
+        let world = compiled.world.clone();
+        let old = self.core.shared.world.swap(world.clone());
+        self.core.shared.egress.store(Arc::new(compiled.egress.clone()));
+        self.core.shared.pairs.store(Arc::new(self.core.desired.held(&world)));
+        let view = DnsView::new(&compiled, &self.core.desired, self.core.families);
+        self.core.shared.view.store(Arc::new(view));
+        self.compiled = compiled;
+        for scope in old.scopes().keys().filter(|k| world.scope(**k).is_none()) {
+            self.feed(Input::ScopeGone { scope: *scope });
+        }
+        for scope in world.changed_scopes(&old) {
+            self.feed(Input::Reclassify { scope: Some(scope) });
+        }
+        let parts = self.parts();
+        self.own = self.core.desired.state(&self.compiled, &parts, Target::Own);
+        self.apply_maps(false);
+        let names: Vec<String> = self.nodes.keys().cloned().collect();
+        for node in names {
+            self.send_state(&node, &parts, false);
+        }
+        let cut = self.core.registry.revoke(|live| !still_allowed(&world, live), Reason::Revoked);
+        if cut > 0 {
+            tracing::info!(connections = cut, "connections that policy no longer allows were reset");
+        }
+    }
+
+    fn parts(&self) -> NodeStateParts {
+        self.core.desired.parts(&self.compiled.world, self.classes.active())
+    }
+
+    fn bind(&mut self, b: Bind) {
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        self.waiting.insert(ticket, Waiting { since: Instant::now(), reply: b.reply });
+        self.feed(Input::Answer(Answer {
+            ticket,
+            scope: b.scope,
+            owner: b.owner,
+            node: b.node,
+            name: b.name,
+            addresses: b.addresses,
+            ttl: b.ttl,
+            min_binding: b.min_binding,
+        }));
+    }
+
+    fn feed(&mut self, input: Input) {
+        let now = self.core.shared.now();
+        let mut out = std::mem::take(&mut self.out);
+        self.core.ledger.handle(input, now, &mut out);
+        let mut idle = Vec::new();
+        for output in out.drain(..) {
+            match output {
+                Output::Local(update) => self.local(update),
+                Output::Push { node, seq, snapshot, facts } => self.push(node, seq, snapshot, facts),
+                Output::Release { ticket, addresses } => self.answer(ticket, Ok(addresses)),
+                Output::Fail { ticket, reason } => self.answer(ticket, Err(reason)),
+                Output::CheckIdle { scope, ip } => {
+                    if self.is_idle(scope, ip) {
+                        idle.push((scope, ip));
+                    }
+                }
+                Output::Unbound { .. } => {}
+            }
+        }
+        self.out = out;
+        for (scope, ip) in idle {
+            self.feed(Input::Idle { scope, ip });
+        }
+    }
+
+    fn answer(&mut self, ticket: u64, result: Result<Vec<IpAddr>, Reason>) {
+        let Some(w) = self.waiting.remove(&ticket) else { return };
+        metrics::histogram!(BARRIER_SECONDS).record(w.since.elapsed().as_secs_f64());
+        // The pod may have gone away meanwhile.
+        let _ = w.reply.send(result);
+    }
+
+    /// An expired fact goes when neither the relay nor the kernel has a flow to its address.
+    fn is_idle(&self, scope: ScopeKey, ip: IpAddr) -> bool {
+        if self.core.registry.live(scope, ip) > 0 {
+            return false;
+        }
+        match self.core.datapath.fact_last_seen(scope, ip) {
+            Some(ago) => ago > self.core.flow_idle,
+            None => true,
+        }
+    }
+
+    /// Our own kernel must hold a fact, with its class's grants, before any answer says it.
+    fn local(&mut self, update: FactUpdate) {
+        let class = update.value.map(|v| v.class);
+        if self.classes.note(update.scope, update.ip, class)
+            && let Some(class) = class
+        {
+            let grants = self.core.desired.grants(&self.compiled.world, update.scope, class, |_| true);
+            for (group, ports) in grants {
+                self.own.set(Entry::Grant(group, class, ports));
+            }
+            self.apply_maps(false);
+        }
+        if let Err(error) = self.core.datapath.facts(&[update]) {
+            tracing::error!(%error, "cannot write a fact into the kernel");
+        }
+    }
+
+    fn push(&mut self, node: NodeId, seq: u64, snapshot: bool, facts: Vec<FactUpdate>) {
+        let Some(name) = self.core.shared.nodes.name(node.0) else { return };
+        let Some(n) = self.nodes.get_mut(&*name) else { return };
+        let mut grants = Vec::new();
+        for f in &facts {
+            let Some(v) = &f.value else { continue };
+            if n.classes.insert((f.scope, v.class)) {
+                for (group, ports) in self.core.desired.grants(&self.compiled.world, f.scope, v.class, |_| true) {
+                    n.held.set(Entry::Grant(group, v.class, ports.clone()));
+                    grants.push(GrantEntry { group, class: v.class, ports });
+                }
+            }
+        }
+        n.facts_seq = seq;
+        let batch =
+            FactsBatch { boot_id: self.core.boot_id, sequence: seq, snapshot, more: false, grants, facts };
+        let Some((_, out)) = &n.facts else { return };
+        if batch.into_messages().into_iter().any(|m| out.try_send(m).is_err()) {
+            tracing::warn!(node = &*name, "a node does not keep up with its facts: it will start anew");
+            self.facts_down(&name);
+        }
+    }
+
+    fn send_state(&mut self, node: &str, parts: &NodeStateParts, snapshot: bool) {
+        let Some(n) = self.nodes.get_mut(node) else { return };
+        let Some((_, out)) = &n.state else { return };
+        let wanted = self.core.desired.state(&self.compiled, parts, Target::Node(node));
+        let (set, delete) = if snapshot { (wanted.entries(), Vec::new()) } else { n.held.diff(&wanted) };
+        if !snapshot && set.is_empty() && delete.is_empty() {
+            return;
+        }
+        n.state_seq += 1;
+        n.status.sent = n.state_seq;
+        n.held = wanted;
+        let batch = StateBatch {
+            gateway: self.core.gateway.clone(),
+            boot_id: self.core.boot_id,
+            sequence: n.state_seq,
+            snapshot,
+            more: false,
+            set,
+            delete,
+        };
+        if batch.into_messages().into_iter().any(|m| out.try_send(m).is_err()) {
+            tracing::warn!(node, "a node does not keep up with its state: it will start anew");
+            n.state = None;
+        }
+    }
+
+    /// Repairs what another program changed in our maps, and forgets classes that no fact has any more.
+    fn full_pass(&mut self) {
+        let parts = self.parts();
+        self.own = self.core.desired.state(&self.compiled, &parts, Target::Own);
+        self.apply_maps(true);
+        let names: Vec<String> = self.nodes.keys().cloned().collect();
+        for node in names {
+            self.send_state(&node, &parts, false);
+        }
+        self.compiled.world.retain_classes(&self.classes.active().map(|(_, c)| c).collect());
+        if let Err(error) = self.core.datapath.sweep() {
+            tracing::warn!(%error, "cannot sweep the kernel's tables");
+        }
+    }
+
+    fn apply_maps(&mut self, full: bool) {
+        let local = self.core.desired.local();
+        match self.core.datapath.apply(&self.own, &local, full) {
+            Ok(applied) if applied.repaired > 0 => {
+                tracing::warn!(entries = applied.repaired, "another program had changed our kernel maps: repaired");
+            }
+            Ok(_) => {}
+            Err(error) => tracing::error!(%error, "cannot bring the kernel's maps up to date"),
+        }
+    }
+
+    fn heartbeat(&mut self) {
+        let boot_id = self.core.boot_id;
+        let gateway = self.core.gateway.clone();
+        // Our own program judges by the same rules: to itself this gateway is alive.
+        if let Err(error) = self.core.datapath.heartbeat(&gateway) {
+            tracing::error!(%error, "cannot write the heartbeat");
+        }
+        match self.core.datapath.counters() {
+            Ok(counters) => {
+                for c in counters {
+                    let (hook, reason) = (tidegate_ebpf::hook_name(c.hook), c.reason.as_str());
+                    let outcome = tidegate_agent::events::outcome(c.outcome);
+                    metrics::counter!(tidegate_agent::events::PACKETS, "hook" => hook, "reason" => reason, "outcome" => outcome)
+                        .absolute(c.packets);
+                }
+            }
+            Err(error) => tracing::warn!(%error, "cannot read the kernel's counters"),
+        }
+        let mut down = Vec::new();
+        for (name, n) in &mut self.nodes {
+            n.status.connected = n.state.is_some() && n.facts.is_some();
+            if let Some((_, out)) = &n.facts {
+                let beat = FactsBatch::heartbeat(boot_id, n.facts_seq);
+                if beat.into_messages().into_iter().any(|m| out.try_send(m).is_err()) {
+                    down.push(name.clone());
+                }
+            }
+        }
+        for node in down {
+            self.facts_down(&node);
+        }
+        self.core.shared.status.store(Arc::new(Status {
+            nodes: self.nodes.iter().map(|(k, n)| (k.clone(), n.status.clone())).collect(),
+            facts: self.core.ledger.counts().facts,
+            connections: self.core.registry.len(),
+        }));
+    }
+}
+
+/// The core's channel: messages that may wait. Beyond that, answers fail closed and streams start anew.
+pub fn channel() -> (Sender<ToCore>, Receiver<ToCore>) {
+    crossbeam_channel::bounded(65536)
+}

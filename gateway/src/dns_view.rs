@@ -1,0 +1,156 @@
+//! The DNS service's view of compiled policy, and its way to the ledger.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crossbeam_channel::Sender;
+use tidegate_dns_core::{AddressDecision, Allow, AskMode, Asker, BindRequest, Binder, Denial, NameDecision, View};
+use tidegate_ledger::{Bindings, NodeId, OwnerId};
+use tidegate_policy::state::Touch;
+use tidegate_policy::world::{self, Answer, World};
+use tidegate_policy::{Name, Proto, Reason, Via};
+use tokio::sync::oneshot;
+
+use crate::core::{Bind, Shared, ToCore};
+use crate::desired::{Compiled, Desired};
+
+static GENERATION: AtomicU64 = AtomicU64::new(1);
+
+/// An immutable view.
+pub struct DnsView {
+    generation: u64,
+    world: Arc<World>,
+    askers: HashMap<IpAddr, Asker, ahash::RandomState>,
+}
+
+impl DnsView {
+    /// The view of a compile. Pods of scopes that other gateways own are unknown here. `families`
+    /// says whether the pod's own network has a way out for IPv4 and IPv6.
+    pub fn new(compiled: &Compiled, desired: &Desired, families: (bool, bool)) -> Self {
+        let mut askers = HashMap::default();
+        for (ip, e) in compiled.world.endpoints() {
+            let Some(m) = e.member else { continue };
+            let Some(group) = compiled.world.group(m.index) else { continue };
+            let Some(way) = desired.way_out(group.scope()) else { continue };
+            let (v4, v6) = match way.pair {
+                Some(p) => (p.ipv4.is_some(), p.ipv6.is_some()),
+                None => families,
+            };
+            let mode = match (group.audit(), e.touch) {
+                (true, _) => AskMode::Audited,
+                (false, Touch::Isolated) => AskMode::Enforced,
+                (false, _) => AskMode::Guarded,
+            };
+            // What is not isolated keeps the CNI's path, whatever the pool's families are.
+            let free = mode != AskMode::Enforced;
+            let asker = Asker {
+                who: e.who.clone(),
+                scope: m.scope,
+                group: m.group,
+                group_index: m.index,
+                mode,
+                v4: v4 || free,
+                v6: v6 || free,
+            };
+            askers.insert(ip, asker);
+        }
+        Self { generation: GENERATION.fetch_add(1, Ordering::Relaxed), world: compiled.world.clone(), askers }
+    }
+
+    /// A view that knows nobody.
+    pub fn empty(world: Arc<World>) -> Self {
+        Self { generation: 0, world, askers: HashMap::default() }
+    }
+}
+
+impl View for DnsView {
+    fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    fn asker(&self, client: IpAddr) -> Option<&Asker> {
+        self.askers.get(&client)
+    }
+
+    fn name(&self, asker: &Asker, name: &str, qtype: u16) -> NameDecision {
+        let Some(group) = self.world.group(asker.group_index) else {
+            return NameDecision::Deny { denial: Denial::NoData, reason: Reason::NoBinding, rule: None };
+        };
+        let d = group.name(name, qtype);
+        let deny = |denial| NameDecision::Deny { denial, reason: d.reason, rule: d.rule.clone() };
+        match d.answer {
+            Answer::Bind => NameDecision::Allow(Allow {
+                ech: d.facts.ech_allow,
+                extra_type: d.facts.dns_types.binary_search(&qtype).is_ok(),
+                wildcard: d.wildcard,
+                min_binding_secs: d
+                    .facts
+                    .min_binding
+                    .map_or(0, |m| u32::try_from(m.as_secs()).unwrap_or(u32::MAX)),
+                rule: d.rule,
+            }),
+            Answer::Resolve => NameDecision::Resolve { reason: d.reason, rule: d.rule },
+            Answer::NoData => deny(Denial::NoData),
+            Answer::NxDomain => deny(Denial::NxDomain),
+        }
+    }
+
+    fn address(&self, asker: &Asker, name: &str, ip: IpAddr) -> AddressDecision {
+        let Some(group) = self.world.group(asker.group_index) else {
+            return AddressDecision::Filter(Reason::NoBinding);
+        };
+        match group.address(name, ip) {
+            world::AddressDecision::Default => AddressDecision::Default,
+            world::AddressDecision::Accept => AddressDecision::Accept,
+            world::AddressDecision::Filter(reason) => AddressDecision::Filter(reason),
+        }
+    }
+
+    fn svcb_port(&self, asker: &Asker, name: &str, port: u16) -> bool {
+        let Some(group) = self.world.group(asker.group_index) else { return false };
+        let ports = &group.name(name, 1).facts.ports;
+        [Proto::Tcp, Proto::Udp].iter().any(|p| matches!(ports.get(*p, port), Some(Via::Allow(_))))
+    }
+}
+
+/// The way to the ledger.
+pub struct CoreBinder {
+    /// What the core shares.
+    pub shared: Arc<Shared>,
+    /// The ledger's read side.
+    pub bindings: Arc<Bindings>,
+    /// The core.
+    pub core: Sender<ToCore>,
+}
+
+impl Binder for CoreBinder {
+    fn standing(&self, asker: &Asker, name: &str, ips: &[IpAddr], ttl_secs: u32) -> bool {
+        let node = NodeId(self.shared.nodes.id(&asker.who.node));
+        let until = self.shared.now() + Duration::from_secs(ttl_secs.into());
+        self.bindings.answer_stands(asker.scope, name, ips, node, until)
+    }
+
+    async fn bind(&self, request: BindRequest) -> Result<Vec<IpAddr>, Reason> {
+        let who = &request.asker.who;
+        // Only names of the canonical form match a rule, and only those come here.
+        let name = Name::parse(&request.name).map_err(|_| Reason::DnsMalformed)?;
+        let (reply, answer) = oneshot::channel();
+        let bind = Bind {
+            scope: request.asker.scope,
+            node: NodeId(self.shared.nodes.id(&who.node)),
+            owner: OwnerId(self.shared.namespaces.id(&who.namespace)),
+            name,
+            addresses: request.ips,
+            ttl: Duration::from_secs(request.ttl_secs.into()),
+            min_binding: (request.min_binding_secs > 0)
+                .then(|| Duration::from_secs(request.min_binding_secs.into())),
+            reply,
+        };
+        // A full queue is overload: fail closed, and at once.
+        self.core.try_send(ToCore::Bind(Box::new(bind))).map_err(|_| Reason::Quota)?;
+        answer.await.map_err(|_| Reason::BarrierTimeout)?
+    }
+}

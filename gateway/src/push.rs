@@ -1,0 +1,179 @@
+//! The streams to the nodes: a gRPC server with mutual TLS that turns streams
+//! into messages for the core thread and back. It decides nothing.
+
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use crossbeam_channel::{Sender, TrySendError};
+use futures_util::Stream;
+use tidegate_proto::wire::control_server::{Control, ControlServer};
+use tidegate_proto::wire::{FactsAck, FactsUpdate, StateAck, StateUpdate};
+use tidegate_proto::{MAX_MESSAGE, Up};
+use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::config::Tls;
+use crate::core::ToCore;
+
+/// Messages that may wait for a node; a node that is further behind is cut off and starts anew with a snapshot.
+const QUEUE: usize = 1024;
+/// Streams have to say hello within this time.
+const HELLO: Duration = Duration::from_secs(5);
+
+/// Identifies one stream, so that a late message of a dead one is told from its successor's.
+pub type StreamId = u64;
+
+/// What a node's kernel holds.
+#[derive(Clone, Debug)]
+pub struct Ack {
+    /// The boot id of the gateway that sent what is acked.
+    pub boot_id: u64,
+    /// Everything up to here is applied.
+    pub sequence: u64,
+    /// Why it was not applied in whole.
+    pub error: Option<String>,
+}
+
+/// The service.
+pub struct Streams {
+    core: Sender<ToCore>,
+    next: AtomicU64,
+}
+
+type Out<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+impl Streams {
+    /// A service that talks to this core.
+    pub fn new(core: Sender<ToCore>) -> Self {
+        Self { core, next: AtomicU64::new(1) }
+    }
+
+    fn id(&self) -> StreamId {
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+/// Hands a message to the core. A core that is too far behind to take it must not grow without bound: the stream ends, and the node comes back.
+fn tell(core: &Sender<ToCore>, message: ToCore) -> Result<(), Status> {
+    core.try_send(message).map_err(|e| match e {
+        TrySendError::Full(_) => Status::resource_exhausted("the gateway is overloaded"),
+        TrySendError::Disconnected(_) => Status::unavailable("the gateway stops"),
+    })
+}
+
+/// The node name that the peer's certificate speaks for.
+fn node_of<T>(request: &Request<T>) -> Result<String, Status> {
+    let certs = request.peer_certs().ok_or_else(|| Status::unauthenticated("a client certificate is required"))?;
+    let leaf = certs.first().ok_or_else(|| Status::unauthenticated("a client certificate is required"))?;
+    node_in_certificate(leaf).ok_or_else(|| Status::permission_denied("the certificate names no node (SAN NODE.node.tidegate)"))
+}
+
+fn node_in_certificate(der: &[u8]) -> Option<String> {
+    let (_, cert) = x509_parser::parse_x509_certificate(der).ok()?;
+    let san = cert.subject_alternative_name().ok()??;
+    san.value.general_names.iter().find_map(|n| match n {
+        x509_parser::extensions::GeneralName::DNSName(d) => d.strip_suffix(".node.tidegate").map(str::to_owned),
+        _ => None,
+    })
+}
+
+async fn first<T>(inbound: &mut Streaming<T>) -> Result<T, Status> {
+    tokio::time::timeout(HELLO, inbound.message())
+        .await
+        .map_err(|_| Status::deadline_exceeded("no hello"))??
+        .ok_or_else(|| Status::invalid_argument("no hello"))
+}
+
+/// Checks the first message: the agent's boot id.
+fn hello<T>(message: T, certified: &str) -> Result<u64, Status>
+where
+    Up: TryFrom<T, Error = tidegate_proto::WireError>,
+{
+    match Up::try_from(message) {
+        Ok(Up::Hello { node, boot_id }) if node == certified => Ok(boot_id),
+        Ok(Up::Hello { node, .. }) => {
+            Err(Status::permission_denied(format!("the certificate is for node {certified}, not for {node}")))
+        }
+        Ok(Up::Applied { .. }) => Err(Status::invalid_argument("the first message must be a hello")),
+        Err(e) => Err(Status::invalid_argument(e.to_string())),
+    }
+}
+
+#[tonic::async_trait]
+impl Control for Streams {
+    type StateStream = Out<StateUpdate>;
+    type FactsStream = Out<FactsUpdate>;
+
+    async fn state(&self, request: Request<Streaming<StateAck>>) -> Result<Response<Self::StateStream>, Status> {
+        let node = node_of(&request)?;
+        let mut inbound = request.into_inner();
+        hello(first(&mut inbound).await?, &node)?;
+        let id = self.id();
+        let (out, rx) = mpsc::channel(QUEUE);
+        tell(&self.core, ToCore::StateUp { node: node.clone(), id, out })?;
+        let core = self.core.clone();
+        tokio::spawn(async move {
+            while let Ok(Some(message)) = inbound.message().await {
+                let Ok(Up::Applied { boot_id, sequence, error }) = Up::try_from(message) else { break };
+                let ack = Ack { boot_id, sequence, error };
+                if tell(&core, ToCore::StateAck { node: node.clone(), id, ack }).is_err() {
+                    break;
+                }
+            }
+            // If the queue is full now, the next message of this node's next stream replaces this one.
+            let _ = core.try_send(ToCore::StateDown { node, id });
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(rx).map(Ok))))
+    }
+
+    async fn facts(&self, request: Request<Streaming<FactsAck>>) -> Result<Response<Self::FactsStream>, Status> {
+        let node = node_of(&request)?;
+        let mut inbound = request.into_inner();
+        let boot_id = hello(first(&mut inbound).await?, &node)?;
+        let id = self.id();
+        let (out, rx) = mpsc::channel(QUEUE);
+        tell(&self.core, ToCore::FactsUp { node: node.clone(), id, boot_id, out })?;
+        let core = self.core.clone();
+        tokio::spawn(async move {
+            while let Ok(Some(message)) = inbound.message().await {
+                let Ok(Up::Applied { boot_id, sequence, error }) = Up::try_from(message) else { break };
+                let ack = Ack { boot_id, sequence, error };
+                if tell(&core, ToCore::FactsAck { node: node.clone(), id, ack }).is_err() {
+                    break;
+                }
+            }
+            let _ = core.try_send(ToCore::FactsDown { node, id });
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(rx).map(Ok))))
+    }
+}
+
+/// Serves until `stop` resolves.
+pub async fn serve(address: SocketAddr, tls: &Tls, streams: Streams, stop: impl Future<Output = ()>) -> Result<()> {
+    let read = |path: &std::path::Path| {
+        std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+    };
+    let identity = Identity::from_pem(read(&tls.certificate)?, read(&tls.key)?);
+    let config = ServerTlsConfig::new()
+        .identity(identity)
+        .client_ca_root(Certificate::from_pem(read(&tls.ca)?))
+        .client_auth_optional(false);
+    let service = ControlServer::new(streams).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
+    Server::builder()
+        .tls_config(config)
+        .context("the certificates are not usable")?
+        .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(Duration::from_millis(500)))
+        .http2_keepalive_timeout(Some(Duration::from_millis(1500)))
+        .concurrency_limit_per_connection(16)
+        .add_service(service)
+        .serve_with_shutdown(address, stop)
+        .await
+        .with_context(|| format!("cannot serve agents on {address}"))
+}

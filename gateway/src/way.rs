@@ -1,0 +1,118 @@
+//! The thread that keeps the gateway plugged in: hands the namespace to the agent,
+//! sets up the way out, has the kernel program attached, renews the lease.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use arc_swap::ArcSwap;
+use crossbeam_channel::{Sender, bounded};
+
+use crate::admin::{Guard, Readiness};
+use crate::core::ToCore;
+use crate::egress::nft::HeldPair;
+use crate::egress::{Way, rules_present};
+use crate::handover::{Handover, RENEW};
+
+/// What other programs changed in our namespace is repaired at least so often.
+const FULL_PASS: Duration = Duration::from_secs(30);
+
+/// MTU towards pods that is proposed to the agent, which knows its uplinks: 1500 less 50 octets of VXLAN.
+const TUNNEL_MTU: u16 = 1450;
+
+/// What the thread needs.
+pub struct Keeper {
+    /// This gateway's name.
+    pub gateway: String,
+    /// Unix socket of the node's agent.
+    pub socket: PathBuf,
+    /// The pod's own device.
+    pub device: String,
+    /// Port of the DNS sockets.
+    pub dns_port: u16,
+    /// Port of the relay's sockets.
+    pub relay_port: u16,
+    /// Idle seconds after which a flow is dead.
+    pub flow_idle_seconds: u64,
+    /// Pairs that this gateway holds now.
+    pub pairs: Arc<ArcSwap<Vec<HeldPair>>>,
+    /// The core, which attaches the program.
+    pub core: Sender<ToCore>,
+    /// Not ready while it is not plugged in.
+    pub readiness: Readiness,
+    /// Set when the gateway stops.
+    pub stop: Arc<AtomicBool>,
+}
+
+impl Keeper {
+    /// Runs until `stop` is set; whatever fails is tried again.
+    pub fn run(self) {
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(r) => r,
+            Err(error) => {
+                tracing::error!(%error, "cannot make a runtime for the way out");
+                return;
+            }
+        };
+        let mut said = String::new();
+        while !self.stop.load(Ordering::Relaxed) {
+            let waiting = self.readiness.guard("agent");
+            let result = runtime.block_on(self.keep(waiting));
+            if let Err(error) = result {
+                // The same failure every half second is one line.
+                let text = format!("{error:#}");
+                if text != said {
+                    tracing::warn!(error = text, "not plugged in; trying again");
+                    said = text;
+                }
+            }
+            std::thread::sleep(RENEW);
+        }
+    }
+
+    fn way(&self, mtu: u16) -> Way {
+        let pairs = self.pairs.load().as_ref().clone();
+        Way::new(&self.device, mtu, self.dns_port, self.relay_port, pairs, self.flow_idle_seconds)
+    }
+
+    async fn keep(&self, waiting: Guard) -> Result<()> {
+        let mut handover =
+            Handover::connect(&self.socket, &self.gateway, TUNNEL_MTU, &self.way(TUNNEL_MTU).addresses())?;
+        let mut way = self.way(handover.mtu);
+        way.apply().await.context("cannot set up the way out")?;
+        self.attach()?;
+        tracing::info!(mtu = handover.mtu, addresses = ?way.addresses(), "plugged in");
+        drop(waiting);
+        let mut full = Instant::now() + FULL_PASS;
+        while !self.stop.load(Ordering::Relaxed) {
+            tokio::time::sleep(RENEW).await;
+            let wanted = self.way(handover.mtu);
+            let due = full <= Instant::now();
+            if wanted != way || due && !rules_present() {
+                wanted.apply().await.context("cannot set up the way out")?;
+                tracing::info!(addresses = ?wanted.addresses(), "the way out was set up anew");
+                way = wanted;
+            } else if due {
+                way.repair().await.context("cannot repair the way out")?;
+                self.attach()?;
+            }
+            if due {
+                full = Instant::now() + FULL_PASS;
+            }
+            handover.renew(&way.addresses())?;
+        }
+        Ok(())
+    }
+
+    fn attach(&self) -> Result<()> {
+        let (reply, answer) = bounded(1);
+        self.core.send(ToCore::Attach { reply }).context("the core has ended")?;
+        match answer.recv_timeout(Duration::from_secs(10)) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => bail!("cannot attach the kernel program: {error}"),
+            Err(_) => bail!("the core does not answer"),
+        }
+    }
+}
