@@ -490,6 +490,10 @@ impl Group {
         let (mut deny, mut above) = (None, None);
         let mut denied = true;
         let ports = Rules::port_set(&rules.cuts(&[hits]), |proto, port| {
+            if rules.isolated && port == ENCRYPTED_DNS {
+                // A name does not open this port; see `judge`.
+                return None;
+            }
             let o = rules.all(hits, proto, port, None);
             match &o {
                 Outcome::Accept(r) => allowing.push(r),
