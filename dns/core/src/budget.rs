@@ -25,11 +25,16 @@ impl Default for BudgetLimits {
     }
 }
 
+/// Length of a window, in milliseconds.
 const WINDOW: u64 = 60_000;
+/// How many windows' worth of names stay known while they are asked for.
+const CARRIED: usize = 4;
 
 #[derive(Debug, Default)]
 struct Window {
     started: u64,
+    /// New names of this window.
+    names: u32,
     bytes: u32,
     seen: HashSet<u64, RandomState>,
     before: HashSet<u64, RandomState>,
@@ -60,6 +65,7 @@ impl Budget {
         let hasher = &self.hasher;
         let w = self.scopes.entry(scope).or_insert_with(|| Window {
             started: now,
+            names: 0,
             bytes: 0,
             seen: HashSet::with_hasher(hasher.clone()),
             before: HashSet::with_hasher(hasher.clone()),
@@ -71,22 +77,22 @@ impl Budget {
                 w.before.clear();
             }
             w.started = now;
-            w.bytes = 0;
+            (w.names, w.bytes) = (0, 0);
         }
         if w.seen.contains(&hash) {
             return true;
         }
         let known = w.before.contains(&hash);
-        let cost = u32::try_from(name.len()).unwrap_or(u32::MAX);
-        let over = w.seen.len() >= self.limits.names as usize || w.bytes.saturating_add(cost) > self.limits.bytes;
         if !known {
-            if over {
+            let bytes = w.bytes.saturating_add(u32::try_from(name.len()).unwrap_or(u32::MAX));
+            if w.names >= self.limits.names || bytes > self.limits.bytes {
                 return false;
             }
-            w.bytes += cost;
+            w.names += 1;
+            w.bytes = bytes;
         }
-        // A known name counts as seen, so that it stays free, but never past the bound of the set.
-        if !known || w.seen.len() < self.limits.names as usize {
+        // A known name stays known for another minute, as long as the set stays small.
+        if !known || w.seen.len() < CARRIED * self.limits.names as usize {
             w.seen.insert(hash);
         }
         true

@@ -146,6 +146,7 @@ impl<'a> Query<'a> {
 
 /// What came of a datagram.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a box would allocate for each query")]
 pub enum Parsed<'a> {
     /// A query.
     Query(Query<'a>),

@@ -1,4 +1,5 @@
 //! What a pod gets: the hit path against a scripted policy, its replies read by another parser.
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;

@@ -107,6 +107,7 @@ impl<V: View, B: Binder> Engine<V, B> {
         self.budget.lock().sweep(now);
     }
 
+    #[expect(clippy::too_many_arguments, reason = "borrowed parts of one event")]
     fn record(
         &self,
         flow: Flow,

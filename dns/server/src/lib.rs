@@ -13,7 +13,7 @@ mod clock;
 mod engine;
 mod mmsg;
 mod quota;
-pub mod record;
+mod record;
 mod socket;
 mod tcp;
 mod udp;
@@ -34,6 +34,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 pub use config::{ClusterDns, DnsConfig, Protocol, ResolverGroup};
+pub use record::{DROPS, QUERIES, SECONDS};
 
 use crate::engine::Engine;
 use crate::quota::Quota;

@@ -1,7 +1,7 @@
 //! Sockets of the DNS service.
 
 use std::io;
-use std::net::{Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
 
@@ -81,9 +81,17 @@ pub(crate) fn tcp(at: SocketAddr, config: &DnsConfig) -> io::Result<std::net::Tc
 
 /// The sockets of one address: UDP for each worker, and TCP on the same port.
 pub(crate) fn sets(at: SocketAddr, config: &DnsConfig) -> io::Result<(Vec<UdpSocket>, std::net::TcpListener)> {
+    let mut at = at;
     let mut tries = 0;
     loop {
-        let first = udp(at, config)?;
+        let first = match udp(at, config) {
+            // A kernel without IPv6: what would have served both families serves IPv4.
+            Err(e) if e.raw_os_error() == Some(libc::EAFNOSUPPORT) && at.ip() == Ipv6Addr::UNSPECIFIED => {
+                at = SocketAddr::from((Ipv4Addr::UNSPECIFIED, at.port()));
+                udp(at, config)?
+            }
+            other => other?,
+        };
         let bound = first.local_addr()?;
         let listener = match tcp(bound, config) {
             // A free UDP port need not be free for TCP.

@@ -1,5 +1,9 @@
 //! Messages written by hand, and a scripted policy and ledger.
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "each test file uses a part; a test may fail"
+)]
 
 use std::collections::HashMap;
 use std::net::IpAddr;

@@ -1,5 +1,9 @@
 //! A running service on loopback with a scripted policy, ledger and upstream.
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "each test file uses a part; a test may fail"
+)]
 
 use std::collections::{HashMap, HashSet};
 use std::io::{Read, Write};
@@ -16,6 +20,7 @@ use tidegate_dns::{ClusterDns, DnsConfig, Protocol, ResolverGroup, Server};
 use tidegate_dns_core::{AddressDecision, AskMode, Asker, BindRequest, Binder, NameDecision, View};
 use tidegate_policy::event::{Event, Who};
 use tidegate_policy::{GroupKey, Reason, ScopeKey};
+use tokio::runtime::Runtime;
 
 #[path = "../../../core/tests/wiring/mod.rs"]
 pub mod wiring;
@@ -224,7 +229,7 @@ pub struct Bench {
     pub events: Arc<Mutex<Vec<Event>>>,
     pub server: Option<Server>,
     pub address: SocketAddr,
-    pub runtime: tokio::runtime::Runtime,
+    pub runtime: Runtime,
 }
 
 pub fn config(upstream: &[SocketAddr]) -> DnsConfig {
@@ -247,13 +252,21 @@ pub fn config(upstream: &[SocketAddr]) -> DnsConfig {
     }
 }
 
+pub fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
 impl Bench {
     pub fn start(config: DnsConfig, table: Table) -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
-            .enable_all()
-            .build()
-            .unwrap();
+        Self::start_on(runtime(), config, table)
+    }
+
+    /// Opens the sockets in the namespace of the calling thread; upstreams are asked from the runtime's.
+    pub fn start_on(runtime: Runtime, config: DnsConfig, table: Table) -> Self {
         let askers = (1..=9).map(pod).chain([("::1".parse().unwrap(), pod(6).1)]).collect();
         let view = Arc::new(ArcSwap::from_pointee(Policy {
             generation: 1,
