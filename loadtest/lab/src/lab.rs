@@ -1,32 +1,29 @@
 //! A running instance, for the commands and for tests.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom, Write};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
-use serde_json::Value;
 
 use crate::certs::{Authority, INTERNET_CA};
-use crate::product::{self, AGENT_ADMIN, GATEWAY_ADMIN, Layout};
-use crate::scenario::{CLUSTER_DOMAIN, Listen, NameSpec, SYSTEM_NAMESPACE, Scenario};
-use crate::serve::zone::{self, Zone};
+use crate::cluster::{cluster_zone, resolv_conf};
+use crate::place::Place;
+use crate::product::{self, Layout};
+use crate::scenario::{Listen, SYSTEM_NAMESPACE, Scenario};
+use crate::serve::zone::Zone;
 use crate::state::{self, MARKER, Process, State};
-use crate::{admin, netns, serve, world};
+use crate::{netns, serve, world};
 
 /// How long a server of the lab may take to listen.
 const SERVE_LIMIT: Duration = Duration::from_secs(10);
 /// How long a process of the product may take to be ready.
 const READY_LIMIT: Duration = Duration::from_secs(30);
-/// How long a command in a place may run, in seconds.
-const RUN_SECONDS: &str = "60";
 /// The first kernel with tcx.
 const KERNEL: (u32, u32) = (6, 6);
 
@@ -61,37 +58,6 @@ pub struct Lab {
     lab: PathBuf,
     tidegate: PathBuf,
     owned: bool,
-}
-
-/// What a command gave.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Output {
-    /// Exit status; 128 and more for a signal, 124 when it ran too long.
-    pub status: i32,
-    /// Standard output.
-    pub stdout: String,
-    /// Standard error.
-    pub stderr: String,
-}
-
-/// Where the audit logs ended at some moment.
-#[derive(Clone, Debug, Default)]
-pub struct Mark(BTreeMap<String, u64>);
-
-/// A network namespace of the instance.
-#[derive(Clone, Debug)]
-pub struct Place<'a> {
-    lab: &'a Lab,
-    name: String,
-    netns: String,
-    resolv: Option<PathBuf>,
-}
-
-/// A command that runs in the background; it ends when it is dropped.
-#[derive(Debug)]
-pub struct Running {
-    child: Child,
-    out: PathBuf,
 }
 
 /// Whether a path is a mount point.
@@ -577,143 +543,6 @@ impl Lab {
     pub fn pod(&self, name: &str) -> Place<'_> {
         self.place(name).expect("the scenario has this pod")
     }
-
-    /// Asks a process's admin port.
-    ///
-    /// # Errors
-    /// When nobody answers.
-    pub fn admin(&self, name: &str, path: &str) -> Result<(u16, String)> {
-        let agent = self.state.scenario.node(name).is_ok();
-        let port = if agent { AGENT_ADMIN } else { GATEWAY_ADMIN };
-        admin::get(
-            &self.place(name)?.netns,
-            SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port),
-            path,
-        )
-    }
-
-    /// The metrics of a node's agent or of a gateway.
-    ///
-    /// # Errors
-    /// When nobody answers.
-    pub fn metrics(&self, name: &str) -> Result<String> {
-        let (status, body) = self.admin(name, "/metrics")?;
-        ensure!(status == 200, "{name} answers /metrics with {status}");
-        Ok(body)
-    }
-
-    /// Sum of the samples of a metric whose labels contain each of the given texts.
-    ///
-    /// # Errors
-    /// When nobody answers.
-    pub fn metric(&self, name: &str, metric: &str, labels: &[&str]) -> Result<f64> {
-        Ok(sum_metric(&self.metrics(name)?, metric, labels))
-    }
-
-    /// Where all audit logs end now.
-    pub fn mark(&self) -> Mark {
-        let names = self.product_names().into_iter();
-        Mark(
-            names
-                .map(|n| (n.clone(), fs::metadata(self.layout.audit(&n)).map_or(0, |m| m.len())))
-                .collect(),
-        )
-    }
-
-    /// The audit records of a node's agent or a gateway since a mark.
-    ///
-    /// # Errors
-    /// When a record is not JSON.
-    pub fn audit(&self, name: &str, since: &Mark) -> Result<Vec<Value>> {
-        let Ok(mut file) = File::open(self.layout.audit(name)) else {
-            return Ok(Vec::new());
-        };
-        file.seek(SeekFrom::Start(since.0.get(name).copied().unwrap_or(0)))?;
-        let mut text = String::new();
-        file.read_to_string(&mut text)?;
-        // The last line may still be on its way.
-        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-        whole
-            .lines()
-            .map(|l| serde_json::from_str(l).with_context(|| format!("audit of {name}: {l}")))
-            .collect()
-    }
-
-    /// Waits up to 3 s for a record that fits, at any of the named processes.
-    pub fn wait_audit(&self, names: &[&str], since: &Mark, fits: impl Fn(&Value) -> bool) -> Option<Value> {
-        wait_for(Duration::from_secs(3), || {
-            names
-                .iter()
-                .find_map(|n| self.audit(n, since).unwrap_or_default().into_iter().find(|r| fits(r)))
-        })
-    }
-
-    /// Replaces or adds a manifest, in one step.
-    ///
-    /// # Errors
-    /// When the file cannot be written.
-    pub fn edit_manifest(&self, file: &str, text: &str) -> Result<()> {
-        // Not in the watched folder: the product must see only the finished file.
-        let temporary = self.layout.folder.join(format!("edit.{file}"));
-        fs::write(&temporary, text)?;
-        fs::rename(&temporary, self.layout.manifests().join(file)).with_context(|| format!("cannot replace {file}"))
-    }
-
-    /// The text of a manifest.
-    ///
-    /// # Errors
-    /// When there is none of this name.
-    pub fn manifest(&self, file: &str) -> Result<String> {
-        fs::read_to_string(self.layout.manifests().join(file)).with_context(|| format!("there is no manifest {file}"))
-    }
-
-    /// Removes a manifest.
-    ///
-    /// # Errors
-    /// When there is none of this name.
-    pub fn remove_manifest(&self, file: &str) -> Result<()> {
-        fs::remove_file(self.layout.manifests().join(file)).with_context(|| format!("there is no manifest {file}"))
-    }
-
-    /// Writes a Namespace's manifest anew, with these annotations.
-    ///
-    /// # Errors
-    /// When the scenario has no such namespace.
-    pub fn annotate(&self, namespace: &str, annotations: &[(&str, &str)]) -> Result<()> {
-        let known = self.state.scenario.namespaces.iter().find(|n| n.name == namespace);
-        let mut labels = known
-            .with_context(|| format!("there is no namespace {namespace:?}"))?
-            .labels
-            .clone();
-        labels.insert("kubernetes.io/metadata.name".into(), namespace.into());
-        let annotations = annotations
-            .iter()
-            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-            .collect();
-        let object = product::namespace_object(namespace, &labels, &annotations);
-        self.edit_manifest(&format!("namespace-{namespace}.yaml"), &product::yaml(&object)?)
-    }
-
-    /// Changes what a name of the internet resolves to, from the next query on.
-    ///
-    /// # Errors
-    /// When the zone cannot be replaced.
-    pub fn set_name(&self, spec: NameSpec) -> Result<()> {
-        let path = self.layout.folder.join("serve/internet.zone.json");
-        let mut zone: Zone = serde_json::from_str(&fs::read_to_string(&path)?)?;
-        zone.names.retain(|n| n.name != spec.name);
-        zone.names.push(spec);
-        state::replace(&path, &serde_json::to_vec_pretty(&zone)?)
-    }
-
-    /// Every query that the internet's DNS servers saw: server, client, name, type, transport.
-    ///
-    /// # Errors
-    /// When the log cannot be read.
-    pub fn internet_queries(&self) -> Result<Vec<Value>> {
-        let text = fs::read_to_string(self.layout.folder.join("serve/internet.queries.jsonl"))?;
-        Ok(text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect())
-    }
 }
 
 impl Drop for Lab {
@@ -734,226 +563,9 @@ impl Drop for Lab {
     }
 }
 
-impl Place<'_> {
-    /// Its name.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// The network namespace's name under /run/netns.
-    pub fn netns(&self) -> &str {
-        &self.netns
-    }
-
-    /// Runs a command to its end, for at most 60 s.
-    ///
-    /// # Panics
-    /// When it cannot be started: for tests and the demo, whose commands `up` has checked.
-    #[expect(
-        clippy::expect_used,
-        reason = "a test that cannot start its client has nothing to go on with"
-    )]
-    pub fn run<S: AsRef<std::ffi::OsStr>>(&self, command: &[S]) -> Output {
-        self.try_run(command).expect("the command starts")
-    }
-
-    /// As [`Place::run`].
-    ///
-    /// # Errors
-    /// When it cannot be started.
-    pub fn try_run<S: AsRef<std::ffi::OsStr>>(&self, command: &[S]) -> Result<Output> {
-        let mut limited = Command::new("timeout");
-        limited.args(["-k", "1", RUN_SECONDS]).args(command);
-        limited
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        self.environment(&mut limited);
-        let child = netns::spawn(&self.netns, self.resolv.as_deref(), &mut limited)?;
-        let out = child.wait_with_output()?;
-        Ok(Output {
-            status: exit_code(out.status),
-            stdout: String::from_utf8_lossy(&out.stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&out.stderr).into_owned(),
-        })
-    }
-
-    /// Starts a command in the background.
-    ///
-    /// # Errors
-    /// When it cannot be started.
-    pub fn spawn<S: AsRef<std::ffi::OsStr>>(&self, command: &[S]) -> Result<Running> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let (program, arguments) = command.split_first().context("the command is empty")?;
-        let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        let out = self
-            .lab
-            .layout
-            .folder
-            .join("run")
-            .join(format!("{}.{n}.out", std::process::id()));
-        let file = File::create(&out)?;
-        let mut command = Command::new(program);
-        command
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(file.try_clone()?)
-            .stderr(file);
-        self.environment(&mut command);
-        Ok(Running {
-            child: netns::spawn(&self.netns, self.resolv.as_deref(), &mut command)?,
-            out,
-        })
-    }
-
-    /// Runs a closure in a thread inside the place's network namespace.
-    ///
-    /// # Errors
-    /// When the namespace is gone.
-    pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
-        netns::within(&self.netns, work)
-    }
-
-    /// Turns this process into a command in the place.
-    ///
-    /// # Errors
-    /// Always: it returns only when that fails.
-    pub fn exec(&self, command: &[String]) -> Result<std::convert::Infallible> {
-        let (program, arguments) = command
-            .split_first()
-            .context("what should run there? exec POD -- COMMAND …")?;
-        netns::enter_thread(&self.netns).with_context(|| format!("cannot enter {}", self.name))?;
-        if let Some(resolv) = &self.resolv {
-            netns::own_resolv_conf(resolv).context("cannot mount resolv.conf")?;
-        }
-        let mut command = Command::new(program);
-        command.args(arguments);
-        self.environment(&mut command);
-        Err(command.exec()).with_context(|| format!("cannot run {program}"))
-    }
-
-    /// What every command gets: the mark of the lab, and trust in the internet's authority.
-    fn environment(&self, command: &mut Command) {
-        let ca = self.lab.internet_ca();
-        command
-            .env(MARKER, &self.lab.state.name)
-            .env("CURL_CA_BUNDLE", &ca)
-            .env("SSL_CERT_FILE", &ca);
-    }
-}
-
-impl Running {
-    /// What it wrote so far.
-    pub fn output(&self) -> String {
-        String::from_utf8_lossy(&fs::read(&self.out).unwrap_or_default()).into_owned()
-    }
-
-    /// Whether it still runs.
-    pub fn is_alive(&mut self) -> bool {
-        matches!(self.child.try_wait(), Ok(None))
-    }
-
-    /// Waits for its end and gives its exit status; `None` if it still runs then.
-    pub fn wait(&mut self, limit: Duration) -> Option<i32> {
-        wait_for(limit, || self.child.try_wait().ok().flatten().map(exit_code))
-    }
-
-    /// Writes to its standard input.
-    ///
-    /// # Errors
-    /// When it has ended or closed it.
-    pub fn send(&mut self, text: &str) -> Result<()> {
-        let stdin = self.child.stdin.as_mut().context("it has no standard input")?;
-        stdin.write_all(text.as_bytes())?;
-        Ok(stdin.flush()?)
-    }
-
-    /// Waits until its output holds a text.
-    pub fn wait_output(&self, text: &str, limit: Duration) -> bool {
-        wait_for(limit, || self.output().contains(text).then_some(())).is_some()
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // Both fail only if it has ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn exit_code(status: std::process::ExitStatus) -> i32 {
-    use std::os::unix::process::ExitStatusExt;
-    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
-}
-
-/// /etc/resolv.conf as the kubelet writes it.
-fn resolv_conf(scenario: &Scenario, namespace: &str) -> String {
-    let mut text = String::new();
-    for server in scenario.cluster_dns_servers() {
-        text.push_str(&format!("nameserver {}\n", server.ip()));
-    }
-    text.push_str(&format!(
-        "search {namespace}.svc.{CLUSTER_DOMAIN} svc.{CLUSTER_DOMAIN} {CLUSTER_DOMAIN}\n"
-    ));
-    text.push_str("options ndots:5 timeout:2 attempts:2\n");
-    text
-}
-
-/// What the cluster DNS is the authority for: services, and the pods' reverse names.
-fn cluster_zone(scenario: &Scenario) -> Result<Zone> {
-    let mut names = Vec::new();
-    for service in &scenario.services {
-        let name = format!("{}.{}.svc.{CLUSTER_DOMAIN}", service.name, service.namespace);
-        let mut spec = NameSpec {
-            name: name.clone(),
-            ttl: 5,
-            ..NameSpec::default()
-        };
-        for pod in &service.pods {
-            let pod = scenario.pod(&format!("{}/{pod}", service.namespace))?;
-            spec.ipv4.extend(pod.ipv4);
-            spec.ipv6.extend(pod.ipv6);
-            for ip in pod.addresses() {
-                names.push(NameSpec {
-                    name: zone::reverse(ip),
-                    ttl: 5,
-                    ptr: Some(name.clone()),
-                    ..NameSpec::default()
-                });
-            }
-        }
-        names.push(spec);
-    }
-    Ok(Zone {
-        suffixes: product::suffixes(scenario),
-        names,
-        any_name: None,
-    })
-}
-
-/// Sums the samples of a metric in Prometheus's text format whose labels contain each of the given texts.
-pub fn sum_metric(text: &str, metric: &str, labels: &[&str]) -> f64 {
-    let samples = text.lines().filter(|l| !l.starts_with('#')).filter_map(|line| {
-        let (series, value) = line.rsplit_once(' ')?;
-        let (name, set) = series.split_once('{').unwrap_or((series, ""));
-        let fits = name == metric && labels.iter().all(|l| set.contains(l));
-        fits.then(|| value.parse::<f64>().ok()).flatten()
-    });
-    samples.sum()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn metrics_are_summed_by_labels() {
-        let text = "# HELP x y\nx{reason=\"a\",hook=\"p\"} 2\nx{reason=\"a\",hook=\"q\"} 3\nx{reason=\"b\"} 5\nxy{reason=\"a\"} 7\nz 1\n";
-        assert_eq!(sum_metric(text, "x", &["reason=\"a\""]), 5.0);
-        assert_eq!(sum_metric(text, "x", &["reason=\"a\"", "hook=\"q\""]), 3.0);
-        assert_eq!(sum_metric(text, "z", &[]), 1.0);
-    }
 
     #[test]
     fn mounts_are_told_from_folders() {

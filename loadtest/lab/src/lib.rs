@@ -6,8 +6,11 @@
 
 pub mod admin;
 pub mod certs;
+pub mod cluster;
 pub mod lab;
 pub mod netns;
+pub mod observe;
+pub mod place;
 pub mod probe;
 pub mod product;
 pub mod scenario;
@@ -16,5 +19,7 @@ pub mod state;
 pub mod story;
 pub mod world;
 
-pub use lab::{Lab, Mark, Options, Output, Place, Running};
+pub use lab::{Lab, Options};
+pub use observe::Mark;
+pub use place::{Output, Place, Running};
 pub use scenario::Scenario;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use crate::lab::Place;
+use crate::place::Place;
 
 /// How long a client waits for what should work.
 const PATIENCE: Duration = Duration::from_secs(4);

@@ -12,7 +12,9 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Result, ensure};
 use serde_json::Value;
 
-use crate::lab::{Lab, Mark, Place};
+use crate::lab::Lab;
+use crate::observe::Mark;
+use crate::place::Place;
 use crate::probe::{self, Curl, Dig, Echo, Family, Knock};
 
 /// One step, told.

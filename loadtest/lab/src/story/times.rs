@@ -5,7 +5,8 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::{POOL_A, Story, named, of};
-use crate::lab::{Running, wait_for};
+use crate::lab::wait_for;
+use crate::place::Running;
 use crate::probe::{self, Echo, FAMILIES, Family};
 
 /// How long a policy edit may take to hold.

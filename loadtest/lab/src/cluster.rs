@@ -1,0 +1,52 @@
+//! What the cluster's own DNS and its pods' resolvers are told.
+
+use anyhow::Result;
+
+use crate::product;
+use crate::scenario::{CLUSTER_DOMAIN, NameSpec, Scenario};
+use crate::serve::zone::{self, Zone};
+
+/// /etc/resolv.conf as the kubelet writes it.
+pub fn resolv_conf(scenario: &Scenario, namespace: &str) -> String {
+    let mut text = String::new();
+    for server in scenario.cluster_dns_servers() {
+        text.push_str(&format!("nameserver {}\n", server.ip()));
+    }
+    text.push_str(&format!(
+        "search {namespace}.svc.{CLUSTER_DOMAIN} svc.{CLUSTER_DOMAIN} {CLUSTER_DOMAIN}\n"
+    ));
+    text.push_str("options ndots:5 timeout:2 attempts:2\n");
+    text
+}
+
+/// What the cluster DNS is the authority for: services, and the pods' reverse names.
+pub fn cluster_zone(scenario: &Scenario) -> Result<Zone> {
+    let mut names = Vec::new();
+    for service in &scenario.services {
+        let name = format!("{}.{}.svc.{CLUSTER_DOMAIN}", service.name, service.namespace);
+        let mut spec = NameSpec {
+            name: name.clone(),
+            ttl: 5,
+            ..NameSpec::default()
+        };
+        for pod in &service.pods {
+            let pod = scenario.pod(&format!("{}/{pod}", service.namespace))?;
+            spec.ipv4.extend(pod.ipv4);
+            spec.ipv6.extend(pod.ipv6);
+            for ip in pod.addresses() {
+                names.push(NameSpec {
+                    name: zone::reverse(ip),
+                    ttl: 5,
+                    ptr: Some(name.clone()),
+                    ..NameSpec::default()
+                });
+            }
+        }
+        names.push(spec);
+    }
+    Ok(Zone {
+        suffixes: product::suffixes(scenario),
+        names,
+        any_name: None,
+    })
+}

@@ -1,0 +1,183 @@
+//! What an instance shows and how it is changed: admin ports, metrics, audit logs, manifests, names.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::lab::{Lab, wait_for};
+use crate::product::{self, AGENT_ADMIN, GATEWAY_ADMIN};
+use crate::scenario::NameSpec;
+use crate::serve::zone::Zone;
+use crate::{admin, state};
+
+/// Where the audit logs ended at some moment.
+#[derive(Clone, Debug, Default)]
+pub struct Mark(BTreeMap<String, u64>);
+
+impl Lab {
+    /// Asks a process's admin port.
+    ///
+    /// # Errors
+    /// When nobody answers.
+    pub fn admin(&self, name: &str, path: &str) -> Result<(u16, String)> {
+        let agent = self.scenario().node(name).is_ok();
+        let port = if agent { AGENT_ADMIN } else { GATEWAY_ADMIN };
+        admin::get(
+            &self.place(name)?.netns,
+            SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port),
+            path,
+        )
+    }
+
+    /// The metrics of a node's agent or of a gateway.
+    ///
+    /// # Errors
+    /// When nobody answers.
+    pub fn metrics(&self, name: &str) -> Result<String> {
+        let (status, body) = self.admin(name, "/metrics")?;
+        ensure!(status == 200, "{name} answers /metrics with {status}");
+        Ok(body)
+    }
+
+    /// Sum of the samples of a metric whose labels contain each of the given texts.
+    ///
+    /// # Errors
+    /// When nobody answers.
+    pub fn metric(&self, name: &str, metric: &str, labels: &[&str]) -> Result<f64> {
+        Ok(sum_metric(&self.metrics(name)?, metric, labels))
+    }
+
+    /// Where all audit logs end now.
+    pub fn mark(&self) -> Mark {
+        let names = self.product_names().into_iter();
+        Mark(
+            names
+                .map(|n| (n.clone(), fs::metadata(self.layout().audit(&n)).map_or(0, |m| m.len())))
+                .collect(),
+        )
+    }
+
+    /// The audit records of a node's agent or a gateway since a mark.
+    ///
+    /// # Errors
+    /// When a record is not JSON.
+    pub fn audit(&self, name: &str, since: &Mark) -> Result<Vec<Value>> {
+        let Ok(mut file) = File::open(self.layout().audit(name)) else {
+            return Ok(Vec::new());
+        };
+        file.seek(SeekFrom::Start(since.0.get(name).copied().unwrap_or(0)))?;
+        let mut text = String::new();
+        file.read_to_string(&mut text)?;
+        // The last line may still be on its way.
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        whole
+            .lines()
+            .map(|l| serde_json::from_str(l).with_context(|| format!("audit of {name}: {l}")))
+            .collect()
+    }
+
+    /// Waits up to 3 s for a record that fits, at any of the named processes.
+    pub fn wait_audit(&self, names: &[&str], since: &Mark, fits: impl Fn(&Value) -> bool) -> Option<Value> {
+        wait_for(Duration::from_secs(3), || {
+            names
+                .iter()
+                .find_map(|n| self.audit(n, since).unwrap_or_default().into_iter().find(|r| fits(r)))
+        })
+    }
+
+    /// Replaces or adds a manifest, in one step.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn edit_manifest(&self, file: &str, text: &str) -> Result<()> {
+        // Not in the watched folder: the product must see only the finished file.
+        let temporary = self.layout().folder.join(format!("edit.{file}"));
+        fs::write(&temporary, text)?;
+        fs::rename(&temporary, self.layout().manifests().join(file)).with_context(|| format!("cannot replace {file}"))
+    }
+
+    /// The text of a manifest.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn manifest(&self, file: &str) -> Result<String> {
+        fs::read_to_string(self.layout().manifests().join(file)).with_context(|| format!("there is no manifest {file}"))
+    }
+
+    /// Removes a manifest.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn remove_manifest(&self, file: &str) -> Result<()> {
+        fs::remove_file(self.layout().manifests().join(file)).with_context(|| format!("there is no manifest {file}"))
+    }
+
+    /// Writes a Namespace's manifest anew, with these annotations.
+    ///
+    /// # Errors
+    /// When the scenario has no such namespace.
+    pub fn annotate(&self, namespace: &str, annotations: &[(&str, &str)]) -> Result<()> {
+        let known = self.scenario().namespaces.iter().find(|n| n.name == namespace);
+        let mut labels = known
+            .with_context(|| format!("there is no namespace {namespace:?}"))?
+            .labels
+            .clone();
+        labels.insert("kubernetes.io/metadata.name".into(), namespace.into());
+        let annotations = annotations
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+            .collect();
+        let object = product::namespace_object(namespace, &labels, &annotations);
+        self.edit_manifest(&format!("namespace-{namespace}.yaml"), &product::yaml(&object)?)
+    }
+
+    /// Changes what a name of the internet resolves to, from the next query on.
+    ///
+    /// # Errors
+    /// When the zone cannot be replaced.
+    pub fn set_name(&self, spec: NameSpec) -> Result<()> {
+        let path = self.layout().folder.join("serve/internet.zone.json");
+        let mut zone: Zone = serde_json::from_str(&fs::read_to_string(&path)?)?;
+        zone.names.retain(|n| n.name != spec.name);
+        zone.names.push(spec);
+        state::replace(&path, &serde_json::to_vec_pretty(&zone)?)
+    }
+
+    /// Every query that the internet's DNS servers saw: server, client, name, type, transport.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn internet_queries(&self) -> Result<Vec<Value>> {
+        let text = fs::read_to_string(self.layout().folder.join("serve/internet.queries.jsonl"))?;
+        Ok(text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect())
+    }
+}
+
+/// Sums the samples of a metric in Prometheus's text format whose labels contain each of the given texts.
+pub fn sum_metric(text: &str, metric: &str, labels: &[&str]) -> f64 {
+    let samples = text.lines().filter(|l| !l.starts_with('#')).filter_map(|line| {
+        let (series, value) = line.rsplit_once(' ')?;
+        let (name, set) = series.split_once('{').unwrap_or((series, ""));
+        let fits = name == metric && labels.iter().all(|l| set.contains(l));
+        fits.then(|| value.parse::<f64>().ok()).flatten()
+    });
+    samples.sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_are_summed_by_labels() {
+        let text = "# HELP x y\nx{reason=\"a\",hook=\"p\"} 2\nx{reason=\"a\",hook=\"q\"} 3\nx{reason=\"b\"} 5\nxy{reason=\"a\"} 7\nz 1\n";
+        assert_eq!(sum_metric(text, "x", &["reason=\"a\""]), 5.0);
+        assert_eq!(sum_metric(text, "x", &["reason=\"a\"", "hook=\"q\""]), 3.0);
+        assert_eq!(sum_metric(text, "z", &[]), 1.0);
+    }
+}

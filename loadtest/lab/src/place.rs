@@ -1,0 +1,198 @@
+//! Places: commands, closures and background processes in the namespaces of an instance.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::lab::{Lab, wait_for};
+use crate::netns;
+use crate::state::MARKER;
+
+/// How long a command in a place may run, in seconds.
+const RUN_SECONDS: &str = "60";
+
+/// What a command gave.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Output {
+    /// Exit status; 128 and more for a signal, 124 when it ran too long.
+    pub status: i32,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+/// A network namespace of the instance.
+#[derive(Clone, Debug)]
+pub struct Place<'a> {
+    pub(crate) lab: &'a Lab,
+    pub(crate) name: String,
+    pub(crate) netns: String,
+    pub(crate) resolv: Option<PathBuf>,
+}
+
+/// A command that runs in the background; it ends when it is dropped.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    out: PathBuf,
+}
+
+impl Place<'_> {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The network namespace's name under /run/netns.
+    pub fn netns(&self) -> &str {
+        &self.netns
+    }
+
+    /// Runs a command to its end, for at most 60 s.
+    ///
+    /// # Panics
+    /// When it cannot be started: for tests and the demo, whose commands `up` has checked.
+    #[expect(
+        clippy::expect_used,
+        reason = "a test that cannot start its client has nothing to go on with"
+    )]
+    pub fn run<S: AsRef<std::ffi::OsStr>>(&self, command: &[S]) -> Output {
+        self.try_run(command).expect("the command starts")
+    }
+
+    /// As [`Place::run`].
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn try_run<S: AsRef<std::ffi::OsStr>>(&self, command: &[S]) -> Result<Output> {
+        let mut limited = Command::new("timeout");
+        limited.args(["-k", "1", RUN_SECONDS]).args(command);
+        limited
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        self.environment(&mut limited);
+        let child = netns::spawn(&self.netns, self.resolv.as_deref(), &mut limited)?;
+        let out = child.wait_with_output()?;
+        Ok(Output {
+            status: exit_code(out.status),
+            stdout: String::from_utf8_lossy(&out.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&out.stderr).into_owned(),
+        })
+    }
+
+    /// Starts a command in the background.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn spawn<S: AsRef<std::ffi::OsStr>>(&self, command: &[S]) -> Result<Running> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let (program, arguments) = command.split_first().context("the command is empty")?;
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        let out = self
+            .lab
+            .layout()
+            .folder
+            .join("run")
+            .join(format!("{}.{n}.out", std::process::id()));
+        let file = File::create(&out)?;
+        let mut command = Command::new(program);
+        command
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(file.try_clone()?)
+            .stderr(file);
+        self.environment(&mut command);
+        Ok(Running {
+            child: netns::spawn(&self.netns, self.resolv.as_deref(), &mut command)?,
+            out,
+        })
+    }
+
+    /// Runs a closure in a thread inside the place's network namespace.
+    ///
+    /// # Errors
+    /// When the namespace is gone.
+    pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        netns::within(&self.netns, work)
+    }
+
+    /// Turns this process into a command in the place.
+    ///
+    /// # Errors
+    /// Always: it returns only when that fails.
+    pub fn exec(&self, command: &[String]) -> Result<std::convert::Infallible> {
+        let (program, arguments) = command
+            .split_first()
+            .context("what should run there? exec POD -- COMMAND …")?;
+        netns::enter_thread(&self.netns).with_context(|| format!("cannot enter {}", self.name))?;
+        if let Some(resolv) = &self.resolv {
+            netns::own_resolv_conf(resolv).context("cannot mount resolv.conf")?;
+        }
+        let mut command = Command::new(program);
+        command.args(arguments);
+        self.environment(&mut command);
+        Err(command.exec()).with_context(|| format!("cannot run {program}"))
+    }
+
+    /// What every command gets: the mark of the lab, and trust in the internet's authority.
+    fn environment(&self, command: &mut Command) {
+        let ca = self.lab.internet_ca();
+        command
+            .env(MARKER, self.lab.name())
+            .env("CURL_CA_BUNDLE", &ca)
+            .env("SSL_CERT_FILE", &ca);
+    }
+}
+
+impl Running {
+    /// What it wrote so far.
+    pub fn output(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.out).unwrap_or_default()).into_owned()
+    }
+
+    /// Whether it still runs.
+    pub fn is_alive(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Waits for its end and gives its exit status; `None` if it still runs then.
+    pub fn wait(&mut self, limit: Duration) -> Option<i32> {
+        wait_for(limit, || self.child.try_wait().ok().flatten().map(exit_code))
+    }
+
+    /// Writes to its standard input.
+    ///
+    /// # Errors
+    /// When it has ended or closed it.
+    pub fn send(&mut self, text: &str) -> Result<()> {
+        let stdin = self.child.stdin.as_mut().context("it has no standard input")?;
+        stdin.write_all(text.as_bytes())?;
+        Ok(stdin.flush()?)
+    }
+
+    /// Waits until its output holds a text.
+    pub fn wait_output(&self, text: &str, limit: Duration) -> bool {
+        wait_for(limit, || self.output().contains(text).then_some(())).is_some()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn exit_code(status: std::process::ExitStatus) -> i32 {
+    use std::os::unix::process::ExitStatusExt;
+    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+}
