@@ -264,7 +264,8 @@ pub(crate) fn documents(text: &str) -> Vec<Chunk<'_>> {
             (start, start_line) = (at + l.len(), n + 1);
             has_content = false;
         } else {
-            has_content |= !bare.is_empty() && !bare.starts_with('#') && !(l.starts_with('%') && !has_content);
+            // Before any content a `%` line is a directive.
+            has_content |= !bare.is_empty() && !bare.starts_with('#') && !l.starts_with('%');
         }
         at += l.len();
     }
