@@ -119,10 +119,10 @@ impl Stored {
         size_of::<Self>() + 16 + self.data.len()
     }
 
-    /// What is left of its TTL at `now`, in whole seconds; `None` once it has expired.
+    /// What is left of its TTL at `now`, to the nearest second; `None` once it has expired.
     pub fn ttl(&self, now: u64) -> Option<u32> {
         let left = self.expires.checked_sub(now).filter(|l| *l > 0)?;
-        Some(u32::try_from(left / 1000).unwrap_or(u32::MAX))
+        Some(u32::try_from((left + 500) / 1000).unwrap_or(u32::MAX))
     }
 
     /// As [`Stored::ttl`], and 0 once it has expired: for the query that fetched it.

@@ -48,7 +48,8 @@ fn a_good_answer_keeps_its_shortest_ttl() {
     let s = s.unwrap();
     assert_eq!((s.chain_len(), s.len(), s.rcode()), (1, 1, 0));
     assert_eq!(s.ttl(1000), Some(60));
-    assert_eq!(s.ttl(1000 + 59_500), Some(0));
+    assert_eq!(s.ttl(1000 + 3), Some(60), "to the nearest second");
+    assert_eq!(s.ttl(1000 + 59_600), Some(0));
     assert_eq!(s.ttl(1000 + 60_000), None);
     assert_eq!(
         checked("a.example", 1, 0, &[a("a.example", 90_000, [192, 0, 2, 1])])

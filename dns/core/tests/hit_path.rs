@@ -129,7 +129,7 @@ fn an_allowed_name_is_answered_with_its_chain_and_what_is_left_of_the_ttl() {
             a("edge.example.net", 60, [192, 0, 2, 2]),
         ],
     );
-    b.now += 10_500;
+    b.now += 10_600;
     let (o, m) = b.ask("WwW.Example.com", 1).unwrap();
     assert_eq!((o.verdict, o.reason), (Verdict::Allow, Reason::Allowed));
     assert_eq!(m.queries[0].name().to_string(), "WwW.Example.com.");

@@ -62,7 +62,11 @@ fn an_allowed_name_resolves_binds_and_is_kept() {
         b.ask(1, "api.example.com", 1);
     }
     assert_eq!((up.asked(), b.ledger.requests.lock().len()), (1, 1), "hits ask nobody");
-    std::thread::sleep(Duration::from_millis(1500));
+    let total = || b.events.lock().iter().map(|e| e.count).sum::<u64>();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while total() < 6 && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(50));
+    }
     let events = b.events.lock();
     assert_eq!(events.iter().map(|e| e.count).sum::<u64>(), 6, "every query is counted");
     let What::Dns {
@@ -200,7 +204,7 @@ fn tcp_is_pipelined_and_out_of_order() {
 fn silent_connections_end_and_connections_are_bounded() {
     let up = Authority::start(simple);
     let c = DnsConfig {
-        idle: Duration::from_millis(200),
+        idle: Duration::from_millis(700),
         connections_per_namespace: 1,
         ..config(&[up.address])
     };
@@ -312,7 +316,7 @@ fn private_addresses_are_filtered_and_never_bound() {
 #[test]
 fn many_that_ask_the_same_ask_once() {
     let up = Authority::start(|q| {
-        std::thread::sleep(Duration::from_millis(200));
+        std::thread::sleep(Duration::from_millis(600));
         simple(q)
     });
     let b = allowing(&up, &["a.example"]);
@@ -332,7 +336,7 @@ fn many_that_ask_the_same_ask_once() {
 #[test]
 fn a_namespace_has_its_quota_of_queries_in_flight() {
     let up = Authority::start(|q| {
-        std::thread::sleep(Duration::from_millis(300));
+        std::thread::sleep(Duration::from_millis(800));
         simple(q)
     });
     let c = DnsConfig {
@@ -350,7 +354,7 @@ fn a_namespace_has_its_quota_of_queries_in_flight() {
     std::thread::sleep(Duration::from_millis(50));
     let started = Instant::now();
     assert_eq!(b.ask(1, "c.example", 1).metadata.response_code, ResponseCode::ServFail);
-    assert!(started.elapsed() < Duration::from_millis(200), "refused at once");
+    assert!(started.elapsed() < Duration::from_millis(500), "refused at once");
     assert_eq!(b.last().reason, Reason::Quota);
     assert_eq!(ips(&b.ask(2, "c.example", 1)).len(), 1, "another namespace has its own");
     for s in held {
@@ -440,7 +444,7 @@ fn the_next_server_answers_when_the_first_is_dead() {
         let started = Instant::now();
         assert_eq!(ips(&b.ask(1, "b.example", 1)).len(), 1);
         assert!(
-            started.elapsed() < Duration::from_millis(300),
+            started.elapsed() < Duration::from_millis(600),
             "the living one comes first from now on"
         );
     }

@@ -246,8 +246,8 @@ pub fn config(upstream: &[SocketAddr]) -> DnsConfig {
             servers: vec![],
             suffixes: vec!["cluster.local".into()],
         },
-        try_timeout: Duration::from_millis(400),
-        overall_timeout: Duration::from_millis(1500),
+        try_timeout: Duration::from_millis(900),
+        overall_timeout: Duration::from_millis(3000),
         ..DnsConfig::default()
     }
 }
