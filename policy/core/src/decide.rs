@@ -291,7 +291,7 @@ impl Group {
             Some(n) => self.scope.name_hits(n.as_str()).0.and(&self.cidr_hits(ip)),
             None => self.cidr_hits(ip),
         };
-        self.judge(&hits, ip, proto, port)
+        self.judge(hits, ip, proto, port)
     }
 
     /// Decides about a connection to `ip` whose client says `name`, which is not bound to `ip`: prefixes may
@@ -301,11 +301,13 @@ impl Group {
         let s = &self.scope;
         named.own.retain(|id| s.own.rule(*id).says == Says::Deny);
         named.cluster.retain(|id| matches!(s.cluster.rule(*id).says, Says::Deny | Says::Pass));
-        self.judge(&named.and(&self.cidr_hits(ip)), ip, proto, port)
+        self.judge(named.and(&self.cidr_hits(ip)), ip, proto, port)
     }
 
-    fn judge(&self, hits: &Hits, ip: IpAddr, proto: Proto, port: u16) -> Decision {
+    fn judge(&self, mut hits: Hits, ip: IpAddr, proto: Proto, port: u16) -> Decision {
         let rules = self.rules();
+        // How wide a prefix is matters to the built-in verdict alone.
+        hits.wide.clear();
         let mut explanation = Explanation::default();
         if self.scope.in_cluster(ip) {
             explanation.built_in = Some(BuiltIn::InCluster);
@@ -325,7 +327,7 @@ impl Group {
                 return Decision { via: Via::Deny, reason, rule: None, ech_allow: false, explanation };
             }
         }
-        let outcome = rules.all(hits, proto, port, Some(&mut explanation.steps));
+        let outcome = rules.all(&hits, proto, port, Some(&mut explanation.steps));
         let via = rules.via(&outcome, proto, port, local);
         explanation.default = matches!(outcome, Outcome::Undecided);
         let default = if rules.isolated { Via::Deny } else { Via::Pass };
@@ -458,12 +460,15 @@ impl Group {
             return Answer::NoData;
         }
         if self.touch != Touch::Isolated || self.resolves_all() {
-            // What no rule matches resolves here: only a deny that takes all names below makes them absent.
-            let child = format!("tidegate--any.{name}");
-            let (hits, _) = s.name_hits(&child);
-            let out = self.outcome(hits);
-            let denied = out.denied || (!out.allowed && out.reason == Some(Reason::DeniedByPolicy));
-            return if denied { Answer::NxDomain } else { Answer::NoData };
+            // What no rule matches resolves here: only denies that take all names below make them absent.
+            // One that takes a fixed number of labels shows at one of these depths.
+            let mut child = name.to_owned();
+            let all = (0..4).all(|_| {
+                child.insert_str(0, "tidegate--any.");
+                let out = self.outcome(s.name_hits(&child).0);
+                out.denied || (!out.allowed && out.reason == Some(Reason::DeniedByPolicy))
+            });
+            return if all { Answer::NxDomain } else { Answer::NoData };
         }
         Answer::NxDomain
     }

@@ -326,7 +326,8 @@ impl Builder {
         let target = |i: u32| Target {
             rule: i,
             policy: self.owner[i as usize],
-            opens: matches!(self.rules[i as usize].says, Says::Allow | Says::Accept),
+            // A pass may open what a later deny would close.
+            opens: matches!(self.rules[i as usize].says, Says::Allow | Says::Accept | Says::Pass),
         };
         let entries =
             || order.iter().flat_map(|i| self.rules[*i as usize].fqdns.iter().map(move |f| (f, target(*i))));
