@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use tidegate_ebpf::Outcome;
+use tidegate_ebpf::{Counter, Outcome};
 use tidegate_policy::event::Who;
 use tidegate_policy::state::NodeState;
 
@@ -48,6 +48,19 @@ pub const fn outcome(outcome: Outcome) -> &'static str {
         Outcome::Steer => "steer",
         Outcome::Drop => "drop",
         Outcome::Audit => "audit",
+    }
+}
+
+/// Publishes counters of kernel programs, of a node or of a gateway.
+pub fn publish(counters: &[Counter]) {
+    for c in counters {
+        metrics::counter!(
+            PACKETS,
+            "hook" => tidegate_ebpf::hook_name(c.hook),
+            "reason" => c.reason.as_str(),
+            "outcome" => outcome(c.outcome),
+        )
+        .absolute(c.packets);
     }
 }
 

@@ -60,7 +60,9 @@ pub struct Model {
     synced: bool,
     /// Whether any snapshot ever came.
     known: bool,
+    /// Grants that came with facts and in no update yet, and when; of this boot.
     ahead: BTreeMap<(GroupKey, ClassKey), Duration>,
+    ahead_boot: u64,
 }
 
 impl Model {
@@ -91,7 +93,7 @@ impl Model {
     pub fn update(&mut self, update: Update, now: Duration) -> Result<(), UpdateError> {
         if update.snapshot {
             let mut state = NodeState::default();
-            if self.boot == update.boot {
+            if self.ahead_boot == update.boot {
                 self.ahead.retain(|_, at| now.saturating_sub(*at) < AHEAD);
                 for key in self.ahead.keys() {
                     if let Some(ports) = self.state.grants.get(key) {
@@ -125,9 +127,13 @@ impl Model {
         Ok(())
     }
 
-    /// Takes grants that came with facts. Says whether anything changed.
-    pub fn grants(&mut self, grants: Vec<(GroupKey, ClassKey, PortSet)>, now: Duration) -> bool {
+    /// Takes grants that came with facts of the gateway's boot. Says whether anything changed.
+    pub fn grants(&mut self, boot: u64, grants: Vec<(GroupKey, ClassKey, PortSet)>, now: Duration) -> bool {
         let mut changed = false;
+        if self.ahead_boot != boot {
+            self.ahead.clear();
+            self.ahead_boot = boot;
+        }
         for (group, class, ports) in grants {
             let key = (group, class);
             if self.state.grants.get(&key) != Some(&ports) {

@@ -197,8 +197,8 @@ fn a_grant_that_came_with_a_fact_survives_a_racing_snapshot_but_no_restart_and_n
     let fresh = || {
         let mut m = Model::default();
         m.update(snapshot(1, 1, &view("a", 1, 443)), T).unwrap();
-        assert!(m.grants(vec![(key.0, key.1, ports(25))], T));
-        assert!(!m.grants(vec![(key.0, key.1, ports(25))], T));
+        assert!(m.grants(1, vec![(key.0, key.1, ports(25))], T));
+        assert!(!m.grants(1, vec![(key.0, key.1, ports(25))], T));
         m
     };
     let mut m = fresh();
@@ -210,6 +210,14 @@ fn a_grant_that_came_with_a_fact_survives_a_racing_snapshot_but_no_restart_and_n
     let mut m = fresh();
     m.update(snapshot(2, 1, &view("a", 1, 443)), T).unwrap();
     assert!(!m.state().grants.contains_key(&key), "another boot");
+
+    // Facts of the next boot may come before its snapshot, and before any.
+    for mut m in [Model::default(), fresh()] {
+        m.grants(2, vec![(key.0, ClassKey(8), ports(26))], T);
+        m.update(snapshot(2, 1, &view("a", 1, 443)), T).unwrap();
+        assert!(m.state().grants.contains_key(&(key.0, ClassKey(8))));
+        assert!(!m.state().grants.contains_key(&key));
+    }
 
     let mut m = fresh();
     let delete = vec![EntryKey::Grant(key.0, key.1)];

@@ -233,7 +233,7 @@ impl Node {
         let grants = std::mem::take(&mut batch.grants).into_iter().map(|g| (g.group, g.class, g.ports)).collect();
         let now = self.epoch.elapsed();
         let mut result = Ok(());
-        if self.models[facts.gateway].grants(grants, now) && self.ready {
+        if self.models[facts.gateway].grants(batch.boot_id, grants, now) && self.ready {
             self.merge();
             let local = self.local();
             result = self.datapath.apply(&self.merged, &local, false).map(drop);
@@ -406,17 +406,7 @@ impl Node {
     /// Publishes the kernel's counters.
     fn count(&self) {
         match self.datapath.counters() {
-            Ok(counters) => {
-                for c in counters {
-                    metrics::counter!(
-                        events::PACKETS,
-                        "hook" => tidegate_ebpf::hook_name(c.hook),
-                        "reason" => c.reason.as_str(),
-                        "outcome" => events::outcome(c.outcome),
-                    )
-                    .absolute(c.packets);
-                }
-            }
+            Ok(counters) => events::publish(&counters),
             Err(error) => tracing::warn!(%error, "kernel counters cannot be read"),
         }
         if let Ok(events) = self.datapath.suppressed_events() {

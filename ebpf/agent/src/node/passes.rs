@@ -159,13 +159,15 @@ impl Node {
             };
             let label = if result.is_ok() { "ok" } else { "error" };
             metrics::counter!(events::PASSES, "result" => label).increment(1);
+            self.people.update(&self.merged);
+            self.keeper.set(self.guard());
+            self.tell();
             for (ack, applied) in std::mem::take(&mut self.pending).into_values() {
                 acknowledge(&ack, applied, result.clone());
             }
-            self.people.update(&self.merged);
-            self.keeper.set(self.guard());
+        } else {
+            self.tell();
         }
-        self.tell();
     }
 
     /// After a restart, on bridges: tables may have forgotten pods whose interfaces the kernel's maps still know.

@@ -64,3 +64,19 @@ impl Ns {
         other.ip(&format!("link set dev {other_name} up"));
     }
 }
+
+/// Runs a future on this thread while another thread of the same namespace drives its runtime, so that what the
+/// future blocks does not stop what it has spawned.
+pub fn drive<T>(f: impl Future<Output = T>) -> T {
+    let (handle_tx, handle) = std::sync::mpsc::channel();
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let driver = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        handle_tx.send(runtime.handle().clone()).unwrap();
+        let _ = runtime.block_on(stopped);
+    });
+    let out = handle.recv().unwrap().block_on(f);
+    drop(stop);
+    driver.join().unwrap();
+    out
+}
