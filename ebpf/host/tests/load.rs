@@ -13,7 +13,7 @@ fn both_roles_load_and_stay_cheap_to_verify() {
             println!("{:16} {instructions}", program.name());
             // The kernel's limit is a million.
             assert!(
-                instructions > 0 && instructions < 400_000,
+                instructions > 0 && instructions < 150_000,
                 "{}: {instructions}",
                 program.name()
             );

@@ -2,7 +2,6 @@
 
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use tidegate_ebpf_common::packet;
 use tidegate_ebpf_common::{Action, Decision, Hook, Outcome, Packet, verdict};
 
 use crate::skb::{OK, SHOT, Skb};
@@ -17,7 +16,7 @@ pub fn gateway_ingress(ctx: TcContext) -> i32 {
     let t = Kernel::<true> { config };
     let mut p = Packet::default();
     let mut d = Decision::default();
-    let parsed = packet::parse(&skb, skb.ethertype(), &mut p);
+    let parsed = skb.parse(&mut p);
     verdict(parsed, &p, skb.ifindex(), &t, &mut d);
     if d.action != Action::Steer {
         count(Hook::GatewayIngress, Outcome::Drop, d.code);

@@ -28,7 +28,7 @@ fn pod_egress_inner(skb: &Skb) -> i32 {
     let t = Kernel::<false> { config };
     let mut p = Packet::default();
     let mut d = Decision::default();
-    let parsed = packet::parse(skb, skb.ethertype(), &mut p);
+    let parsed = skb.parse(&mut p);
     verdict(parsed, &p, skb.ifindex(), &t, &mut d);
     match d.action {
         Action::Ignore => NEXT,
@@ -101,7 +101,7 @@ pub fn pod_ingress(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn record(skb: &Skb) {
     let mut p = Packet::default();
-    if packet::parse(skb, skb.ethertype(), &mut p) != Parsed::Ip || p.has(mark::LATER_FRAGMENT) {
+    if skb.parse(&mut p) != Parsed::Ip || p.has(mark::LATER_FRAGMENT) {
         return;
     }
     if !(p.is_syn() || p.proto == proto::UDP || p.is_echo_request()) {
@@ -140,7 +140,7 @@ fn guard(skb: &Skb) -> i32 {
     }
     let Some(config) = tables::config() else { return NEXT };
     let mut p = Packet::default();
-    packet::parse(skb, ethertype, &mut p);
+    skb.parse(&mut p);
     if let Some(ep) = get!(ENDPOINTS, &p.src) {
         if ep.flags & endpoint::ISOLATED == 0 || ep.node != config.node {
             return NEXT;
@@ -180,7 +180,7 @@ fn from_tunnel(skb: &Skb) -> i32 {
     let mut p = Packet::default();
     let mut outer = Addr::default();
     let Some(config) = tables::config() else { return SHOT };
-    if packet::parse(skb, skb.ethertype(), &mut p) != Parsed::Ip {
+    if skb.parse(&mut p) != Parsed::Ip {
         return dropped(skb, Hook::TunnelIngress, Code::Malformed, &p);
     }
     let Some(vni) = skb.tunnel(&mut outer) else {
@@ -234,7 +234,7 @@ pub fn gateway_return(ctx: TcContext) -> i32 {
 fn to_pods(skb: &Skb) -> i32 {
     let mut p = Packet::default();
     let Some(config) = tables::config() else { return SHOT };
-    if packet::parse(skb, skb.ethertype(), &mut p) != Parsed::Ip {
+    if skb.parse(&mut p) != Parsed::Ip {
         return dropped(skb, Hook::GatewayReturn, Code::Malformed, &p);
     }
     let Some(ep) = get!(ENDPOINTS, &p.dst) else {

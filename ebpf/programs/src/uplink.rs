@@ -32,7 +32,7 @@ pub fn uplink_egress(ctx: TcContext) -> i32 {
 fn out(skb: &Skb) -> i32 {
     let mut p = Packet::default();
     let Some(config) = tables::config() else { return SHOT };
-    if packet::parse(skb, skb.ethertype(), &mut p) != Parsed::Ip {
+    if skb.parse(&mut p) != Parsed::Ip {
         return dropped(skb, Hook::UplinkEgress, Code::Malformed, &p);
     }
     if !held(&p.src) {
@@ -83,7 +83,7 @@ fn incoming(skb: &Skb) -> i32 {
         return arp(skb);
     }
     let mut p = Packet::default();
-    match packet::parse(skb, ethertype, &mut p) {
+    match skb.parse(&mut p) {
         Parsed::Ip => {}
         // What is malformed is dropped only where it is ours.
         Parsed::Malformed if held(&p.dst) => return dropped(skb, Hook::UplinkIngress, Code::Malformed, &p),

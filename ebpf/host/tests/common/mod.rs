@@ -1,6 +1,8 @@
 //! A datapath with pins of its own, removed when the test ends.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub mod packets;
+
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
