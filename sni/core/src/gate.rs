@@ -112,9 +112,6 @@ impl Gate {
                 State::Waiting | State::Retry(_) => {}
             }
             if bytes[0] == HANDSHAKE && self.client.at_record() {
-                if !self.is_retry() {
-                    return Err(Reason::HelloMalformed);
-                }
                 return self.second(bytes, out);
             }
             // Early data, a change_cipher_spec for middleboxes, an alert.
