@@ -48,7 +48,10 @@ impl Readiness {
     /// Holds readiness back in the name of a part, which `/readyz` then lists.
     pub fn guard(&self, name: &str) -> Guard {
         *self.0.lock().entry(name.to_owned()).or_default() += 1;
-        Guard { readiness: self.clone(), name: name.to_owned() }
+        Guard {
+            readiness: self.clone(),
+            name: name.to_owned(),
+        }
     }
 
     /// The parts that are not ready, sorted; empty when all are.
@@ -111,10 +114,16 @@ impl Drop for Server {
 /// # Errors
 /// When the address cannot be bound or the thread cannot be started; the text says what to do.
 pub fn serve(address: SocketAddr, admin: Admin) -> Result<Server> {
+    serve_with(address, admin, MAX_LIFE)
+}
+
+fn serve_with(address: SocketAddr, admin: Admin, life: Duration) -> Result<Server> {
     let listener = TcpListener::bind(address).with_context(|| {
         format!("cannot listen on {address} for the admin port: choose another address for `admin`, or end the process that holds it")
     })?;
-    listener.set_nonblocking(true).context("the admin port cannot be set to non-blocking")?;
+    listener
+        .set_nonblocking(true)
+        .context("the admin port cannot be set to non-blocking")?;
     let address = listener.local_addr().context("the admin port has no address")?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -126,7 +135,11 @@ pub fn serve(address: SocketAddr, admin: Admin) -> Result<Server> {
         .spawn(move || {
             runtime.block_on(async move {
                 let listener = match tokio::net::TcpListener::from_std(listener) {
-                    Ok(l) => Bounded { listener: l, permits: Arc::new(Semaphore::new(MAX_CONNECTIONS)) },
+                    Ok(l) => Bounded {
+                        listener: l,
+                        permits: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+                        life,
+                    },
                     Err(e) => return tracing::error!("the admin port cannot be served: {e}"),
                 };
                 // Open connections end with the runtime, at most one scrape is cut.
@@ -141,7 +154,11 @@ pub fn serve(address: SocketAddr, admin: Admin) -> Result<Server> {
             });
         })
         .context("the admin port's thread cannot be started")?;
-    Ok(Server { address, stop: Some(stop), thread: Some(thread) })
+    Ok(Server {
+        address,
+        stop: Some(stop),
+        thread: Some(thread),
+    })
 }
 
 fn json(value: &Value) -> Response {
@@ -151,14 +168,25 @@ fn json(value: &Value) -> Response {
 }
 
 fn router(admin: Admin) -> Router {
-    let Admin { metrics, readiness, config, status } = admin;
+    let Admin {
+        metrics,
+        readiness,
+        config,
+        status,
+    } = admin;
     let metrics_page = move || async move {
-        ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], metrics.render())
+        (
+            [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")],
+            metrics.render(),
+        )
     };
     let ready_page = move || async move {
         match readiness.waiting_for() {
             w if w.is_empty() => (StatusCode::OK, "ready\n".to_owned()),
-            w => (StatusCode::SERVICE_UNAVAILABLE, format!("waiting for: {}\n", w.join(", "))),
+            w => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                format!("waiting for: {}\n", w.join(", ")),
+            ),
         }
     };
     Router::new()
@@ -173,6 +201,7 @@ fn router(admin: Admin) -> Router {
 struct Bounded {
     listener: tokio::net::TcpListener,
     permits: Arc<Semaphore>,
+    life: Duration,
 }
 
 impl axum::serve::Listener for Bounded {
@@ -183,7 +212,14 @@ impl axum::serve::Listener for Bounded {
         // The semaphore is never closed; without a permit the connection lives on, bounded by its end.
         let permit = self.permits.clone().acquire_owned().await.ok();
         let (stream, peer) = axum::serve::Listener::accept(&mut self.listener).await;
-        (Connection { stream, end: Box::pin(tokio::time::sleep(MAX_LIFE)), _permit: permit }, peer)
+        (
+            Connection {
+                stream,
+                end: Box::pin(tokio::time::sleep(self.life)),
+                _permit: permit,
+            },
+            peer,
+        )
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -236,6 +272,10 @@ mod tests {
     use std::net::TcpStream;
 
     fn start() -> (Server, Readiness) {
+        start_with(MAX_LIFE)
+    }
+
+    fn start_with(life: Duration) -> (Server, Readiness) {
         let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
         metrics::with_local_recorder(&recorder, || metrics::counter!("tidegate_test_total").increment(7));
         let readiness = Readiness::default();
@@ -245,7 +285,10 @@ mod tests {
             config: serde_json::json!({"name": "gw-a"}),
             status: Arc::new(|| serde_json::json!({"agents": 2})),
         };
-        (serve("127.0.0.1:0".parse().unwrap(), admin).unwrap(), readiness)
+        (
+            serve_with("127.0.0.1:0".parse().unwrap(), admin, life).unwrap(),
+            readiness,
+        )
     }
 
     fn ask(server: &Server, request: &str) -> (u16, String) {
@@ -262,7 +305,10 @@ mod tests {
         let (server, _) = start();
         assert_eq!(ask(&server, "GET /healthz"), (200, "ok\n".into()));
         assert!(ask(&server, "GET /metrics").1.contains("tidegate_test_total 7"));
-        assert_eq!(ask(&server, "GET /config"), (200, "{\n  \"name\": \"gw-a\"\n}\n".into()));
+        assert_eq!(
+            ask(&server, "GET /config"),
+            (200, "{\n  \"name\": \"gw-a\"\n}\n".into())
+        );
         assert_eq!(ask(&server, "GET /status"), (200, "{\n  \"agents\": 2\n}\n".into()));
         assert_eq!(ask(&server, "GET /other").0, 404);
         assert_eq!(ask(&server, "POST /config").0, 405);
@@ -292,7 +338,22 @@ mod tests {
             status: Arc::new(|| Value::Null),
         };
         let text = format!("{:#}", serve(server.address(), admin).unwrap_err());
-        assert!(text.contains("choose another address for `admin`") && text.contains("in use"), "{text}");
+        assert!(
+            text.contains("choose another address for `admin`") && text.contains("in use"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn clients_that_hold_every_connection_are_cut() {
+        let (server, _) = start_with(Duration::from_millis(200));
+        let mut held: Vec<TcpStream> = (0..MAX_CONNECTIONS + 8)
+            .map(|_| TcpStream::connect(server.address()).unwrap())
+            .collect();
+        for s in &mut held {
+            s.write_all(b"GET /met").unwrap();
+        }
+        assert_eq!(ask(&server, "GET /healthz").0, 200);
     }
 
     #[test]

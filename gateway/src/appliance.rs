@@ -39,7 +39,7 @@ use crate::watch::Watch;
 use crate::way::Keeper;
 use crate::{admin, audit, core, push, telemetry};
 
-/// Where intercepted DNS arrives.
+/// The port that is DNS whatever the destination; endpoints of the cluster's DNS may add others.
 const DNS_PORT: u16 = 53;
 /// Where intercepted TLS arrives. Only TPROXY reaches it.
 const RELAY_PORT: u16 = 15001;
@@ -79,9 +79,17 @@ fn settings(config: &Config) -> model::Settings {
     }
 }
 
+/// Every port on which DNS is intercepted.
+fn dns_ports(config: &Config) -> Vec<u16> {
+    let mut ports: Vec<u16> = config.cluster.dns.iter().map(SocketAddr::port).chain([DNS_PORT]).collect();
+    ports.sort_unstable();
+    ports.dedup();
+    ports
+}
+
 fn dns_config(config: &Config) -> DnsConfig {
     DnsConfig {
-        listen: vec![(Ipv6Addr::UNSPECIFIED, DNS_PORT).into()],
+        listen: dns_ports(config).into_iter().map(|port| (Ipv6Addr::UNSPECIFIED, port).into()).collect(),
         transparent: true,
         mark: Some(REPLY),
         cluster: ClusterDns { servers: config.cluster.dns.clone(), suffixes: config.cluster.suffixes.clone() },
@@ -340,7 +348,7 @@ pub fn run(path: &Path) -> Result<()> {
         gateway: config.name.clone(),
         socket: config.socket.clone(),
         device: config.device.clone(),
-        dns_port: DNS_PORT,
+        dns_ports: dns_ports(&config),
         relay_port: RELAY_PORT,
         flow_idle_seconds: config.flow_idle_seconds,
         pairs: shared.pairs.clone(),

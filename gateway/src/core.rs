@@ -616,14 +616,7 @@ impl Run {
             tracing::error!(%error, "cannot write the heartbeat");
         }
         match self.core.datapath.counters() {
-            Ok(counters) => {
-                for c in counters {
-                    let (hook, reason) = (tidegate_ebpf::hook_name(c.hook), c.reason.as_str());
-                    let outcome = tidegate_agent::events::outcome(c.outcome);
-                    metrics::counter!(tidegate_agent::events::PACKETS, "hook" => hook, "reason" => reason, "outcome" => outcome)
-                        .absolute(c.packets);
-                }
-            }
+            Ok(counters) => tidegate_agent::events::publish(&counters),
             Err(error) => tracing::warn!(%error, "cannot read the kernel's counters"),
         }
         let mut down = Vec::new();

@@ -12,7 +12,7 @@ use crossbeam_channel::{Sender, bounded};
 
 use crate::admin::{Guard, Readiness};
 use crate::core::ToCore;
-use crate::egress::nft::HeldPair;
+use crate::egress::nft::{HeldPair, Rules};
 use crate::egress::{Way, rules_present};
 use crate::handover::{Handover, RENEW};
 
@@ -30,8 +30,8 @@ pub struct Keeper {
     pub socket: PathBuf,
     /// The pod's own device.
     pub device: String,
-    /// Port of the DNS sockets.
-    pub dns_port: u16,
+    /// Ports of the DNS sockets.
+    pub dns_ports: Vec<u16>,
     /// Port of the relay's sockets.
     pub relay_port: u16,
     /// Idle seconds after which a flow is dead.
@@ -73,8 +73,16 @@ impl Keeper {
     }
 
     fn way(&self, mtu: u16) -> Way {
-        let pairs = self.pairs.load().as_ref().clone();
-        Way::new(&self.device, mtu, self.dns_port, self.relay_port, pairs, self.flow_idle_seconds)
+        Way {
+            rules: Rules {
+                device: self.device.clone(),
+                mtu,
+                dns_ports: self.dns_ports.clone(),
+                relay_port: self.relay_port,
+                pairs: self.pairs.load().as_ref().clone(),
+            },
+            flow_idle_seconds: self.flow_idle_seconds,
+        }
     }
 
     async fn keep(&self, waiting: Guard) -> Result<()> {

@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use nft::{HeldPair, Rules};
+use nft::Rules;
 
 /// The device towards pods, plugged in by the agent.
 pub const TOWARDS_PODS: &str = "tgp";
@@ -30,11 +30,6 @@ pub struct Way {
 }
 
 impl Way {
-    /// Builds the desired state.
-    pub fn new(device: &str, mtu: u16, dns_port: u16, relay_port: u16, pairs: Vec<HeldPair>, flow_idle_seconds: u64) -> Self {
-        Self { rules: Rules { device: device.into(), mtu, dns_port, relay_port, pairs }, flow_idle_seconds }
-    }
-
     /// The egress addresses.
     pub fn addresses(&self) -> Vec<IpAddr> {
         self.rules

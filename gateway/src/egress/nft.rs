@@ -41,8 +41,9 @@ pub struct Rules {
     pub device: String,
     /// MTU towards pods, in bytes.
     pub mtu: u16,
-    /// Port of the DNS service's sockets.
-    pub dns_port: u16,
+    /// Ports of the DNS service's sockets: 53 and those of the cluster's DNS endpoints. A reply leaves
+    /// from the port that was asked, so each has a socket of its own.
+    pub dns_ports: Vec<u16>,
     /// Port of the TLS relay's sockets.
     pub relay_port: u16,
     /// Pairs that this gateway holds, sorted by index.
@@ -72,12 +73,13 @@ impl Rules {
 
         writeln!(o, "  chain intercept {{\n    type filter hook prerouting priority mangle; policy accept;")?;
         for (family, l3) in [("ip", "ipv4"), ("ip6", "ipv6")] {
-            for l4 in ["udp", "tcp"] {
-                writeln!(
-                    o,
-                    "    iifname \"tgp\" meta mark & 0xff == {DNS} meta nfproto {l3} meta l4proto {l4} tproxy {family} to :{} accept",
-                    self.dns_port
-                )?;
+            for port in &self.dns_ports {
+                for l4 in ["udp", "tcp"] {
+                    writeln!(
+                        o,
+                        "    iifname \"tgp\" meta mark & 0xff == {DNS} meta nfproto {l3} {l4} dport {port} tproxy {family} to :{port} accept"
+                    )?;
+                }
             }
             writeln!(
                 o,
@@ -153,7 +155,7 @@ mod tests {
         Rules {
             device: "eth0".into(),
             mtu: 1450,
-            dns_port: 53,
+            dns_ports: vec![53, 5353],
             relay_port: 15001,
             pairs: vec![
                 HeldPair { index: 1, ipv4: Some("203.0.113.10".parse().unwrap()), ipv6: Some("2001:db8::10".parse().unwrap()) },
