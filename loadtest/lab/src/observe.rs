@@ -166,7 +166,8 @@ pub fn sum_metric(text: &str, metric: &str, labels: &[&str]) -> f64 {
         let fits = name == metric && labels.iter().all(|l| set.contains(l));
         fits.then(|| value.parse::<f64>().ok()).flatten()
     });
-    samples.sum()
+    // A sum of nothing would be -0.
+    samples.fold(0.0, |sum, value| sum + value)
 }
 
 #[cfg(test)]

@@ -49,7 +49,10 @@ pub fn never_resolved(s: &mut Story<'_>) -> Result<()> {
 fn dropped_packets(metrics: &str, reasons: &[&str]) -> f64 {
     let samples = metrics.lines().filter(|l| !l.starts_with('#'));
     let about = samples.filter(|l| reasons.iter().any(|r| l.contains(&format!("reason=\"{r}\""))));
-    about.filter_map(|l| l.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+    // A sum of nothing would be -0.
+    about
+        .filter_map(|l| l.rsplit_once(' ')?.1.parse::<f64>().ok())
+        .fold(0.0, |sum, value| sum + value)
 }
 
 /// 4: resolved by another namespace only.
