@@ -176,7 +176,16 @@ impl<C: Classify> Ledger<C> {
         }
         let expires = now.plus(remaining.min(MAX_BINDING));
         let rrset = now.plus(ttl.min(self.config.ttl_max)).min(expires);
-        let later = |f: &Fact| (rrset.max(f.rrset), expires.max(f.expires));
+        let later = |f: &Fact| {
+            // What has ended there says nothing about when it ended here.
+            let rrset = if rrset > now { rrset.max(f.rrset) } else { f.rrset };
+            let expires = if expires > now {
+                expires.max(f.expires)
+            } else {
+                f.expires
+            };
+            (rrset, expires)
+        };
         match self.bind(number, &name, pack(unpack(pack(ip))), (rrset, expires), later) {
             None => self.drop_if_empty(number),
             Some(c) => {

@@ -124,7 +124,7 @@ impl<C: Classify> Ledger<C> {
             Input::NodeUp { node } => self.node_up(node, true, out),
             Input::NodeReset { node } => self.node_up(node, false, out),
             Input::NodeDown { node } => self.node_down(node),
-            Input::NodeGone { node } => self.node_gone(node),
+            Input::NodeGone { node } => self.node_gone(node, out),
             Input::Ack { node, seq } => self.ack(node, seq, out),
             Input::Reclassify { scope: None } => self.outdated.extend(self.scopes.keys()),
             Input::Reclassify { scope: Some(key) } => {
@@ -257,22 +257,22 @@ impl<C: Classify> Ledger<C> {
             a.armed = due;
             drop(table);
             self.timers.push(Reverse((due, number, index)));
-            self.clean_timers();
         }
     }
 
-    /// Drops outdated timers when most are.
+    /// Drops outdated timers when most are, and room that a burst has left.
     fn clean_timers(&mut self) {
-        if self.timers.len() <= 2 * self.addresses + SPARE_TIMERS {
-            return;
+        if self.timers.len() > 2 * self.addresses + SPARE_TIMERS {
+            let scopes = &self.scopes;
+            let mut seen = BTreeSet::new();
+            self.timers.retain(|&Reverse((due, number, index))| {
+                let armed = |s: &Scope| s.table.read().address(index).is_some_and(|a| a.armed == due);
+                scopes.get(&number).is_some_and(armed) && seen.insert((number, index))
+            });
         }
-        let scopes = &self.scopes;
-        let mut seen = BTreeSet::new();
-        self.timers.retain(|&Reverse((due, number, index))| {
-            let armed = |s: &Scope| s.table.read().address(index).is_some_and(|a| a.armed == due);
-            scopes.get(&number).is_some_and(armed) && seen.insert((number, index))
-        });
-        self.timers.shrink_to(2 * self.addresses + SPARE_TIMERS);
+        if self.timers.capacity() > 4 * (self.timers.len() + SPARE_TIMERS) {
+            self.timers.shrink_to(2 * self.timers.len() + SPARE_TIMERS);
+        }
     }
 
     fn run_timers(&mut self, out: &mut Vec<Output>) {
@@ -284,6 +284,7 @@ impl<C: Classify> Ledger<C> {
             self.timers.pop();
             self.run_timer(number, index, due, out);
         }
+        self.clean_timers();
         while let Some(&(due, node)) = self.falls.first() {
             if due > self.now {
                 break;

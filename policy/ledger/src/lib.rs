@@ -189,7 +189,7 @@ pub enum Input {
         /// The node.
         node: NodeId,
     },
-    /// The node is no part of the cluster any more.
+    /// The node is no part of the cluster any more. Replies that wait for it fail.
     NodeGone {
         /// The node.
         node: NodeId,
@@ -221,7 +221,7 @@ pub enum Input {
         /// The node.
         node: NodeId,
     },
-    /// The scope is gone with all of its endpoints: so are its facts.
+    /// The scope is gone with all of its endpoints: so are its facts. Replies that wait fail.
     ScopeGone {
         /// The scope.
         scope: ScopeKey,

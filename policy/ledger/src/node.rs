@@ -139,12 +139,19 @@ impl<C: Classify> Ledger<C> {
         self.falls.insert((due, id));
     }
 
-    pub(crate) fn node_gone(&mut self, id: NodeId) {
+    pub(crate) fn node_gone(&mut self, id: NodeId, out: &mut Vec<Output>) {
         self.falls.retain(|(_, n)| *n != id);
         self.bindings.set_steered(id, false);
         self.queued.remove(&id);
-        // Replies that wait for it time out.
         let Some(gone) = self.nodes.remove(&id) else { return };
+        for (_, ticket) in gone.waiting {
+            if self.tickets.remove(&ticket).is_some() {
+                out.push(Output::Fail {
+                    ticket,
+                    reason: Reason::BarrierTimeout,
+                });
+            }
+        }
         for &number in gone.scopes.keys() {
             self.strip(number, id);
         }
@@ -257,6 +264,9 @@ impl<C: Classify> Ledger<C> {
                 addresses: t.addresses,
             });
         }
+        // Deadlines of replies that went out are of no use, at least not in front.
+        let waits = |(due, id): &(Duration, u64)| self.tickets.get(id).is_some_and(|t| t.deadline == *due);
+        while self.deadlines.pop_front_if(|d| !waits(d)).is_some() {}
     }
 
     /// Lets a reply wait for the node's next ack, or releases it if there is nothing to wait for.
