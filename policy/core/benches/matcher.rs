@@ -22,8 +22,7 @@ fn patterns(n: u32) -> Vec<Fqdn> {
 fn bench(c: &mut Criterion) {
     for n in [100, 100_000] {
         let list = patterns(n);
-        let (m, _) =
-            Matcher::build(list.iter().zip(0..).map(|(f, rule)| (f, Target { rule, policy: 0, opens: true })));
+        let (m, _) = Matcher::build(list.iter().zip(0..).map(|(f, rule)| (f, Target { rule, policy: 0, opens: true })));
         for name in ["h8.d8.example.com", "x.y.t14.example.org", "nobody.www.example.edu", "ax-7.g0.example.com"] {
             c.bench_function(&format!("match/{n}/{name}"), |b| {
                 b.iter(|| {

@@ -119,9 +119,12 @@ fn weakenings(rules: &Rules<'_>, r: &CRule, who: &PolicyRef, out: &mut Vec<Issue
     ];
     for (set, permit, field) in fields {
         if set && !rules.permitted(r, permit) {
-            let by = rules.selection.ceilings.iter().map(|id| rules.cluster.policy(*id)).find(|p| {
-                p.ceiling.as_ref().is_some_and(|c| !c.permits(permit))
-            });
+            let by = rules
+                .selection
+                .ceilings
+                .iter()
+                .map(|id| rules.cluster.policy(*id))
+                .find(|p| p.ceiling.as_ref().is_some_and(|c| !c.permits(permit)));
             out.push(Issue {
                 kind: IssueKind::Clipped,
                 policy: who.clone(),

@@ -130,11 +130,8 @@ impl<'a> Compiler<'a> {
         if let Some(end) = ns.audit_until.filter(|_| audit) {
             self.changes_at(end);
         }
-        let relevant: Vec<u32> = (0..)
-            .zip(&cluster)
-            .filter(|(_, p)| p.namespaces.matches(&ns.labels))
-            .map(|(i, _): (u32, _)| i)
-            .collect();
+        let relevant: Vec<u32> =
+            (0..).zip(&cluster).filter(|(_, p)| p.namespaces.matches(&ns.labels)).map(|(i, _): (u32, _)| i).collect();
         let place = Place { name, ns, own, enforced, cluster, relevant, audit };
         let mut fates: BTreeMap<&Labels, Fate> = BTreeMap::new();
         for ((_, pod), p) in pods {
@@ -169,7 +166,9 @@ impl<'a> Compiler<'a> {
         let touch = match (own || by_default, selected) {
             (true, _) => Touch::Isolated,
             (false, true) => Touch::Guarded,
-            (false, false) => return Fate { touch: Touch::Untouched, member: None },
+            (false, false) => {
+                return Fate { touch: Touch::Untouched, member: None };
+            }
         };
         let audit = place.audit || (!own && by_default && default == ClusterDefault::Audit);
         let pool = self.pool(place, &selection);
@@ -286,8 +285,7 @@ impl<'a> Compiler<'a> {
 
     fn scope(&mut self, place: &Place<'_>, pool: &str) -> Arc<Scope> {
         let uid = if place.ns.uid.is_empty() { place.name } else { &place.ns.uid };
-        let key =
-            ScopeKey(KeyHasher::new("scope").field(uid.as_bytes()).field(pool.as_bytes()).finish());
+        let key = ScopeKey(KeyHasher::new("scope").field(uid.as_bytes()).field(pool.as_bytes()).finish());
         if let Some(s) = self.scopes.get(&key) {
             return s.clone();
         }

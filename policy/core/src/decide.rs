@@ -1,16 +1,15 @@
 //! Decisions of one group: about connections, about what addresses of a class are granted, about names in DNS.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
 use crate::class::Scope;
-use crate::eval::{Hits, Outcome, Rules, Selection, Step};
+use crate::decision::{AddressDecision, Answer, BuiltIn, Decision, Explanation, NameDecision, NameFacts};
+use crate::eval::{Hits, Outcome, Rules, Selection};
 use crate::event::RuleRef;
 use crate::issue::Issue;
 use crate::layer::{CRule, Says};
@@ -21,131 +20,6 @@ use crate::{Carry, ClassKey, GroupKey, Name, PortSet, PrefixSetKey, Proto, Reaso
 
 /// The most name outcomes that a group remembers; there are as many as there are different sets of matching rules.
 const REMEMBERED: usize = 1024;
-
-/// A built-in verdict that comes before every policy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BuiltIn {
-    /// The destination belongs to the cluster: never steered.
-    InCluster,
-    /// Link-local or metadata, and no cluster policy accepts exactly that prefix.
-    Metadata,
-    /// DNS over TLS or QUIC, and no cluster policy accepts it.
-    EncryptedDns,
-}
-
-/// How a decision came about.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Explanation {
-    /// A built-in verdict that decided before any policy.
-    pub built_in: Option<BuiltIn>,
-    /// The policies that were consulted, in order, and what each said.
-    pub steps: Vec<Step>,
-    /// No policy decided: the group's default did.
-    pub default: bool,
-}
-
-impl fmt::Display for Explanation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut sep = "";
-        match self.built_in {
-            Some(BuiltIn::InCluster) => f.write_str("in-cluster destinations pass")?,
-            Some(BuiltIn::Metadata) => {
-                f.write_str("link-local and metadata addresses are denied unless a cluster policy of the Admin tier accepts exactly that prefix")?;
-            }
-            Some(BuiltIn::EncryptedDns) => {
-                f.write_str("encrypted DNS (port 853) is denied unless a cluster policy of the Admin tier accepts it")?;
-            }
-            None => {}
-        }
-        if self.built_in.is_some() {
-            sep = "; ";
-        }
-        for s in &self.steps {
-            write!(f, "{sep}{s}")?;
-            sep = "; ";
-        }
-        if self.default {
-            write!(f, "{sep}no policy decides: the default holds")?;
-        }
-        Ok(())
-    }
-}
-
-/// What enforcement does with a connection; an audited group reports it and lets it pass.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Decision {
-    /// What happens to it. The default is already in it: `Deny` for isolated groups, `Pass` for guarded ones.
-    pub via: Via,
-    /// Why.
-    pub reason: Reason,
-    /// The rule that decided; absent for built-in verdicts and the default.
-    pub rule: Option<RuleRef>,
-    /// Whether a hello with the encrypted_client_hello extension passes.
-    pub ech_allow: bool,
-    /// How it came about.
-    pub explanation: Explanation,
-}
-
-impl Decision {
-    /// Whether it may go on.
-    pub fn allowed(&self) -> bool {
-        !matches!(self.via, Via::Deny | Via::Allow(Carry::Block))
-    }
-}
-
-/// How a query is answered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Answer {
-    /// It resolves, and its addresses bind.
-    Bind,
-    /// It resolves, and nothing binds.
-    Resolve,
-    /// NOERROR without records: the type is not wanted, or something below the name may be allowed.
-    NoData,
-    /// No rule allows the name or anything below it.
-    NxDomain,
-}
-
-/// What holds for the answers of a name: the union of the rules that allow it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct NameFacts {
-    /// `ech` stays in HTTPS and SVCB records (RFC 9460).
-    pub ech_allow: bool,
-    /// Answers in these prefixes are accepted although they are private.
-    pub private: Vec<IpNet>,
-    /// Query types beyond A, AAAA, CNAME, HTTPS and SVCB, sorted.
-    pub dns_types: Vec<u16>,
-    /// The longest `minBindingSeconds`.
-    pub min_binding: Option<Duration>,
-    /// The ports of the name by name rules alone.
-    pub ports: PortSet,
-}
-
-/// What enforcement does with a query; an audited group reports it and resolves everything.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NameDecision {
-    /// How it is answered.
-    pub answer: Answer,
-    /// Why.
-    pub reason: Reason,
-    /// The rule that decided, if one did.
-    pub rule: Option<RuleRef>,
-    /// Only patterns match the name, so that the scope's tunnelling budget applies.
-    pub wildcard: bool,
-    /// What holds for its answers; empty where nothing allows it.
-    pub facts: Arc<NameFacts>,
-}
-
-/// What policy says of an address in an answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum AddressDecision {
-    /// Nothing: the built-in ranges decide.
-    Default,
-    /// A rule's `privateAddresses` holds it.
-    Accept,
-    /// It is left out: an in-cluster address, or denied on every port.
-    Filter(Reason),
-}
 
 /// What the rules that match a name come to; one per set of matching rules.
 #[derive(Debug, Default)]
@@ -338,7 +212,9 @@ impl Group {
             Outcome::Deny(r) => (Reason::DeniedByPolicy, Some(*r), false),
             Outcome::AboveCeiling(r) => (Reason::AboveCeiling, Some(*r), false),
             Outcome::Accept(r) => (Reason::Allowed, Some(*r), self.passes_ech(&[*r])),
-            Outcome::Allow(rs) => (Reason::Allowed, rs.iter().find(|r| r.by_name).or(rs.first()).copied(), self.passes_ech(rs)),
+            Outcome::Allow(rs) => {
+                (Reason::Allowed, rs.iter().find(|r| r.by_name).or(rs.first()).copied(), self.passes_ech(rs))
+            }
         };
         let reason = if via == Via::Allow(Carry::Block) { Reason::QuicBlocked } else { reason };
         Decision { via, reason, rule: rule.map(|r| r.refer.clone()), ech_allow, explanation }
@@ -465,12 +341,16 @@ impl Group {
             let mut child = name.to_owned();
             let all = (0..4).all(|_| {
                 child.insert_str(0, "tidegate--any.");
-                let out = self.outcome(s.name_hits(&child).0);
-                out.denied || (!out.allowed && out.reason == Some(Reason::DeniedByPolicy))
+                self.refuses(&self.outcome(s.name_hits(&child).0))
             });
             return if all { Answer::NxDomain } else { Answer::NoData };
         }
         Answer::NxDomain
+    }
+
+    /// Whether denies leave no port: of all ports where the default is to pass, else of those that are allowed.
+    fn refuses(&self, out: &NameOutcome) -> bool {
+        out.denied || (self.touch == Touch::Isolated && !out.allowed && out.reason == Some(Reason::DeniedByPolicy))
     }
 
     fn outcome(&self, hits: Hits) -> Arc<NameOutcome> {
@@ -554,8 +434,7 @@ impl Group {
             || by_prefix.cluster.iter().any(|id| s.cluster.rule(*id).says == Says::Deny);
         if denies {
             let out = self.outcome(named.and(&by_prefix));
-            let isolated = self.touch == Touch::Isolated;
-            if out.denied || (isolated && !out.allowed && out.reason == Some(Reason::DeniedByPolicy)) {
+            if self.refuses(&out) {
                 return AddressDecision::Filter(Reason::DeniedByPolicy);
             }
         }

@@ -164,7 +164,7 @@ impl<'a> Rules<'a> {
                 _ => 2,
             };
             for (_, id) in run {
-                let first = Self::of_policy(self.cluster, *id, &hits.cluster).map(|(i, r)| (i, r)).find(|(i, r)| {
+                let first = Self::of_policy(self.cluster, *id, &hits.cluster).find(|(i, r)| {
                     let acts = matches!(r.says, Says::Deny | Says::Accept | Says::Pass);
                     let opens_dns = self.isolated
                         && r.says == Says::Accept
@@ -273,9 +273,11 @@ impl<'a> Rules<'a> {
     /// Whether every ceiling of the group permits a weakening. Cluster rules need no permit.
     pub fn permitted(&self, r: &CRule, what: Permit) -> bool {
         r.says != Says::Allow
-            || self.selection.ceilings.iter().all(|id| {
-                self.cluster.policy(*id).ceiling.as_ref().is_none_or(|c| c.permits(what))
-            })
+            || self
+                .selection
+                .ceilings
+                .iter()
+                .all(|id| self.cluster.policy(*id).ceiling.as_ref().is_none_or(|c| c.permits(what)))
     }
 
     /// How a packet is carried that these rules allow: inspection wins where they overlap.
@@ -343,10 +345,7 @@ impl<'a> Rules<'a> {
     }
 
     /// Calls `of` once for every interval of `cuts` and makes a port set of what it says.
-    pub fn port_set(
-        cuts: &BTreeSet<(Proto, u16)>,
-        mut of: impl FnMut(Proto, u16) -> Option<Via>,
-    ) -> PortSet {
+    pub fn port_set(cuts: &BTreeSet<(Proto, u16)>, mut of: impl FnMut(Proto, u16) -> Option<Via>) -> PortSet {
         let mut ranges: Vec<PortRange> = Vec::new();
         let mut it = cuts.iter().peekable();
         while let Some((proto, lo)) = it.next() {

@@ -141,19 +141,15 @@ impl Layer {
                     if p.mode == PolicyMode::Staged {
                         continue;
                     }
-                    let who = PolicyRef {
-                        kind: "EgressPolicy",
-                        namespace: namespace.clone(),
-                        name: name.as_str().into(),
-                    };
+                    let who =
+                        PolicyRef { kind: "EgressPolicy", namespace: namespace.clone(), name: name.as_str().into() };
                     let start = b.rules.len() as u32;
                     p.egress.iter().enumerate().for_each(|(i, r)| b.rule(&who, "egress", i, Says::Allow, r));
                     p.deny.iter().enumerate().for_each(|(i, r)| b.rule(&who, "egressDeny", i, Says::Deny, r));
                     b.policy(who, start, None, p.on_revoke);
                 }
                 if let Some(allow) = allow {
-                    let who =
-                        PolicyRef { kind: "Namespace", namespace: namespace.clone(), name: namespace.clone() };
+                    let who = PolicyRef { kind: "Namespace", namespace: namespace.clone(), name: namespace.clone() };
                     let start = b.rules.len() as u32;
                     allow.iter().enumerate().for_each(|(i, r)| b.rule(&who, "allow", i, Says::Allow, r));
                     b.policy(who, start, None, OnRevoke::Reset);
@@ -305,13 +301,7 @@ impl Builder {
         });
     }
 
-    fn policy(
-        &mut self,
-        who: PolicyRef,
-        start: u32,
-        ceiling: Option<CCeiling>,
-        on_revoke: OnRevoke,
-    ) {
+    fn policy(&mut self, who: PolicyRef, start: u32, ceiling: Option<CCeiling>, on_revoke: OnRevoke) {
         let rules = start..self.rules.len() as u32;
         let has = |f: &dyn Fn(Says) -> bool| self.rules[start as usize..].iter().any(|r| f(r.says));
         let actions = (has(&|s| s == Says::Deny), has(&|s| matches!(s, Says::Accept | Says::Pass)));
@@ -329,8 +319,7 @@ impl Builder {
             // A pass may open what a later deny would close.
             opens: matches!(self.rules[i as usize].says, Says::Allow | Says::Accept | Says::Pass),
         };
-        let entries =
-            || order.iter().flat_map(|i| self.rules[*i as usize].fqdns.iter().map(move |f| (f, target(*i))));
+        let entries = || order.iter().flat_map(|i| self.rules[*i as usize].fqdns.iter().map(move |f| (f, target(*i))));
         let (mut matcher, full) = Matcher::build(entries());
         let mut widened = Vec::new();
         for (pattern, t) in &full {
@@ -395,7 +384,9 @@ impl CidrIndex {
     pub fn containing(&self, net: IpNet, mut found: impl FnMut(u32, IpNet)) {
         let lens = if matches!(net, IpNet::V4(_)) { &self.v4 } else { &self.v6 };
         for len in lens.iter().take_while(|l| **l <= net.prefix_len()) {
-            let Ok(wide) = IpNet::new(net.addr(), *len) else { continue };
+            let Ok(wide) = IpNet::new(net.addr(), *len) else {
+                continue;
+            };
             let wide = wide.trunc();
             for (rule, except) in self.nets.get(&wide).into_iter().flatten() {
                 if !except.iter().any(|e| e.contains(&net)) {

@@ -8,6 +8,7 @@ mod class;
 mod clip;
 mod compile;
 mod decide;
+mod decision;
 mod eval;
 pub mod event;
 mod issue;

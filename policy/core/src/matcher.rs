@@ -300,7 +300,9 @@ mod tests {
         };
         let few = build(&(0..300).map(pattern).collect::<Vec<_>>());
         let many = build(&(0..30_000).map(pattern).collect::<Vec<_>>());
-        for name in ["h0.d0.example.com", "a.s1.example.net", "x.y.t2.example.org", "nobody.example.edu", "a.b.c.d.e.f.g"] {
+        for name in
+            ["h0.d0.example.com", "a.s1.example.net", "x.y.t2.example.org", "nobody.example.edu", "a.b.c.d.e.f.g"]
+        {
             assert!(many.comparisons(name) <= few.comparisons(name) + 1, "{name}");
             assert!(many.comparisons(name) <= 5, "{name}");
         }

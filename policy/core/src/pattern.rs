@@ -61,7 +61,9 @@ pub enum PatternError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, thiserror::Error)]
 pub enum Lint {
     /// A `*` touches the registrable label from the left: `*x.com` also matches `evilx.com`.
-    #[error("also matches names of others, such as one with \"evil\" put in front; write \"*.\" or \"**.\" before the name")]
+    #[error(
+        "also matches names of others, such as one with \"evil\" put in front; write \"*.\" or \"**.\" before the name"
+    )]
     Siblings,
     /// The wildcard stands at or above what is probably a public suffix.
     #[error("covers names of different owners: the wildcard stands at or above a public suffix")]

@@ -30,7 +30,8 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 pub use crate::class::Scope;
-pub use crate::decide::{AddressDecision, Answer, BuiltIn, Decision, Explanation, Group, NameDecision, NameFacts};
+pub use crate::decide::Group;
+pub use crate::decision::{AddressDecision, Answer, BuiltIn, Decision, Explanation, NameDecision, NameFacts};
 pub use crate::eval::{Said, Step};
 use crate::event::Who;
 pub use crate::issue::{Issue, IssueKind, IssueReason, PolicyRef};
@@ -79,7 +80,8 @@ impl Context {
     pub fn new(o: &Objects) -> Self {
         let mut c = Self { dns_filter: o.settings.dns_filter, ..Self::default() };
         let nodes = o.nodes.values();
-        let nodes = nodes.flat_map(|n| n.pod_prefixes.iter().copied().chain(n.addresses.iter().map(|a| IpNet::from(*a))));
+        let nodes =
+            nodes.flat_map(|n| n.pod_prefixes.iter().copied().chain(n.addresses.iter().map(|a| IpNet::from(*a))));
         for net in o.settings.cluster_prefixes.iter().copied().chain(nodes) {
             c.lens[Self::word(net.addr(), net.prefix_len())] |= 1 << (net.prefix_len() % 128);
             c.nets.insert(net.trunc());

@@ -16,7 +16,7 @@ fn allow(names: &[&str]) -> Policy {
 }
 
 fn touch(o: &Objects, address: &str) -> Touch {
-    o.world().endpoint(ip(address)).unwrap().touch
+    o.world().endpoint(ip(address)).expect("an endpoint").touch
 }
 
 #[test]
@@ -129,7 +129,10 @@ fn selectors_make_groups() {
 fn an_annotation_alone_works_like_a_policy() {
     let o = shop().with_ns(|n| {
         n.has_allow = true;
-        n.allow = vec![rule("api.stripe.com:443", &["api.stripe.com"], &["443", "443/udp"]), rule("192.0.2.0/24:5432/tcp", &["192.0.2.0/24"], &["5432"])];
+        n.allow = vec![
+            rule("api.stripe.com:443", &["api.stripe.com"], &["443", "443/udp"]),
+            rule("192.0.2.0/24:5432/tcp", &["192.0.2.0/24"], &["5432"]),
+        ];
     });
     let g = o.group();
     let d = g.to("api.stripe.com", 443);
@@ -144,19 +147,25 @@ fn an_annotation_alone_works_like_a_policy() {
 }
 
 fn pool(allowed: Option<Selector>, last: &[u8]) -> Pool {
-    let pairs = last.iter().map(|b| Pair { ipv4: Some([203, 0, 113, *b].into()), ipv6: None, draining: false }).collect();
+    let pairs =
+        last.iter().map(|b| Pair { ipv4: Some([203, 0, 113, *b].into()), ipv6: None, draining: false }).collect();
     Pool { allowed_namespaces: allowed, source: AddressSource::Static { interface: None, pairs }, gateway_nodes: None }
 }
 
 #[test]
 fn pools_by_policy_then_annotation_then_default() {
-    let asks = |pool: &str, created: i64| Policy { pool: Some(pool.into()), created: UnixSeconds(created), ..allow(&["a.com"]) };
+    let asks = |pool: &str, created: i64| Policy {
+        pool: Some(pool.into()),
+        created: UnixSeconds(created),
+        ..allow(&["a.com"])
+    };
     let mut o = shop();
     o.pools.insert("a".into(), pool(Some(selector(&[("env", "prod")])), &[1]));
     o.pools.insert("b".into(), pool(Some(Selector::default()), &[2]));
     o.pools.insert("closed".into(), pool(None, &[3]));
     let of = |o: &Objects| o.group().scope().pool().to_string();
-    let reasons = |o: &Objects| o.world().issues().iter().map(|i| (i.policy.name.to_string(), i.reason)).collect::<Vec<_>>();
+    let reasons =
+        |o: &Objects| o.world().issues().iter().map(|i| (i.policy.name.to_string(), i.reason)).collect::<Vec<_>>();
     assert_eq!(of(&o.clone().own("p", allow(&["a.com"]))), "default");
     assert_eq!(of(&o.clone().own("p", allow(&["a.com"])).with_ns(|n| n.pool = Some("b".into()))), "b");
     let annotated = o.clone().own("p", asks("a", 5)).with_ns(|n| n.pool = Some("b".into()));
@@ -213,13 +222,19 @@ fn a_pair_is_chosen_by_rendezvous() {
 
 #[test]
 fn keys_are_stable_and_unchanged_parts_are_shared() {
-    let mut o = shop().own("p", allow(&["a.com", "*.b.com"])).clustered("c", cluster(Tier::Admin, 1, vec![(Action::Deny, rule("d", &["x.com"], &["any"]))]));
+    let mut o = shop()
+        .own("p", allow(&["a.com", "*.b.com"]))
+        .clustered("c", cluster(Tier::Admin, 1, vec![(Action::Deny, rule("d", &["x.com"], &["any"]))]));
     o.namespaces.insert("other".into(), Namespace { uid: "u-other".into(), managed: true, ..Namespace::default() });
     o.pods.insert(("other".into(), "p".into()), pod("10.3.0.1", &[]));
     let w = o.world();
     let g = w.group_of(ip("10.1.0.1")).unwrap();
     let class = g.scope().class(ip("192.0.2.1"), &[name("a.com"), name("q.b.com")]);
-    assert_eq!(class, g.scope().class(ip("192.0.2.9"), &[name("z.b.com"), name("a.com"), name("y.b.com")]), "rules, not names");
+    assert_eq!(
+        class,
+        g.scope().class(ip("192.0.2.9"), &[name("z.b.com"), name("a.com"), name("y.b.com")]),
+        "rules, not names"
+    );
     let same = World::compile(&o, UnixSeconds(1001), Some(&w));
     assert!(w.groups().iter().zip(same.groups()).all(|(a, b)| Arc::ptr_eq(a, b)));
     assert!(same.changed_scopes(&w).is_empty());
@@ -250,7 +265,10 @@ fn keys_are_stable_and_unchanged_parts_are_shared() {
 
 #[test]
 fn what_is_pushed_hangs_together() {
-    let o = shop().own("p", policy(vec![rule("r", &["a.com", "*.b.com"], &["443"]), rule("c", &["203.0.113.0/24"], &["443"])], vec![]));
+    let o = shop().own(
+        "p",
+        policy(vec![rule("r", &["a.com", "*.b.com"], &["443"]), rule("c", &["203.0.113.0/24"], &["443"])], vec![]),
+    );
     let w = o.world();
     let g = w.group_of(ip("10.1.0.1")).unwrap();
     let scope = g.scope().key();
@@ -260,7 +278,10 @@ fn what_is_pushed_hangs_together() {
     let parts = w.node_state_parts(ahead.iter().map(|c| (scope, *c)));
     assert!(parts.grants.contains_key(&(g.key(), learnt)));
     let e = &parts.endpoints[&ip("10.1.0.1")];
-    assert_eq!((e.node.as_str(), e.pod.as_str(), e.touch, e.member), ("n1", "web", Touch::Isolated, Some((scope, g.key()))));
+    assert_eq!(
+        (e.node.as_str(), e.pod.as_str(), e.touch, e.member),
+        ("n1", "web", Touch::Isolated, Some((scope, g.key())))
+    );
     assert_eq!(parts.scopes[&scope].pool.as_ref(), "default");
     let group = &parts.groups[&g.key()];
     assert!(group.isolated && !group.audit && group.admin.is_none());

@@ -64,9 +64,13 @@ fn names_in_dns() {
 
 #[test]
 fn a_deny_overrides_allows_of_all_own_policies() {
-    let o = shop()
-        .own("a", policy(vec![rule("all", &["**.stripe.com"], &["443", "80"])], vec![]))
-        .own("b", policy(vec![], vec![rule("legacy", &["old.stripe.com"], &["any"]), rule("part", &["half.stripe.com"], &["80"])]));
+    let o = shop().own("a", policy(vec![rule("all", &["**.stripe.com"], &["443", "80"])], vec![])).own(
+        "b",
+        policy(
+            vec![],
+            vec![rule("legacy", &["old.stripe.com"], &["any"]), rule("part", &["half.stripe.com"], &["80"])],
+        ),
+    );
     let g = o.group();
     assert_eq!(g.to("old.stripe.com", 443).reason, Reason::DeniedByPolicy);
     assert_eq!(g.to("old.stripe.com", 443).rule.unwrap().rule.as_ref(), "legacy");
@@ -146,7 +150,14 @@ fn at_equal_priority_deny_comes_before_accept_and_both_are_conflicted() {
 
 #[test]
 fn baseline_holds_where_no_own_policy_selects_the_pod() {
-    let base = cluster(Tier::Baseline, 1, vec![(Action::Accept, rule("b", &["base.com"], &["443"])), (Action::Deny, rule("d", &["198.51.100.0/24"], &["any"]))]);
+    let base = cluster(
+        Tier::Baseline,
+        1,
+        vec![
+            (Action::Accept, rule("b", &["base.com"], &["443"])),
+            (Action::Deny, rule("d", &["198.51.100.0/24"], &["any"])),
+        ],
+    );
     let managed = shop().with_ns(|n| n.managed = true).clustered("b", base.clone());
     let g = managed.group();
     assert_eq!(g.to("base.com", 443).via, TLS);
@@ -159,7 +170,10 @@ fn baseline_holds_where_no_own_policy_selects_the_pod() {
 
 #[test]
 fn ceilings_bound_grants_per_connection() {
-    let own = policy(vec![rule("r", &["**.example.com", "evil.net"], &["443", "8080"]), rule("c", &["203.0.113.0/24"], &["443"])], vec![]);
+    let own = policy(
+        vec![rule("r", &["**.example.com", "evil.net"], &["443", "8080"]), rule("c", &["203.0.113.0/24"], &["443"])],
+        vec![],
+    );
     let o = shop()
         .own("p", own)
         .clustered("saas", ceiling(&["*.example.com", "203.0.113.0/25"], &["443"], &[]))
@@ -171,7 +185,10 @@ fn ceilings_bound_grants_per_connection() {
     assert!(d.explanation.steps.iter().any(|s| s.said == Said::AboveCeiling("saas".into())));
     assert_eq!(g.to("a.b.example.com", 443).reason, Reason::AboveCeiling);
     assert_eq!(g.to("evil.org", 8080).via, TLS, "a ceiling does not bound cluster policies");
-    assert_eq!((g.to_ip("203.0.113.1", 443).via, g.to_ip("203.0.113.200", 443).reason), (FORWARD, Reason::AboveCeiling));
+    assert_eq!(
+        (g.to_ip("203.0.113.1", 443).via, g.to_ip("203.0.113.200", 443).reason),
+        (FORWARD, Reason::AboveCeiling)
+    );
     let d = g.name("evil.net", 1);
     assert_eq!((d.reason, d.rule.unwrap().rule.as_ref()), (Reason::AboveCeiling, "r"));
     let issues: Vec<String> = o.world().issues().iter().map(ToString::to_string).collect();
@@ -226,7 +243,13 @@ fn weakenings_need_a_permit_where_a_ceiling_selects_the_pod() {
 
 #[test]
 fn inspection_wins_over_prefixes_and_name_denies_hold_for_both() {
-    let o = shop().own("p", policy(vec![rule("n", &["a.com"], &["443"]), rule("c", &["192.0.2.0/24"], &["443", "80"])], vec![rule("d", &["bad.com"], &["443"])]));
+    let o = shop().own(
+        "p",
+        policy(
+            vec![rule("n", &["a.com"], &["443"]), rule("c", &["192.0.2.0/24"], &["443", "80"])],
+            vec![rule("d", &["bad.com"], &["443"])],
+        ),
+    );
     let g = o.group();
     assert_eq!((g.to("a.com", 443).via, g.to("a.com", 80).via, g.to_ip("192.0.2.1", 443).via), (TLS, FORWARD, FORWARD));
     assert_eq!(g.to("a.com", 443).rule.unwrap().rule.as_ref(), "n");
@@ -290,7 +313,14 @@ fn metadata_and_encrypted_dns_are_closed_to_isolated_pods() {
 fn in_cluster_destinations_pass() {
     let mut o = shop().own("p", policy(vec![rule("r", &["a.com"], &["443"])], vec![]));
     o.settings.cluster_prefixes = vec!["10.96.0.0/16".parse().unwrap()];
-    o.nodes.insert("n1".into(), Node { addresses: vec![ip("192.168.0.1")], pod_prefixes: vec!["fd00:1::/64".parse().unwrap()], ..Node::default() });
+    o.nodes.insert(
+        "n1".into(),
+        Node {
+            addresses: vec![ip("192.168.0.1")],
+            pod_prefixes: vec!["fd00:1::/64".parse().unwrap()],
+            ..Node::default()
+        },
+    );
     let g = o.group();
     for a in ["10.96.3.4", "192.168.0.1", "fd00:1::9"] {
         assert_eq!(g.to_ip(a, 22).via, Via::Pass, "{a}");
@@ -302,7 +332,13 @@ fn in_cluster_destinations_pass() {
 
 #[test]
 fn a_denied_prefix_is_left_out_of_answers() {
-    let o = shop().own("p", policy(vec![rule("r", &["a.com"], &["443"])], vec![rule("d", &["198.51.100.0/24"], &["any"]), rule("e", &["203.0.113.0/24"], &["80"])]));
+    let o = shop().own(
+        "p",
+        policy(
+            vec![rule("r", &["a.com"], &["443"])],
+            vec![rule("d", &["198.51.100.0/24"], &["any"]), rule("e", &["203.0.113.0/24"], &["80"])],
+        ),
+    );
     use tidegate_policy::world::AddressDecision::*;
     let g = o.group();
     assert_eq!(g.address("a.com", ip("198.51.100.1")), Filter(Reason::DeniedByPolicy));

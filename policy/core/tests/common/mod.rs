@@ -1,5 +1,6 @@
 //! Objects for tests, in few words.
 #![allow(dead_code, reason = "each test binary uses its own part")]
+#![allow(clippy::unwrap_used, reason = "texts of tests are well formed")]
 
 use std::net::IpAddr;
 use std::sync::Arc;
