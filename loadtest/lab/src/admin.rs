@@ -20,10 +20,7 @@ pub fn get(namespace: &str, address: SocketAddr, path: &str) -> Result<(u16, Str
         let limit = Duration::from_secs(5);
         let mut stream = TcpStream::connect_timeout(&address, limit)?;
         stream.set_read_timeout(Some(limit))?;
-        write!(
-            stream,
-            "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"
-        )?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
         let mut answer = Vec::new();
         stream.take(MAX_ANSWER).read_to_end(&mut answer)?;
         parse(&answer)
@@ -33,11 +30,7 @@ pub fn get(namespace: &str, address: SocketAddr, path: &str) -> Result<(u16, Str
 fn parse(answer: &[u8]) -> Result<(u16, String)> {
     let text = String::from_utf8_lossy(answer);
     let (head, body) = text.split_once("\r\n\r\n").context("the answer is not HTTP")?;
-    let status = head
-        .split(' ')
-        .nth(1)
-        .and_then(|s| s.parse().ok())
-        .context("the answer has no status")?;
+    let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).context("the answer has no status")?;
     let chunked = head.to_ascii_lowercase().contains("transfer-encoding: chunked");
     Ok((status, if chunked { unchunk(body) } else { body.to_owned() }))
 }
@@ -62,10 +55,7 @@ mod tests {
 
     #[test]
     fn answers_are_read() {
-        assert_eq!(
-            parse(b"HTTP/1.1 503 Not ready\r\nA: b\r\n\r\nwaiting").unwrap(),
-            (503, "waiting".into())
-        );
+        assert_eq!(parse(b"HTTP/1.1 503 Not ready\r\nA: b\r\n\r\nwaiting").unwrap(), (503, "waiting".into()));
         let chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2;x=y\r\nde\r\n0\r\n\r\n";
         assert_eq!(parse(chunked).unwrap(), (200, "abcde".into()));
         assert!(parse(b"nonsense").is_err());

@@ -12,9 +12,7 @@ pub fn resolv_conf(scenario: &Scenario, namespace: &str) -> String {
     for server in scenario.cluster_dns_servers() {
         text.push_str(&format!("nameserver {}\n", server.ip()));
     }
-    text.push_str(&format!(
-        "search {namespace}.svc.{CLUSTER_DOMAIN} svc.{CLUSTER_DOMAIN} {CLUSTER_DOMAIN}\n"
-    ));
+    text.push_str(&format!("search {namespace}.svc.{CLUSTER_DOMAIN} svc.{CLUSTER_DOMAIN} {CLUSTER_DOMAIN}\n"));
     text.push_str("options ndots:5 timeout:2 attempts:2\n");
     text
 }
@@ -24,11 +22,7 @@ pub fn cluster_zone(scenario: &Scenario) -> Result<Zone> {
     let mut names = Vec::new();
     for service in &scenario.services {
         let name = format!("{}.{}.svc.{CLUSTER_DOMAIN}", service.name, service.namespace);
-        let mut spec = NameSpec {
-            name: name.clone(),
-            ttl: 5,
-            ..NameSpec::default()
-        };
+        let mut spec = NameSpec { name: name.clone(), ttl: 5, ..NameSpec::default() };
         for pod in &service.pods {
             let pod = scenario.pod(&format!("{}/{pod}", service.namespace))?;
             spec.ipv4.extend(pod.ipv4);
@@ -44,9 +38,5 @@ pub fn cluster_zone(scenario: &Scenario) -> Result<Zone> {
         }
         names.push(spec);
     }
-    Ok(Zone {
-        suffixes: product::suffixes(scenario),
-        names,
-        any_name: None,
-    })
+    Ok(Zone { suffixes: product::suffixes(scenario), names, any_name: None })
 }

@@ -43,10 +43,7 @@ impl Options {
     pub fn unique(prefix: &str) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        Self {
-            name: format!("{prefix}-{}-{n}", std::process::id()),
-            ..Self::default()
-        }
+        Self { name: format!("{prefix}-{}-{n}", std::process::id()), ..Self::default() }
     }
 }
 
@@ -63,9 +60,7 @@ pub struct Lab {
 /// Whether a path is a mount point.
 pub fn is_mount(path: &Path) -> bool {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    mounts
-        .lines()
-        .any(|line| line.split(' ').nth(4).is_some_and(|p| Path::new(p) == path))
+    mounts.lines().any(|line| line.split(' ').nth(4).is_some_and(|p| Path::new(p) == path))
 }
 
 /// Waits until something is there, looking every 20 ms.
@@ -84,19 +79,11 @@ pub fn wait_for<T>(limit: Duration, mut look: impl FnMut() -> Option<T>) -> Opti
 
 /// Says in one sentence what this machine lacks.
 fn preflight() -> Result<()> {
-    ensure!(
-        nix::unistd::geteuid().is_root(),
-        "the lab makes network namespaces: run it as root"
-    );
+    ensure!(nix::unistd::geteuid().is_root(), "the lab makes network namespaces: run it as root");
     let release = nix::sys::utsname::uname()?.release().to_string_lossy().into_owned();
     let mut parts = release.split(['.', '-']).map_while(|p| p.parse::<u32>().ok());
     let version = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
-    ensure!(
-        version >= KERNEL,
-        "this kernel is {release}; the lab needs {}.{} or newer (tcx)",
-        KERNEL.0,
-        KERNEL.1
-    );
+    ensure!(version >= KERNEL, "this kernel is {release}; the lab needs {}.{} or newer (tcx)", KERNEL.0, KERNEL.1);
     for (tool, package) in [("ip", "iproute2"), ("nft", "nftables"), ("timeout", "coreutils")] {
         let found = std::env::var_os("PATH").unwrap_or_default();
         let found = std::env::split_paths(&found).any(|folder| folder.join(tool).is_file());
@@ -109,18 +96,8 @@ fn preflight() -> Result<()> {
 fn binaries(options: &Options) -> Result<(PathBuf, PathBuf)> {
     let exe = std::env::current_exe()?;
     // A test runs from target/debug/deps, the binaries are one folder up.
-    let beside = |name: &str| {
-        exe.ancestors()
-            .skip(1)
-            .take(2)
-            .map(|f| f.join(name))
-            .find(|p| p.is_file())
-    };
-    let lab = options
-        .lab
-        .clone()
-        .or_else(|| beside("tidegate-lab"))
-        .context("the binary tidegate-lab is not built")?;
+    let beside = |name: &str| exe.ancestors().skip(1).take(2).map(|f| f.join(name)).find(|p| p.is_file());
+    let lab = options.lab.clone().or_else(|| beside("tidegate-lab")).context("the binary tidegate-lab is not built")?;
     let tidegate = options
         .tidegate
         .clone()
@@ -144,16 +121,8 @@ impl Lab {
             tidegate.display()
         );
         let state = State::create(&options.name, scenario)?;
-        let layout = Layout {
-            folder: state::folder(&options.name),
-        };
-        let mut this = Self {
-            state,
-            layout,
-            lab,
-            tidegate,
-            owned: true,
-        };
+        let layout = Layout { folder: state::folder(&options.name) };
+        let mut this = Self { state, layout, lab, tidegate, owned: true };
         this.build().context("the lab did not come up")?;
         Ok(this)
     }
@@ -176,15 +145,7 @@ impl Lab {
     pub fn guard(&self, pid: i32) -> Result<()> {
         let started = state::start_time(pid).with_context(|| format!("there is no process {pid}"))?;
         Command::new(&self.lab)
-            .args([
-                "guard",
-                "--name",
-                &self.state.name,
-                "--pid",
-                &pid.to_string(),
-                "--started",
-                &started.to_string(),
-            ])
+            .args(["guard", "--name", &self.state.name, "--pid", &pid.to_string(), "--started", &started.to_string()])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -200,16 +161,8 @@ impl Lab {
     /// When there is none of this name.
     pub fn open(name: &str) -> Result<Self> {
         let (lab, tidegate) = binaries(&Options::default())?;
-        let layout = Layout {
-            folder: state::folder(name),
-        };
-        Ok(Self {
-            state: State::load(name)?,
-            layout,
-            lab,
-            tidegate,
-            owned: false,
-        })
+        let layout = Layout { folder: state::folder(name) };
+        Ok(Self { state: State::load(name)?, layout, lab, tidegate, owned: false })
     }
 
     /// Lets it run on when this process ends.
@@ -229,15 +182,9 @@ impl Lab {
     fn build(&mut self) -> Result<()> {
         self.layout.create()?;
         product::write(&self.state.scenario, &self.layout)?;
-        fs::write(
-            self.resolv_conf(SYSTEM_NAMESPACE),
-            resolv_conf(&self.state.scenario, SYSTEM_NAMESPACE),
-        )?;
+        fs::write(self.resolv_conf(SYSTEM_NAMESPACE), resolv_conf(&self.state.scenario, SYSTEM_NAMESPACE))?;
         for namespace in &self.state.scenario.namespaces {
-            fs::write(
-                self.resolv_conf(&namespace.name),
-                resolv_conf(&self.state.scenario, &namespace.name),
-            )?;
+            fs::write(self.resolv_conf(&namespace.name), resolv_conf(&self.state.scenario, &namespace.name))?;
         }
         world::build(&mut self.state)?;
         self.start_servers()?;
@@ -258,21 +205,12 @@ impl Lab {
         let path = self.layout.bpffs();
         self.state.bpffs = Some(path.clone());
         self.state.save()?;
-        nix::mount::mount(
-            Some("bpf"),
-            &path,
-            Some("bpf"),
-            nix::mount::MsFlags::empty(),
-            None::<&str>,
-        )
-        .context("this kernel has no BPF filesystem")
+        nix::mount::mount(Some("bpf"), &path, Some("bpf"), nix::mount::MsFlags::empty(), None::<&str>)
+            .context("this kernel has no BPF filesystem")
     }
 
     fn resolv_conf(&self, namespace: &str) -> PathBuf {
-        self.layout
-            .folder
-            .join("config")
-            .join(format!("resolv.{namespace}.conf"))
+        self.layout.folder.join("config").join(format!("resolv.{namespace}.conf"))
     }
 
     fn start_servers(&mut self) -> Result<()> {
@@ -282,11 +220,7 @@ impl Lab {
         let signer = Some((certificate.clone(), certificate.with_extension("key")));
         let serve = self.layout.folder.join("serve");
 
-        let servers = scenario
-            .internet
-            .resolvers
-            .iter()
-            .chain(&scenario.internet.public_resolvers);
+        let servers = scenario.internet.resolvers.iter().chain(&scenario.internet.public_resolvers);
         let zone = Zone {
             suffixes: vec![String::new()],
             names: scenario.internet.names.clone(),
@@ -299,48 +233,25 @@ impl Lab {
             log: serve.join("internet.queries.jsonl"),
         };
         state::replace(&internet_dns.zone, &serde_json::to_vec_pretty(&zone)?)?;
-        let mut jobs = vec![(
-            "internet".to_owned(),
-            scenario.internet.listen.clone(),
-            Some(internet_dns),
-        )];
+        let mut jobs = vec![("internet".to_owned(), scenario.internet.listen.clone(), Some(internet_dns))];
 
         let key = scenario.pod(&scenario.cluster_dns)?.key();
         let cluster_dns = serve::Dns {
             addresses: scenario.cluster_dns_servers(),
             zone: serve.join("cluster.zone.json"),
-            forward: scenario
-                .internet
-                .resolvers
-                .iter()
-                .find(|ip| ip.is_ipv4())
-                .map(|ip| SocketAddr::new(*ip, 53)),
+            forward: scenario.internet.resolvers.iter().find(|ip| ip.is_ipv4()).map(|ip| SocketAddr::new(*ip, 53)),
             log: serve.join("cluster.queries.jsonl"),
         };
-        state::replace(
-            &cluster_dns.zone,
-            &serde_json::to_vec_pretty(&cluster_zone(&scenario)?)?,
-        )?;
+        state::replace(&cluster_dns.zone, &serde_json::to_vec_pretty(&cluster_zone(&scenario)?)?)?;
         jobs.push((key, Listen::default(), Some(cluster_dns)));
-        jobs.extend(
-            scenario
-                .pods
-                .iter()
-                .filter(|p| !p.listen.is_empty())
-                .map(|p| (p.key(), p.listen.clone(), None)),
-        );
+        jobs.extend(scenario.pods.iter().filter(|p| !p.listen.is_empty()).map(|p| (p.key(), p.listen.clone(), None)));
 
         let mut waiting = Vec::new();
         for (place, listen, dns) in jobs {
             let file = place.replace('/', ".");
             let ready = serve.join(format!("{file}.ready"));
             let config = serve.join(format!("{file}.json"));
-            let value = serve::Config {
-                ready: ready.clone(),
-                listen,
-                authority: signer.clone(),
-                dns,
-            };
+            let value = serve::Config { ready: ready.clone(), listen, authority: signer.clone(), dns };
             fs::write(&config, serde_json::to_vec_pretty(&value)?)?;
             let name = format!("serve {place}");
             let mut command = Command::new(&self.lab);
@@ -349,15 +260,8 @@ impl Lab {
             waiting.push((process, ready));
         }
         for (process, ready) in waiting {
-            let up = wait_for(SERVE_LIMIT, || {
-                (ready.exists() || !process.is_alive()).then(|| ready.exists())
-            });
-            ensure!(
-                up == Some(true),
-                "`{}` does not serve: {}",
-                process.name,
-                self.last_words(&process.name)
-            );
+            let up = wait_for(SERVE_LIMIT, || (ready.exists() || !process.is_alive()).then(|| ready.exists()));
+            ensure!(up == Some(true), "`{}` does not serve: {}", process.name, self.last_words(&process.name));
         }
         Ok(())
     }
@@ -374,9 +278,7 @@ impl Lab {
             // A group of its own: Ctrl-C at the terminal is for the lab, which then stops it in order.
             .process_group(0);
         let child = netns::spawn(netns, None, &mut command)?;
-        self.state
-            .add_process(name, child.id())
-            .with_context(|| self.last_words(name))?;
+        self.state.add_process(name, child.id()).with_context(|| self.last_words(name))?;
         self.state.processes.last().cloned().context("no process was recorded")
     }
 
@@ -385,11 +287,7 @@ impl Lab {
         let log = fs::read_to_string(self.layout.log(name)).unwrap_or_default();
         let lines: Vec<&str> = log.lines().rev().filter(|l| !l.trim().is_empty()).take(3).collect();
         let words = lines.into_iter().rev().collect::<Vec<_>>().join(" | ");
-        if words.is_empty() {
-            format!("{} is empty", self.layout.log(name).display())
-        } else {
-            words
-        }
+        if words.is_empty() { format!("{} is empty", self.layout.log(name).display()) } else { words }
     }
 
     /// Names of the product's processes: nodes for agents, then gateways.
@@ -398,9 +296,7 @@ impl Lab {
             return Vec::new();
         }
         let nodes = self.state.scenario.nodes.iter().map(|n| n.name.clone());
-        nodes
-            .chain(self.state.scenario.gateways.iter().map(|g| g.name.clone()))
-            .collect()
+        nodes.chain(self.state.scenario.gateways.iter().map(|g| g.name.clone())).collect()
     }
 
     /// Starts a process of the product: an agent by its node's name, a gateway by its own.
@@ -408,11 +304,7 @@ impl Lab {
     /// # Errors
     /// When there is none of this name or it ends at once.
     pub fn start(&mut self, name: &str) -> Result<()> {
-        let role = if self.state.scenario.node(name).is_ok() {
-            "agent"
-        } else {
-            "gateway"
-        };
+        let role = if self.state.scenario.node(name).is_ok() { "agent" } else { "gateway" };
         let netns = self.place(name)?.netns;
         let mut command = Command::new(&self.tidegate);
         command.arg(role).arg("--config").arg(self.layout.config(name));
@@ -443,10 +335,7 @@ impl Lab {
         match ready {
             Some(true) => Ok(()),
             Some(false) => bail!("{name} ended: {}", self.last_words(name)),
-            None => bail!(
-                "{name} is not ready: {last}; its log ends with: {}",
-                self.last_words(name)
-            ),
+            None => bail!("{name} is not ready: {last}; its log ends with: {}", self.last_words(name)),
         }
     }
 
@@ -479,11 +368,7 @@ impl Lab {
     /// # Errors
     /// When there is none of this name.
     pub fn process(&self, name: &str) -> Result<&Process> {
-        self.state
-            .processes
-            .iter()
-            .find(|p| p.name == name)
-            .with_context(|| format!("no process is called {name:?}"))
+        self.state.processes.iter().find(|p| p.name == name).with_context(|| format!("no process is called {name:?}"))
     }
 
     /// Every recorded process.
@@ -519,12 +404,7 @@ impl Lab {
         let scenario = &self.state.scenario;
         let bare = matches!(name, "fabric" | "router" | "internet") || scenario.node(name).is_ok();
         if bare {
-            return Ok(Place {
-                lab: self,
-                name: name.into(),
-                netns: self.state.netns(name),
-                resolv: None,
-            });
+            return Ok(Place { lab: self, name: name.into(), netns: self.state.netns(name), resolv: None });
         }
         let pod = scenario.pod(name)?;
         Ok(Place {
@@ -551,10 +431,7 @@ impl Drop for Lab {
             return;
         }
         if std::env::var_os("TIDEGATE_LAB_KEEP").is_some() {
-            eprintln!(
-                "the lab {0} stays: `tidegate-lab down --name {0}` ends it",
-                self.state.name
-            );
+            eprintln!("the lab {0} stays: `tidegate-lab down --name {0}` ends it", self.state.name);
             return;
         }
         if let Err(e) = self.state.tear_down() {

@@ -112,13 +112,7 @@ fn run(command: Do) -> Result<ExitCode> {
             if bare {
                 scenario.tidegate = None;
             }
-            let lab = Lab::up(
-                scenario,
-                &Options {
-                    name,
-                    ..Options::default()
-                },
-            )?;
+            let lab = Lab::up(scenario, &Options { name, ..Options::default() })?;
             show(&lab);
             println!("try: tidegate-lab exec --name {} POD -- COMMAND", lab.name());
             lab.detach();
@@ -138,18 +132,12 @@ fn run(command: Do) -> Result<ExitCode> {
         Do::Down { name, all } => {
             let names = if all { state::instances() } else { vec![name] };
             for name in names {
-                Lab::open(&name)?
-                    .down()
-                    .with_context(|| format!("{name} did not go down cleanly"))?;
+                Lab::open(&name)?.down().with_context(|| format!("{name} did not go down cleanly"))?;
             }
         }
         Do::Demo { point, keep } => return demo(&point, keep),
         Do::Guard { name, pid, started } => {
-            let process = state::Process {
-                name: "guarded".into(),
-                pid,
-                started,
-            };
+            let process = state::Process { name: "guarded".into(), pid, started };
             while process.is_alive() {
                 std::thread::sleep(std::time::Duration::from_millis(100));
             }
@@ -165,11 +153,7 @@ fn run(command: Do) -> Result<ExitCode> {
 /// Plays the story; an interrupt takes the lab down too.
 fn demo(points: &[u8], keep: bool) -> Result<ExitCode> {
     use nix::sys::signal::{SigSet, Signal};
-    let name = if keep {
-        "demo".to_owned()
-    } else {
-        Options::unique("demo").name
-    };
+    let name = if keep { "demo".to_owned() } else { Options::unique("demo").name };
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);
     signals.add(Signal::SIGTERM);
@@ -187,13 +171,7 @@ fn demo(points: &[u8], keep: bool) -> Result<ExitCode> {
         }
     });
     let begun = std::time::Instant::now();
-    let mut lab = Lab::up(
-        Scenario::load(&demo_scenario())?,
-        &Options {
-            name,
-            ..Options::default()
-        },
-    )?;
+    let mut lab = Lab::up(Scenario::load(&demo_scenario())?, &Options { name, ..Options::default() })?;
     println!(
         "the lab is up after {:.1} s: {} pods on {} nodes, {} gateways",
         begun.elapsed().as_secs_f32(),
@@ -209,11 +187,7 @@ fn demo(points: &[u8], keep: bool) -> Result<ExitCode> {
     } else {
         lab.down()?;
     }
-    Ok(if surprises == 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(if surprises == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// One line for each process and pod.

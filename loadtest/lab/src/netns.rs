@@ -42,20 +42,8 @@ pub fn enter_thread(netns: &str) -> io::Result<()> {
 pub fn own_resolv_conf(resolv_conf: &Path) -> io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     // Slave and not private: what is unmounted outside, as bpffs when the lab goes down, must go here too.
-    mount(
-        None::<&str>,
-        "/",
-        None::<&str>,
-        MsFlags::MS_SLAVE | MsFlags::MS_REC,
-        None::<&str>,
-    )?;
-    mount(
-        Some(resolv_conf),
-        "/etc/resolv.conf",
-        None::<&str>,
-        MsFlags::MS_BIND,
-        None::<&str>,
-    )?;
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)?;
+    mount(Some(resolv_conf), "/etc/resolv.conf", None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
     Ok(())
 }
 
@@ -79,9 +67,7 @@ pub fn spawn(netns: &str, resolv_conf: Option<&Path>, command: &mut Command) -> 
         if let Some(resolv) = resolv_conf {
             own_resolv_conf(resolv).context("cannot mount resolv.conf")?;
         }
-        command
-            .spawn()
-            .with_context(|| format!("cannot start {:?}", command.get_program()))
+        command.spawn().with_context(|| format!("cannot start {:?}", command.get_program()))
     })?
 }
 
@@ -112,8 +98,18 @@ pub fn nft(netns: &str, rules: &str) -> Result<()> {
     within(netns, || checked(Command::new("nft").args(["-f", "-"]), Some(rules)))?
 }
 
+/// The text of a table of family `inet`.
+pub fn nft_list(netns: &str, table: &str) -> Result<String> {
+    within(netns, || output(Command::new("nft").args(["list", "table", "inet", table]), None))?
+}
+
 /// Runs a command to its end; an error carries what it wrote.
 fn checked(command: &mut Command, input: Option<&str>) -> Result<()> {
+    output(command, input).map(drop)
+}
+
+/// As [`checked`], and gives its standard output.
+fn output(command: &mut Command, input: Option<&str>) -> Result<String> {
     let mut child = command
         .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
         .stdout(Stdio::piped())
@@ -132,5 +128,5 @@ fn checked(command: &mut Command, input: Option<&str>) -> Result<()> {
             String::from_utf8_lossy(&out.stdout).trim()
         );
     }
-    Ok(())
+    Ok(String::from_utf8_lossy(&out.stdout).into_owned())
 }

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -13,13 +14,59 @@ use crate::lab::{Lab, wait_for};
 use crate::product::{self, AGENT_ADMIN, GATEWAY_ADMIN};
 use crate::scenario::NameSpec;
 use crate::serve::zone::Zone;
-use crate::{admin, state};
+use crate::{admin, netns, state};
 
 /// Where the audit logs ended at some moment.
 #[derive(Clone, Debug, Default)]
 pub struct Mark(BTreeMap<String, u64>);
 
+/// Counts packets that pass the router, until it is dropped.
+#[derive(Debug)]
+pub struct Watch {
+    netns: String,
+    table: String,
+}
+
+impl Watch {
+    /// How many were seen so far.
+    ///
+    /// # Errors
+    /// When the counter cannot be read.
+    pub fn packets(&self) -> Result<u64> {
+        let text = netns::nft_list(&self.netns, &self.table)?;
+        let count = text.split_once("counter packets ").and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
+        count.with_context(|| format!("no counter in {text}"))
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // It goes with its namespace at the latest.
+        let _ = netns::nft(&self.netns, &format!("delete table inet {}", self.table));
+    }
+}
+
 impl Lab {
+    /// Starts to count the packets to an address that pass the router, on whatever way they came there. `matches` is
+    /// a further nft match, or empty.
+    ///
+    /// # Errors
+    /// When nft refuses it.
+    pub fn watch(&self, to: IpAddr, matches: &str) -> Result<Watch> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let table = format!("lab-watch-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let family = if to.is_ipv4() { "ip" } else { "ip6" };
+        let netns = self.place("router")?.netns().to_owned();
+        netns::nft(
+            &netns,
+            &format!(
+                "table inet {table} {{ chain seen {{ type filter hook prerouting priority raw; policy accept; \
+                 {family} daddr {to} {matches} counter; }}; }}"
+            ),
+        )?;
+        Ok(Watch { netns, table })
+    }
+
     /// Asks a process's admin port.
     ///
     /// # Errors
@@ -27,11 +74,7 @@ impl Lab {
     pub fn admin(&self, name: &str, path: &str) -> Result<(u16, String)> {
         let agent = self.scenario().node(name).is_ok();
         let port = if agent { AGENT_ADMIN } else { GATEWAY_ADMIN };
-        admin::get(
-            &self.place(name)?.netns,
-            SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port),
-            path,
-        )
+        admin::get(&self.place(name)?.netns, SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port), path)
     }
 
     /// The metrics of a node's agent or of a gateway.
@@ -55,11 +98,7 @@ impl Lab {
     /// Where all audit logs end now.
     pub fn mark(&self) -> Mark {
         let names = self.product_names().into_iter();
-        Mark(
-            names
-                .map(|n| (n.clone(), fs::metadata(self.layout().audit(&n)).map_or(0, |m| m.len())))
-                .collect(),
-        )
+        Mark(names.map(|n| (n.clone(), fs::metadata(self.layout().audit(&n)).map_or(0, |m| m.len()))).collect())
     }
 
     /// The audit records of a node's agent or a gateway since a mark.
@@ -75,18 +114,13 @@ impl Lab {
         file.read_to_string(&mut text)?;
         // The last line may still be on its way.
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-        whole
-            .lines()
-            .map(|l| serde_json::from_str(l).with_context(|| format!("audit of {name}: {l}")))
-            .collect()
+        whole.lines().map(|l| serde_json::from_str(l).with_context(|| format!("audit of {name}: {l}"))).collect()
     }
 
     /// Waits up to 3 s for a record that fits, at any of the named processes.
     pub fn wait_audit(&self, names: &[&str], since: &Mark, fits: impl Fn(&Value) -> bool) -> Option<Value> {
         wait_for(Duration::from_secs(3), || {
-            names
-                .iter()
-                .find_map(|n| self.audit(n, since).unwrap_or_default().into_iter().find(|r| fits(r)))
+            names.iter().find_map(|n| self.audit(n, since).unwrap_or_default().into_iter().find(|r| fits(r)))
         })
     }
 
@@ -123,15 +157,9 @@ impl Lab {
     /// When the scenario has no such namespace.
     pub fn annotate(&self, namespace: &str, annotations: &[(&str, &str)]) -> Result<()> {
         let known = self.scenario().namespaces.iter().find(|n| n.name == namespace);
-        let mut labels = known
-            .with_context(|| format!("there is no namespace {namespace:?}"))?
-            .labels
-            .clone();
+        let mut labels = known.with_context(|| format!("there is no namespace {namespace:?}"))?.labels.clone();
         labels.insert("kubernetes.io/metadata.name".into(), namespace.into());
-        let annotations = annotations
-            .iter()
-            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-            .collect();
+        let annotations = annotations.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         let object = product::namespace_object(namespace, &labels, &annotations);
         self.edit_manifest(&format!("namespace-{namespace}.yaml"), &product::yaml(&object)?)
     }

@@ -59,10 +59,7 @@ impl Place<'_> {
     ///
     /// # Panics
     /// When it cannot be started: for tests and the demo, whose commands `up` has checked.
-    #[expect(
-        clippy::expect_used,
-        reason = "a test that cannot start its client has nothing to go on with"
-    )]
+    #[expect(clippy::expect_used, reason = "a test that cannot start its client has nothing to go on with")]
     pub fn run<S: AsRef<std::ffi::OsStr>>(&self, command: &[S]) -> Output {
         self.try_run(command).expect("the command starts")
     }
@@ -74,10 +71,7 @@ impl Place<'_> {
     pub fn try_run<S: AsRef<std::ffi::OsStr>>(&self, command: &[S]) -> Result<Output> {
         let mut limited = Command::new("timeout");
         limited.args(["-k", "1", RUN_SECONDS]).args(command);
-        limited
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+        limited.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         self.environment(&mut limited);
         let child = netns::spawn(&self.netns, self.resolv.as_deref(), &mut limited)?;
         let out = child.wait_with_output()?;
@@ -96,24 +90,12 @@ impl Place<'_> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let (program, arguments) = command.split_first().context("the command is empty")?;
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        let out = self
-            .lab
-            .layout()
-            .folder
-            .join("run")
-            .join(format!("{}.{n}.out", std::process::id()));
+        let out = self.lab.layout().folder.join("run").join(format!("{}.{n}.out", std::process::id()));
         let file = File::create(&out)?;
         let mut command = Command::new(program);
-        command
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(file.try_clone()?)
-            .stderr(file);
+        command.args(arguments).stdin(Stdio::piped()).stdout(file.try_clone()?).stderr(file);
         self.environment(&mut command);
-        Ok(Running {
-            child: netns::spawn(&self.netns, self.resolv.as_deref(), &mut command)?,
-            out,
-        })
+        Ok(Running { child: netns::spawn(&self.netns, self.resolv.as_deref(), &mut command)?, out })
     }
 
     /// Runs a closure in a thread inside the place's network namespace.
@@ -129,9 +111,7 @@ impl Place<'_> {
     /// # Errors
     /// Always: it returns only when that fails.
     pub fn exec(&self, command: &[String]) -> Result<std::convert::Infallible> {
-        let (program, arguments) = command
-            .split_first()
-            .context("what should run there? exec POD -- COMMAND …")?;
+        let (program, arguments) = command.split_first().context("what should run there? exec POD -- COMMAND …")?;
         netns::enter_thread(&self.netns).with_context(|| format!("cannot enter {}", self.name))?;
         if let Some(resolv) = &self.resolv {
             netns::own_resolv_conf(resolv).context("cannot mount resolv.conf")?;
@@ -145,10 +125,7 @@ impl Place<'_> {
     /// What every command gets: the mark of the lab, and trust in the internet's authority.
     fn environment(&self, command: &mut Command) {
         let ca = self.lab.internet_ca();
-        command
-            .env(MARKER, self.lab.name())
-            .env("CURL_CA_BUNDLE", &ca)
-            .env("SSL_CERT_FILE", &ca);
+        command.env(MARKER, self.lab.name()).env("CURL_CA_BUNDLE", &ca).env("SSL_CERT_FILE", &ca);
     }
 }
 

@@ -73,11 +73,7 @@ impl Curl {
     pub fn text(&self) -> String {
         match self.source() {
             Some(ip) if self.exit == 0 => format!("answered, server saw {ip}"),
-            _ => format!(
-                "curl exit {} {}",
-                self.exit,
-                self.error.lines().last().unwrap_or_default().trim()
-            ),
+            _ => format!("curl exit {} {}", self.exit, self.error.lines().last().unwrap_or_default().trim()),
         }
     }
 }
@@ -92,11 +88,7 @@ pub fn curl(from: &Place<'_>, family: Family, url: &str, more: &[&str]) -> Curl 
     let mut command = vec!["curl", "-sS", "-m", "5", "--connect-timeout", "4", family.flag(), url];
     command.extend(more);
     let out = from.run(&command);
-    Curl {
-        exit: out.status,
-        body: serde_json::from_str(&out.stdout).unwrap_or_default(),
-        error: out.stderr,
-    }
+    Curl { exit: out.status, body: serde_json::from_str(&out.stdout).unwrap_or_default(), error: out.stderr }
 }
 
 /// What dig saw.
@@ -190,17 +182,12 @@ impl Echo {
     /// # Errors
     /// As the socket's.
     pub fn connect(from: &Place<'_>, to: SocketAddr) -> Result<Self> {
-        let stream = from
-            .within(|| TcpStream::connect_timeout(&to, PATIENCE))?
-            .context("connect")?;
+        let stream = from.within(|| TcpStream::connect_timeout(&to, PATIENCE))?.context("connect")?;
         stream.set_read_timeout(Some(PATIENCE))?;
         let mut stream = BufReader::new(stream);
         let mut line = String::new();
         stream.read_line(&mut line).context("read")?;
-        Ok(Self {
-            stream,
-            seen: serde_json::from_str(&line).context("the server's first line")?,
-        })
+        Ok(Self { stream, seen: serde_json::from_str(&line).context("the server's first line")? })
     }
 
     /// Sends a line and reads it back.
@@ -262,11 +249,7 @@ impl Knock {
 /// When the socket cannot be made.
 pub fn datagram(from: &Place<'_>, to: SocketAddr, payload: &[u8], expect: bool) -> Result<Option<Value>> {
     from.within(|| {
-        let any: IpAddr = if to.is_ipv4() {
-            [0u8; 4].into()
-        } else {
-            [0u8; 16].into()
-        };
+        let any: IpAddr = if to.is_ipv4() { [0u8; 4].into() } else { [0u8; 16].into() };
         let socket = UdpSocket::bind(SocketAddr::new(any, 0))?;
         socket.connect(to)?;
         socket.set_read_timeout(Some(if expect { PATIENCE } else { DROP }))?;

@@ -41,16 +41,12 @@ impl Layout {
 
     /// Configuration of a process.
     pub fn config(&self, name: &str) -> PathBuf {
-        self.folder
-            .join("config")
-            .join(format!("{}.yaml", name.replace('/', ".")))
+        self.folder.join("config").join(format!("{}.yaml", name.replace('/', ".")))
     }
 
     /// What a process wrote to its standard output and error.
     pub fn log(&self, name: &str) -> PathBuf {
-        self.folder
-            .join("log")
-            .join(format!("{}.log", name.replace(['/', ' '], ".")))
+        self.folder.join("log").join(format!("{}.log", name.replace(['/', ' '], ".")))
     }
 
     /// Audit records of a process.
@@ -106,10 +102,7 @@ pub fn write(scenario: &Scenario, layout: &Layout) -> Result<()> {
     }
     for gateway in &scenario.gateways {
         let tls = authority.sign(&layout.ca(), &format!("{}.gateway.tidegate", gateway.name), &ca)?;
-        let config = overlay(
-            self::gateway(scenario, layout, &gateway.name, &gateway.node, &tls),
-            &tidegate.gateway,
-        );
+        let config = overlay(self::gateway(scenario, layout, &gateway.name, &gateway.node, &tls), &tidegate.gateway);
         std::fs::write(layout.config(&gateway.name), yaml(&config)?)?;
     }
     Ok(())
@@ -119,9 +112,7 @@ pub fn write(scenario: &Scenario, layout: &Layout) -> Result<()> {
 fn copy_policies(from: &Path, to: &Path) -> Result<()> {
     for entry in std::fs::read_dir(from).with_context(|| format!("cannot read {}", from.display()))? {
         let path = entry?.path();
-        let yaml = path
-            .extension()
-            .is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
+        let yaml = path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
         if let (true, Some(name)) = (yaml, path.file_name()) {
             std::fs::copy(&path, to.join(name)).with_context(|| format!("cannot copy {}", path.display()))?;
         }
@@ -182,17 +173,10 @@ fn gateway(scenario: &Scenario, layout: &Layout, name: &str, node: &str, files: 
             Some(json!({"pool": pool.name, "ipv4": pair.ipv4, "gateway": owner}))
         })
         .collect();
-    let prefixes: Vec<String> = scenario
-        .nodes
-        .iter()
-        .flat_map(|n| [n.pods.ipv4.to_string(), n.pods.ipv6.to_string()])
-        .collect();
-    let resolvers: Vec<String> = scenario
-        .internet
-        .resolvers
-        .iter()
-        .map(|ip| std::net::SocketAddr::new(*ip, 53).to_string())
-        .collect();
+    let prefixes: Vec<String> =
+        scenario.nodes.iter().flat_map(|n| [n.pods.ipv4.to_string(), n.pods.ipv6.to_string()]).collect();
+    let resolvers: Vec<String> =
+        scenario.internet.resolvers.iter().map(|ip| std::net::SocketAddr::new(*ip, 53).to_string()).collect();
     json!({
         "name": name,
         "node": node,
@@ -234,11 +218,9 @@ pub fn suffixes(scenario: &Scenario) -> Vec<String> {
 
 /// A UID that is the same in every run: scopes are named by it.
 fn uid(kind: &str, name: &str) -> String {
-    let hash = format!("{kind}/{name}")
-        .bytes()
-        .fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128, |h, b| {
-            (h ^ u128::from(b)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
-        });
+    let hash = format!("{kind}/{name}").bytes().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128, |h, b| {
+        (h ^ u128::from(b)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
+    });
     let h = format!("{hash:032x}");
     format!("{}-{}-{}-{}-{}", &h[..8], &h[8..12], &h[12..16], &h[16..20], &h[20..])
 }
@@ -341,10 +323,7 @@ mod tests {
 
     #[test]
     fn own_keys_are_laid_over() {
-        let keys = BTreeMap::from([
-            ("dns".to_owned(), json!({"graceSeconds": 1})),
-            ("ping".to_owned(), json!(true)),
-        ]);
+        let keys = BTreeMap::from([("dns".to_owned(), json!({"graceSeconds": 1})), ("ping".to_owned(), json!(true))]);
         let base = json!({"dns": {"graceSeconds": 60, "ttlMinSeconds": 30}, "name": "x"});
         let want = json!({"dns": {"graceSeconds": 1, "ttlMinSeconds": 30}, "name": "x", "ping": true});
         assert_eq!(overlay(base, &keys), want);

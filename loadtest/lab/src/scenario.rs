@@ -356,11 +356,7 @@ impl Scenario {
         }
         for name in self.pods.iter().map(|p| p.namespace.clone()).collect::<BTreeSet<_>>() {
             if !self.namespaces.iter().any(|n| n.name == name) {
-                self.namespaces.push(Namespace {
-                    name,
-                    labels: BTreeMap::new(),
-                    annotations: BTreeMap::new(),
-                });
+                self.namespaces.push(Namespace { name, labels: BTreeMap::new(), annotations: BTreeMap::new() });
             }
         }
         self.check_names()?;
@@ -376,9 +372,7 @@ impl Scenario {
             for label in place.split('/') {
                 let ok = !label.is_empty()
                     && label.len() <= 63
-                    && label
-                        .bytes()
-                        .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+                    && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
                 ensure!(ok, "{place:?} is not a DNS label");
             }
             ensure!(places.insert(place.clone()), "{place:?} is there twice");
@@ -395,10 +389,7 @@ impl Scenario {
             }
         }
         for i in 0..self.pods.len() {
-            let node = self
-                .node(&self.pods[i].node)
-                .with_context(|| format!("pod {}", self.pods[i].key()))?
-                .clone();
+            let node = self.node(&self.pods[i].node).with_context(|| format!("pod {}", self.pods[i].key()))?.clone();
             let pod = &mut self.pods[i];
             let v4 = match pod.ipv4 {
                 Some(ip) => ip,
@@ -430,11 +421,7 @@ impl Scenario {
 
     fn check_references(&self) -> Result<()> {
         let dns = self.pod(&self.cluster_dns).context("clusterDns")?;
-        ensure!(
-            dns.listen.is_empty(),
-            "clusterDns: {} cannot listen for anything else",
-            dns.key()
-        );
+        ensure!(dns.listen.is_empty(), "clusterDns: {} cannot listen for anything else", dns.key());
         for service in &self.services {
             for pod in &service.pods {
                 self.pod(&format!("{}/{pod}", service.namespace))
@@ -463,10 +450,7 @@ impl Scenario {
                 "internet: no prefix contains resolver {ip}"
             );
         }
-        ensure!(
-            self.internet.resolvers.iter().any(IpAddr::is_ipv4),
-            "internet.resolvers needs an IPv4 address"
-        );
+        ensure!(self.internet.resolvers.iter().any(IpAddr::is_ipv4), "internet.resolvers needs an IPv4 address");
         if self.tidegate.is_some() {
             ensure!(!self.gateways.is_empty(), "tidegate needs at least one gateway");
         }
@@ -478,10 +462,7 @@ impl Scenario {
     /// # Errors
     /// When there is none.
     pub fn node(&self, name: &str) -> Result<&Node> {
-        self.nodes
-            .iter()
-            .find(|n| n.name == name)
-            .with_context(|| format!("there is no node {name:?}"))
+        self.nodes.iter().find(|n| n.name == name).with_context(|| format!("there is no node {name:?}"))
     }
 
     /// The pod that `NAMESPACE/NAME`, or a name that only one pod has, stands for.
@@ -520,11 +501,7 @@ impl Pod {
 
     /// Its addresses, IPv4 first.
     pub fn addresses(&self) -> Vec<IpAddr> {
-        self.ipv4
-            .map(IpAddr::from)
-            .into_iter()
-            .chain(self.ipv6.map(IpAddr::from))
-            .collect()
+        self.ipv4.map(IpAddr::from).into_iter().chain(self.ipv6.map(IpAddr::from)).collect()
     }
 }
 
@@ -548,20 +525,8 @@ internet: {prefixes: [198.51.100.0/24], resolvers: [198.51.100.53]}
     fn addresses_are_chosen_and_not_twice() {
         let s = Scenario::parse(SMALL).unwrap();
         let of = |k: &str| s.pod(k).unwrap().addresses();
-        assert_eq!(
-            of("coredns"),
-            [
-                "10.244.1.2".parse::<IpAddr>().unwrap(),
-                "fd00:10:244:1::2".parse().unwrap()
-            ]
-        );
-        assert_eq!(
-            of("shop/web"),
-            [
-                "10.244.1.3".parse::<IpAddr>().unwrap(),
-                "fd00:10:244:1::3".parse().unwrap()
-            ]
-        );
+        assert_eq!(of("coredns"), ["10.244.1.2".parse::<IpAddr>().unwrap(), "fd00:10:244:1::2".parse().unwrap()]);
+        assert_eq!(of("shop/web"), ["10.244.1.3".parse::<IpAddr>().unwrap(), "fd00:10:244:1::3".parse().unwrap()]);
         assert!(s.pod("web").unwrap_err().to_string().contains("NAMESPACE/NAME"));
         assert_eq!(s.router().0, Ipv4Addr::new(203, 0, 113, 1));
     }
@@ -569,20 +534,12 @@ internet: {prefixes: [198.51.100.0/24], resolvers: [198.51.100.53]}
     #[test]
     fn mistakes_are_named() {
         for (from, to, says) in [
-            (
-                "clusterDns: kube-system/coredns",
-                "clusterDns: kube-system/nope",
-                "nope",
-            ),
+            ("clusterDns: kube-system/coredns", "clusterDns: kube-system/nope", "nope"),
             ("node: n1, ipv4: 10.244.1.2", "node: n2, ipv4: 10.244.1.2", "n2"),
             ("resolvers: [198.51.100.53]", "resolvers: [192.0.2.53]", "192.0.2.53"),
             ("resolvers:", "resolver:", "resolver"),
             ("name: web, namespace: billing", "name: web, namespace: shop", "twice"),
-            (
-                "{name: web, namespace: shop",
-                "{name: \"w;b\", namespace: shop",
-                "DNS label",
-            ),
+            ("{name: web, namespace: shop", "{name: \"w;b\", namespace: shop", "DNS label"),
         ] {
             assert!(SMALL.contains(from));
             let e = format!("{:#}", Scenario::parse(&SMALL.replace(from, to)).unwrap_err());

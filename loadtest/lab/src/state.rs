@@ -66,12 +66,7 @@ pub fn folder(name: &str) -> PathBuf {
 /// The names of all instances.
 pub fn instances() -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(ROOT)
-        .map(|entries| {
-            entries
-                .flatten()
-                .filter_map(|e| e.file_name().into_string().ok())
-                .collect()
-        })
+        .map(|entries| entries.flatten().filter_map(|e| e.file_name().into_string().ok()).collect())
         .unwrap_or_default();
     names.retain(|n| !n.starts_with('.'));
     names.sort();
@@ -86,17 +81,9 @@ impl State {
     pub fn create(name: &str, scenario: Scenario) -> Result<Self> {
         let ok = !name.is_empty()
             && name.len() <= 32
-            && name
-                .bytes()
-                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+            && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
         ensure!(ok, "{name:?} is not a name for a lab: use a-z, 0-9 and '-', at most 32");
-        let state = Self {
-            name: name.into(),
-            scenario,
-            namespaces: Vec::new(),
-            processes: Vec::new(),
-            bpffs: None,
-        };
+        let state = Self { name: name.into(), scenario, namespaces: Vec::new(), processes: Vec::new(), bpffs: None };
         // Made aside and renamed: there is never a folder without a state, whenever this process dies.
         let made = Path::new(ROOT).join(format!(".{name}.{}", std::process::id()));
         fs::create_dir_all(&made).with_context(|| format!("cannot make {}", made.display()))?;
@@ -124,10 +111,7 @@ impl State {
 
     /// Writes the state in one step.
     pub fn save(&self) -> Result<()> {
-        replace(
-            &folder(&self.name).join("state.json"),
-            serde_json::to_string_pretty(self)?.as_bytes(),
-        )
+        replace(&folder(&self.name).join("state.json"), serde_json::to_string_pretty(self)?.as_bytes())
     }
 
     /// The network namespace of a place.
@@ -138,14 +122,8 @@ impl State {
     /// Makes a namespace, and writes it down first.
     pub fn make_namespace(&mut self, place: &str) -> Result<String> {
         let netns = self.netns(place);
-        ensure!(
-            netns::inode(&netns).is_none(),
-            "a network namespace {netns} is there already and not this lab's"
-        );
-        self.namespaces.push(Namespace {
-            netns: netns.clone(),
-            inode: None,
-        });
+        ensure!(netns::inode(&netns).is_none(), "a network namespace {netns} is there already and not this lab's");
+        self.namespaces.push(Namespace { netns: netns.clone(), inode: None });
         self.save()?;
         netns::create(&netns)?;
         if let Some(last) = self.namespaces.last_mut() {
@@ -160,11 +138,7 @@ impl State {
         let pid = i32::try_from(pid)?;
         let started = start_time(pid).with_context(|| format!("{name} ended at once"))?;
         self.processes.retain(|p| p.name != name);
-        self.processes.push(Process {
-            name: name.into(),
-            pid,
-            started,
-        });
+        self.processes.push(Process { name: name.into(), pid, started });
         self.save()
     }
 
@@ -176,11 +150,7 @@ impl State {
         let mut errors = Vec::new();
         let mut processes = self.processes.clone();
         // A crash between start and record leaves processes that only their environment betrays.
-        processes.extend(
-            marked(&self.name)
-                .into_iter()
-                .filter(|m| !self.processes.iter().any(|p| p.pid == m.pid)),
-        );
+        processes.extend(marked(&self.name).into_iter().filter(|m| !self.processes.iter().any(|p| p.pid == m.pid)));
         stop(&processes);
         self.processes.iter().for_each(Process::reap);
         for namespace in self.namespaces.iter().rev() {
@@ -194,10 +164,7 @@ impl State {
             && crate::lab::is_mount(bpffs)
         {
             let done = nix::mount::umount2(bpffs, nix::mount::MntFlags::MNT_DETACH);
-            errors.extend(
-                done.with_context(|| format!("cannot unmount {}", bpffs.display()))
-                    .err(),
-            );
+            errors.extend(done.with_context(|| format!("cannot unmount {}", bpffs.display())).err());
         }
         if errors.is_empty() {
             fs::remove_dir_all(folder(&self.name)).context("cannot remove the state folder")?;
@@ -294,13 +261,7 @@ fn marked(name: &str) -> Vec<Process> {
             let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
             environment.split(|b| *b == 0).any(|v| v == wanted.as_bytes())
         })
-        .filter_map(|pid| {
-            Some(Process {
-                name: "marked".into(),
-                pid,
-                started: start_time(pid)?,
-            })
-        })
+        .filter_map(|pid| Some(Process { name: "marked".into(), pid, started: start_time(pid)? }))
         .collect()
 }
 
@@ -312,15 +273,8 @@ mod tests {
     fn a_process_is_told_from_another_with_its_id() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
-        let process = Process {
-            name: "x".into(),
-            pid,
-            started: start_time(pid).unwrap(),
-        };
-        let other = Process {
-            started: process.started + 1,
-            ..process.clone()
-        };
+        let process = Process { name: "x".into(), pid, started: start_time(pid).unwrap() };
+        let other = Process { started: process.started + 1, ..process.clone() };
         assert!(process.is_alive() && !other.is_alive());
         other.signal(Signal::SIGKILL);
         assert!(process.is_alive());
@@ -332,11 +286,7 @@ mod tests {
     #[test]
     fn marked_processes_are_found() {
         let name = format!("mark-{}", std::process::id());
-        let mut child = std::process::Command::new("sleep")
-            .arg("60")
-            .env(MARKER, &name)
-            .spawn()
-            .unwrap();
+        let mut child = std::process::Command::new("sleep").arg("60").env(MARKER, &name).spawn().unwrap();
         // The environment is the parent's until the child has called exec.
         let end = Instant::now() + Duration::from_secs(5);
         while marked(&name).is_empty() && Instant::now() < end {

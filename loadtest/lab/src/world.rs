@@ -39,9 +39,8 @@ pub struct Place {
 /// Name of the node's end of a pod's veth pair.
 pub fn veth(pod: &Pod) -> String {
     // FNV-1a: 11 hex digits keep the name within the 15 octets of a device name.
-    let hash = pod.key().bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| {
-        (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)
-    });
+    let hash =
+        pod.key().bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
     format!("veth{:011x}", hash >> 20)
 }
 
@@ -76,10 +75,7 @@ pub fn build(state: &mut State) -> Result<()> {
 
 impl Place {
     fn new(name: &str, forwards: bool) -> Self {
-        let mut place = Self {
-            name: name.into(),
-            ..Self::default()
-        };
+        let mut place = Self { name: name.into(), ..Self::default() };
         // No duplicate address detection: its second of silence has no place in a test.
         place.before("net/ipv6/conf/default/accept_dad", "0");
         place.before("net/ipv6/conf/all/accept_dad", "0");
@@ -113,9 +109,7 @@ impl Place {
 
     /// A veth pair: this end and the one called `eth0` elsewhere.
     fn pair(&mut self, here: &str, there: &str, mtu: u32) {
-        self.link(format!(
-            "link add {here} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {there}"
-        ));
+        self.link(format!("link add {here} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {there}"));
     }
 }
 
@@ -137,14 +131,8 @@ fn router(scenario: &Scenario, netns: &impl Fn(&str) -> String) -> Place {
     let mut place = Place::new("router", true);
     let (v4, v6) = scenario.router();
     place.pair("backbone", &netns("internet"), scenario.mtu);
-    place.address(format!(
-        "addr add {v4}/{} dev eth0",
-        scenario.underlay.ipv4.prefix_len()
-    ));
-    place.address(format!(
-        "addr add {v6}/{} dev eth0 nodad",
-        scenario.underlay.ipv6.prefix_len()
-    ));
+    place.address(format!("addr add {v4}/{} dev eth0", scenario.underlay.ipv4.prefix_len()));
+    place.address(format!("addr add {v6}/{} dev eth0 nodad", scenario.underlay.ipv6.prefix_len()));
     place.address(format!("addr add {}/30 dev backbone", BACKBONE.0));
     place.address("addr add fe80::1/64 dev backbone nodad");
     place.address("link set eth0 up");
@@ -174,12 +162,7 @@ fn internet(scenario: &Scenario) -> Place {
     }
     place.address(format!("route add local {METADATA}/32 dev lo"));
     let mut source = None;
-    for ip in scenario
-        .internet
-        .resolvers
-        .iter()
-        .chain(&scenario.internet.public_resolvers)
-    {
+    for ip in scenario.internet.resolvers.iter().chain(&scenario.internet.public_resolvers) {
         // IPv6 sockets bind to configured addresses only, however local the route is.
         match ip {
             IpAddr::V4(ip) => {
@@ -199,16 +182,8 @@ fn internet(scenario: &Scenario) -> Place {
 fn node(scenario: &Scenario, node: &Node, netns: &impl Fn(&str) -> String) -> Place {
     let mut place = Place::new(&node.name, true);
     let (router4, router6) = scenario.router();
-    place.address(format!(
-        "addr add {}/{} dev eth0",
-        node.ipv4,
-        scenario.underlay.ipv4.prefix_len()
-    ));
-    place.address(format!(
-        "addr add {}/{} dev eth0 nodad",
-        node.ipv6,
-        scenario.underlay.ipv6.prefix_len()
-    ));
+    place.address(format!("addr add {}/{} dev eth0", node.ipv4, scenario.underlay.ipv4.prefix_len()));
+    place.address(format!("addr add {}/{} dev eth0 nodad", node.ipv6, scenario.underlay.ipv6.prefix_len()));
     place.address("link set eth0 up");
     place.address(format!("route add default via {router4}"));
     place.address(format!("route add default via {router6}"));
@@ -241,28 +216,12 @@ fn cni_rules(scenario: &Scenario, node: &Node) -> String {
     if scenario.masquerade {
         text.push_str("  chain postrouting {\n    type nat hook postrouting priority srcnat; policy accept;\n");
         let all = |v6: bool| {
-            let ranges = scenario.nodes.iter().map(|n| {
-                if v6 {
-                    IpNet::from(n.pods.ipv6)
-                } else {
-                    n.pods.ipv4.into()
-                }
-            });
+            let ranges = scenario.nodes.iter().map(|n| if v6 { IpNet::from(n.pods.ipv6) } else { n.pods.ipv4.into() });
             ranges.map(|r| r.to_string()).collect::<Vec<_>>().join(", ")
         };
         // Writing to a String cannot fail.
-        let _ = writeln!(
-            text,
-            "    ip saddr {} ip daddr != {{ {} }} masquerade",
-            node.pods.ipv4,
-            all(false)
-        );
-        let _ = writeln!(
-            text,
-            "    ip6 saddr {} ip6 daddr != {{ {} }} masquerade",
-            node.pods.ipv6,
-            all(true)
-        );
+        let _ = writeln!(text, "    ip saddr {} ip daddr != {{ {} }} masquerade", node.pods.ipv4, all(false));
+        let _ = writeln!(text, "    ip6 saddr {} ip6 daddr != {{ {} }} masquerade", node.pods.ipv6, all(true));
         text.push_str("  }\n");
     }
     text.push_str("}\n");

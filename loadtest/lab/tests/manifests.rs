@@ -11,9 +11,7 @@ use tidegate_policy::{Name, Proto, World};
 fn the_demos_manifests_have_no_errors() {
     let scenario = Scenario::load(concat!(env!("CARGO_MANIFEST_DIR"), "/../scenarios/demo.yaml").as_ref()).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let layout = Layout {
-        folder: folder.path().into(),
-    };
+    let layout = Layout { folder: folder.path().into() };
     layout.create().unwrap();
     product::write(&scenario, &layout).unwrap();
     let loaded = Reader::new(layout.manifests()).reload();
@@ -38,9 +36,7 @@ fn the_demos_manifests_have_no_errors() {
 fn the_demos_policies_decide_as_the_story_tells() {
     let scenario = Scenario::load(concat!(env!("CARGO_MANIFEST_DIR"), "/../scenarios/demo.yaml").as_ref()).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let layout = Layout {
-        folder: folder.path().into(),
-    };
+    let layout = Layout { folder: folder.path().into() };
     layout.create().unwrap();
     product::write(&scenario, &layout).unwrap();
     let mut objects = Reader::new(layout.manifests()).reload().objects;
@@ -79,139 +75,32 @@ fn the_demos_policies_decide_as_the_story_tells() {
         }
     }
     let connections = [
-        (
-            "shop/web",
-            Some("api.example.com"),
-            "198.51.100.10",
-            Proto::Tcp,
-            443,
-            "Allow(Tls)",
-        ),
-        (
-            "shop/web",
-            Some("api.example.com"),
-            "198.51.100.10",
-            Proto::Udp,
-            443,
-            "Allow(Block)",
-        ),
-        (
-            "shop/web",
-            Some("api.example.com"),
-            "198.51.100.10",
-            Proto::Tcp,
-            8443,
-            "Deny not-allowed",
-        ),
-        (
-            "shop/web",
-            Some("tcp.example.com"),
-            "198.51.100.12",
-            Proto::Tcp,
-            7000,
-            "Allow(Forward)",
-        ),
-        (
-            "shop/web",
-            Some("udp.example.com"),
-            "198.51.100.13",
-            Proto::Udp,
-            7001,
-            "Allow(Forward)",
-        ),
-        (
-            "shop/web",
-            Some("tcp.example.com"),
-            "198.51.100.12",
-            Proto::Tcp,
-            853,
-            "Deny encrypted-dns",
-        ),
+        ("shop/web", Some("api.example.com"), "198.51.100.10", Proto::Tcp, 443, "Allow(Tls)"),
+        ("shop/web", Some("api.example.com"), "198.51.100.10", Proto::Udp, 443, "Allow(Block)"),
+        ("shop/web", Some("api.example.com"), "198.51.100.10", Proto::Tcp, 8443, "Deny not-allowed"),
+        ("shop/web", Some("tcp.example.com"), "198.51.100.12", Proto::Tcp, 7000, "Allow(Forward)"),
+        ("shop/web", Some("udp.example.com"), "198.51.100.13", Proto::Udp, 7001, "Allow(Forward)"),
+        ("shop/web", Some("tcp.example.com"), "198.51.100.12", Proto::Tcp, 853, "Deny encrypted-dns"),
         ("shop/worker", None, "192.0.2.200", Proto::Tcp, 5432, "Allow(Forward)"),
         ("shop/worker", None, "192.0.2.200", Proto::Tcp, 7009, "Allow(Forward)"),
         ("shop/worker", None, "192.0.2.50", Proto::Tcp, 5432, "Deny not-allowed"),
         ("shop/worker", None, "192.0.2.7", Proto::Tcp, 7000, "Deny not-allowed"),
-        (
-            "shop/worker",
-            None,
-            "192.0.2.66",
-            Proto::Tcp,
-            7000,
-            "Deny denied-by-policy",
-        ),
+        ("shop/worker", None, "192.0.2.66", Proto::Tcp, 7000, "Deny denied-by-policy"),
         ("shop/worker", None, "192.0.2.66", Proto::Tcp, 7001, "Allow(Forward)"),
-        (
-            "shop/worker",
-            None,
-            "2001:db8:200::8200",
-            Proto::Tcp,
-            5432,
-            "Allow(Forward)",
-        ),
-        (
-            "shop/worker",
-            None,
-            "2001:db8:200::66",
-            Proto::Tcp,
-            7000,
-            "Deny denied-by-policy",
-        ),
+        ("shop/worker", None, "2001:db8:200::8200", Proto::Tcp, 5432, "Allow(Forward)"),
+        ("shop/worker", None, "2001:db8:200::66", Proto::Tcp, 7000, "Deny denied-by-policy"),
         ("shop/worker", None, "169.254.169.254", Proto::Tcp, 80, "Deny metadata"),
-        (
-            "annotated/app",
-            None,
-            "2001:db8:200::40",
-            Proto::Tcp,
-            7001,
-            "Allow(Forward)",
-        ),
-        (
-            "annotated/app",
-            None,
-            "192.0.2.40",
-            Proto::Tcp,
-            7009,
-            "Deny not-allowed",
-        ),
-        (
-            "annotated/app",
-            Some("tcp.example.com"),
-            "198.51.100.12",
-            Proto::Tcp,
-            7000,
-            "Allow(Forward)",
-        ),
-        (
-            "capped/app",
-            Some("api.example.com"),
-            "198.51.100.10",
-            Proto::Tcp,
-            443,
-            "Allow(Tls)",
-        ),
-        (
-            "capped/app",
-            Some("api.example.com"),
-            "198.51.100.10",
-            Proto::Tcp,
-            8443,
-            "Deny above-ceiling",
-        ),
-        (
-            "guarded/app",
-            None,
-            "192.0.2.66",
-            Proto::Tcp,
-            7000,
-            "Deny denied-by-policy",
-        ),
+        ("annotated/app", None, "2001:db8:200::40", Proto::Tcp, 7001, "Allow(Forward)"),
+        ("annotated/app", None, "192.0.2.40", Proto::Tcp, 7009, "Deny not-allowed"),
+        ("annotated/app", Some("tcp.example.com"), "198.51.100.12", Proto::Tcp, 7000, "Allow(Forward)"),
+        ("capped/app", Some("api.example.com"), "198.51.100.10", Proto::Tcp, 443, "Allow(Tls)"),
+        ("capped/app", Some("api.example.com"), "198.51.100.10", Proto::Tcp, 8443, "Deny above-ceiling"),
+        ("guarded/app", None, "192.0.2.66", Proto::Tcp, 7000, "Deny denied-by-policy"),
         ("guarded/app", None, "192.0.2.67", Proto::Tcp, 7000, "Pass"),
     ];
     for (pod, name, ip, proto, port, want) in connections {
         let name = name.map(|n| Name::parse(n).unwrap());
-        let decision = group(pod)
-            .unwrap()
-            .connection(name.as_ref(), ip.parse().unwrap(), proto, port);
+        let decision = group(pod).unwrap().connection(name.as_ref(), ip.parse().unwrap(), proto, port);
         let got = format!("{:?} {}", decision.via, decision.reason);
         if !got.starts_with(want) {
             wrong.push(format!("{pod} {name:?} {ip} {proto:?} {port}: {got}, not {want}"));

@@ -23,11 +23,7 @@ fn stand_in(folder: &Path, script: &str) -> PathBuf {
 }
 
 fn options(tidegate: PathBuf) -> Options {
-    Options {
-        lab: Some(BINARY.into()),
-        tidegate: Some(tidegate),
-        ..Options::unique("processes")
-    }
+    Options { lab: Some(BINARY.into()), tidegate: Some(tidegate), ..Options::unique("processes") }
 }
 
 #[test]
@@ -42,11 +38,7 @@ fn processes_are_started_watched_and_ended() {
            exec {BINARY} serve $file"#,
         folder.path().display()
     );
-    let mut lab = Lab::up(
-        Scenario::load(DEMO.as_ref()).unwrap(),
-        &options(stand_in(folder.path(), &script)),
-    )
-    .unwrap();
+    let mut lab = Lab::up(Scenario::load(DEMO.as_ref()).unwrap(), &options(stand_in(folder.path(), &script))).unwrap();
     let names = lab.product_names();
     assert_eq!(names, ["node-1", "node-2", "gw-node-a", "gw-node-b", "gw-a", "gw-b"]);
     let bpffs = lab.layout().bpffs();
@@ -59,36 +51,24 @@ fn processes_are_started_watched_and_ended() {
     let before = lab.process("gw-a").unwrap().clone();
     lab.restart("gw-a").unwrap();
     assert!(!before.is_alive() && lab.process("gw-a").unwrap().is_alive());
-    lab.signal("node-2", Signal::SIGKILL, Some(Duration::from_secs(2)))
-        .unwrap();
+    lab.signal("node-2", Signal::SIGKILL, Some(Duration::from_secs(2))).unwrap();
     assert!(lab.wait_ready("node-2", Duration::from_secs(1)).is_err());
     assert!(lab.admin("node-2", "/").is_err());
 
     let audit = |text: &str| {
-        let mut file = fs::File::options()
-            .create(true)
-            .append(true)
-            .open(lab.layout().audit("gw-b"))
-            .unwrap();
+        let mut file = fs::File::options().create(true).append(true).open(lab.layout().audit("gw-b")).unwrap();
         file.write_all(text.as_bytes()).unwrap();
     };
     audit("{\"n\":1}\n");
     let mark = lab.mark();
     audit("{\"n\":2}\n{\"n\":3}\n{\"n\":");
     let records = lab.audit("gw-b", &mark).unwrap();
-    assert_eq!(
-        records.iter().map(|r| r["n"].as_u64().unwrap()).collect::<Vec<_>>(),
-        [2, 3]
-    );
+    assert_eq!(records.iter().map(|r| r["n"].as_u64().unwrap()).collect::<Vec<_>>(), [2, 3]);
     assert!(lab.wait_audit(&["gw-a", "gw-b"], &mark, |r| r["n"] == 3).is_some());
     assert!(lab.audit("gw-a", &mark).unwrap().is_empty());
 
     lab.annotate("shop", &[("tidegate.dev/mode", "audit")]).unwrap();
-    assert!(
-        lab.manifest("namespace-shop.yaml")
-            .unwrap()
-            .contains("tidegate.dev/mode: audit")
-    );
+    assert!(lab.manifest("namespace-shop.yaml").unwrap().contains("tidegate.dev/mode: audit"));
     lab.remove_manifest("shop.yaml").unwrap();
     assert!(lab.manifest("shop.yaml").is_err());
 
@@ -104,33 +84,18 @@ fn what_does_not_start_is_named_and_nothing_stays() {
     let folder = tempfile::tempdir().unwrap();
     let script = "echo 'the kernel has no tcx' >&2; exit 1";
     let options = options(stand_in(folder.path(), script));
-    let error = format!(
-        "{:#}",
-        Lab::up(Scenario::load(DEMO.as_ref()).unwrap(), &options).unwrap_err()
-    );
-    assert!(
-        error.contains("node-") && error.contains("the kernel has no tcx"),
-        "{error}"
-    );
+    let error = format!("{:#}", Lab::up(Scenario::load(DEMO.as_ref()).unwrap(), &options).unwrap_err());
+    assert!(error.contains("node-") && error.contains("the kernel has no tcx"), "{error}");
     assert!(!Path::new("/run/tidegate-lab").join(&options.name).exists());
 
-    let options = Options {
-        tidegate: Some(folder.path().join("nothing")),
-        ..options
-    };
-    let error = format!(
-        "{:#}",
-        Lab::up(Scenario::load(DEMO.as_ref()).unwrap(), &options).unwrap_err()
-    );
+    let options = Options { tidegate: Some(folder.path().join("nothing")), ..options };
+    let error = format!("{:#}", Lab::up(Scenario::load(DEMO.as_ref()).unwrap(), &options).unwrap_err());
     assert!(error.contains("is missing"), "{error}");
 }
 
 #[test]
 fn a_guard_takes_the_lab_down_when_its_process_is_gone() {
-    let options = Options {
-        lab: Some(BINARY.into()),
-        ..Options::unique("guarded")
-    };
+    let options = Options { lab: Some(BINARY.into()), ..Options::unique("guarded") };
     let mut scenario = Scenario::load(DEMO.as_ref()).unwrap();
     scenario.tidegate = None;
     let lab = Lab::up(scenario, &options).unwrap();

@@ -14,10 +14,7 @@ fn hold(point: u8) {
     let mut shared: MutexGuard<'static, Option<Lab>> = LAB.lock().unwrap_or_else(PoisonError::into_inner);
     let lab = shared.get_or_insert_with(|| {
         let scenario = Scenario::load(concat!(env!("CARGO_MANIFEST_DIR"), "/../scenarios/demo.yaml").as_ref()).unwrap();
-        let options = Options {
-            lab: Some(env!("CARGO_BIN_EXE_tidegate-lab").into()),
-            ..Options::unique("story")
-        };
+        let options = Options { lab: Some(env!("CARGO_BIN_EXE_tidegate-lab").into()), ..Options::unique("story") };
         Lab::up_guarded(scenario, &options).unwrap()
     });
     story::hold(lab, point).unwrap();

@@ -51,17 +51,10 @@ pub async fn serve(config: &super::Dns) -> Result<Vec<Server<impl RequestHandler
     shared.table().context("cannot read the zone")?;
     let mut servers = Vec::new();
     for address in &config.addresses {
-        let mut server = Server::new(Handler {
-            shared: shared.clone(),
-            server: *address,
-        });
-        let udp = tokio::net::UdpSocket::bind(address)
-            .await
-            .with_context(|| format!("cannot bind UDP {address}"))?;
+        let mut server = Server::new(Handler { shared: shared.clone(), server: *address });
+        let udp = tokio::net::UdpSocket::bind(address).await.with_context(|| format!("cannot bind UDP {address}"))?;
         server.register_socket(udp);
-        let tcp = tokio::net::TcpListener::bind(address)
-            .await
-            .with_context(|| format!("cannot bind TCP {address}"))?;
+        let tcp = tokio::net::TcpListener::bind(address).await.with_context(|| format!("cannot bind TCP {address}"))?;
         server.register_listener(tcp, Duration::from_secs(30), 64);
         servers.push(server);
     }
@@ -81,11 +74,7 @@ impl Shared {
     }
 
     fn record(&self, server: SocketAddr, request: &Request, name: &str, qtype: RecordType) {
-        let transport = if request.protocol() == Protocol::Udp {
-            "UDP"
-        } else {
-            "TCP"
-        };
+        let transport = if request.protocol() == Protocol::Udp { "UDP" } else { "TCP" };
         let client = super::plain(request.src());
         let line = serde_json::json!({
             "server": server.ip(), "client": client.ip(), "name": name.trim_end_matches('.'),
@@ -99,10 +88,7 @@ impl Shared {
 
 impl Handler {
     async fn answer(&self, request: &Request) -> Answer {
-        let failed = |rcode| Answer {
-            rcode: Some(rcode),
-            ..Answer::default()
-        };
+        let failed = |rcode| Answer { rcode: Some(rcode), ..Answer::default() };
         let Ok(info) = request.request_info() else {
             return failed(ResponseCode::FormErr);
         };
@@ -133,11 +119,7 @@ impl Handler {
 async fn forward(query: &[u8], protocol: Protocol, to: SocketAddr) -> Result<Message> {
     let ask = async {
         if protocol == Protocol::Udp {
-            let any: IpAddr = if to.is_ipv4() {
-                Ipv4Addr::UNSPECIFIED.into()
-            } else {
-                [0u8; 16].into()
-            };
+            let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { [0u8; 16].into() };
             let socket = tokio::net::UdpSocket::bind(SocketAddr::new(any, 0)).await?;
             socket.connect(to).await?;
             socket.send(query).await?;
@@ -203,9 +185,5 @@ impl RequestHandler for Handler {
 
 /// A [`ResponseInfo`] where nothing was sent: it can only be made by encoding.
 fn info(metadata: &Metadata) -> ResponseInfo {
-    hickory_proto::op::Header {
-        metadata: *metadata,
-        counts: hickory_proto::op::HeaderCounts::default(),
-    }
-    .into()
+    hickory_proto::op::Header { metadata: *metadata, counts: hickory_proto::op::HeaderCounts::default() }.into()
 }

@@ -18,9 +18,7 @@ pub fn tcp(port: u16) -> Result<()> {
             tokio::spawn(async move {
                 let server = stream.local_addr()?;
                 stream.set_nodelay(true)?;
-                stream
-                    .write_all(format!("{}\n", super::seen(source, server)).as_bytes())
-                    .await?;
+                stream.write_all(format!("{}\n", super::seen(source, server)).as_bytes()).await?;
                 let mut buffer = vec![0; 16 * 1024];
                 loop {
                     let n = stream.read(&mut buffer).await?;
@@ -39,11 +37,7 @@ pub fn tcp(port: u16) -> Result<()> {
 /// with a line before it that says whom the server saw.
 pub fn udp(port: u16) -> Result<()> {
     for any in [IpAddr::from(Ipv4Addr::UNSPECIFIED), IpAddr::from(Ipv6Addr::UNSPECIFIED)] {
-        let domain = if any.is_ipv4() {
-            socket2::Domain::IPV4
-        } else {
-            socket2::Domain::IPV6
-        };
+        let domain = if any.is_ipv4() { socket2::Domain::IPV4 } else { socket2::Domain::IPV6 };
         let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, None)?;
         if any.is_ipv6() {
             socket.set_only_v6(true)?;
@@ -53,9 +47,7 @@ pub fn udp(port: u16) -> Result<()> {
         } else {
             setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?;
         }
-        socket
-            .bind(&SocketAddr::new(any, port).into())
-            .with_context(|| format!("cannot bind UDP port {port}"))?;
+        socket.bind(&SocketAddr::new(any, port).into()).with_context(|| format!("cannot bind UDP port {port}"))?;
         std::thread::Builder::new().name(format!("udp-{port}")).spawn(move || {
             loop {
                 // One bad datagram, as an unreachable reported back, must not end the server.

@@ -64,10 +64,7 @@ pub fn acceptor(certificate: &Path, key: &Path) -> Result<TlsAcceptor> {
     let mut config = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()?
         .with_no_client_auth()
-        .with_cert_resolver(Arc::new(BySni {
-            issuer,
-            made: Mutex::default(),
-        }));
+        .with_cert_resolver(Arc::new(BySni { issuer, made: Mutex::default() }));
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
@@ -118,9 +115,7 @@ async fn requests<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, seen: serde
         };
         let last = header("connection").is_some_and(|v| v.eq_ignore_ascii_case("close"));
         if path == "/stream" {
-            stream
-                .write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n")
-                .await?;
+            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n").await?;
             loop {
                 stream.write_all(b"tick\n").await?;
                 stream.flush().await?;
@@ -144,10 +139,8 @@ async fn requests<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, seen: serde
             body["method"] = method.into();
             body["path"] = path.into();
             let body = format!("{body}\n");
-            let head = format!(
-                "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
-                body.len()
-            );
+            let head =
+                format!("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n", body.len());
             stream.write_all(head.as_bytes()).await?;
             stream.write_all(body.as_bytes()).await?;
         }

@@ -85,9 +85,7 @@ fn listener(port: u16) -> Result<tokio::net::TcpListener> {
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
     let any = SocketAddr::new(std::net::Ipv6Addr::UNSPECIFIED.into(), port);
-    socket
-        .bind(&any.into())
-        .with_context(|| format!("cannot bind TCP port {port}"))?;
+    socket.bind(&any.into()).with_context(|| format!("cannot bind TCP port {port}"))?;
     socket.listen(1024)?;
     Ok(tokio::net::TcpListener::from_std(socket.into())?)
 }

@@ -57,10 +57,7 @@ fn canonical(name: &str) -> String {
 
 /// Whether `name` is `suffix` or lies below it.
 fn below(name: &str, suffix: &str) -> bool {
-    suffix.is_empty()
-        || name
-            .strip_suffix(suffix)
-            .is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+    suffix.is_empty() || name.strip_suffix(suffix).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
 fn wire(name: &str) -> Option<Name> {
@@ -72,12 +69,7 @@ fn wire(name: &str) -> Option<Name> {
 impl Table {
     /// Indexes a zone.
     pub fn new(zone: Zone) -> Self {
-        let index = zone
-            .names
-            .iter()
-            .enumerate()
-            .map(|(i, spec)| (canonical(&spec.name), i))
-            .collect();
+        let index = zone.names.iter().enumerate().map(|(i, spec)| (canonical(&spec.name), i)).collect();
         Self { zone, index }
     }
 
@@ -116,11 +108,8 @@ impl Table {
         let mut owner = asked.clone();
         for _ in 0..MAX_CHAIN {
             let Some(spec) = self.find(&owner) else {
-                out.rcode = Some(if self.has_children(&owner) {
-                    ResponseCode::NoError
-                } else {
-                    ResponseCode::NXDomain
-                });
+                out.rcode =
+                    Some(if self.has_children(&owner) { ResponseCode::NoError } else { ResponseCode::NXDomain });
                 break;
             };
             out.delay_millis += spec.delay_millis;
@@ -138,8 +127,7 @@ impl Table {
             if let Some(target) = &spec.cname {
                 let target = canonical(target);
                 let Some(to) = wire(&target) else { break };
-                out.answers
-                    .push(Record::from_rdata(owner_name, spec.ttl, RData::CNAME(CNAME(to))));
+                out.answers.push(Record::from_rdata(owner_name, spec.ttl, RData::CNAME(CNAME(to))));
                 if qtype == RecordType::CNAME {
                     break;
                 }
@@ -147,10 +135,7 @@ impl Table {
                 continue;
             }
             let data = records(spec, qtype);
-            out.answers.extend(
-                data.into_iter()
-                    .map(|d| Record::from_rdata(owner_name.clone(), spec.ttl, d)),
-            );
+            out.answers.extend(data.into_iter().map(|d| Record::from_rdata(owner_name.clone(), spec.ttl, d)));
             break;
         }
         let negative = !matches!(out.rcode, Some(ResponseCode::ServFail | ResponseCode::Refused));
@@ -166,16 +151,8 @@ fn records(spec: &NameSpec, qtype: RecordType) -> Vec<RData> {
         RecordType::A => spec.ipv4.iter().map(|ip| RData::A(A(*ip))).collect(),
         RecordType::AAAA => spec.ipv6.iter().map(|ip| RData::AAAA(AAAA(*ip))).collect(),
         RecordType::TXT => spec.txt.iter().map(|t| RData::TXT(TXT::new(vec![t.clone()]))).collect(),
-        RecordType::PTR => spec
-            .ptr
-            .iter()
-            .filter_map(|n| Some(RData::PTR(PTR(wire(n)?))))
-            .collect(),
-        RecordType::HTTPS => spec
-            .https
-            .iter()
-            .filter_map(|h| Some(RData::HTTPS(HTTPS(svcb(h)?))))
-            .collect(),
+        RecordType::PTR => spec.ptr.iter().filter_map(|n| Some(RData::PTR(PTR(wire(n)?)))).collect(),
+        RecordType::HTTPS => spec.https.iter().filter_map(|h| Some(RData::HTTPS(HTTPS(svcb(h)?)))).collect(),
         _ => Vec::new(),
     }
 }
@@ -233,24 +210,12 @@ mod tests {
             ipv4: vec![ip.parse().unwrap()],
             ..NameSpec::default()
         };
-        let alias = NameSpec {
-            name: "www.a.example".into(),
-            cname: Some("API.a.example.".into()),
-            ..NameSpec::default()
-        };
-        let broken = NameSpec {
-            name: "broken.a.example".into(),
-            rcode: Some(Rcode::ServFail),
-            ..NameSpec::default()
-        };
+        let alias =
+            NameSpec { name: "www.a.example".into(), cname: Some("API.a.example.".into()), ..NameSpec::default() };
+        let broken = NameSpec { name: "broken.a.example".into(), rcode: Some(Rcode::ServFail), ..NameSpec::default() };
         Table::new(Zone {
             suffixes: vec!["example".into()],
-            names: vec![
-                name("api.a.example", "198.51.100.1"),
-                name("*.w.example", "198.51.100.2"),
-                alias,
-                broken,
-            ],
+            names: vec![name("api.a.example", "198.51.100.1"), name("*.w.example", "198.51.100.2"), alias, broken],
             any_name: None,
         })
     }
@@ -269,10 +234,7 @@ mod tests {
     fn negatives_differ() {
         let t = table();
         let no_data = t.answer("api.a.example", RecordType::AAAA);
-        assert_eq!(
-            (no_data.rcode, no_data.answers.len(), no_data.soa.len()),
-            (Some(ResponseCode::NoError), 0, 1)
-        );
+        assert_eq!((no_data.rcode, no_data.answers.len(), no_data.soa.len()), (Some(ResponseCode::NoError), 0, 1));
         assert_eq!(t.answer("a.example", RecordType::A).rcode, Some(ResponseCode::NoError));
         assert_eq!(t.answer("w.example", RecordType::A).rcode, Some(ResponseCode::NoError));
         let none = t.answer("nope.a.example", RecordType::A);

@@ -13,7 +13,7 @@ use anyhow::{Result, ensure};
 use serde_json::Value;
 
 use crate::lab::Lab;
-use crate::observe::Mark;
+use crate::observe::{Mark, Watch};
 use crate::place::Place;
 use crate::probe::{self, Curl, Dig, Echo, Family, Knock};
 
@@ -52,46 +52,19 @@ type Tell = fn(&mut Story<'_>) -> Result<()>;
 
 /// The points: what each is about, and how it is told.
 const POINTS: [(&str, Tell); 14] = [
-    (
-        "an allowed name works at the first try, from the pool's address, from every node",
-        paths::allowed,
-    ),
+    ("an allowed name works at the first try, from the pool's address, from every node", paths::allowed),
     ("a name that is not allowed, whatever server is asked", names::denied),
-    (
-        "an address never resolved is dropped in the node's kernel",
-        paths::never_resolved,
-    ),
-    (
-        "an address that only another namespace resolved is dropped in the node's kernel",
-        paths::resolved_by_another,
-    ),
-    (
-        "an allowed address with another SNI is reset by the gateway",
-        names::other_sni,
-    ),
-    (
-        "a port that no rule names is dropped in the node's kernel",
-        paths::other_port,
-    ),
-    (
-        "TCP without TLS and UDP are forwarded from the pool's address",
-        paths::forwarded,
-    ),
-    (
-        "wildcards, annotations, selectors, prefixes, tiers, ceilings",
-        rules::all,
-    ),
+    ("an address never resolved is dropped in the node's kernel", paths::never_resolved),
+    ("an address that only another namespace resolved is dropped in the node's kernel", paths::resolved_by_another),
+    ("an allowed address with another SNI is reset by the gateway", names::other_sni),
+    ("a port that no rule names is dropped in the node's kernel", paths::other_port),
+    ("TCP without TLS and UDP are forwarded from the pool's address", paths::forwarded),
+    ("wildcards, annotations, selectors, prefixes, tiers, ceilings", rules::all),
     ("audit mode, and the flip to enforce", times::audit),
     ("untouched and guarded pods", paths::untouched),
-    (
-        "in-cluster traffic, cluster names, connections from outside",
-        paths::in_cluster,
-    ),
+    ("in-cluster traffic, cluster names, connections from outside", paths::in_cluster),
     ("expiry, revocation, and edits of something else", times::expiry),
-    (
-        "forged sources, tunnels, fragments, port 853, metadata",
-        paths::ways_round,
-    ),
+    ("forged sources, tunnels, fragments, port 853, metadata", paths::ways_round),
     ("two gateways, each with its own pair", paths::two_gateways),
 ];
 
@@ -101,11 +74,7 @@ const POINTS: [(&str, Tell); 14] = [
 /// When a point could not even be tried.
 pub fn play(lab: &mut Lab, points: &[u8], print: bool) -> Result<usize> {
     for point in points {
-        ensure!(
-            (1..=POINTS.len()).contains(&usize::from(*point)),
-            "the story has points 1 to {}",
-            POINTS.len()
-        );
+        ensure!((1..=POINTS.len()).contains(&usize::from(*point)), "the story has points 1 to {}", POINTS.len());
     }
     let mut surprises = 0;
     for (i, (about, tell)) in (1..).zip(POINTS) {
@@ -115,12 +84,7 @@ pub fn play(lab: &mut Lab, points: &[u8], print: bool) -> Result<usize> {
         if print {
             println!("\n{i}. {about}");
         }
-        let mut story = Story {
-            lab: &mut *lab,
-            point: i,
-            print,
-            lines: Vec::new(),
-        };
+        let mut story = Story { lab: &mut *lab, point: i, print, lines: Vec::new() };
         if let Err(e) = tell(&mut story) {
             story.line(Line {
                 point: i,
@@ -186,6 +150,12 @@ struct Why {
     mark: Mark,
 }
 
+/// Whether a step saw what it should and the router nothing of it, and what to print.
+fn unseen(good: bool, seen: &str, watch: &Watch) -> Result<(bool, String)> {
+    let passed = watch.packets()?;
+    Ok(if passed == 0 { (good, seen.into()) } else { (false, format!("{seen}, {passed} packets passed the router")) })
+}
+
 impl Story<'_> {
     fn line(&mut self, line: Line) {
         if self.print {
@@ -226,23 +196,13 @@ impl Story<'_> {
 
     /// Starts to look for the record that will explain a step of a pod: at its node.
     fn at_node(&self, pod: &str, reasons: &'static [&'static str], needle: impl Into<String>) -> Result<Why> {
-        Ok(Why {
-            at: vec![self.node(pod)?],
-            reasons,
-            needle: needle.into(),
-            mark: self.lab.mark(),
-        })
+        Ok(Why { at: vec![self.node(pod)?], reasons, needle: needle.into(), mark: self.lab.mark() })
     }
 
     /// As [`Story::at_node`], at any gateway.
     fn at_gateways(&self, reasons: &'static [&'static str], needle: impl Into<String>) -> Why {
         let at = self.lab.scenario().gateways.iter().map(|g| g.name.clone()).collect();
-        Why {
-            at,
-            reasons,
-            needle: needle.into(),
-            mark: self.lab.mark(),
-        }
+        Why { at, reasons, needle: needle.into(), mark: self.lab.mark() }
     }
 
     /// Finds the record of a pod: whether its reason is an expected one, and what to print.
@@ -257,10 +217,7 @@ impl Story<'_> {
         let fits = |r: &Value| about(r) && r["reason"].as_str().is_some_and(|x| why.reasons.contains(&x));
         let writer = why.at.join(" or ");
         if let Some(record) = self.lab.wait_audit(&at, &why.mark, fits) {
-            return (
-                true,
-                Some(format!("{} at {writer}", record["reason"].as_str().unwrap_or_default())),
-            );
+            return (true, Some(format!("{} at {writer}", record["reason"].as_str().unwrap_or_default())));
         }
         let others: Vec<String> = at
             .iter()
@@ -269,13 +226,7 @@ impl Story<'_> {
             .filter_map(|r| r["reason"].as_str().map(str::to_owned))
             .collect();
         let wanted = why.reasons.join(" or ");
-        (
-            false,
-            Some(format!(
-                "no record {wanted} at {writer} about {}, only {others:?}",
-                why.needle
-            )),
-        )
+        (false, Some(format!("no record {wanted} at {writer} about {}, only {others:?}", why.needle)))
     }
 
     /// A check that an audit record must explain as well.
@@ -328,14 +279,7 @@ impl Story<'_> {
         let why = self.at_gateways(reasons, name);
         let seen = probe::dig(&self.place(from)?, name, kind, more);
         let tried = format!("dig {name} {kind} {}", more.join(" "));
-        self.check_why(
-            from,
-            tried.trim(),
-            "NXDOMAIN with EDE",
-            seen.text(),
-            seen.is_denied(),
-            &why,
-        );
+        self.check_why(from, tried.trim(), "NXDOMAIN with EDE", seen.text(), seen.is_denied(), &why);
         Ok(())
     }
 
@@ -345,29 +289,17 @@ impl Story<'_> {
         let why = self.at_gateways(reasons, name);
         let seen = probe::dig(&self.place(from)?, name, kind, &[]);
         let good = seen.is_no_data() && seen.ede.is_some();
-        self.check_why(
-            from,
-            &format!("dig {name} {kind}"),
-            "NODATA with EDE",
-            seen.text(),
-            good,
-            &why,
-        );
+        self.check_why(from, &format!("dig {name} {kind}"), "NODATA with EDE", seen.text(), good, &why);
         Ok(())
     }
 
-    /// A connection that the node's kernel must drop.
+    /// A connection that the node's kernel must drop: the client gets no answer, and nothing passes the router.
     fn dropped(&mut self, from: &str, to: SocketAddr, reasons: &'static [&'static str]) -> Result<()> {
         let why = self.at_node(from, reasons, to.ip().to_string())?;
+        let watch = self.lab.watch(to.ip(), &format!("tcp dport {} tcp flags & (syn | ack) == syn", to.port()))?;
         let seen = probe::knock(&self.place(from)?, to)?;
-        self.check_why(
-            from,
-            &format!("tcp {to}"),
-            "no answer",
-            seen.text(),
-            seen == Knock::Silent,
-            &why,
-        );
+        let (good, seen) = unseen(seen == Knock::Silent, seen.text(), &watch)?;
+        self.check_why(from, &format!("tcp {to}"), "no answer", seen, good, &why);
         Ok(())
     }
 
@@ -401,11 +333,7 @@ impl Story<'_> {
             from: from.into(),
             tried: format!("udp {to}"),
             expected: format!("echo, the server sees {source}"),
-            seen: if seen.is_some() {
-                "echo".into()
-            } else {
-                "no answer".into()
-            },
+            seen: if seen.is_some() { "echo".into() } else { "no answer".into() },
             reason: None,
             egress: saw,
             good: saw == Some(source),
@@ -425,14 +353,8 @@ impl Story<'_> {
         let why = self.at_node(from, reasons, to.ip().to_string())?;
         let seen = probe::datagram(&self.place(from)?, to, payload, false)?;
         let tried = format!("udp {to}, {} octets", payload.len());
-        self.check_why(
-            from,
-            &tried,
-            "no answer",
-            if seen.is_some() { "echo" } else { "no answer" },
-            seen.is_none(),
-            &why,
-        );
+        let text = if seen.is_some() { "echo" } else { "no answer" };
+        self.check_why(from, &tried, "no answer", text, seen.is_none(), &why);
         Ok(())
     }
 
@@ -445,10 +367,7 @@ impl Story<'_> {
     /// An address of a pod.
     fn pod_address(&self, pod: &str, family: Family) -> Result<IpAddr> {
         let pod = self.lab.scenario().pod(pod)?;
-        let found = pod
-            .addresses()
-            .into_iter()
-            .find(|ip| ip.is_ipv4() == (family == Family::V4));
+        let found = pod.addresses().into_iter().find(|ip| ip.is_ipv4() == (family == Family::V4));
         found.ok_or_else(|| anyhow::anyhow!("pod {} has no such address", pod.key()))
     }
 }

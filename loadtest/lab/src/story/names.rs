@@ -27,12 +27,9 @@ pub fn denied(s: &mut Story<'_>) -> Result<()> {
             seen.answers == [want.clone()],
         );
     }
-    for (name, kind) in [
-        ("many.example.net", "A"),
-        ("example.com", "AAAA"),
-        ("api.example.com", "MX"),
-        ("api.example.com", "TXT"),
-    ] {
+    for (name, kind) in
+        [("many.example.net", "A"), ("example.com", "AAAA"), ("api.example.com", "MX"), ("api.example.com", "TXT")]
+    {
         for more in [&[][..], &["+tcp"]] {
             let seen = probe::dig(&s.place("shop/web")?, name, kind, more);
             s.check(
@@ -66,13 +63,7 @@ pub fn denied(s: &mut Story<'_>) -> Result<()> {
         let source = q["client"].as_str().unwrap_or_default();
         public && source == "203.0.113.101"
     });
-    s.check(
-        "internet",
-        "the public resolver's log",
-        "no query of shop/web",
-        format!("{stray:?}"),
-        stray.is_none(),
-    );
+    s.check("internet", "the public resolver's log", "no query of shop/web", format!("{stray:?}"), stray.is_none());
     Ok(())
 }
 
@@ -90,14 +81,7 @@ pub fn other_sni(s: &mut Story<'_>) -> Result<()> {
             let url = format!("https://{sni}/");
             let seen = probe::curl(&s.place("shop/web")?, family, &url, &["--resolve", &pinned]);
             let tried = format!("curl --resolve {pinned} {url}");
-            s.check_why(
-                "shop/web",
-                &tried,
-                "a reset",
-                seen.text(),
-                matches!(seen.exit, 35 | 56),
-                &why,
-            );
+            s.check_why("shop/web", &tried, "a reset", seen.text(), matches!(seen.exit, 35 | 56), &why);
         }
     }
     let to = named(Family::V4, 10, 443).ip();

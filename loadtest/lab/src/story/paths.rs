@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use anyhow::Result;
 
-use super::{POOL_A, POOL_B, Story, bare, ip, named, of};
+use super::{POOL_A, POOL_B, Story, bare, ip, named, of, unseen};
 use crate::probe::{self, FAMILIES, Family};
 use crate::world::METADATA;
 
@@ -18,12 +18,7 @@ pub fn allowed(s: &mut Story<'_>) -> Result<()> {
             s.fetch(pod, family, "https://api.example.com/", of(POOL_A, family))?;
         }
     }
-    s.fetch(
-        "shop/web",
-        Family::V4,
-        "https://alias.example.com/",
-        of(POOL_A, Family::V4),
-    )?;
+    s.fetch("shop/web", Family::V4, "https://alias.example.com/", of(POOL_A, Family::V4))?;
     Ok(())
 }
 
@@ -36,9 +31,8 @@ pub fn never_resolved(s: &mut Story<'_>) -> Result<()> {
         };
         let before = counter(s)?;
         s.dropped("shop/web", named(family, 14, 443), UNKNOWN)?;
-        let counted = crate::lab::wait_for(std::time::Duration::from_secs(5), || {
-            counter(s).ok().filter(|now| *now > before)
-        });
+        let counted =
+            crate::lab::wait_for(std::time::Duration::from_secs(5), || counter(s).ok().filter(|now| *now > before));
         let seen = counted.map_or("it stays".to_owned(), |now| format!("{before} to {now}"));
         s.check("node-1", "the drop counter", "grows", seen, counted.is_some());
     }
@@ -50,9 +44,7 @@ fn dropped_packets(metrics: &str, reasons: &[&str]) -> f64 {
     let samples = metrics.lines().filter(|l| !l.starts_with('#'));
     let about = samples.filter(|l| reasons.iter().any(|r| l.contains(&format!("reason=\"{r}\""))));
     // A sum of nothing would be -0.
-    about
-        .filter_map(|l| l.rsplit_once(' ')?.1.parse::<f64>().ok())
-        .fold(0.0, |sum, value| sum + value)
+    about.filter_map(|l| l.rsplit_once(' ')?.1.parse::<f64>().ok()).fold(0.0, |sum, value| sum + value)
 }
 
 /// 4: resolved by another namespace only.
@@ -92,12 +84,7 @@ pub fn untouched(s: &mut Story<'_>) -> Result<()> {
             // A pod of a production namespace that no EgressPolicy selects is guarded by the platform's policies.
             s.fetch(pod, family, "https://other.example.org/", source)?;
         }
-        s.emptied(
-            "guarded/app",
-            "secret.example.org",
-            family.record(),
-            &["denied-by-policy"],
-        )?;
+        s.emptied("guarded/app", "secret.example.org", family.record(), &["denied-by-policy"])?;
         s.dropped("guarded/app", bare(family, 66, 7000), &["denied-by-policy"])?;
         let source = s.node_address("guarded/app", family)?;
         s.echo("guarded/app", bare(family, 67, 7000), source)?;
@@ -114,31 +101,13 @@ pub fn in_cluster(s: &mut Story<'_>) -> Result<()> {
         s.fetch("untouched/app", family, "http://web.shop:8080/", other)?;
         let to = SocketAddr::new(own, 8080);
         let seen = probe::curl(&s.place("internet")?, family, &format!("http://{to}/"), &[]);
-        s.check(
-            "internet",
-            &format!("curl http://{to}/"),
-            "an answer",
-            seen.text(),
-            seen.exit == 0,
-        );
+        s.check("internet", &format!("curl http://{to}/"), "an answer", seen.text(), seen.exit == 0);
         let seen = probe::datagram(&s.place("internet")?, SocketAddr::new(own, 7001), b"hello", true)?;
         let text = if seen.is_some() { "echo" } else { "no answer" };
-        s.check(
-            "internet",
-            &format!("udp {own} port 7001"),
-            "echo",
-            text,
-            seen.is_some(),
-        );
+        s.check("internet", &format!("udp {own} port 7001"), "echo", text, seen.is_some());
     }
     let seen = s.resolve("shop/web", Family::V4, "no-such.shop.svc.cluster.local")?;
-    s.check(
-        "shop/web",
-        "dig no-such.shop.svc.cluster.local",
-        "NXDOMAIN",
-        seen.text(),
-        seen.status == "NXDOMAIN",
-    );
+    s.check("shop/web", "dig no-such.shop.svc.cluster.local", "NXDOMAIN", seen.text(), seen.status == "NXDOMAIN");
     let name = crate::serve::zone::reverse(s.pod_address("shop/web", Family::V4)?);
     let seen = probe::dig(&s.place("shop/web")?, &name, "PTR", &[]);
     s.check(
@@ -159,42 +128,22 @@ pub fn ways_round(s: &mut Story<'_>) -> Result<()> {
         // An address of its own making; the pod has root in its namespace.
         let forged = family.pick("10.244.2.99", "fd00:10:244:2::99");
         let length = family.pick(32, 128);
-        s.place("shop/worker")?
-            .run(&["ip", "addr", "replace", &format!("{forged}/{length}"), "dev", "lo"]);
+        s.place("shop/worker")?.run(&["ip", "addr", "replace", &format!("{forged}/{length}"), "dev", "lo"]);
         let why = s.at_node("shop/worker", &["spoofed-source"], forged)?;
         let url = format!("http://{}/", named(family, 12, 7000));
-        let seen = probe::curl(
-            &s.place("shop/worker")?,
-            family,
-            &url,
-            &["--interface", forged, "-m", "1"],
-        );
-        s.check_why(
-            "shop/worker",
-            &format!("curl --interface {forged} {url}"),
-            "no answer",
-            seen.text(),
-            seen.exit == 28,
-            &why,
-        );
-        s.place("shop/worker")?
-            .run(&["ip", "addr", "del", &format!("{forged}/{length}"), "dev", "lo"]);
+        let watch = s.lab.watch(named(family, 12, 0).ip(), "")?;
+        let seen = probe::curl(&s.place("shop/worker")?, family, &url, &["--interface", forged, "-m", "1"]);
+        let (good, text) = unseen(seen.exit == 28, &seen.text(), &watch)?;
+        s.check_why("shop/worker", &format!("curl --interface {forged} {url}"), "no answer", text, good, &why);
+        s.place("shop/worker")?.run(&["ip", "addr", "del", &format!("{forged}/{length}"), "dev", "lo"]);
 
         // GRE by hand: the node must not let protocols out that nobody checks.
         let to = named(family, 12, 0).ip();
         let why = s.at_node("shop/worker", &["protocol"], to.to_string())?;
         let target = family.pick(format!("IP4-SENDTO:{to}:47"), format!("IP6-SENDTO:[{to}]:47"));
-        let out = s
-            .place("shop/worker")?
-            .run(&["sh", "-c", &format!("printf tunnel | socat -u - '{target}'")]);
-        s.check_why(
-            "shop/worker",
-            &format!("GRE to {to}"),
-            "dropped",
-            format!("sent, exit {}", out.status),
-            out.status == 0,
-            &why,
-        );
+        let out = s.place("shop/worker")?.run(&["sh", "-c", &format!("printf tunnel | socat -u - '{target}'")]);
+        let (good, text) = unseen(out.status == 0, &format!("sent, exit {}", out.status), &watch)?;
+        s.check_why("shop/worker", &format!("GRE to {to}"), "dropped", text, good, &why);
 
         let node = s.node_address("shop/web", family)?;
         s.udp_dropped("shop/worker", SocketAddr::new(node, 8475), b"vxlan", &["tunnel-port"])?;

@@ -24,21 +24,10 @@ pub fn all(s: &mut Story<'_>) -> Result<()> {
 
 fn wildcards(s: &mut Story<'_>, family: Family) -> Result<()> {
     s.fetch("shop/web", family, "https://x.one.example.net/", of(POOL_A, family))?;
-    s.denied(
-        "shop/web",
-        "x.y.one.example.net",
-        family.record(),
-        &[],
-        &["name-not-allowed", "not-allowed"],
-    )?;
+    s.denied("shop/web", "x.y.one.example.net", family.record(), &[], &["name-not-allowed", "not-allowed"])?;
     s.fetch("shop/web", family, "https://x.y.many.example.net/", of(POOL_A, family))?;
     // Deny over allow.
-    s.emptied(
-        "shop/web",
-        "old.many.example.net",
-        family.record(),
-        &["denied-by-policy"],
-    )
+    s.emptied("shop/web", "old.many.example.net", family.record(), &["denied-by-policy"])
 }
 
 fn annotation(s: &mut Story<'_>, family: Family) -> Result<()> {
@@ -46,9 +35,7 @@ fn annotation(s: &mut Story<'_>, family: Family) -> Result<()> {
     // The annotation names no pool: the built-in one goes out by the gateway pod's own way.
     let seen = probe::curl(&s.place(pod)?, family, "https://api.example.com/", &[]);
     let gateways = ["gw-a", "gw-b"].map(|g| s.node_address(g, family));
-    let one = seen
-        .source()
-        .is_some_and(|ip| gateways.iter().flatten().any(|g| *g == ip));
+    let one = seen.source().is_some_and(|ip| gateways.iter().flatten().any(|g| *g == ip));
     s.check(
         pod,
         &format!("curl {} https://api.example.com/", family.flag()),
@@ -56,19 +43,10 @@ fn annotation(s: &mut Story<'_>, family: Family) -> Result<()> {
         seen.text(),
         one,
     );
-    s.denied(
-        pod,
-        "www.example.com",
-        family.record(),
-        &[],
-        &["name-not-allowed", "not-allowed"],
-    )?;
+    s.denied(pod, "www.example.com", family.record(), &[], &["name-not-allowed", "not-allowed"])?;
     s.resolve(pod, family, "tcp.example.com")?;
-    for (to, open) in [
-        (bare(family, 40, 7001), true),
-        (named(family, 12, 7000), true),
-        (bare(family, 40, 7009), false),
-    ] {
+    for (to, open) in [(bare(family, 40, 7001), true), (named(family, 12, 7000), true), (bare(family, 40, 7009), false)]
+    {
         if open {
             let seen = probe::knock(&s.place(pod)?, to)?;
             s.check(pod, &format!("tcp {to}"), "connected", seen.text(), seen == Knock::Open);
@@ -101,13 +79,7 @@ fn tiers(s: &mut Story<'_>, family: Family) -> Result<()> {
     s.fetch(pod, family, "https://passed.example.com/", source)?;
     s.denied(pod, "tie.example.com", family.record(), &[], &["denied-by-policy"])?;
     // Baseline speaks for the namespace without a policy of its own, and not for the shop.
-    s.denied(
-        pod,
-        "base.example.com",
-        family.record(),
-        &[],
-        &["name-not-allowed", "not-allowed"],
-    )?;
+    s.denied(pod, "base.example.com", family.record(), &[], &["name-not-allowed", "not-allowed"])?;
     let seen = probe::curl(&s.place("managed/app")?, family, "https://base.example.com/", &[]);
     s.check(
         "managed/app",
@@ -116,31 +88,13 @@ fn tiers(s: &mut Story<'_>, family: Family) -> Result<()> {
         seen.text(),
         seen.exit == 0,
     );
-    s.denied(
-        "managed/app",
-        "api.example.com",
-        family.record(),
-        &[],
-        &["name-not-allowed", "not-allowed"],
-    )
+    s.denied("managed/app", "api.example.com", family.record(), &[], &["name-not-allowed", "not-allowed"])
 }
 
 fn ceiling(s: &mut Story<'_>, family: Family) -> Result<()> {
     let pod = "capped/app";
     let seen = probe::curl(&s.place(pod)?, family, "https://api.example.com/", &[]);
-    s.check(
-        pod,
-        &format!("curl {} https://api.example.com/", family.flag()),
-        "an answer",
-        seen.text(),
-        seen.exit == 0,
-    );
+    s.check(pod, &format!("curl {} https://api.example.com/", family.flag()), "an answer", seen.text(), seen.exit == 0);
     s.dropped(pod, named(family, 10, 8443), &["above-ceiling", "not-allowed"])?;
-    s.denied(
-        pod,
-        "api.example.net",
-        family.record(),
-        &[],
-        &["above-ceiling", "name-not-allowed", "not-allowed"],
-    )
+    s.denied(pod, "api.example.net", family.record(), &[], &["above-ceiling", "name-not-allowed", "not-allowed"])
 }

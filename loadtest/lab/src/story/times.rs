@@ -19,53 +19,22 @@ pub fn audit(s: &mut Story<'_>) -> Result<()> {
     for family in FAMILIES {
         let source = s.node_address(pod, family)?;
         let name = s.at_gateways(&["name-not-allowed", "not-allowed"], "other.example.org");
-        let packet = s.at_node(
-            pod,
-            &["name-not-allowed", "not-allowed", "no-binding"],
-            named(family, 14, 0).ip().to_string(),
-        )?;
+        let packet =
+            s.at_node(pod, &["name-not-allowed", "not-allowed", "no-binding"], named(family, 14, 0).ip().to_string())?;
         let seen = s.fetch(pod, family, "https://other.example.org/", source)?;
-        s.check_why(
-            pod,
-            "the record of the name",
-            "what would be denied",
-            seen.text(),
-            seen.exit == 0,
-            &name,
-        );
-        s.check_why(
-            pod,
-            "the record of the packet",
-            "what would be denied",
-            seen.text(),
-            seen.exit == 0,
-            &packet,
-        );
+        s.check_why(pod, "the record of the name", "what would be denied", seen.text(), seen.exit == 0, &name);
+        s.check_why(pod, "the record of the packet", "what would be denied", seen.text(), seen.exit == 0, &packet);
     }
-    s.lab
-        .annotate("audited", &[managed, ("tidegate.dev/mode", "enforce")])?;
-    let held = wait_for(EDIT, || {
-        s.resolve(pod, Family::V4, "other.example.org")
-            .ok()
-            .filter(probe::Dig::is_denied)
-    });
+    s.lab.annotate("audited", &[managed, ("tidegate.dev/mode", "enforce")])?;
+    let held = wait_for(EDIT, || s.resolve(pod, Family::V4, "other.example.org").ok().filter(probe::Dig::is_denied));
     let seen = held.as_ref().map_or("it stays in audit".into(), probe::Dig::text);
-    s.check(
-        pod,
-        "the flip to enforce, dig other.example.org",
-        "NXDOMAIN with EDE",
-        seen,
-        held.is_some(),
-    );
+    s.check(pod, "the flip to enforce, dig other.example.org", "NXDOMAIN with EDE", seen, held.is_some());
     for family in FAMILIES {
         s.dropped(pod, named(family, 18, 443), &["no-binding", "not-allowed"])?;
     }
     s.lab.annotate("audited", &[managed, ("tidegate.dev/mode", "audit")])?;
-    let back = wait_for(EDIT, || {
-        s.resolve(pod, Family::V4, "other.example.org")
-            .ok()
-            .filter(|d| !d.answers.is_empty())
-    });
+    let back =
+        wait_for(EDIT, || s.resolve(pod, Family::V4, "other.example.org").ok().filter(|d| !d.answers.is_empty()));
     s.check(
         pod,
         "back to audit, dig other.example.org",
@@ -90,13 +59,7 @@ pub fn expiry(s: &mut Story<'_>) -> Result<()> {
         s.dropped(pod, named(*family, 26, 7000), &["binding-expired"])?;
         let seen = echo.say("still here\n");
         let text = seen.as_ref().map_or_else(|e| format!("{e:#}"), |()| "echo".into());
-        s.check(
-            pod,
-            &format!("the live connection to {}", named(*family, 26, 7000)),
-            "echo",
-            text,
-            seen.is_ok(),
-        );
+        s.check(pod, &format!("the live connection to {}", named(*family, 26, 7000)), "echo", text, seen.is_ok());
         s.resolve(pod, *family, "short.example.com")?;
         s.echo(pod, named(*family, 26, 7000), of(POOL_A, *family))?;
     }
@@ -120,28 +83,17 @@ fn revocation(s: &mut Story<'_>) -> Result<()> {
         let url = "https://revoked.example.com/stream";
         let relayed = s.place(pod)?.spawn(&["curl", "-sSN", family.flag(), url])?;
         relayed.wait_output("tick", Duration::from_secs(5));
-        live.push(Live {
-            family,
-            forwarded,
-            relayed,
-        });
+        live.push(Live { family, forwarded, relayed });
     }
     // An edit of something else: another policy of the same namespace, and one of another.
     let [shop, billing] = ["shop.yaml", "billing.yaml"].map(|file| s.lab.manifest(file));
     let (shop, billing) = (shop?, billing?);
-    s.lab.edit_manifest(
-        "shop.yaml",
-        &shop.replace("matchName: www.example.com", "matchName: www2.example.com"),
-    )?;
+    s.lab.edit_manifest("shop.yaml", &shop.replace("matchName: www.example.com", "matchName: www2.example.com"))?;
     s.lab.edit_manifest(
         "billing.yaml",
         &billing.replace("matchName: bank.example.com", "matchName: bank2.example.com"),
     )?;
-    let held = wait_for(EDIT, || {
-        s.resolve(pod, Family::V4, "www.example.com")
-            .ok()
-            .filter(probe::Dig::is_denied)
-    });
+    let held = wait_for(EDIT, || s.resolve(pod, Family::V4, "www.example.com").ok().filter(probe::Dig::is_denied));
     s.check(
         pod,
         "an edit of another rule, dig www.example.com",
@@ -153,10 +105,8 @@ fn revocation(s: &mut Story<'_>) -> Result<()> {
         let text = format!("live {} connections to revoked.example.com", one.family.record());
         let forwarded = one.forwarded.say("still here\n").is_ok();
         let before = one.relayed.output().len();
-        let relayed = wait_for(Duration::from_secs(2), || {
-            (one.relayed.output().len() > before).then_some(())
-        })
-        .is_some();
+        let relayed =
+            wait_for(Duration::from_secs(2), || (one.relayed.output().len() > before).then_some(())).is_some();
         let seen = format!(
             "forwarded {}, relayed {}",
             if forwarded { "lives" } else { "cut" },
@@ -173,26 +123,14 @@ fn revocation(s: &mut Story<'_>) -> Result<()> {
         one.forwarded.patience(Duration::from_millis(500))?;
         let forwarded = wait_for(EDIT, || one.forwarded.say("still here?\n").is_err().then_some(())).is_some();
         let relayed = one.relayed.wait(EDIT);
-        let seen = format!(
-            "forwarded {}, relayed {relayed:?}",
-            if forwarded { "cut" } else { "lives" }
-        );
+        let seen = format!("forwarded {}, relayed {relayed:?}", if forwarded { "cut" } else { "lives" });
         let text = format!("live {} connections after its rules are gone", one.family.record());
         // 56 and 92 are curl's words for a connection that was cut.
-        s.check(
-            pod,
-            &text,
-            "both cut",
-            seen,
-            forwarded && relayed.is_some_and(|exit| exit != 0),
-        );
+        s.check(pod, &text, "both cut", seen, forwarded && relayed.is_some_and(|exit| exit != 0));
     }
     s.lab.edit_manifest("shop-revocable.yaml", &revocable)?;
-    let back = wait_for(EDIT, || {
-        s.resolve(pod, Family::V4, "revoked.example.com")
-            .ok()
-            .filter(|d| !d.answers.is_empty())
-    });
+    let back =
+        wait_for(EDIT, || s.resolve(pod, Family::V4, "revoked.example.com").ok().filter(|d| !d.answers.is_empty()));
     s.check(
         pod,
         "its rules are back, dig revoked.example.com",
