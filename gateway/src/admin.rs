@@ -87,16 +87,8 @@ pub struct Admin {
 /// A running admin port; dropping it closes the port.
 #[derive(Debug)]
 pub struct Server {
-    address: SocketAddr,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
-}
-
-impl Server {
-    /// The address that it is bound to (with the port that the kernel chose for port 0).
-    pub fn address(&self) -> SocketAddr {
-        self.address
-    }
 }
 
 impl Drop for Server {
@@ -114,17 +106,25 @@ impl Drop for Server {
 /// # Errors
 /// When the address cannot be bound or the thread cannot be started; the text says what to do.
 pub fn serve(address: SocketAddr, admin: Admin) -> Result<Server> {
-    serve_with(address, admin, MAX_LIFE)
+    let listener = bind(address)?;
+    // Port 0 lets the kernel choose.
+    let address = listener.local_addr().context("the admin port has no address")?;
+    let server = run(listener, admin, MAX_LIFE)?;
+    tracing::info!(%address, "the admin port is open");
+    Ok(server)
 }
 
-fn serve_with(address: SocketAddr, admin: Admin, life: Duration) -> Result<Server> {
+fn bind(address: SocketAddr) -> Result<TcpListener> {
     let listener = TcpListener::bind(address).with_context(|| {
         format!("cannot listen on {address} for the admin port: choose another address for `admin`, or end the process that holds it")
     })?;
     listener
         .set_nonblocking(true)
         .context("the admin port cannot be set to non-blocking")?;
-    let address = listener.local_addr().context("the admin port has no address")?;
+    Ok(listener)
+}
+
+fn run(listener: TcpListener, admin: Admin, life: Duration) -> Result<Server> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -155,7 +155,6 @@ fn serve_with(address: SocketAddr, admin: Admin, life: Duration) -> Result<Serve
         })
         .context("the admin port's thread cannot be started")?;
     Ok(Server {
-        address,
         stop: Some(stop),
         thread: Some(thread),
     })
@@ -271,11 +270,16 @@ mod tests {
     use std::io::{Read, Write};
     use std::net::TcpStream;
 
-    fn start() -> (Server, Readiness) {
+    struct Test {
+        address: SocketAddr,
+        _server: Server,
+    }
+
+    fn start() -> (Test, Readiness) {
         start_with(MAX_LIFE)
     }
 
-    fn start_with(life: Duration) -> (Server, Readiness) {
+    fn start_with(life: Duration) -> (Test, Readiness) {
         let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
         metrics::with_local_recorder(&recorder, || metrics::counter!("tidegate_test_total").increment(7));
         let readiness = Readiness::default();
@@ -285,14 +289,20 @@ mod tests {
             config: serde_json::json!({"name": "gw-a"}),
             status: Arc::new(|| serde_json::json!({"agents": 2})),
         };
+        let listener = bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
         (
-            serve_with("127.0.0.1:0".parse().unwrap(), admin, life).unwrap(),
+            Test {
+                address,
+                _server: run(listener, admin, life).unwrap(),
+            },
             readiness,
         )
     }
 
-    fn ask(server: &Server, request: &str) -> (u16, String) {
-        let mut s = TcpStream::connect(server.address()).unwrap();
+    fn ask(server: &Test, request: &str) -> (u16, String) {
+        let mut s = TcpStream::connect(server.address).unwrap();
+        s.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         write!(s, "{request} HTTP/1.0\r\n\r\n").unwrap();
         let mut text = String::new();
         s.read_to_string(&mut text).unwrap();
@@ -337,7 +347,7 @@ mod tests {
             config: Value::Null,
             status: Arc::new(|| Value::Null),
         };
-        let text = format!("{:#}", serve(server.address(), admin).unwrap_err());
+        let text = format!("{:#}", serve(server.address, admin).unwrap_err());
         assert!(
             text.contains("choose another address for `admin`") && text.contains("in use"),
             "{text}"
@@ -348,7 +358,7 @@ mod tests {
     fn clients_that_hold_every_connection_are_cut() {
         let (server, _) = start_with(Duration::from_millis(200));
         let mut held: Vec<TcpStream> = (0..MAX_CONNECTIONS + 8)
-            .map(|_| TcpStream::connect(server.address()).unwrap())
+            .map(|_| TcpStream::connect(server.address).unwrap())
             .collect();
         for s in &mut held {
             s.write_all(b"GET /met").unwrap();
@@ -359,7 +369,7 @@ mod tests {
     #[test]
     fn dropping_closes_the_port_even_with_idle_clients() {
         let (server, _) = start();
-        let address = server.address();
+        let address = server.address;
         let _idle = TcpStream::connect(address).unwrap();
         drop(server);
         assert!(TcpStream::connect(address).is_err());

@@ -33,17 +33,12 @@ pub fn namespace(meta: &Meta) -> Converted<model::Namespace> {
 
 fn annotations(ctx: &mut Ctx, meta: &Meta) -> model::Namespace {
     let mut ns = model::Namespace {
-        uid: if meta.uid.is_empty() {
-            meta.name.clone()
-        } else {
-            meta.uid.clone()
-        },
+        uid: if meta.uid.is_empty() { meta.name.clone() } else { meta.uid.clone() },
         labels: meta.labels.clone(),
         ..Default::default()
     };
     // The API server sets this label on every namespace; selectors by name rely on it.
-    ns.labels
-        .insert("kubernetes.io/metadata.name".to_owned(), meta.name.clone());
+    ns.labels.insert("kubernetes.io/metadata.name".to_owned(), meta.name.clone());
     let mut until_is_bad = false;
     for (key, text) in &meta.annotations {
         let Some(what) = key.strip_prefix(PREFIX) else { continue };
@@ -66,10 +61,7 @@ fn annotations(ctx: &mut Ctx, meta: &Meta) -> model::Namespace {
                 ns.audit = text == "audit";
                 if !matches!(text.as_str(), "audit" | "enforce") {
                     let text = printable(text);
-                    ctx.refuse(
-                        Code::BadItem,
-                        format!("`{text}` is neither enforce nor audit; the namespace enforces"),
-                    );
+                    ctx.refuse(Code::BadItem, format!("`{text}` is neither enforce nor audit; the namespace enforces"));
                 }
             }
             "audit-until" => {
@@ -168,10 +160,7 @@ pub fn allow_item(item: &str) -> Result<model::Rule, String> {
             &[Proto::Tcp]
         }
         (Some(other), _) => {
-            return Err(format!(
-                "`/{}` is none of /tcp, /udp and /tcp-unchecked",
-                printable(other)
-            ));
+            return Err(format!("`/{}` is none of /tcp, /udp and /tcp-unchecked", printable(other)));
         }
     };
     let (fqdns, cidrs) = peer(target)?;
@@ -182,14 +171,7 @@ pub fn allow_item(item: &str) -> Result<model::Rule, String> {
         name: Arc::from(item),
         fqdns,
         cidrs,
-        ports: protos
-            .iter()
-            .map(|p| model::Ports {
-                proto: Some(*p),
-                lo,
-                hi,
-            })
-            .collect(),
+        ports: protos.iter().map(|p| model::Ports { proto: Some(*p), lo, hi }).collect(),
         sni,
         ech_allow: false,
         dns_types: Vec::new(),
@@ -207,10 +189,9 @@ fn split_port(text: &str) -> Result<(&str, Option<&str>), String> {
         }
         return match after {
             "" => Ok((target, None)),
-            _ => after
-                .strip_prefix(':')
-                .map(|p| (target, Some(p)))
-                .ok_or_else(|| "a `:` must follow the `]`".to_owned()),
+            _ => {
+                after.strip_prefix(':').map(|p| (target, Some(p))).ok_or_else(|| "a `:` must follow the `]`".to_owned())
+            }
         };
     }
     match text.split_once(':') {
@@ -234,23 +215,11 @@ fn port_range(text: &str) -> Result<(u16, u16), String> {
         None => (one(text)?, one(text)?),
         Some((lo, hi)) => (one(lo)?, one(hi)?),
     };
-    if hi < lo {
-        Err(format!("the range ends at {hi}, below its start {lo}"))
-    } else {
-        Ok((lo, hi))
-    }
+    if hi < lo { Err(format!("the range ends at {hi}, below its start {lo}")) } else { Ok((lo, hi)) }
 }
 
 fn peer(text: &str) -> Result<(Vec<model::Fqdn>, Vec<model::Cidr>), String> {
-    let cidr = |net: IpNet| {
-        Ok((
-            Vec::new(),
-            vec![model::Cidr {
-                cidr: net,
-                except: Vec::new(),
-            }],
-        ))
-    };
+    let cidr = |net: IpNet| Ok((Vec::new(), vec![model::Cidr { cidr: net, except: Vec::new() }]));
     if text.is_empty() {
         return Err("it names no host".to_owned());
     }
@@ -304,10 +273,7 @@ mod tests {
             ("**.example.com:80", "**.example.com Tcp 80-80"),
             ("api.example.com/tcp", "api.example.com Tcp 443-443"),
             ("api.example.com/udp", "api.example.com Udp 443-443"),
-            (
-                "db.example.com:5432-5439/tcp-unchecked",
-                "db.example.com Tcp 5432-5439 unchecked",
-            ),
+            ("db.example.com:5432-5439/tcp-unchecked", "db.example.com Tcp 5432-5439 unchecked"),
             ("203.0.113.7", "203.0.113.7/32 Tcp 443-443 Udp 443-443"),
             ("203.0.113.0/24", "203.0.113.0/24 Tcp 443-443 Udp 443-443"),
             ("203.0.113.0/24:5432", "203.0.113.0/24 Tcp 5432-5432"),
@@ -331,35 +297,17 @@ mod tests {
             ("api.example.com:+1", "`+1` is not a port (1 to 65535)"),
             ("api.example.com:", "`` is not a port (1 to 65535)"),
             ("api.example.com:9-8", "the range ends at 8, below its start 9"),
-            (
-                "api.example.com/sctp",
-                "`/sctp` is none of /tcp, /udp and /tcp-unchecked",
-            ),
-            (
-                "2001:db8::/32",
-                "write IPv6 prefixes in brackets, as in [2001:db8::/32]:443",
-            ),
+            ("api.example.com/sctp", "`/sctp` is none of /tcp, /udp and /tcp-unchecked"),
+            ("2001:db8::/32", "write IPv6 prefixes in brackets, as in [2001:db8::/32]:443"),
             ("[2001:db8::/32", "the `[` has no `]`"),
             ("[2001:db8::/32]443", "a `:` must follow the `]`"),
             ("[api.example.com]", "only IPv6 prefixes stand in brackets"),
             ("10.0.0.1/8", "has bits set behind its length; write `10.0.0.0/8`"),
-            (
-                "10.0.0.0/33",
-                "`10.0.0.0/33` is not a prefix such as 203.0.113.0/24 or 2001:db8::/32",
-            ),
+            ("10.0.0.0/33", "`10.0.0.0/33` is not a prefix such as 203.0.113.0/24 or 2001:db8::/32"),
             ("300.1.1.1", "it is neither a name nor an address"),
-            (
-                "a b",
-                "the name has a character that is not a letter, a digit, '-' or '_'",
-            ),
-            (
-                "https://api.example.com",
-                "it is a URL; write the host alone, without scheme and path",
-            ),
-            (
-                "10.0.0.0/8:5432/tcp-unchecked",
-                "connections to a prefix are never inspected; write /tcp",
-            ),
+            ("a b", "the name has a character that is not a letter, a digit, '-' or '_'"),
+            ("https://api.example.com", "it is a URL; write the host alone, without scheme and path"),
+            ("10.0.0.0/8:5432/tcp-unchecked", "connections to a prefix are never inspected; write /tcp"),
         ] {
             assert_eq!(allow_item(item).unwrap_err(), want, "{item}");
         }
@@ -368,10 +316,7 @@ mod tests {
     fn meta(pairs: &[(&str, &str)]) -> Meta {
         Meta {
             name: "shop".into(),
-            annotations: pairs
-                .iter()
-                .map(|(k, v)| (format!("{PREFIX}{k}"), (*v).to_owned()))
-                .collect(),
+            annotations: pairs.iter().map(|(k, v)| (format!("{PREFIX}{k}"), (*v).to_owned())).collect(),
             ..Default::default()
         }
     }
@@ -394,10 +339,7 @@ mod tests {
 
     #[test]
     fn limits_of_allow() {
-        let many = (0..300)
-            .map(|i| format!("h{i}.example.com"))
-            .collect::<Vec<_>>()
-            .join(",");
+        let many = (0..300).map(|i| format!("h{i}.example.com")).collect::<Vec<_>>().join(",");
         let c = namespace(&meta(&[("allow", &many)]));
         assert_eq!(c.value.as_ref().unwrap().allow.len(), MAX_ITEMS);
         assert_eq!(c.problems.len(), 1);
@@ -414,12 +356,7 @@ mod tests {
         let ns = c.value.as_ref().unwrap();
         assert!(ns.managed && !ns.audit);
         assert_eq!(c.problems.len(), 2);
-        let c = namespace(&meta(&[
-            ("mode", "audit"),
-            ("audit-until", "soon"),
-            ("pool", "A b"),
-            ("colour", "red"),
-        ]));
+        let c = namespace(&meta(&[("mode", "audit"), ("audit-until", "soon"), ("pool", "A b"), ("colour", "red")]));
         let ns = c.value.as_ref().unwrap();
         assert!(!ns.audit && ns.audit_until.is_none() && ns.pool.is_none());
         assert_eq!(c.problems.len(), 3);

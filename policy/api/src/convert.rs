@@ -64,12 +64,7 @@ impl Ctx {
     fn report(&mut self, severity: Severity, code: Code, message: String) {
         self.failed |= severity == Severity::Error;
         if self.problems.len() < MAX_PROBLEMS {
-            self.problems.push(FieldProblem {
-                severity,
-                code,
-                path: FieldPath(self.path.clone()),
-                message,
-            });
+            self.problems.push(FieldProblem { severity, code, path: FieldPath(self.path.clone()), message });
         }
     }
 
@@ -97,10 +92,7 @@ impl Ctx {
     }
 
     pub(crate) fn finish<T>(self, value: Option<T>) -> Converted<T> {
-        Converted {
-            value: value.filter(|_| !self.failed),
-            problems: self.problems,
-        }
+        Converted { value: value.filter(|_| !self.failed), problems: self.problems }
     }
 }
 
@@ -178,20 +170,13 @@ fn cluster_policy_spec(ctx: &mut Ctx, spec: &ClusterEgressPolicySpec) -> Option<
         });
     }
     if !(0..=MAX_PRIORITY).contains(&spec.priority) {
-        ctx.field("priority", |ctx| {
-            ctx.error(Code::Invalid, format!("must be between 0 and {MAX_PRIORITY}"))
-        });
+        ctx.field("priority", |ctx| ctx.error(Code::Invalid, format!("must be between 0 and {MAX_PRIORITY}")));
     }
     let (namespaces, pods) = ctx.field("subject", |ctx| {
-        let namespaces = ctx.field("namespaceSelector", |ctx| {
-            selector(ctx, &spec.subject.namespace_selector)
-        });
+        let namespaces = ctx.field("namespaceSelector", |ctx| selector(ctx, &spec.subject.namespace_selector));
         let pods = ctx.field("podSelector", |ctx| {
             let pods = selector(ctx, &spec.subject.pod_selector);
-            let accepts = spec
-                .egress
-                .iter()
-                .any(|r| r.action == Some(crate::resource::Action::Accept));
+            let accepts = spec.egress.iter().any(|r| r.action == Some(crate::resource::Action::Accept));
             if accepts && pods != model::Selector::default() {
                 ctx.warn(
                     Code::TenantLabel,
@@ -225,15 +210,9 @@ fn cluster_policy_spec(ctx: &mut Ctx, spec: &ClusterEgressPolicySpec) -> Option<
         };
         spec.egress.iter().enumerate().map(one).collect()
     });
-    let ceiling = spec
-        .ceiling
-        .as_ref()
-        .map(|c| ctx.field("ceiling", |ctx| ceiling(ctx, c)));
+    let ceiling = spec.ceiling.as_ref().map(|c| ctx.field("ceiling", |ctx| ceiling(ctx, c)));
     if spec.egress.is_empty() && spec.ceiling.is_none() {
-        ctx.warn(
-            Code::NoEffect,
-            "has neither `egress` nor `ceiling`, so the policy says nothing",
-        );
+        ctx.warn(Code::NoEffect, "has neither `egress` nor `ceiling`, so the policy says nothing");
     }
     Some(model::ClusterPolicy {
         tier: match spec.tier {
@@ -271,17 +250,9 @@ fn ceiling(ctx: &mut Ctx, c: &Ceiling) -> model::Ceiling {
         Some(list) => ctx.field("toPorts", |ctx| rule::ports(ctx, list, false)),
     };
     if c.to_fqdns.is_empty() && c.to_cidrs.is_empty() && !permits.contains(&model::Permit::Cidrs) {
-        ctx.warn(
-            Code::NoEffect,
-            "names neither `toFQDNs` nor `toCIDRs`, so its subjects can grant themselves nothing",
-        );
+        ctx.warn(Code::NoEffect, "names neither `toFQDNs` nor `toCIDRs`, so its subjects can grant themselves nothing");
     }
-    model::Ceiling {
-        fqdns,
-        cidrs,
-        ports,
-        permits,
-    }
+    model::Ceiling { fqdns, cidrs, ports, permits }
 }
 
 /// Converts an `EgressPool`.
@@ -292,21 +263,15 @@ pub fn pool(_: &Meta, spec: &EgressPoolSpec) -> Converted<model::Pool> {
 }
 
 fn pool_spec(ctx: &mut Ctx, spec: &EgressPoolSpec) -> Option<model::Pool> {
-    let gateway_nodes = spec
-        .gateway_node_selector
-        .as_ref()
-        .map(|s| ctx.field("gatewayNodeSelector", |ctx| selector(ctx, s)));
-    let allowed_namespaces = spec
-        .allowed_namespaces
-        .as_ref()
-        .map(|s| ctx.field("allowedNamespaces", |ctx| selector(ctx, s)));
+    let gateway_nodes =
+        spec.gateway_node_selector.as_ref().map(|s| ctx.field("gatewayNodeSelector", |ctx| selector(ctx, s)));
+    let allowed_namespaces =
+        spec.allowed_namespaces.as_ref().map(|s| ctx.field("allowedNamespaces", |ctx| selector(ctx, s)));
     ctx.field("externalAddresses", |ctx| {
         if ctx.at_most(spec.external_addresses.len(), MAX_EXTERNAL) {
             for (i, text) in spec.external_addresses.iter().enumerate() {
                 if text.parse::<std::net::IpAddr>().is_err() && text.parse::<IpNet>().is_err() {
-                    ctx.item(i, None, |ctx| {
-                        ctx.error(Code::Invalid, "must be an IP address or a prefix")
-                    });
+                    ctx.item(i, None, |ctx| ctx.error(Code::Invalid, "must be an IP address or a prefix"));
                 }
             }
         }
@@ -316,10 +281,7 @@ fn pool_spec(ctx: &mut Ctx, spec: &EgressPoolSpec) -> Option<model::Pool> {
         (AddressSource::Static, Some(s)) => ctx.field("static", |ctx| static_source(ctx, s)),
         (AddressSource::PodNetwork, Some(_)) => {
             ctx.field("static", |ctx| {
-                ctx.error(
-                    Code::Invalid,
-                    "belongs to `addressSource: Static`; with PodNetwork leave it out",
-                );
+                ctx.error(Code::Invalid, "belongs to `addressSource: Static`; with PodNetwork leave it out");
             });
             return None;
         }
@@ -328,19 +290,12 @@ fn pool_spec(ctx: &mut Ctx, spec: &EgressPoolSpec) -> Option<model::Pool> {
             return None;
         }
     };
-    Some(model::Pool {
-        allowed_namespaces,
-        source,
-        gateway_nodes,
-    })
+    Some(model::Pool { allowed_namespaces, source, gateway_nodes })
 }
 
 fn static_source(ctx: &mut Ctx, s: &StaticSource) -> model::AddressSource {
     if let Some(name) = s.interface.as_deref().filter(|n| !format::is_interface(n)) {
-        let message = format!(
-            "`{}` cannot be the name of a network interface",
-            crate::problem::printable(name)
-        );
+        let message = format!("`{}` cannot be the name of a network interface", crate::problem::printable(name));
         ctx.field("interface", |ctx| ctx.error(Code::Invalid, message));
     }
     let mut seen = std::collections::BTreeSet::new();
@@ -368,19 +323,12 @@ fn static_source(ctx: &mut Ctx, s: &StaticSource) -> model::AddressSource {
                         }
                     });
                 }
-                model::Pair {
-                    ipv4,
-                    ipv6,
-                    draining: p.state == PairState::Draining,
-                }
+                model::Pair { ipv4, ipv6, draining: p.state == PairState::Draining }
             })
         };
         s.addresses.iter().enumerate().map(one).collect()
     });
-    model::AddressSource::Static {
-        interface: s.interface.clone(),
-        pairs,
-    }
+    model::AddressSource::Static { interface: s.interface.clone(), pairs }
 }
 
 fn address<T: std::str::FromStr>(ctx: &mut Ctx, field: &str, text: Option<&str>, what: &str) -> Option<T> {
@@ -486,18 +434,12 @@ pub(crate) fn selector(ctx: &mut Ctx, s: &LabelSelector) -> model::Selector {
         };
         s.match_expressions.iter().enumerate().map(one).collect()
     });
-    model::Selector {
-        labels: s.match_labels.clone(),
-        expressions,
-    }
+    model::Selector { labels: s.match_labels.clone(), expressions }
 }
 
 fn label_key(ctx: &mut Ctx, key: &str) {
     if !format::is_label_key(key) {
-        ctx.error(
-            Code::Invalid,
-            "the key is not a label key ([prefix/]name with letters, digits, '-', '_' and '.')",
-        );
+        ctx.error(Code::Invalid, "the key is not a label key ([prefix/]name with letters, digits, '-', '_' and '.')");
     }
 }
 

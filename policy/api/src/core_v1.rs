@@ -94,17 +94,10 @@ pub(crate) fn pod(meta: &Meta, raw: RawPod) -> Converted<model::Pod> {
 pub(crate) fn node(meta: &Meta, raw: RawNode) -> Converted<model::Node> {
     let mut ctx = Ctx::default();
     let all = raw.status.unwrap_or_default().addresses.unwrap_or_default();
-    let of = |kind: &str| {
-        all.iter()
-            .filter(|a| a.kind == kind)
-            .map(|a| a.address.clone())
-            .collect::<Vec<_>>()
-    };
+    let of = |kind: &str| all.iter().filter(|a| a.kind == kind).map(|a| a.address.clone()).collect::<Vec<_>>();
     let mut texts = of("InternalIP");
     texts.extend(of("ExternalIP"));
-    let addresses = ctx.field("status", |ctx| {
-        ctx.field("addresses", |ctx| addresses(ctx, texts, false))
-    });
+    let addresses = ctx.field("status", |ctx| ctx.field("addresses", |ctx| addresses(ctx, texts, false)));
     let spec = raw.spec.unwrap_or_default();
     let mut cidrs = spec.pod_cidrs.unwrap_or_default();
     cidrs.extend(spec.pod_cidr);
@@ -115,19 +108,14 @@ pub(crate) fn node(meta: &Meta, raw: RawNode) -> Converted<model::Node> {
                 match text.parse::<IpNet>() {
                     Ok(net) if !pod_prefixes.contains(&net.trunc()) => pod_prefixes.push(net.trunc()),
                     Ok(_) => {}
-                    Err(_) => ctx.error(
-                        Code::Invalid,
-                        format!("`{}` is not a prefix", crate::problem::printable(text)),
-                    ),
+                    Err(_) => {
+                        ctx.error(Code::Invalid, format!("`{}` is not a prefix", crate::problem::printable(text)))
+                    }
                 }
             }
         });
     });
-    ctx.finish(Some(model::Node {
-        addresses,
-        labels: meta.labels.clone(),
-        pod_prefixes,
-    }))
+    ctx.finish(Some(model::Node { addresses, labels: meta.labels.clone(), pod_prefixes }))
 }
 
 /// Reads addresses, each once; with `one_per_family`, the first of each family.
@@ -137,10 +125,7 @@ fn addresses(ctx: &mut Ctx, texts: Vec<String>, one_per_family: bool) -> Vec<IpA
         match text.parse::<IpAddr>() {
             Ok(ip) if out.contains(&ip) || one_per_family && out.iter().any(|o| o.is_ipv4() == ip.is_ipv4()) => {}
             Ok(ip) => out.push(ip),
-            Err(_) => ctx.error(
-                Code::Invalid,
-                format!("`{}` is not an IP address", crate::problem::printable(&text)),
-            ),
+            Err(_) => ctx.error(Code::Invalid, format!("`{}` is not an IP address", crate::problem::printable(&text))),
         }
     }
     out

@@ -29,11 +29,7 @@ impl std::error::Error for Refusal {}
 
 impl Refusal {
     fn new(code: Code, message: String) -> Self {
-        Self {
-            code,
-            message,
-            place: None,
-        }
+        Self { code, message, place: None }
     }
 }
 
@@ -51,20 +47,13 @@ impl serde::de::Error for Refusal {
     }
 
     fn unknown_field(field: &str, expected: &'static [&'static str]) -> Self {
-        Self::new(
-            Code::UnknownField,
-            format!("unknown field; {}", known(field, expected, "fields")),
-        )
+        Self::new(Code::UnknownField, format!("unknown field; {}", known(field, expected, "fields")))
     }
 
     fn unknown_variant(variant: &str, expected: &'static [&'static str]) -> Self {
         Self::new(
             Code::Invalid,
-            format!(
-                "`{}` is not a value of this field; {}",
-                printable(variant),
-                known(variant, expected, "values")
-            ),
+            format!("`{}` is not a value of this field; {}", printable(variant), known(variant, expected, "values")),
         )
     }
 }
@@ -96,11 +85,7 @@ fn close(a: &str, b: &str) -> bool {
 
 /// Reads a value of a type out of a tree that stands at `path`. With `lenient`, a null is an absent field.
 pub(crate) fn read<T: DeserializeOwned>(tree: &Tree, path: &[Seg], lenient: bool) -> Result<T, Refusal> {
-    T::deserialize(De {
-        tree,
-        at: At::Root(path),
-        lenient,
-    })
+    T::deserialize(De { tree, at: At::Root(path), lenient })
 }
 
 /// The way from the root, as a list on the stack.
@@ -158,10 +143,7 @@ impl De<'_, '_> {
             (Value::Str(_), "an integer" | "a boolean") => "; write it without quotes",
             _ => "",
         };
-        self.place(Refusal::new(
-            Code::Invalid,
-            format!("must be {what}, not {}{hint}", self.tree.value.what()),
-        ))
+        self.place(Refusal::new(Code::Invalid, format!("must be {what}, not {}{hint}", self.tree.value.what())))
     }
 
     fn int<'de, V: Visitor<'de>>(&self, visitor: V) -> Result<V::Value, Refusal> {
@@ -233,26 +215,14 @@ impl<'de> Deserializer<'de> for De<'_, 'de> {
         let Value::List(items) = &self.tree.value else {
             return Err(self.must_be("a list"));
         };
-        visitor
-            .visit_seq(Items {
-                de: self,
-                items,
-                next: 0,
-            })
-            .map_err(|e| self.place(e))
+        visitor.visit_seq(Items { de: self, items, next: 0 }).map_err(|e| self.place(e))
     }
 
     fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Refusal> {
         let Value::Map(entries) = &self.tree.value else {
             return Err(self.must_be("a map"));
         };
-        visitor
-            .visit_map(Entries {
-                de: self,
-                entries,
-                next: 0,
-            })
-            .map_err(|e| self.place(e))
+        visitor.visit_map(Entries { de: self, entries, next: 0 }).map_err(|e| self.place(e))
     }
 
     fn deserialize_struct<V: Visitor<'de>>(
@@ -301,12 +271,7 @@ impl<'de> SeqAccess<'de> for Items<'_, 'de> {
         };
         let at = At::Index(&self.de.at, self.next, tree.item_name());
         self.next += 1;
-        seed.deserialize(De {
-            tree,
-            at,
-            lenient: self.de.lenient,
-        })
-        .map(Some)
+        seed.deserialize(De { tree, at, lenient: self.de.lenient }).map(Some)
     }
 
     fn size_hint(&self) -> Option<usize> {
@@ -327,26 +292,16 @@ impl<'de> MapAccess<'de> for Entries<'_, 'de> {
         let Some((key, _)) = self.entries.get(self.next) else {
             return Ok(None);
         };
-        seed.deserialize(BorrowedStrDeserializer::new(&key.text))
-            .map(Some)
-            .map_err(|mut e: Refusal| {
-                e.place
-                    .get_or_insert_with(|| (At::Field(&self.de.at, &key.text).path(), key.line));
-                e
-            })
+        seed.deserialize(BorrowedStrDeserializer::new(&key.text)).map(Some).map_err(|mut e: Refusal| {
+            e.place.get_or_insert_with(|| (At::Field(&self.de.at, &key.text).path(), key.line));
+            e
+        })
     }
 
     fn next_value_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<T::Value, Refusal> {
-        let (key, tree) = self
-            .entries
-            .get(self.next)
-            .ok_or_else(|| Refusal::custom("a value without a key"))?;
+        let (key, tree) = self.entries.get(self.next).ok_or_else(|| Refusal::custom("a value without a key"))?;
         self.next += 1;
-        seed.deserialize(De {
-            tree,
-            at: At::Field(&self.de.at, &key.text),
-            lenient: self.de.lenient,
-        })
+        seed.deserialize(De { tree, at: At::Field(&self.de.at, &key.text), lenient: self.de.lenient })
     }
 }
 

@@ -4,8 +4,7 @@
 pub(crate) fn is_label(text: &str) -> bool {
     let b = text.as_bytes();
     (1..=63).contains(&b.len())
-        && b.iter()
-            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-')
+        && b.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-')
         && b[0] != b'-'
         && b[b.len() - 1] != b'-'
 }
@@ -24,8 +23,7 @@ pub(crate) fn is_rule_name(text: &str) -> bool {
 fn is_qualified(text: &str) -> bool {
     let b = text.as_bytes();
     (1..=63).contains(&b.len())
-        && b.iter()
-            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+        && b.iter().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
         && b[0].is_ascii_alphanumeric()
         && b[b.len() - 1].is_ascii_alphanumeric()
 }
@@ -46,9 +44,7 @@ pub(crate) fn is_label_value(text: &str) -> bool {
 /// Whether it is a name of a network interface in Linux: 1 to 15 octets, no space, `/` or `:`, not `.` or `..`.
 pub(crate) fn is_interface(text: &str) -> bool {
     (1..=15).contains(&text.len())
-        && text
-            .bytes()
-            .all(|b| (0x21..0x7f).contains(&b) && b != b'/' && b != b':')
+        && text.bytes().all(|b| (0x21..0x7f).contains(&b) && b != b'/' && b != b':')
         && text != "."
         && text != ".."
 }
@@ -94,14 +90,9 @@ mod tests {
     fn times_are_rfc_3339_only() {
         assert_eq!(time("1970-01-02T00:00:00Z").map(|t| t.0), Some(86_400));
         assert_eq!(time("1970-01-02T00:00:00.9+01:00").map(|t| t.0), Some(82_800));
-        for bad in [
-            "1970-01-02",
-            "1970-01-02 00:00:00Z",
-            "1970-01-02T00:00:00",
-            "1970-01-02T00:00:00Z[UTC]",
-            "tomorrow",
-            "",
-        ] {
+        for bad in
+            ["1970-01-02", "1970-01-02 00:00:00Z", "1970-01-02T00:00:00", "1970-01-02T00:00:00Z[UTC]", "tomorrow", ""]
+        {
             assert_eq!(time(bad), None, "{bad}");
         }
     }

@@ -65,10 +65,7 @@ pub(crate) fn pattern(ctx: &mut Ctx, text: &str) {
     };
     let suffix = p.literal_suffix();
     if !lints.contains(&Lint::PublicSuffix) && !p.is_exact() && SHARED_SUFFIXES.contains(&suffix) {
-        ctx.warn(
-            Code::Broad,
-            format!("is a wildcard right below `{suffix}`, where anyone can have a name"),
-        );
+        ctx.warn(Code::Broad, format!("is a wildcard right below `{suffix}`, where anyone can have a name"));
     }
     for l in lints {
         ctx.warn(Code::Broad, l.to_string());
@@ -80,17 +77,11 @@ pub(crate) fn grant(ctx: &mut Ctx, rule: &model::Rule) {
     if rule.fqdns.is_empty() {
         return;
     }
-    let covers = |proto: Proto, port: u16| {
-        rule.ports
-            .iter()
-            .any(|p| p.proto == Some(proto) && (p.lo..=p.hi).contains(&port))
-    };
+    let covers =
+        |proto: Proto, port: u16| rule.ports.iter().any(|p| p.proto == Some(proto) && (p.lo..=p.hi).contains(&port));
     if covers(Proto::Udp, 443) && !covers(Proto::Tcp, 443) {
         ctx.field("toPorts", |ctx| {
-            ctx.warn(
-                Code::NoEffect,
-                "allows UDP 443 alone, and QUIC is blocked until it is inspected; add TCP 443",
-            );
+            ctx.warn(Code::NoEffect, "allows UDP 443 alone, and QUIC is blocked until it is inspected; add TCP 443");
         });
     }
     if rule.sni != model::SniMode::Required {

@@ -103,12 +103,7 @@ pub(crate) fn objects(tree: &Tree) -> Vec<Item> {
             path: FieldPath::fields(&["items"]),
             message,
         };
-        vec![Item {
-            unknown: true,
-            line: tree.line,
-            found: vec![found],
-            ..Item::default()
-        }]
+        vec![Item { unknown: true, line: tree.line, found: vec![found], ..Item::default() }]
     };
     match tree.get("items").map(|t| &t.value) {
         Some(Value::List(items)) if items.len() <= MAX_ITEMS => items
@@ -116,10 +111,9 @@ pub(crate) fn objects(tree: &Tree) -> Vec<Item> {
             .enumerate()
             .map(|(i, t)| object(t, vec![Seg::Field("items".into()), Seg::Index(i, None)]))
             .collect(),
-        Some(Value::List(items)) => bad(
-            Code::TooMany,
-            format!("has {} items; at most {MAX_ITEMS} are read", items.len()),
-        ),
+        Some(Value::List(items)) => {
+            bad(Code::TooMany, format!("has {} items; at most {MAX_ITEMS} are read", items.len()))
+        }
         Some(Value::Null) => Vec::new(),
         Some(v) => bad(Code::Invalid, format!("must be a list, not {}", v.what())),
         None => bad(Code::Missing, "is required in a List".to_owned()),
@@ -140,14 +134,7 @@ impl Reading<'_> {
         let mut full = self.base.clone();
         full.extend(path.0);
         let object = self.object.clone();
-        self.item.found.push(Found {
-            severity,
-            code,
-            line: Some(line),
-            object,
-            path: FieldPath(full),
-            message,
-        });
+        self.item.found.push(Found { severity, code, line: Some(line), object, path: FieldPath(full), message });
     }
 
     /// Reports at fields of the object.
@@ -180,9 +167,7 @@ impl Reading<'_> {
             self.at(Severity::Error, Code::Missing, &[], format!("`{field}` is required"));
             return None;
         };
-        de::read(part, &[Seg::Field(field.to_owned())], lenient)
-            .map_err(|r| self.refusal(r, &[field]))
-            .ok()
+        de::read(part, &[Seg::Field(field.to_owned())], lenient).map_err(|r| self.refusal(r, &[field])).ok()
     }
 
     fn take<T>(&mut self, c: Converted<T>, wrap: impl FnOnce(T) -> Object) {
@@ -195,16 +180,8 @@ impl Reading<'_> {
 }
 
 fn object(tree: &Tree, base: Vec<Seg>) -> Item {
-    let item = Item {
-        line: tree.line,
-        ..Item::default()
-    };
-    let mut r = Reading {
-        tree,
-        base,
-        item,
-        object: None,
-    };
+    let item = Item { line: tree.line, ..Item::default() };
+    let mut r = Reading { tree, base, item, object: None };
     read(&mut r);
     let bad = r.item.found.iter().any(|f| f.severity == Severity::Error);
     if bad {
@@ -226,20 +203,12 @@ fn read(r: &mut Reading<'_>) {
         t.unwrap_or_default().to_owned()
     };
     let (namespace, name) = (text("namespace"), text("name"));
-    r.object = Some(ObjectRef {
-        kind: kind.clone(),
-        namespace: namespace.clone(),
-        name: name.clone(),
-    });
+    r.object = Some(ObjectRef { kind: kind.clone(), namespace: namespace.clone(), name: name.clone() });
     let Some(known) = Kind::of(&api, &kind) else {
         return other(r, &api, &kind);
     };
     if !name.is_empty() && known.is_namespaced() != namespace.is_empty() {
-        r.item.id = Some(Id {
-            kind: known,
-            namespace,
-            name,
-        });
+        r.item.id = Some(Id { kind: known, namespace, name });
     }
     let Some(raw) = r.part::<RawMeta>("metadata", true) else {
         return;
@@ -270,10 +239,7 @@ fn ours<S: serde::de::DeserializeOwned, T>(
 ) {
     if let Value::Map(entries) = &r.tree.value {
         for (key, _) in entries {
-            if !matches!(
-                key.text.as_str(),
-                "apiVersion" | "kind" | "metadata" | "spec" | "status"
-            ) {
+            if !matches!(key.text.as_str(), "apiVersion" | "kind" | "metadata" | "spec" | "status") {
                 let path = FieldPath(vec![Seg::Field(key.text.clone())]);
                 let message = "unknown field; the fields are apiVersion, kind, metadata, spec and status".to_owned();
                 r.push(Severity::Error, Code::UnknownField, path, key.line, message);
@@ -290,12 +256,7 @@ fn names(r: &mut Reading<'_>, kind: Kind, meta: &Meta) {
     match kind {
         _ if meta.name.is_empty() => r.at(Severity::Error, Code::Missing, &["metadata"], "`name` is required"),
         Kind::Namespace if !format::is_label(&meta.name) => {
-            r.at(
-                Severity::Error,
-                Code::Invalid,
-                at_name,
-                "must be 1 to 63 lower-case letters, digits and '-'",
-            );
+            r.at(Severity::Error, Code::Invalid, at_name, "must be 1 to 63 lower-case letters, digits and '-'");
         }
         _ if !format::is_subdomain(&meta.name) => {
             let m = "must be labels of lower-case letters, digits and '-', separated by dots, at most 253 characters";
@@ -307,20 +268,10 @@ fn names(r: &mut Reading<'_>, kind: Kind, meta: &Meta) {
     match (kind.is_namespaced(), meta.namespace.as_str()) {
         (true, "") => r.at(Severity::Error, Code::Missing, &["metadata"], "`namespace` is required"),
         (true, n) if !format::is_label(n) => {
-            r.at(
-                Severity::Error,
-                Code::Invalid,
-                at_namespace,
-                "must be 1 to 63 lower-case letters, digits and '-'",
-            );
+            r.at(Severity::Error, Code::Invalid, at_namespace, "must be 1 to 63 lower-case letters, digits and '-'");
         }
         (false, n) if !n.is_empty() => {
-            r.at(
-                Severity::Error,
-                Code::Invalid,
-                at_namespace,
-                "the kind belongs to no namespace; leave it out",
-            );
+            r.at(Severity::Error, Code::Invalid, at_namespace, "the kind belongs to no namespace; leave it out");
         }
         _ => {}
     }
@@ -338,12 +289,7 @@ fn other(r: &mut Reading<'_>, api: &str, kind: &str) {
         return r.at(Severity::Error, Code::UnknownKind, &["apiVersion"], message);
     }
     if kind == "NamespaceEgress" {
-        return r.at(
-            Severity::Note,
-            Code::Ignored,
-            &[],
-            "is written by Tidegate and not read",
-        );
+        return r.at(Severity::Note, Code::Ignored, &[], "is written by Tidegate and not read");
     }
     let message = format!(
         "`{}` does not exist in {GROUP}; the kinds are EgressPolicy, ClusterEgressPolicy, EgressPool and NamespaceEgress",

@@ -28,11 +28,7 @@ impl fmt::Display for FieldPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (i, seg) in self.0.iter().enumerate() {
             match seg {
-                Seg::Field(name)
-                    if name
-                        .bytes()
-                        .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_') =>
-                {
+                Seg::Field(name) if name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_') => {
                     if i > 0 {
                         f.write_str(".")?;
                     }
@@ -226,10 +222,7 @@ impl fmt::Display for Problem {
 }
 
 fn printable_path(path: &std::path::Path) -> String {
-    path.to_string_lossy()
-        .chars()
-        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-        .collect()
+    path.to_string_lossy().chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
 #[cfg(test)]
@@ -257,17 +250,10 @@ mod tests {
             file: "a\nb.yaml".into(),
             document: Some(1),
             line: Some(2),
-            object: Some(ObjectRef {
-                kind: "X\n".into(),
-                namespace: "a\r".into(),
-                name: "b\u{1b}".into(),
-            }),
+            object: Some(ObjectRef { kind: "X\n".into(), namespace: "a\r".into(), name: "b\u{1b}".into() }),
             path: FieldPath(vec![Seg::Field("k\n".into())]),
             message: "no".into(),
         };
-        assert_eq!(
-            p.to_string(),
-            "a\u{fffd}b.yaml:2: document 1: X\\n a\\r/b\\u{1b}: [k\\n]: no"
-        );
+        assert_eq!(p.to_string(), "a\u{fffd}b.yaml:2: document 1: X\\n a\\r/b\\u{1b}: [k\\n]: no");
     }
 }

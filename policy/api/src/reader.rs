@@ -63,12 +63,7 @@ struct Live {
 impl Reader {
     /// A reader of a directory, or of one file. Nothing is read yet.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self {
-            root: root.into(),
-            files: BTreeMap::new(),
-            live: BTreeMap::new(),
-            started: false,
-        }
+        Self { root: root.into(), files: BTreeMap::new(), live: BTreeMap::new(), started: false }
     }
 
     /// The directories whose changes ask for a reload; see [`watch_paths`].
@@ -113,11 +108,7 @@ impl Reader {
                 }
                 let Some(id) = &item.id else { continue };
                 if let Some((file, line)) = places.get(id) {
-                    let file = if file == path {
-                        "this file".to_owned()
-                    } else {
-                        file.display().to_string()
-                    };
+                    let file = if file == path { "this file".to_owned() } else { file.display().to_string() };
                     problems.push(Problem {
                         severity: Severity::Error,
                         code: Code::Duplicate,
@@ -132,13 +123,7 @@ impl Reader {
                 }
                 places.insert(id.clone(), (path.clone(), item.line));
                 match &item.object {
-                    Some(object) => drop(live.insert(
-                        id.clone(),
-                        Live {
-                            object: object.clone(),
-                            file: path.clone(),
-                        },
-                    )),
+                    Some(object) => drop(live.insert(id.clone(), Live { object: object.clone(), file: path.clone() })),
                     None => drop(bad.insert(id.clone())),
                 }
             }
@@ -152,20 +137,12 @@ impl Reader {
         problems.extend(cross_check(&live, &places));
         problems.sort_by(|a, b| (&a.file, a.line, a.severity).cmp(&(&b.file, b.line, b.severity)));
         let same = self.live.len() == live.len()
-            && self
-                .live
-                .iter()
-                .zip(&live)
-                .all(|((ai, a), (bi, b))| ai == bi && a.object == b.object);
+            && self.live.iter().zip(&live).all(|((ai, a), (bi, b))| ai == bi && a.object == b.object);
         let changed = !self.started || !same;
         self.started = true;
         self.files = files;
         self.live = live;
-        Loaded {
-            objects: self.objects(),
-            problems,
-            changed,
-        }
+        Loaded { objects: self.objects(), problems, changed }
     }
 
     fn parse(&self, path: &Path) -> io::Result<Parsed> {
@@ -177,9 +154,7 @@ impl Reader {
         }
         file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
         if bytes.len() as u64 > MAX_FILE {
-            return Err(io::Error::other(format!(
-                "it is larger than {MAX_FILE} octets; split it"
-            )));
+            return Err(io::Error::other(format!("it is larger than {MAX_FILE} octets; split it")));
         }
         let content = KeyHasher::new("manifest").field(&bytes).finish();
         if let Some(old) = self.files.get(path).filter(|p| p.content == content) {
@@ -191,9 +166,7 @@ impl Reader {
         let text = if is_json { text.replace('\t', " ") } else { text };
         let chunks = tree::documents(&text);
         if chunks.len() > MAX_DOCUMENTS {
-            return Err(io::Error::other(format!(
-                "it has more than {MAX_DOCUMENTS} documents; split it"
-            )));
+            return Err(io::Error::other(format!("it has more than {MAX_DOCUMENTS} documents; split it")));
         }
         let mut items = Vec::new();
         for (n, chunk) in chunks.into_iter().enumerate() {
@@ -208,21 +181,11 @@ impl Reader {
                         path: FieldPath::default(),
                         message: e.message,
                     };
-                    items.push((
-                        n + 1,
-                        Item {
-                            unknown: true,
-                            found: vec![found],
-                            ..Item::default()
-                        },
-                    ));
+                    items.push((n + 1, Item { unknown: true, found: vec![found], ..Item::default() }));
                 }
             }
         }
-        Ok(Parsed {
-            content,
-            items: Arc::new(items),
-        })
+        Ok(Parsed { content, items: Arc::new(items) })
     }
 
     fn objects(&self) -> model::Objects {
@@ -266,10 +229,7 @@ fn cross_check(live: &BTreeMap<Id, Live>, places: &BTreeMap<Id, (PathBuf, u32)>)
         let model::AddressSource::Static { pairs, .. } = &pool.source else {
             continue;
         };
-        for ip in pairs
-            .iter()
-            .flat_map(|p| p.ipv4.map(Into::into).into_iter().chain(p.ipv6.map(Into::into)))
-        {
+        for ip in pairs.iter().flat_map(|p| p.ipv4.map(Into::into).into_iter().chain(p.ipv6.map(Into::into))) {
             if let Some(other) = owners.get(&ip) {
                 let message = format!("{ip} is also in the pool `{other}`, so it does not tell the two apart");
                 warn(id, Code::Duplicate, &["spec", "static", "addresses"], message);
@@ -286,11 +246,7 @@ fn cross_check(live: &BTreeMap<Id, Live>, places: &BTreeMap<Id, (PathBuf, u32)>)
         let Object::Policy(model::Policy { pool: Some(pool), .. }) = &l.object else {
             continue;
         };
-        let namespace = Id {
-            kind: Kind::Namespace,
-            namespace: String::new(),
-            name: id.namespace.clone(),
-        };
+        let namespace = Id { kind: Kind::Namespace, namespace: String::new(), name: id.namespace.clone() };
         let labels = match live.get(&namespace).map(|l| &l.object) {
             Some(Object::Namespace(ns)) => Some(&ns.labels),
             _ => None,
@@ -298,12 +254,7 @@ fn cross_check(live: &BTreeMap<Id, Live>, places: &BTreeMap<Id, (PathBuf, u32)>)
         let fields = &["spec", "poolRef", "name"];
         match (pools.get(pool.as_str()), labels) {
             (None, _) if pool != "default" => {
-                warn(
-                    id,
-                    Code::NoEffect,
-                    fields,
-                    format!("there is no EgressPool `{pool}` in these manifests"),
-                );
+                warn(id, Code::NoEffect, fields, format!("there is no EgressPool `{pool}` in these manifests"));
             }
             (Some(p), Some(labels)) if !p.allowed_namespaces.as_ref().is_some_and(|s| s.matches(labels)) => {
                 let message = format!("`allowedNamespaces` of the EgressPool `{pool}` does not admit this namespace");
@@ -316,11 +267,7 @@ fn cross_check(live: &BTreeMap<Id, Live>, places: &BTreeMap<Id, (PathBuf, u32)>)
 }
 
 fn reference(id: &Id) -> ObjectRef {
-    ObjectRef {
-        kind: format!("{:?}", id.kind),
-        namespace: id.namespace.clone(),
-        name: id.name.clone(),
-    }
+    ObjectRef { kind: format!("{:?}", id.kind), namespace: id.namespace.clone(), name: id.name.clone() }
 }
 
 fn problem(file: &Path, code: Code, message: String) -> Problem {
@@ -338,8 +285,7 @@ fn problem(file: &Path, code: Code, message: String) -> Problem {
 
 /// Whether a file of this name is read.
 fn is_manifest(path: &Path) -> bool {
-    path.extension()
-        .is_some_and(|e| e == "yaml" || e == "yml" || e == "json")
+    path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json")
 }
 
 /// Hidden entries are not read: editors keep drafts there, and mounted ConfigMaps their old versions.
@@ -390,11 +336,7 @@ impl Walk {
     fn fail(&mut self, path: &Path, message: String) {
         self.unreadable.insert(path.to_owned());
         // Beyond the limit of files one line says it.
-        let code = if self.files.len() < MAX_FILES {
-            Code::Unreadable
-        } else {
-            Code::TooMany
-        };
+        let code = if self.files.len() < MAX_FILES { Code::Unreadable } else { Code::TooMany };
         if code == Code::Unreadable || self.problems.last().is_none_or(|p| p.code != code) {
             self.problems.push(problem(path, code, message));
         }
@@ -407,10 +349,7 @@ pub fn watch_paths(root: &Path) -> Vec<PathBuf> {
     let mut walk = Walk::default();
     walk.walk(root, 0);
     if walk.directories.is_empty() {
-        let parent = root
-            .parent()
-            .filter(|p| !p.as_os_str().is_empty())
-            .unwrap_or(Path::new("."));
+        let parent = root.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         walk.directories.push(parent.to_owned());
     }
     walk.directories

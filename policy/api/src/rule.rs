@@ -55,10 +55,7 @@ pub(crate) fn rule(ctx: &mut Ctx, index: usize, r: &Rule, usage: Use, names: &mu
                     "must be 1 to 63 lower-case letters, digits and '-', start with a letter and not end with '-'",
                 );
             } else if !names.insert(name.clone()) {
-                ctx.error(
-                    Code::Duplicate,
-                    format!("another rule of this policy is named `{name}`"),
-                );
+                ctx.error(Code::Duplicate, format!("another rule of this policy is named `{name}`"));
             }
         });
     }
@@ -66,24 +63,14 @@ pub(crate) fn rule(ctx: &mut Ctx, index: usize, r: &Rule, usage: Use, names: &mu
     let ports = match &r.to_ports {
         Some(list) => ctx.field("toPorts", |ctx| ports(ctx, list, usage == Use::Deny)),
         None => {
-            let hint = if usage == Use::Deny {
-                "; for every port write `toPorts: [{protocol: Any}]`"
-            } else {
-                ""
-            };
+            let hint = if usage == Use::Deny { "; for every port write `toPorts: [{protocol: Any}]`" } else { "" };
             ctx.error(Code::Missing, format!("`toPorts` is required{hint}"));
             Vec::new()
         }
     };
     inspection(ctx, r, usage);
     let dns_types = list(ctx, "dnsTypes", r.dns_types.as_deref(), MAX_DNS_TYPES, dns_type);
-    let private_addresses = list(
-        ctx,
-        "privateAddresses",
-        r.private_addresses.as_deref(),
-        MAX_PRIVATE,
-        private,
-    );
+    let private_addresses = list(ctx, "privateAddresses", r.private_addresses.as_deref(), MAX_PRIVATE, private);
     let min_binding = r.min_binding_seconds.and_then(|s| {
         let ok = u64::try_from(s).ok().filter(|_| s <= MAX_MIN_BINDING);
         if ok.is_none() {
@@ -128,19 +115,13 @@ fn peers(ctx: &mut Ctx, r: &Rule, usage: Use) -> (Vec<model::Fqdn>, Vec<model::C
             if f.is_empty() {
                 ctx.field("toFQDNs", |ctx| ctx.error(Code::Missing, NEEDS_ONE));
             }
-            (
-                ctx.field("toFQDNs", |ctx| fqdns(ctx, f, usage == Use::Allow)),
-                Vec::new(),
-            )
+            (ctx.field("toFQDNs", |ctx| fqdns(ctx, f, usage == Use::Allow)), Vec::new())
         }
         (None, Some(c)) => {
             if c.is_empty() {
                 ctx.field("toCIDRs", |ctx| ctx.error(Code::Missing, NEEDS_ONE));
             }
-            (
-                Vec::new(),
-                ctx.field("toCIDRs", |ctx| cidrs(ctx, c, usage == Use::Allow)),
-            )
+            (Vec::new(), ctx.field("toCIDRs", |ctx| cidrs(ctx, c, usage == Use::Allow)))
         }
         (Some(_), Some(_)) => {
             ctx.error(Code::Invalid, "has both `toFQDNs` and `toCIDRs`; write two rules");
@@ -218,11 +199,7 @@ fn list<T>(
         if !ctx.at_most(items.len(), limit) {
             return Vec::new();
         }
-        items
-            .iter()
-            .enumerate()
-            .filter_map(|(i, text)| ctx.item(i, None, |ctx| one(ctx, text)))
-            .collect()
+        items.iter().enumerate().filter_map(|(i, text)| ctx.item(i, None, |ctx| one(ctx, text))).collect()
     })
 }
 
@@ -243,10 +220,7 @@ pub(crate) fn fqdns(ctx: &mut Ctx, items: &[FqdnPeer], grant: bool) -> Vec<model
                 Some(p)
             }),
             (Some(_), Some(_)) => {
-                ctx.error(
-                    Code::Invalid,
-                    "has both `matchName` and `matchPattern`; write two items",
-                );
+                ctx.error(Code::Invalid, "has both `matchName` and `matchPattern`; write two items");
                 None
             }
             (None, None) => {
@@ -289,9 +263,7 @@ fn match_pattern(ctx: &mut Ctx, text: &str) -> Option<model::Fqdn> {
 
 /// Whether a name's last label is a number: such a text is an IPv4 address or a slip of one (URL Standard, "ends in a number").
 pub(crate) fn is_address(name: &str) -> bool {
-    name.rsplit('.')
-        .next()
-        .is_some_and(|l| !l.is_empty() && l.bytes().all(|b| b.is_ascii_digit()))
+    name.rsplit('.').next().is_some_and(|l| !l.is_empty() && l.bytes().all(|b| b.is_ascii_digit()))
 }
 
 /// Reads a prefix; the refusal says what to write.
@@ -301,10 +273,7 @@ pub(crate) fn prefix(text: &str) -> Result<IpNet, String> {
         Err(_) => {
             return Err(match text.parse::<IpAddr>() {
                 Ok(ip) => format!("is an address, not a prefix; write `{}`", IpNet::from(ip)),
-                Err(_) => format!(
-                    "`{}` is not a prefix such as 203.0.113.0/24 or 2001:db8::/32",
-                    printable(text)
-                ),
+                Err(_) => format!("`{}` is not a prefix such as 203.0.113.0/24 or 2001:db8::/32", printable(text)),
             });
         }
     };
@@ -373,11 +342,7 @@ pub(crate) fn ports(ctx: &mut Ctx, items: &[Port], deny: bool) -> Vec<model::Por
     if !ctx.at_most(items.len(), MAX_PORTS) {
         return Vec::new();
     }
-    items
-        .iter()
-        .enumerate()
-        .filter_map(|(i, p)| ctx.item(i, None, |ctx| port(ctx, p, deny)))
-        .collect()
+    items.iter().enumerate().filter_map(|(i, p)| ctx.item(i, None, |ctx| port(ctx, p, deny))).collect()
 }
 
 fn port(ctx: &mut Ctx, p: &Port, deny: bool) -> Option<model::Ports> {
@@ -387,19 +352,13 @@ fn port(ctx: &mut Ctx, p: &Port, deny: bool) -> Option<model::Ports> {
         Protocol::Any if deny => None,
         Protocol::Any => {
             ctx.field("protocol", |ctx| {
-                ctx.error(
-                    Code::Invalid,
-                    "`Any` is valid only in denies; write one item for TCP and one for UDP",
-                );
+                ctx.error(Code::Invalid, "`Any` is valid only in denies; write one item for TCP and one for UDP");
             });
             return None;
         }
         Protocol::Sctp => {
             ctx.field("protocol", |ctx| {
-                ctx.error(
-                    Code::UnsupportedField,
-                    "SCTP is not supported: it is always refused; write TCP or UDP",
-                );
+                ctx.error(Code::UnsupportedField, "SCTP is not supported: it is always refused; write TCP or UDP");
             });
             return None;
         }
@@ -424,16 +383,10 @@ fn port(ctx: &mut Ctx, p: &Port, deny: bool) -> Option<model::Ports> {
         }
     }
     if hi < lo {
-        ctx.field("endPort", |ctx| {
-            ctx.error(Code::Invalid, format!("must not be below `port` ({lo})"))
-        });
+        ctx.field("endPort", |ctx| ctx.error(Code::Invalid, format!("must not be below `port` ({lo})")));
         return None;
     }
-    Some(model::Ports {
-        proto,
-        lo: u16::try_from(lo).ok()?,
-        hi: u16::try_from(hi).ok()?,
-    })
+    Some(model::Ports { proto, lo: u16::try_from(lo).ok()?, hi: u16::try_from(hi).ok()? })
 }
 
 /// Query types by name (IANA DNS parameters); those that a resolver library may ask for.
@@ -477,19 +430,12 @@ fn dns_type(ctx: &mut Ctx, text: &str) -> Option<u16> {
     let known = DNS_TYPES.iter().find(|(n, _)| *n == text).map(|(_, t)| *t);
     // RFC 3597, section 5; not OPT (41), nor the query and meta types (RFC 6895, section 3.1).
     let found = known.or_else(|| {
-        let n: u16 = text
-            .strip_prefix("TYPE")
-            .filter(|d| !d.starts_with(['0', '+']))?
-            .parse()
-            .ok()?;
+        let n: u16 = text.strip_prefix("TYPE").filter(|d| !d.starts_with(['0', '+']))?.parse().ok()?;
         (!matches!(n, 0 | 1 | 28 | 41 | 64 | 65 | 128..=255)).then_some(n)
     });
     if found.is_none() {
         let text = printable(text);
-        ctx.error(
-            Code::Invalid,
-            format!("`{text}` is not a query type; write TXT, SRV, MX, … or TYPE with a number"),
-        );
+        ctx.error(Code::Invalid, format!("`{text}` is not a query type; write TXT, SRV, MX, … or TYPE with a number"));
     }
     found
 }
@@ -515,17 +461,11 @@ fn private(ctx: &mut Ctx, text: &str) -> Option<IpNet> {
         }
     };
     if never {
-        ctx.error(
-            Code::Invalid,
-            format!("{net} is loopback, link-local or multicast, which no answer may contain"),
-        );
+        ctx.error(Code::Invalid, format!("{net} is loopback, link-local or multicast, which no answer may contain"));
         return None;
     }
     if net.prefix_len() < 7 {
-        ctx.warn(
-            Code::Broad,
-            format!("{net} accepts nearly every private address as an answer"),
-        );
+        ctx.warn(Code::Broad, format!("{net} accepts nearly every private address as an answer"));
     }
     Some(net)
 }

@@ -80,9 +80,7 @@ impl Tree {
 
     /// The `name` of an item of a list, if it can stand in a path.
     pub(crate) fn item_name(&self) -> Option<&str> {
-        self.get("name")
-            .and_then(Tree::text)
-            .filter(|n| crate::format::is_label(n))
+        self.get("name").and_then(Tree::text).filter(|n| crate::format::is_label(n))
     }
 
     /// The line of a path, or of the deepest part of it that exists.
@@ -127,10 +125,7 @@ impl<'de> Deserialize<'de> for Value {
 struct ValueVisitor;
 
 fn tree(v: Spanned<Value>) -> Tree {
-    Tree {
-        line: line(v.referenced.line()),
-        value: v.value,
-    }
+    Tree { line: line(v.referenced.line()), value: v.value }
 }
 
 fn line(n: u64) -> u32 {
@@ -201,13 +196,7 @@ impl<'de> Visitor<'de> for ValueVisitor {
         let mut out = Vec::new();
         while let Some(k) = map.next_key::<Spanned<String>>()? {
             let v = map.next_value::<Spanned<Value>>()?;
-            out.push((
-                Key {
-                    line: line(k.referenced.line()),
-                    text: k.value,
-                },
-                tree(v),
-            ));
+            out.push((Key { line: line(k.referenced.line()), text: k.value }, tree(v)));
         }
         Ok(Value::Map(out))
     }
@@ -240,26 +229,19 @@ pub(crate) fn documents(text: &str) -> Vec<Chunk<'_>> {
     let mut at = 0usize;
     for (n, l) in (0u32..).zip(text.split_inclusive('\n')) {
         let is = |marker: &str| {
-            l.strip_prefix(marker)
-                .is_some_and(|r| r.is_empty() || r.starts_with([' ', '\t', '\r', '\n']))
+            l.strip_prefix(marker).is_some_and(|r| r.is_empty() || r.starts_with([' ', '\t', '\r', '\n']))
         };
         let bare = l.trim();
         if is("---") {
             if has_content {
-                out.push(Chunk {
-                    text: &text[start..at],
-                    before: start_line,
-                });
+                out.push(Chunk { text: &text[start..at], before: start_line });
             }
             (start, start_line) = (at, n);
             let rest = bare[3..].trim_start();
             has_content = !rest.is_empty() && !rest.starts_with('#');
         } else if is("...") {
             if has_content {
-                out.push(Chunk {
-                    text: &text[start..at],
-                    before: start_line,
-                });
+                out.push(Chunk { text: &text[start..at], before: start_line });
             }
             (start, start_line) = (at + l.len(), n + 1);
             has_content = false;
@@ -270,10 +252,7 @@ pub(crate) fn documents(text: &str) -> Vec<Chunk<'_>> {
         at += l.len();
     }
     if has_content {
-        out.push(Chunk {
-            text: &text[start..],
-            before: start_line,
-        });
+        out.push(Chunk { text: &text[start..], before: start_line });
     }
     out
 }
@@ -308,16 +287,10 @@ pub(crate) fn parse(chunk: Chunk<'_>) -> Result<Tree, SyntaxError> {
             let text = text.lines().next().unwrap_or_default();
             let text = text.split(" at line ").next().unwrap_or(text);
             let text = match text.strip_prefix("error: ") {
-                Some(rest) => rest
-                    .split_once(": ")
-                    .filter(|(l, _)| l.starts_with("line "))
-                    .map_or(rest, |(_, m)| m),
+                Some(rest) => rest.split_once(": ").filter(|(l, _)| l.starts_with("line ")).map_or(rest, |(_, m)| m),
                 None => text,
             };
-            Err(SyntaxError {
-                line: at,
-                message: crate::problem::printable(text),
-            })
+            Err(SyntaxError { line: at, message: crate::problem::printable(text) })
         }
     }
 }

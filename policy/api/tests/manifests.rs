@@ -20,16 +20,7 @@ fn problems(text: &str) -> Vec<String> {
     let path = write(dir.path(), "a.yaml", text);
     let prefix = format!("{}:", path.display());
     let found = tidegate_api::check_file(&path).unwrap();
-    found
-        .iter()
-        .map(|p| {
-            format!(
-                "{} {}",
-                p.severity.as_str(),
-                p.to_string().strip_prefix(&prefix).unwrap()
-            )
-        })
-        .collect()
+    found.iter().map(|p| format!("{} {}", p.severity.as_str(), p.to_string().strip_prefix(&prefix).unwrap())).collect()
 }
 
 /// A policy with these lines in its spec.
@@ -421,10 +412,7 @@ fn syntax_errors_have_their_line_in_the_file() {
     assert_eq!(got.len(), 1, "{got:?}");
     assert!(got[0].starts_with("error 8: document 2: "), "{got:?}");
     let got = problems("# first\n---\na: 1\na: 2\n");
-    assert!(
-        got[0].starts_with("error 4: document 1: ") && got[0].contains("duplicate"),
-        "{got:?}"
-    );
+    assert!(got[0].starts_with("error 4: document 1: ") && got[0].contains("duplicate"), "{got:?}");
 }
 
 #[test]
@@ -432,24 +420,15 @@ fn limits_are_refused_not_cut() {
     let many = |n: usize, item: &str| vec![item; n].join(", ");
     for (text, want) in [
         (
-            rule(&format!(
-                "toFQDNs: [{}], {P443}",
-                many(1025, "{matchName: a.example.com}")
-            )),
+            rule(&format!("toFQDNs: [{}], {P443}", many(1025, "{matchName: a.example.com}"))),
             "error 7: document 1: EgressPolicy shop/p: spec.egress[r].toFQDNs: has 1025 items; at most 1024 are allowed",
         ),
         (
-            rule(&format!(
-                "{FQDN}, toPorts: [{}]",
-                many(33, "{protocol: TCP, port: 443}")
-            )),
+            rule(&format!("{FQDN}, toPorts: [{}]", many(33, "{protocol: TCP, port: 443}"))),
             "error 7: document 1: EgressPolicy shop/p: spec.egress[r].toPorts: has 33 items; at most 32 are allowed",
         ),
         (
-            policy(&format!(
-                "podSelector: {{}}\negress: [{}]",
-                many(257, &format!("{{{FQDN}, {P443}}}"))
-            )),
+            policy(&format!("podSelector: {{}}\negress: [{}]", many(257, &format!("{{{FQDN}, {P443}}}")))),
             "error 6: document 1: EgressPolicy shop/p: spec.egress: has 257 items; at most 256 are allowed",
         ),
     ] {
@@ -471,20 +450,9 @@ fn warnings_say_what_is_probably_not_meant() {
     let head = "warning 7: document 1: EgressPolicy shop/p: spec.egress[r]";
     let broad = |p: &str| problems(&rule(&format!("toFQDNs: [{{matchPattern: '{p}'}}], {P443}")));
     assert_eq!(broad("**.example.com"), Vec::<String>::new());
-    assert_eq!(
-        broad("*"),
-        [format!("{head}.toFQDNs[0].matchPattern: matches every name")]
-    );
-    assert!(
-        broad("*x.com")[0].contains("also matches names of others"),
-        "{:?}",
-        broad("*x.com")
-    );
-    assert!(
-        broad("**.co.uk")[0].contains("public suffix"),
-        "{:?}",
-        broad("**.co.uk")
-    );
+    assert_eq!(broad("*"), [format!("{head}.toFQDNs[0].matchPattern: matches every name")]);
+    assert!(broad("*x.com")[0].contains("also matches names of others"), "{:?}", broad("*x.com"));
+    assert!(broad("**.co.uk")[0].contains("public suffix"), "{:?}", broad("**.co.uk"));
     assert_eq!(
         broad("*.github.io"),
         [format!(
@@ -498,16 +466,12 @@ fn warnings_say_what_is_probably_not_meant() {
              put it into a rule with `sni: Unchecked` (then name, address and port are bound, not the SNI)"
         )]
     );
-    let unchecked = rule(&format!(
-        "{FQDN}, toPorts: [{{protocol: TCP, port: 80}}], sni: Unchecked"
-    ));
+    let unchecked = rule(&format!("{FQDN}, toPorts: [{{protocol: TCP, port: 80}}], sni: Unchecked"));
     assert_eq!(problems(&unchecked), Vec::<String>::new());
     assert!(problems(&rule(&format!("{FQDN}, toPorts: [{{protocol: UDP, port: 443}}]")))[0].contains("add TCP 443"));
     assert_eq!(
         problems(&rule(&format!("toCIDRs: [{{cidr: 0.0.0.0/0}}], {P443}"))),
-        [format!(
-            "{head}.toCIDRs[0].cidr: 0.0.0.0/0 is every address of its family"
-        )]
+        [format!("{head}.toCIDRs[0].cidr: 0.0.0.0/0 is every address of its family")]
     );
     let tenant = cluster(&format!(
         "tier: Admin\npriority: 1\nsubject: {{namespaceSelector: {{}}, podSelector: {{matchLabels: {{a: b}}}}}}\n\
@@ -538,10 +502,7 @@ fn a_whole_policy_arrives() {
     let loaded = Reader::new(dir.path()).reload();
     assert_eq!(loaded.problems, []);
     let p = &loaded.objects.policies[&("shop".to_owned(), "p".to_owned())];
-    assert_eq!(
-        (p.mode, p.on_revoke),
-        (model::PolicyMode::Staged, model::OnRevoke::Drain)
-    );
+    assert_eq!((p.mode, p.on_revoke), (model::PolicyMode::Staged, model::OnRevoke::Drain));
     assert_eq!(p.pool.as_deref(), Some("x"));
     let app = |v: &str| model::Labels::from([("app".to_owned(), v.to_owned())]);
     assert!(p.pod_selector.matches(&app("web")) && !p.pod_selector.matches(&app("db")));
@@ -556,14 +517,7 @@ fn a_whole_policy_arrives() {
     assert_eq!(r.min_binding.map(|d| d.as_secs()), Some(60));
     assert_eq!(r.expires, Some(model::UnixSeconds(1_801_353_600)));
     let d = &p.deny[0];
-    assert_eq!(
-        d.ports,
-        [model::Ports {
-            proto: None,
-            lo: 0,
-            hi: 65_535
-        }]
-    );
+    assert_eq!(d.ports, [model::Ports { proto: None, lo: 0, hi: 65_535 }]);
     assert_eq!(d.cidrs[0].except.len(), 1);
 }
 
@@ -587,24 +541,11 @@ fn core_objects_arrive_as_the_api_server_writes_them() {
     let loaded = Reader::new(dir.path()).reload();
     assert_eq!(loaded.problems, []);
     let node = &loaded.objects.nodes["n1"];
-    assert_eq!(
-        node.addresses,
-        [
-            "192.0.2.1".parse::<std::net::IpAddr>().unwrap(),
-            "198.51.100.1".parse().unwrap()
-        ]
-    );
+    assert_eq!(node.addresses, ["192.0.2.1".parse::<std::net::IpAddr>().unwrap(), "198.51.100.1".parse().unwrap()]);
     assert_eq!(node.pod_prefixes.len(), 2);
     let pod = &loaded.objects.pods[&("n".to_owned(), "p".to_owned())];
-    assert_eq!(
-        (pod.node.as_str(), pod.addresses.len(), pod.host_network),
-        ("n1", 2, false)
-    );
-    assert!(
-        loaded.objects.pods[&("n".to_owned(), "done".to_owned())]
-            .addresses
-            .is_empty()
-    );
+    assert_eq!((pod.node.as_str(), pod.addresses.len(), pod.host_network), ("n1", 2, false));
+    assert!(loaded.objects.pods[&("n".to_owned(), "done".to_owned())].addresses.is_empty());
 }
 
 /// Every YAML of the documentation that is a manifest loads without a problem or a warning.
@@ -613,11 +554,7 @@ fn the_documentation_loads() {
     let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");
     let show = |found: Vec<Problem>| found.iter().map(ToString::to_string).collect::<Vec<_>>();
     let examples = docs.join("examples");
-    assert_eq!(
-        show(tidegate_api::check(&examples).unwrap()),
-        Vec::<String>::new(),
-        "together"
-    );
+    assert_eq!(show(tidegate_api::check(&examples).unwrap()), Vec::<String>::new(), "together");
     let mut files = 0;
     for e in std::fs::read_dir(&examples).unwrap() {
         let path = e.unwrap().path();
@@ -642,6 +579,48 @@ fn the_documentation_loads() {
         }
     }
     assert!(blocks >= 4);
+}
+
+/// Octets changed, cut and doubled at random: always an answer, never a panic.
+#[test]
+fn damaged_manifests_never_panic() {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/policy.md");
+    let text = std::fs::read_to_string(docs).unwrap();
+    let blocks: Vec<&str> = text.split("```yaml\n").skip(1).map(|b| b.split("```").next().unwrap()).collect();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.yaml");
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut random = |n: usize| {
+        // xorshift64: the same damage in every run.
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % n as u64) as usize
+    };
+    let mut good = 0;
+    for i in 0..1500 {
+        let mut bytes = blocks[i % blocks.len()].as_bytes().to_vec();
+        for _ in 0..=random(3) {
+            let at = random(bytes.len());
+            match random(4) {
+                0 => bytes[at] = b" \n:-[]{}*&!|>'\"%@`#,0aZ~\t\xff\x00"[random(27)],
+                1 => bytes.truncate(at.max(1)),
+                2 => drop(bytes.remove(at)),
+                _ => bytes.extend_from_within(at..),
+            }
+            if bytes.is_empty() {
+                bytes.push(b'a');
+            }
+        }
+        std::fs::write(&path, &bytes).unwrap();
+        let found = tidegate_api::check(&path).unwrap();
+        good += usize::from(found.is_empty());
+        for p in found {
+            let line = p.to_string();
+            assert!(!line.contains(char::is_control), "{line:?}");
+        }
+    }
+    assert!(good > 0, "some damage is harmless");
 }
 
 #[test]

@@ -20,11 +20,7 @@ fn write(dir: &Path, name: &str, text: &str) {
 
 /// Names of the policies with their first port.
 fn held(l: &Loaded) -> Vec<(String, u16)> {
-    l.objects
-        .policies
-        .iter()
-        .map(|((_, n), p)| (n.clone(), p.egress[0].ports[0].lo))
-        .collect()
+    l.objects.policies.iter().map(|((_, n), p)| (n.clone(), p.egress[0].ports[0].lo)).collect()
 }
 
 fn want(list: &[(&str, u16)]) -> Vec<(String, u16)> {
@@ -40,20 +36,12 @@ fn a_bad_document_keeps_its_last_good_version() {
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
     let mut r = Reader::new(d);
-    write(
-        d,
-        "a.yaml",
-        &[policy("one", "443"), policy("two", "443"), policy("three", "443")].join("---\n"),
-    );
+    write(d, "a.yaml", &[policy("one", "443"), policy("two", "443"), policy("three", "443")].join("---\n"));
     let l = r.reload();
     assert!(l.changed && l.problems.is_empty());
     assert!(!r.reload().changed);
     // `two` is bad; the others change.
-    write(
-        d,
-        "a.yaml",
-        &[policy("one", "444"), policy("two", "0"), policy("three", "444")].join("---\n"),
-    );
+    write(d, "a.yaml", &[policy("one", "444"), policy("two", "0"), policy("three", "444")].join("---\n"));
     let l = r.reload();
     assert!(l.changed);
     assert_eq!(held(&l), want(&[("one", 444), ("three", 444), ("two", 443)]));
@@ -64,11 +52,7 @@ fn a_bad_document_keeps_its_last_good_version() {
     assert!(!l.changed);
     assert_eq!(codes(&l), [Code::Invalid]);
     // Good again.
-    write(
-        d,
-        "a.yaml",
-        &[policy("one", "444"), policy("two", "445"), policy("three", "444")].join("---\n"),
-    );
+    write(d, "a.yaml", &[policy("one", "444"), policy("two", "445"), policy("three", "444")].join("---\n"));
     assert_eq!(held(&r.reload()), want(&[("one", 444), ("three", 444), ("two", 445)]));
     // A reader that starts on the bad file has no last good version.
     write(d, "a.yaml", &[policy("one", "444"), policy("two", "0")].join("---\n"));
@@ -87,11 +71,7 @@ fn what_cannot_be_told_apart_stays() {
     write(d, "a.yaml", &[policy("one", "444"), "kind: [".into()].join("---\n"));
     write(d, "b.yaml", "");
     let l = r.reload();
-    assert_eq!(
-        held(&l),
-        want(&[("one", 444), ("two", 443)]),
-        "`other` is gone: its file is fine"
-    );
+    assert_eq!(held(&l), want(&[("one", 444), ("two", 443)]), "`other` is gone: its file is fine");
     assert_eq!(codes(&l), [Code::Syntax]);
     // A file that is no text at all.
     fs::write(d.join("a.yaml"), [0xff, 0xfe, 0x00]).unwrap();
@@ -187,16 +167,8 @@ fn loops_fifos_and_huge_files_end() {
     let l = Reader::new(d).reload();
     assert_eq!(held(&l), want(&[("one", 443)]));
     assert!(l.problems.iter().all(|p| p.severity == Severity::Error));
-    assert!(
-        l.problems
-            .iter()
-            .any(|p| p.to_string().ends_with("is nested deeper than 8 directories"))
-    );
-    assert!(
-        l.problems
-            .iter()
-            .any(|p| p.to_string().contains("big.yaml: cannot be read: it is larger than"))
-    );
+    assert!(l.problems.iter().any(|p| p.to_string().ends_with("is nested deeper than 8 directories")));
+    assert!(l.problems.iter().any(|p| p.to_string().contains("big.yaml: cannot be read: it is larger than")));
 }
 
 #[test]
@@ -210,28 +182,14 @@ fn pools_that_do_not_fit_are_warned_of() {
         )
     };
     let uses = |n: &str, pool: &str| {
-        policy(n, "443").replace(
-            "podSelector: {}",
-            &format!("podSelector: {{}}, poolRef: {{name: {pool}}}"),
-        )
+        policy(n, "443").replace("podSelector: {}", &format!("podSelector: {{}}, poolRef: {{name: {pool}}}"))
     };
     write(
         d,
         "a.yaml",
-        &[
-            pool("a"),
-            pool("b"),
-            uses("one", "a"),
-            uses("two", "gone"),
-            uses("three", "default"),
-        ]
-        .join("---\n"),
+        &[pool("a"), pool("b"), uses("one", "a"), uses("two", "gone"), uses("three", "default")].join("---\n"),
     );
-    write(
-        d,
-        "ns.yaml",
-        "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}\n",
-    );
+    write(d, "ns.yaml", "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}\n");
     let l = Reader::new(d).reload();
     let text: Vec<&str> = l.problems.iter().map(|p| p.message.as_str()).collect();
     assert_eq!(
