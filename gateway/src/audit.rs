@@ -67,9 +67,7 @@ pub struct Config {
 /// # Errors
 /// When /proc is not mounted.
 pub fn boot_id() -> io::Result<String> {
-    Ok(std::fs::read_to_string("/proc/sys/kernel/random/uuid")?
-        .trim()
-        .to_owned())
+    Ok(std::fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().to_owned())
 }
 
 /// Lost events by kind, in the order of [`KINDS`].
@@ -107,11 +105,7 @@ struct Decisions(Vec<OnceLock<Counter>>);
 
 impl Decisions {
     fn new() -> Self {
-        Self(
-            (0..KINDS.len() * VERDICTS.len() * Reason::ALL.len())
-                .map(|_| OnceLock::new())
-                .collect(),
-        )
+        Self((0..KINDS.len() * VERDICTS.len() * Reason::ALL.len()).map(|_| OnceLock::new()).collect())
     }
 
     fn count(&self, event: &Event) {
@@ -162,18 +156,9 @@ fn start_with(config: Config, queue: usize) -> io::Result<Writer> {
             io::Error::new(e.kind(), text)
         })?,
     };
-    let mut thread = Thread {
-        config,
-        sink,
-        lost: lost.clone(),
-        sequence: 0,
-        batch: Batch::default(),
-    };
+    let mut thread = Thread { config, sink, lost: lost.clone(), sequence: 0, batch: Batch::default() };
     let body = move || {
-        thread.control(&Control::Start {
-            version: env!("CARGO_PKG_VERSION"),
-            previous,
-        });
+        thread.control(&Control::Start { version: env!("CARGO_PKG_VERSION"), previous });
         thread.run(&connections_rx, &rest_rx, &stop_rx);
         // From here on emitting fails, and is counted, before anyone hears that the log has stopped.
         drop((connections_rx, rest_rx));
@@ -181,13 +166,7 @@ fn start_with(config: Config, queue: usize) -> io::Result<Writer> {
     };
     std::thread::Builder::new().name("audit".to_owned()).spawn(body)?;
     let running = Mutex::new(Some((stop, ended_rx)));
-    Ok(Writer {
-        connections,
-        rest,
-        lost,
-        decisions: Decisions::new(),
-        running,
-    })
+    Ok(Writer { connections, rest, lost, decisions: Decisions::new(), running })
 }
 
 impl Writer {
@@ -283,9 +262,7 @@ impl Thread {
         let lost = self.lost.take();
         self.sequence += 1;
         record::event(&mut self.batch.text, &self.config, self.sequence, time, event, &lost);
-        self.batch
-            .records
-            .push((self.batch.text.len(), Some(kind(&event.what)), event.count, lost));
+        self.batch.records.push((self.batch.text.len(), Some(kind(&event.what)), event.count, lost));
         if self.batch.text.len() >= BATCH {
             self.flush();
         }
@@ -294,14 +271,7 @@ impl Thread {
     fn control(&mut self, control: &Control) {
         let lost = self.lost.take();
         self.sequence += 1;
-        record::control(
-            &mut self.batch.text,
-            &self.config,
-            self.sequence,
-            Timestamp::now(),
-            control,
-            &lost,
-        );
+        record::control(&mut self.batch.text, &self.config, self.sequence, Timestamp::now(), control, &lost);
         self.batch.records.push((self.batch.text.len(), None, 0, lost));
         self.flush();
     }
@@ -313,13 +283,7 @@ impl Thread {
         }
         let written = self.sink.write(&self.batch.text, |n| {
             // What counts is the last whole line.
-            self.batch
-                .records
-                .iter()
-                .map(|r| r.0)
-                .take_while(|end| *end <= n)
-                .last()
-                .unwrap_or(0)
+            self.batch.records.iter().map(|r| r.0).take_while(|end| *end <= n).last().unwrap_or(0)
         });
         for (_, kind, count, told) in self.batch.records.iter().filter(|(end, ..)| *end > written) {
             if let Some(k) = kind {

@@ -55,11 +55,7 @@ fn matches(pattern: &str, name: &str, out: &mut dyn Write, err: &mut dyn Write) 
     let pattern = match Pattern::parse(pattern) {
         Ok(p) => p,
         Err(e) => {
-            writeln!(
-                err,
-                "`{}` is not a valid pattern: {e}",
-                tidegate_api::printable(pattern)
-            )?;
+            writeln!(err, "`{}` is not a valid pattern: {e}", tidegate_api::printable(pattern))?;
             return Ok(USAGE);
         }
     };
@@ -125,14 +121,8 @@ mod tests {
 
     #[test]
     fn match_says_match_or_no_and_why_it_cannot() {
-        assert_eq!(
-            go(&["match", "**.example.com", "a.b.Example.com."]),
-            (0, "match\n".into(), String::new())
-        );
-        assert_eq!(
-            go(&["match", "**.example.com", "example.com"]),
-            (0, "no\n".into(), String::new())
-        );
+        assert_eq!(go(&["match", "**.example.com", "a.b.Example.com."]), (0, "match\n".into(), String::new()));
+        assert_eq!(go(&["match", "**.example.com", "example.com"]), (0, "no\n".into(), String::new()));
         assert_eq!(go(&["match", "-a*.example.com", "-ab.example.com"]).1, "match\n");
         let (code, out, err) = go(&["match", "a..b", "a.example"]);
         assert_eq!((code, out.as_str()), (2, ""));
@@ -157,10 +147,7 @@ mod tests {
         std::fs::write(&path, namespace("api.example.com:80")).unwrap();
         let (code, out, err) = go(&["check", "-f", p]);
         assert_eq!((code, err.as_str()), (0, "problems: 0, warnings: 1\n"));
-        assert!(
-            out.starts_with(&format!("warning: {p}:6: document 1: Namespace shop: ")),
-            "{out}"
-        );
+        assert!(out.starts_with(&format!("warning: {p}:6: document 1: Namespace shop: ")), "{out}");
         std::fs::write(&path, namespace("api.example.com:x")).unwrap();
         let (code, out, _) = go(&["check", "-f", dir.path().to_str().unwrap()]);
         assert_eq!(code, 1);
@@ -173,10 +160,7 @@ mod tests {
         );
         let (code, out, err) = go(&["check", "-f", "/nonexistent/x.yaml", "-f", p]);
         assert_eq!(code, 2, "what cannot be read counts more than what is wrong");
-        assert!(
-            out.starts_with("refused: ") && err.starts_with("cannot read /nonexistent/x.yaml: "),
-            "{out}{err}"
-        );
+        assert!(out.starts_with("refused: ") && err.starts_with("cannot read /nonexistent/x.yaml: "), "{out}{err}");
         assert!(Cli::try_parse_from(["policy", "check"]).is_err());
     }
 }

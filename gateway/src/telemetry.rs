@@ -27,17 +27,14 @@ pub const BARRIER_SECONDS: &str = "tidegate_barrier_seconds";
 pub const BUILD_INFO: &str = "tidegate_build_info";
 
 /// A stored answer takes microseconds, a resolver milliseconds to seconds.
-const DNS_BUCKETS: &[f64] = &[
-    25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
-];
+const DNS_BUCKETS: &[f64] =
+    &[25e-6, 50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0];
 /// The barrier gives up after 200 ms by default.
-const BARRIER_BUCKETS: &[f64] = &[
-    250e-6, 500e-6, 1e-3, 2e-3, 4e-3, 8e-3, 15e-3, 30e-3, 60e-3, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0,
-];
+const BARRIER_BUCKETS: &[f64] =
+    &[250e-6, 500e-6, 1e-3, 2e-3, 4e-3, 8e-3, 15e-3, 30e-3, 60e-3, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0];
 /// For every other `*_seconds`.
-const SECONDS_BUCKETS: &[f64] = &[
-    100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
-];
+const SECONDS_BUCKETS: &[f64] =
+    &[100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
 /// How often histograms are folded, so that they stay small when nobody scrapes.
 const UPKEEP: Duration = Duration::from_secs(5);
 
@@ -69,17 +66,10 @@ fn filter(text: Option<&str>) -> Result<EnvFilter> {
 pub fn logs() -> Result<()> {
     let var = |name| std::env::var(name).ok();
     let filter = filter(var(LOG).as_deref())?;
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let done = match format(var(LOG_FORMAT).as_deref())? {
         Format::Text => builder.with_ansi(false).try_init(),
-        Format::Json => builder
-            .json()
-            .flatten_event(true)
-            .with_current_span(false)
-            .with_span_list(false)
-            .try_init(),
+        Format::Json => builder.json().flatten_event(true).with_current_span(false).with_span_list(false).try_init(),
     };
     done.map_err(|e| anyhow::anyhow!("logs cannot be set up: {e}"))
 }
@@ -142,47 +132,24 @@ mod tests {
             metrics::histogram!("tidegate_other_seconds").record(20.0);
         });
         let text = handle.render();
-        assert!(
-            text.contains("tidegate_dns_seconds_bucket{le=\"0.000025\"} 0"),
-            "{text}"
-        );
+        assert!(text.contains("tidegate_dns_seconds_bucket{le=\"0.000025\"} 0"), "{text}");
         assert!(text.contains("tidegate_dns_seconds_bucket{le=\"0.00005\"} 1"), "{text}");
-        assert!(
-            text.contains("tidegate_barrier_seconds_bucket{le=\"0.15\"} 1"),
-            "{text}"
-        );
+        assert!(text.contains("tidegate_barrier_seconds_bucket{le=\"0.15\"} 1"), "{text}");
         assert!(text.contains("tidegate_other_seconds_bucket{le=\"30\"} 1"), "{text}");
+        assert!(text.contains("# HELP tidegate_dns_seconds Time from a query to its reply"), "{text}");
         assert!(
-            text.contains("# HELP tidegate_dns_seconds Time from a query to its reply"),
+            text.contains(&format!("tidegate_build_info{{version=\"{}\"}} 1", env!("CARGO_PKG_VERSION"))),
             "{text}"
         );
-        assert!(
-            text.contains(&format!(
-                "tidegate_build_info{{version=\"{}\"}} 1",
-                env!("CARGO_PKG_VERSION")
-            )),
-            "{text}"
-        );
-        assert!(
-            !text.contains("quantile"),
-            "no summaries: they cannot be added up over replicas"
-        );
+        assert!(!text.contains("quantile"), "no summaries: they cannot be added up over replicas");
     }
 
     #[test]
     fn settings_that_are_not_known_are_refused() {
         assert_eq!(format(None).unwrap(), Format::Text);
         assert_eq!(format(Some("json")).unwrap(), Format::Json);
-        assert_eq!(
-            format(Some("xml")).unwrap_err().to_string(),
-            "TIDEGATE_LOG_FORMAT is \"xml\"; write text or json"
-        );
+        assert_eq!(format(Some("xml")).unwrap_err().to_string(), "TIDEGATE_LOG_FORMAT is \"xml\"; write text or json");
         assert!(filter(Some("info,tidegate_dns=debug")).is_ok());
-        assert!(
-            filter(Some("a=b=c"))
-                .unwrap_err()
-                .to_string()
-                .starts_with("TIDEGATE_LOG is \"a=b=c\"")
-        );
+        assert!(filter(Some("a=b=c")).unwrap_err().to_string().starts_with("TIDEGATE_LOG is \"a=b=c\""));
     }
 }

@@ -24,10 +24,7 @@ pub(super) struct Previous {
 /// A record about the log itself.
 #[derive(Clone, Debug)]
 pub(super) enum Control {
-    Start {
-        version: &'static str,
-        previous: Option<Previous>,
-    },
+    Start { version: &'static str, previous: Option<Previous> },
     Lost,
     Stop,
 }
@@ -55,10 +52,7 @@ fn is_zero(port: &u16) -> bool {
 
 impl From<SocketAddr> for Endpoint {
     fn from(a: SocketAddr) -> Self {
-        Self {
-            ip: a.ip(),
-            port: a.port(),
-        }
+        Self { ip: a.ip(), port: a.port() }
     }
 }
 
@@ -195,12 +189,7 @@ impl<'a> Record<'a> {
             egress: None,
             bytes: None,
             duration: None,
-            lost: lost.iter().any(|n| *n > 0).then_some(Losses {
-                dns,
-                open,
-                close,
-                packet,
-            }),
+            lost: lost.iter().any(|n| *n > 0).then_some(Losses { dns, open, close, packet }),
         }
     }
 
@@ -234,46 +223,20 @@ pub(super) fn event(
         r.pod = Some(&who.pod);
         r.node = &who.node;
     }
-    r.policy = event.rule.as_ref().map(|p| Policy {
-        kind: p.kind,
-        namespace: &p.namespace,
-        name: &p.policy,
-        rule: &p.rule,
-    });
+    r.policy =
+        event.rule.as_ref().map(|p| Policy { kind: p.kind, namespace: &p.namespace, name: &p.policy, rule: &p.rule });
     match &event.what {
-        What::Dns {
-            name,
-            qtype,
-            rcode,
-            answers,
-            cached,
-            server,
-        } => {
+        What::Dns { name, qtype, rcode, answers, cached, server } => {
             r.name = Some(name);
             r.dns = Some(Dns {
-                qtype: Code {
-                    prefix: "TYPE",
-                    known: qtype_name(*qtype),
-                    number: *qtype,
-                },
-                rcode: Code {
-                    prefix: "RCODE",
-                    known: rcode_name(*rcode),
-                    number: (*rcode).into(),
-                },
+                qtype: Code { prefix: "TYPE", known: qtype_name(*qtype), number: *qtype },
+                rcode: Code { prefix: "RCODE", known: rcode_name(*rcode), number: (*rcode).into() },
                 answers,
                 cached: *cached,
                 server: (*server).into(),
             });
         }
-        What::Open {
-            client,
-            asked,
-            actual,
-            egress,
-            sni,
-            carry,
-        } => {
+        What::Open { client, asked, actual, egress, sni, carry } => {
             r.protocol = Some(protocol(6));
             r.carry = Some(match carry {
                 Carry::Forward => "forward",
@@ -281,49 +244,24 @@ pub(super) fn event(
                 Carry::Block => "block",
             });
             r.source = Some((*client).into());
-            r.destination = Some(Destination {
-                asked: (*asked).into(),
-                actual: actual.map(Into::into),
-            });
+            r.destination = Some(Destination { asked: (*asked).into(), actual: actual.map(Into::into) });
             r.sni = sni.as_deref();
             r.egress = egress.map(Into::into);
         }
-        What::Close {
-            client,
-            asked,
-            actual,
-            sni,
-            sent,
-            received,
-            millis,
-        } => {
+        What::Close { client, asked, actual, sni, sent, received, millis } => {
             r.protocol = Some(protocol(6));
             r.source = Some((*client).into());
-            r.destination = Some(Destination {
-                asked: (*asked).into(),
-                actual: actual.map(Into::into),
-            });
+            r.destination = Some(Destination { asked: (*asked).into(), actual: actual.map(Into::into) });
             r.sni = sni.as_deref();
-            r.bytes = Some(Bytes {
-                sent: *sent,
-                received: *received,
-            });
+            r.bytes = Some(Bytes { sent: *sent, received: *received });
             // Exact up to 285 000 years.
             r.duration = Some(*millis as f64 / 1000.0);
         }
-        What::Packet {
-            hook,
-            protocol: number,
-            source,
-            destination,
-        } => {
+        What::Packet { hook, protocol: number, source, destination } => {
             r.hook = Some(hook);
             r.protocol = Some(protocol(*number));
             r.source = Some((*source).into());
-            r.destination = Some(Destination {
-                asked: (*destination).into(),
-                actual: None,
-            });
+            r.destination = Some(Destination { asked: (*destination).into(), actual: None });
         }
     }
     r.line(out);
@@ -385,11 +323,7 @@ fn protocol(number: u8) -> Code {
         132 => Some("SCTP"),
         _ => None,
     };
-    Code {
-        prefix: "IP",
-        known,
-        number: number.into(),
-    }
+    Code { prefix: "IP", known, number: number.into() }
 }
 
 /// RFC 1035, section 3.2.2, and the IANA registry; others in the form of RFC 3597.

@@ -34,12 +34,7 @@ fn open(path: &Path) -> io::Result<File> {
 
 impl Sink {
     fn new(to: To, torn: bool) -> Self {
-        Self {
-            to,
-            torn,
-            failing: false,
-            looked: Instant::now(),
-        }
+        Self { to, torn, failing: false, looked: Instant::now() }
     }
 
     pub(super) fn stdout() -> Self {
@@ -50,16 +45,7 @@ impl Sink {
     pub(super) fn file(path: &Path) -> io::Result<(Self, Option<Previous>)> {
         let (previous, torn) = tail(path).unwrap_or_default();
         let file = Some(open(path)?);
-        Ok((
-            Self::new(
-                To::File {
-                    path: path.to_owned(),
-                    file,
-                },
-                torn,
-            ),
-            previous,
-        ))
+        Ok((Self::new(To::File { path: path.to_owned(), file }, torn), previous))
     }
 
     /// Opens the file again if it is no longer the one at its path.
@@ -95,10 +81,7 @@ impl Sink {
             && let To::File { file: Some(f), .. } = &self.to
         {
             // Better no line than half a line; where that fails, the next write ends it.
-            self.torn = f
-                .metadata()
-                .and_then(|m| f.set_len(m.len().saturating_sub((n - done) as u64)))
-                .is_err();
+            self.torn = f.metadata().and_then(|m| f.set_len(m.len().saturating_sub((n - done) as u64))).is_err();
         }
         match result {
             Ok(()) if self.failing => {
@@ -148,10 +131,7 @@ fn tail(path: &Path) -> io::Result<(Option<Previous>, bool)> {
     let previous = bytes.rsplit(|b| *b == b'\n').find_map(|line| {
         let v: serde_json::Value = serde_json::from_slice(line).ok()?;
         let boot = v.get("boot")?.as_str()?.to_owned();
-        Some(Previous {
-            boot,
-            sequence: v.get("sequence")?.as_u64()?,
-        })
+        Some(Previous { boot, sequence: v.get("sequence")?.as_u64()? })
     });
     Ok((previous, torn))
 }

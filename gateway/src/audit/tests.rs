@@ -8,12 +8,7 @@ use tidegate_policy::Carry;
 use tidegate_policy::event::{RuleRef, Who, escape};
 
 fn config(file: &Path) -> Config {
-    Config {
-        file: Some(file.to_owned()),
-        gateway: Some("gw-a".into()),
-        node: "gw-node".into(),
-        boot: "b1".into(),
-    }
+    Config { file: Some(file.to_owned()), gateway: Some("gw-a".into()), node: "gw-node".into(), boot: "b1".into() }
 }
 
 fn at(text: &str) -> SocketAddr {
@@ -21,19 +16,8 @@ fn at(text: &str) -> SocketAddr {
 }
 
 fn event(what: What, verdict: Verdict, reason: Reason) -> Event {
-    let who = Who {
-        namespace: "shop".into(),
-        pod: "web-1".into(),
-        node: "node-1".into(),
-    };
-    Event {
-        who: Some(Arc::new(who)),
-        what,
-        verdict,
-        reason,
-        rule: None,
-        count: 1,
-    }
+    let who = Who { namespace: "shop".into(), pod: "web-1".into(), node: "node-1".into() };
+    Event { who: Some(Arc::new(who)), what, verdict, reason, rule: None, count: 1 }
 }
 
 fn dns(name: &str) -> Event {
@@ -49,16 +33,9 @@ fn dns(name: &str) -> Event {
 }
 
 fn packet() -> Event {
-    let what = What::Packet {
-        hook: "pod_egress",
-        protocol: 1,
-        source: at("10.244.1.5:0"),
-        destination: at("203.0.113.1:0"),
-    };
-    Event {
-        who: None,
-        ..event(what, Verdict::Audit, Reason::Protocol)
-    }
+    let what =
+        What::Packet { hook: "pod_egress", protocol: 1, source: at("10.244.1.5:0"), destination: at("203.0.113.1:0") };
+    Event { who: None, ..event(what, Verdict::Audit, Reason::Protocol) }
 }
 
 fn open() -> Event {
@@ -70,16 +47,9 @@ fn open() -> Event {
         sni: Some("api.example.com".into()),
         carry: Carry::Tls,
     };
-    let rule = RuleRef {
-        kind: "EgressPolicy",
-        namespace: "shop".into(),
-        policy: "payments".into(),
-        rule: "stripe".into(),
-    };
-    Event {
-        rule: Some(rule),
-        ..event(what, Verdict::Allow, Reason::Allowed)
-    }
+    let rule =
+        RuleRef { kind: "EgressPolicy", namespace: "shop".into(), policy: "payments".into(), rule: "stripe".into() };
+    Event { rule: Some(rule), ..event(what, Verdict::Allow, Reason::Allowed) }
 }
 
 fn close() -> Event {
@@ -150,23 +120,14 @@ fn check(schema: &Value, root: &Value, v: &Value, at: &str) {
             for r in schema.get("required").and_then(Value::as_array).into_iter().flatten() {
                 assert!(o.contains_key(r.as_str().unwrap()), "{at}: {r} is missing");
             }
-            assert!(
-                o.len() as u64 >= schema.get("minProperties").and_then(Value::as_u64).unwrap_or(0),
-                "{at}"
-            );
+            assert!(o.len() as u64 >= schema.get("minProperties").and_then(Value::as_u64).unwrap_or(0), "{at}");
             assert_eq!(schema["additionalProperties"], json!(false));
             for (k, v) in o {
-                let s = schema["properties"]
-                    .get(k)
-                    .unwrap_or_else(|| panic!("{at}: {k} is not in the schema"));
+                let s = schema["properties"].get(k).unwrap_or_else(|| panic!("{at}: {k} is not in the schema"));
                 check(s, root, v, &format!("{at}.{k}"));
             }
         }
-        Some("array") => v
-            .as_array()
-            .unwrap()
-            .iter()
-            .for_each(|v| check(&schema["items"], root, v, at)),
+        Some("array") => v.as_array().unwrap().iter().for_each(|v| check(&schema["items"], root, v, at)),
         Some("string") => assert!(v.is_string(), "{at}: {v}"),
         Some("boolean") => assert!(v.is_boolean(), "{at}: {v}"),
         Some("integer") => assert!(v.is_u64(), "{at}: {v}"),
@@ -175,14 +136,8 @@ fn check(schema: &Value, root: &Value, v: &Value, at: &str) {
         Some(other) => panic!("{other}"),
     }
     if let Some(n) = v.as_f64() {
-        assert!(
-            schema.get("minimum").and_then(Value::as_f64).is_none_or(|m| n >= m),
-            "{at}: {n}"
-        );
-        assert!(
-            schema.get("maximum").and_then(Value::as_f64).is_none_or(|m| n <= m),
-            "{at}: {n}"
-        );
+        assert!(schema.get("minimum").and_then(Value::as_f64).is_none_or(|m| n >= m), "{at}: {n}");
+        assert!(schema.get("maximum").and_then(Value::as_f64).is_none_or(|m| n <= m), "{at}: {n}");
     }
 }
 
@@ -207,10 +162,7 @@ fn records_are_what_the_schema_says() {
         let o = r.as_object_mut().unwrap();
         let time = o.remove("time").unwrap();
         let time = time.as_str().unwrap();
-        assert!(
-            time.len() == 24 && time.ends_with('Z') && time.as_bytes()[19] == b'.',
-            "{time}"
-        );
+        assert!(time.len() == 24 && time.ends_with('Z') && time.as_bytes()[19] == b'.', "{time}");
         assert_eq!(o.remove("schema").unwrap(), "tidegate.audit/v1");
         assert_eq!(o.remove("boot").unwrap(), "b1");
         assert_eq!(o.remove("gateway").unwrap(), "gw-a");
@@ -257,12 +209,7 @@ fn every_reason_fits_the_schema() {
     w.stop();
     assert_eq!(lines(&path).len(), Reason::ALL.len() + 2);
     for r in lines(&path).iter().filter_map(|r| r.get("reason")) {
-        assert!(
-            r.as_str()
-                .unwrap()
-                .bytes()
-                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
-        );
+        assert!(r.as_str().unwrap().bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-'));
     }
 }
 
@@ -293,10 +240,7 @@ fn metric_and_record_come_from_one_event() {
     let path = dir.path().join("a");
     metrics::with_local_recorder(&recorder, || {
         let w = start(config(&path)).unwrap();
-        w.emit(Event {
-            count: 41,
-            ..dns("a.example")
-        });
+        w.emit(Event { count: 41, ..dns("a.example") });
         w.emit(dns("b.example"));
         w.emit(open());
         w.stop();
@@ -309,11 +253,7 @@ fn metric_and_record_come_from_one_event() {
     // The one after the stop was decided, and has no record.
     line("tidegate_audit_lost_total{kind=\"open\"} 1");
     let records = lines(&path);
-    let sum: u64 = records
-        .iter()
-        .filter(|r| r["kind"] == "dns")
-        .map(|r| r["count"].as_u64().unwrap())
-        .sum();
+    let sum: u64 = records.iter().filter(|r| r["kind"] == "dns").map(|r| r["count"].as_u64().unwrap()).sum();
     assert_eq!(sum, 42);
 }
 
@@ -327,10 +267,7 @@ fn a_full_queue_and_a_full_disk_are_counted_and_told() {
     let mut sent = 0;
     let begin = Instant::now();
     for _ in 0..1000 {
-        w.emit(Event {
-            count: 2,
-            ..dns("a.example")
-        });
+        w.emit(Event { count: 2, ..dns("a.example") });
         w.emit(close());
         sent += 1;
     }
@@ -348,11 +285,7 @@ fn a_full_queue_and_a_full_disk_are_counted_and_told() {
     for r in lines(&path) {
         for (i, k) in KINDS.iter().enumerate() {
             told[i] += r["lost"][k].as_u64().unwrap_or(0);
-            written[i] += if r["kind"] == *k {
-                r["count"].as_u64().unwrap()
-            } else {
-                0
-            };
+            written[i] += if r["kind"] == *k { r["count"].as_u64().unwrap() } else { 0 };
         }
     }
     assert_eq!(told[0] + written[0], 2 * sent, "dns: {told:?} {written:?}");
@@ -370,9 +303,7 @@ fn losses_are_told_even_when_nothing_more_happens() {
     w.emit(open());
     wait("it is lost", || w.lost.any());
     std::fs::remove_file(&path).unwrap();
-    wait("a record of its own", || {
-        path.is_file() && std::fs::metadata(&path).unwrap().len() > 0
-    });
+    wait("a record of its own", || path.is_file() && std::fs::metadata(&path).unwrap().len() > 0);
     let first = &lines(&path)[0];
     assert_eq!((&first["kind"], &first["lost"]), (&json!("lost"), &json!({"open": 1})));
     w.stop();
@@ -384,19 +315,12 @@ fn a_renamed_file_is_left_and_a_new_one_begun() {
     let path = dir.path().join("a");
     let w = start(config(&path)).unwrap();
     w.emit(open());
-    wait("the first record", || {
-        std::fs::read_to_string(&path).unwrap().lines().count() == 2
-    });
+    wait("the first record", || std::fs::read_to_string(&path).unwrap().lines().count() == 2);
     std::fs::rename(&path, dir.path().join("a.1")).unwrap();
     wait("a new file", || path.is_file());
     w.emit(close());
     w.stop();
-    let kinds = |p: &Path| {
-        lines(p)
-            .iter()
-            .map(|r| r["kind"].as_str().unwrap().to_owned())
-            .collect::<Vec<_>>()
-    };
+    let kinds = |p: &Path| lines(p).iter().map(|r| r["kind"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
     assert_eq!(kinds(&dir.path().join("a.1")), ["start", "open"]);
     assert_eq!(kinds(&path), ["close", "stop"]);
 }
@@ -412,12 +336,7 @@ fn a_start_says_where_the_last_run_ended() {
     let mut text = std::fs::read_to_string(&path).unwrap();
     text.push_str("{\"schema\":\"tide");
     std::fs::write(&path, text).unwrap();
-    let w = start(Config {
-        boot: "b2".into(),
-        gateway: None,
-        ..config(&path)
-    })
-    .unwrap();
+    let w = start(Config { boot: "b2".into(), gateway: None, ..config(&path) }).unwrap();
     w.stop();
     let text = std::fs::read_to_string(&path).unwrap();
     let start: Value = serde_json::from_str(text.lines().nth(4).unwrap()).unwrap();
@@ -431,14 +350,8 @@ fn a_start_says_where_the_last_run_ended() {
 fn a_file_that_cannot_be_opened_says_what_to_do() {
     let e = start(config(Path::new("/nonexistent/audit.jsonl"))).err().unwrap();
     let text = e.to_string();
-    assert!(
-        text.starts_with("cannot open the audit log /nonexistent/audit.jsonl: "),
-        "{text}"
-    );
-    assert!(
-        text.ends_with("; create its directory, or change `audit.file`"),
-        "{text}"
-    );
+    assert!(text.starts_with("cannot open the audit log /nonexistent/audit.jsonl: "), "{text}");
+    assert!(text.ends_with("; create its directory, or change `audit.file`"), "{text}");
 }
 
 #[test]
