@@ -94,19 +94,13 @@ fn octets(bytes: &[u8], field: &'static str) -> Result<IpAddr, WireError> {
     if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
         return Ok(v4.into());
     }
-    <[u8; 16]>::try_from(bytes)
-        .map(IpAddr::from)
-        .map_err(|_| Problem::Length(bytes.len()).of(field))
+    <[u8; 16]>::try_from(bytes).map(IpAddr::from).map_err(|_| Problem::Length(bytes.len()).of(field))
 }
 
 /// An address that identifies something: a mapped one would be a second identity.
 pub(crate) fn ip_from_wire(bytes: &[u8], field: &'static str) -> Result<IpAddr, WireError> {
     let ip = octets(bytes, field)?;
-    if ip.to_canonical() == ip {
-        Ok(ip)
-    } else {
-        Err(Problem::NotCanonical.of(field))
-    }
+    if ip.to_canonical() == ip { Ok(ip) } else { Err(Problem::NotCanonical.of(field)) }
 }
 
 pub(crate) fn key_to_wire(key: u128) -> Vec<u8> {
@@ -114,9 +108,7 @@ pub(crate) fn key_to_wire(key: u128) -> Vec<u8> {
 }
 
 pub(crate) fn key_from_wire(bytes: &[u8], field: &'static str) -> Result<u128, WireError> {
-    <[u8; 16]>::try_from(bytes)
-        .map(u128::from_be_bytes)
-        .map_err(|_| Problem::Length(bytes.len()).of(field))
+    <[u8; 16]>::try_from(bytes).map(u128::from_be_bytes).map_err(|_| Problem::Length(bytes.len()).of(field))
 }
 
 /// A name as Kubernetes writes it; upper case and `_` occur outside Kubernetes.
@@ -135,11 +127,7 @@ pub(crate) fn name_from_wire(name: String, field: &'static str) -> Result<String
 }
 
 pub(crate) fn bounded(len: usize, max: usize, field: &'static str) -> Result<(), WireError> {
-    if len > max {
-        Err(Problem::TooMany(len).of(field))
-    } else {
-        Ok(())
-    }
+    if len > max { Err(Problem::TooMany(len).of(field)) } else { Ok(()) }
 }
 
 pub(crate) fn u16_from_wire(value: u32, field: &'static str) -> Result<u16, WireError> {
@@ -152,10 +140,7 @@ pub(crate) fn prefix_to_wire(net: IpNet) -> wire::Prefix {
         IpAddr::V4(a) => a.octets().to_vec(),
         IpAddr::V6(a) => a.octets().to_vec(),
     };
-    wire::Prefix {
-        address,
-        length: net.prefix_len().into(),
-    }
+    wire::Prefix { address, length: net.prefix_len().into() }
 }
 
 pub(crate) fn prefix_from_wire(prefix: &wire::Prefix, field: &'static str) -> Result<IpNet, WireError> {
@@ -163,25 +148,15 @@ pub(crate) fn prefix_from_wire(prefix: &wire::Prefix, field: &'static str) -> Re
     let out_of_range = || Problem::Range(prefix.length.into()).of(field);
     let len = u8::try_from(prefix.length).map_err(|_| out_of_range())?;
     let net = IpNet::new(ip, len).map_err(|_| out_of_range())?;
-    if net.network() == ip {
-        Ok(net)
-    } else {
-        Err(Problem::NotCanonical.of(field))
-    }
+    if net.network() == ip { Ok(net) } else { Err(Problem::NotCanonical.of(field)) }
 }
 
 pub(crate) fn socket_to_wire(addr: SocketAddr) -> wire::SocketAddress {
-    wire::SocketAddress {
-        ip: ip_to_wire(addr.ip()),
-        port: addr.port().into(),
-    }
+    wire::SocketAddress { ip: ip_to_wire(addr.ip()), port: addr.port().into() }
 }
 
 pub(crate) fn socket_from_wire(addr: &wire::SocketAddress, field: &'static str) -> Result<SocketAddr, WireError> {
-    Ok(SocketAddr::new(
-        ip_from_wire(&addr.ip, field)?,
-        u16_from_wire(addr.port, field)?,
-    ))
+    Ok(SocketAddr::new(ip_from_wire(&addr.ip, field)?, u16_from_wire(addr.port, field)?))
 }
 
 pub(crate) fn ports_to_wire(ports: &PortSet) -> Vec<wire::PortRange> {
@@ -232,9 +207,5 @@ pub(crate) fn ports_from_wire(ports: &[wire::PortRange]) -> Result<PortSet, Wire
     }
     let set = PortSet::from_precedence(ranges.iter().copied());
     // Only a canonical list survives unchanged.
-    if set.ranges() == ranges {
-        Ok(set)
-    } else {
-        Err(Problem::NotCanonical.of("port_ranges"))
-    }
+    if set.ranges() == ranges { Ok(set) } else { Err(Problem::NotCanonical.of("port_ranges")) }
 }

@@ -1,4 +1,5 @@
 //! Messages keep what they carry, and hostile ones are refused with the field's name.
+#![allow(clippy::unwrap_used)] // helpers of tests, not only tests
 
 use std::time::Duration;
 
@@ -31,12 +32,7 @@ fn state() -> NodeState {
         touch,
         member,
     };
-    let group = |admin, own| Group {
-        isolated: true,
-        audit: false,
-        admin,
-        own,
-    };
+    let group = |admin, own| Group { isolated: true, audit: false, admin, own };
     for e in [
         Entry::Cluster(Cluster {
             prefixes: vec!["10.244.0.0/16".parse().unwrap(), "fd00::/56".parse().unwrap()],
@@ -46,9 +42,7 @@ fn state() -> NodeState {
         }),
         Entry::Node(
             "node-1".into(),
-            Node {
-                addresses: vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()],
-            },
+            Node { addresses: vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()] },
         ),
         Entry::Node("node-2".into(), Node { addresses: vec![] }),
         Entry::Gateway("gw-a".into(), Gateway { node: "node-2".into() }),
@@ -56,36 +50,14 @@ fn state() -> NodeState {
             "10.244.3.4".parse().unwrap(),
             endpoint(Touch::Isolated, Some((ScopeKey(1), GroupKey(u128::MAX)))),
         ),
-        Entry::Endpoint(
-            "fd00::4".parse().unwrap(),
-            endpoint(Touch::Guarded, Some((ScopeKey(1), GroupKey(2)))),
-        ),
+        Entry::Endpoint("fd00::4".parse().unwrap(), endpoint(Touch::Guarded, Some((ScopeKey(1), GroupKey(2))))),
         Entry::Endpoint("10.244.3.5".parse().unwrap(), endpoint(Touch::Untouched, None)),
-        Entry::Scope(
-            ScopeKey(1),
-            Scope {
-                owner: "gw-a".into(),
-                epoch: u64::MAX,
-                pair: 255,
-            },
-        ),
+        Entry::Scope(ScopeKey(1), Scope { owner: "gw-a".into(), epoch: u64::MAX, pair: 255 }),
         Entry::Group(GroupKey(u128::MAX), group(Some(PrefixSetKey(0)), Some(PrefixSetKey(4)))),
-        Entry::Group(
-            GroupKey(2),
-            Group {
-                isolated: false,
-                audit: true,
-                admin: None,
-                own: None,
-            },
-        ),
+        Entry::Group(GroupKey(2), Group { isolated: false, audit: true, admin: None, own: None }),
         Entry::Prefixes(
             PrefixSetKey(0),
-            [
-                ("0.0.0.0/0".parse().unwrap(), ports()),
-                ("::/0".parse().unwrap(), PortSet::default()),
-            ]
-            .into(),
+            [("0.0.0.0/0".parse().unwrap(), ports()), ("::/0".parse().unwrap(), PortSet::default())].into(),
         ),
         Entry::Prefixes(PrefixSetKey(4), [("203.0.113.7/32".parse().unwrap(), ports())].into()),
         Entry::Grant(GroupKey(2), ClassKey(3), ports()),
@@ -129,15 +101,9 @@ fn a_state_survives_the_wire() {
 }
 
 fn fact(i: u32) -> FactUpdate {
-    let value = (i % 3 != 0).then(|| FactValue {
-        class: ClassKey(5),
-        ttl: Duration::from_millis(u64::from(i)),
-    });
-    FactUpdate {
-        scope: ScopeKey(1 << 127),
-        ip: std::net::Ipv4Addr::from(i).into(),
-        value,
-    }
+    let value =
+        (!i.is_multiple_of(3)).then(|| FactValue { class: ClassKey(5), ttl: Duration::from_millis(u64::from(i)) });
+    FactUpdate { scope: ScopeKey(1 << 127), ip: std::net::Ipv4Addr::from(i).into(), value }
 }
 
 #[test]
@@ -147,11 +113,7 @@ fn facts_survive_the_wire() {
         sequence: 2,
         snapshot: false,
         more: false,
-        grants: vec![GrantEntry {
-            group: GroupKey(1),
-            class: ClassKey(5),
-            ports: ports(),
-        }],
+        grants: vec![GrantEntry { group: GroupKey(1), class: ClassKey(5), ports: ports() }],
         facts: (0..10).map(fact).collect(),
     };
     let messages = batch.clone().into_messages();
@@ -160,10 +122,7 @@ fn facts_survive_the_wire() {
     // Too long a life is cut, parts of a millisecond are dropped.
     let mut long = FactsBatch::default();
     for ttl in [Duration::MAX, Duration::from_micros(1999)] {
-        let value = Some(FactValue {
-            class: ClassKey(5),
-            ttl,
-        });
+        let value = Some(FactValue { class: ClassKey(5), ttl });
         long.facts.push(FactUpdate { value, ..fact(1) });
     }
     let back = FactsBatch::try_from(over(&long.into_messages()[0])).unwrap();
@@ -177,54 +136,25 @@ fn a_heartbeat_is_small_and_known_as_such() {
     assert!(m.len() == 1 && m[0].encoded_len() < 16);
     assert!(FactsBatch::try_from(over(&m[0])).unwrap().is_heartbeat());
     // An empty snapshot is none: it deletes everything.
-    assert!(
-        !FactsBatch {
-            snapshot: true,
-            ..FactsBatch::heartbeat(1, 1)
-        }
-        .is_heartbeat()
-    );
+    assert!(!FactsBatch { snapshot: true, ..FactsBatch::heartbeat(1, 1) }.is_heartbeat());
 }
 
 #[test]
 fn acks_survive_the_wire() {
-    let error = |e: &str| Up::Applied {
-        boot_id: 1,
-        sequence: u64::MAX,
-        error: Some(e.into()),
-    };
-    let none = Up::Applied {
-        boot_id: 1,
-        sequence: 2,
-        error: None,
-    };
-    for up in [
-        Up::Hello {
-            node: "node-1".into(),
-            boot_id: 3,
-        },
-        none,
-        error("map full"),
-    ] {
+    let error = |e: &str| Up::Applied { boot_id: 1, sequence: u64::MAX, error: Some(e.into()) };
+    let none = Up::Applied { boot_id: 1, sequence: 2, error: None };
+    for up in [Up::Hello { node: "node-1".into(), boot_id: 3 }, none, error("map full")] {
         assert_eq!(Up::try_from(over(&wire::StateAck::from(up.clone()))).unwrap(), up);
         assert_eq!(Up::try_from(over(&wire::FactsAck::from(up.clone()))).unwrap(), up);
     }
     // A long text is cut between characters when sent, and refused when received.
     let long = over(&wire::StateAck::from(error(&format!("x{}", "ä".repeat(MAX_ERROR)))));
-    let Up::Applied { error: Some(text), .. } = Up::try_from(long).unwrap() else {
-        panic!("an error")
-    };
+    let Up::Applied { error: Some(text), .. } = Up::try_from(long).unwrap() else { panic!("an error") };
     assert!(text.len() <= MAX_ERROR && text.len() + 1 >= MAX_ERROR);
-    let kind = wire::state_ack::Kind::Applied(wire::Applied {
-        error: "x".repeat(MAX_ERROR + 1),
-        ..Default::default()
-    });
+    let kind = wire::state_ack::Kind::Applied(wire::Applied { error: "x".repeat(MAX_ERROR + 1), ..Default::default() });
     let made = Up::try_from(wire::StateAck { kind: Some(kind) });
     assert_eq!(refuse(made), ("applied.error", Problem::TooMany(MAX_ERROR + 1)));
-    assert_eq!(
-        refuse(Up::try_from(wire::FactsAck { kind: None })),
-        ("ack.kind", Problem::Missing)
-    );
+    assert_eq!(refuse(Up::try_from(wire::FactsAck { kind: None })), ("ack.kind", Problem::Missing));
 }
 
 #[test]
@@ -254,13 +184,8 @@ fn a_large_snapshot_comes_in_parts() {
 
 #[test]
 fn parts_of_different_sequences_do_not_mix() {
-    let part = |boot_id, sequence, snapshot| FactsBatch {
-        boot_id,
-        sequence,
-        snapshot,
-        more: true,
-        ..Default::default()
-    };
+    let part =
+        |boot_id, sequence, snapshot| FactsBatch { boot_id, sequence, snapshot, more: true, ..Default::default() };
     for other in [part(2, 5, true), part(1, 6, true), part(1, 5, false)] {
         let mut joiner = Joiner::default();
         assert_eq!(joiner.push(part(1, 5, true)).unwrap(), None);
@@ -273,20 +198,11 @@ fn entry(kind: wire::entry::Kind) -> Result<Entry, WireError> {
 }
 
 fn grant(ranges: Vec<wire::PortRange>) -> Result<Entry, WireError> {
-    entry(wire::entry::Kind::Grant(wire::Grant {
-        group: vec![0; 16],
-        class: vec![0; 16],
-        ports: ranges,
-    }))
+    entry(wire::entry::Kind::Grant(wire::Grant { group: vec![0; 16], class: vec![0; 16], ports: ranges }))
 }
 
 fn range(protocol: i32, first: u32, last: u32, via: i32) -> wire::PortRange {
-    wire::PortRange {
-        protocol,
-        first,
-        last,
-        via,
-    }
+    wire::PortRange { protocol, first, last, via }
 }
 
 #[test]
@@ -297,32 +213,12 @@ fn bad_ports_are_refused() {
         (vec![range(3, 1, 1, 1)], "port_range.protocol", Problem::Unknown(3)),
         (vec![range(1, 1, 1, 0)], "port_range.via", Problem::Unknown(0)),
         (vec![range(1, 1, 1, -1)], "port_range.via", Problem::Unknown(-1)),
-        (
-            vec![range(1, 65536, 65536, 1)],
-            "port_range.first",
-            Problem::Range(65536),
-        ),
-        (
-            vec![range(1, 1, u32::MAX, 1)],
-            "port_range.last",
-            Problem::Range(u32::MAX.into()),
-        ),
+        (vec![range(1, 65536, 65536, 1)], "port_range.first", Problem::Range(65536)),
+        (vec![range(1, 1, u32::MAX, 1)], "port_range.last", Problem::Range(u32::MAX.into())),
         (vec![range(1, 2, 1, 1)], "port_range.last", Problem::Range(1)),
-        (
-            vec![range(1, 1, 5, 1), range(1, 5, 6, 2)],
-            "port_ranges",
-            Problem::NotCanonical,
-        ),
-        (
-            vec![range(1, 7, 8, 1), range(1, 5, 6, 2)],
-            "port_ranges",
-            Problem::NotCanonical,
-        ),
-        (
-            vec![range(1, 1, 2, 1), range(1, 3, 4, 1)],
-            "port_ranges",
-            Problem::NotCanonical,
-        ),
+        (vec![range(1, 1, 5, 1), range(1, 5, 6, 2)], "port_ranges", Problem::NotCanonical),
+        (vec![range(1, 7, 8, 1), range(1, 5, 6, 2)], "port_ranges", Problem::NotCanonical),
+        (vec![range(1, 1, 2, 1), range(1, 3, 4, 1)], "port_ranges", Problem::NotCanonical),
         (vec![range(1, 1, 1, 1); 65], "port_ranges", Problem::TooMany(65)),
     ] {
         assert_eq!(refuse(grant(ranges)), (field, problem));
@@ -332,16 +228,8 @@ fn bad_ports_are_refused() {
 #[test]
 fn bad_entries_are_refused() {
     use wire::entry::Kind;
-    let net = |address: &[u8], length| wire::Prefix {
-        address: address.to_vec(),
-        length,
-    };
-    let cluster = |prefix| {
-        entry(Kind::Cluster(wire::Cluster {
-            prefixes: vec![prefix],
-            ..Default::default()
-        }))
-    };
+    let net = |address: &[u8], length| wire::Prefix { address: address.to_vec(), length };
+    let cluster = |prefix| entry(Kind::Cluster(wire::Cluster { prefixes: vec![prefix], ..Default::default() }));
     let endpoint = wire::Endpoint {
         ip: vec![10, 0, 0, 1],
         node: "n".into(),
@@ -356,65 +244,26 @@ fn bad_entries_are_refused() {
         change(&mut e);
         entry(Kind::Endpoint(e))
     };
-    let scope = |pair| wire::Scope {
-        key: vec![0; 16],
-        owner: "g".into(),
-        epoch: 1,
-        pair,
-    };
-    let set = |prefixes| {
-        entry(Kind::Prefixes(wire::PrefixSet {
-            key: vec![0; 16],
-            prefixes,
-        }))
-    };
-    let one = wire::PrefixPorts {
-        prefix: Some(net(&[10, 0, 0, 0], 8)),
-        ports: vec![],
-    };
-    let gateway = |name: &str| {
-        entry(Kind::Gateway(wire::Gateway {
-            name: name.into(),
-            node: "n".into(),
-        }))
-    };
+    let scope = |pair| wire::Scope { key: vec![0; 16], owner: "g".into(), epoch: 1, pair };
+    let set = |prefixes| entry(Kind::Prefixes(wire::PrefixSet { key: vec![0; 16], prefixes }));
+    let one = wire::PrefixPorts { prefix: Some(net(&[10, 0, 0, 0], 8)), ports: vec![] };
+    let gateway = |name: &str| entry(Kind::Gateway(wire::Gateway { name: name.into(), node: "n".into() }));
     let node_ports = |first, last| {
         let node_ports = Some(wire::NodePorts { first, last });
-        entry(Kind::Cluster(wire::Cluster {
-            node_ports,
-            ..Default::default()
-        }))
+        entry(Kind::Cluster(wire::Cluster { node_ports, ..Default::default() }))
     };
     for (made, field, problem) in [
-        (
-            Entry::try_from(wire::Entry { kind: None }),
-            "entry.kind",
-            Problem::Missing,
-        ),
+        (Entry::try_from(wire::Entry { kind: None }), "entry.kind", Problem::Missing),
         (cluster(net(&[10, 0, 0], 8)), "cluster.prefixes", Problem::Length(3)),
         (cluster(net(&[10, 0, 0, 0], 33)), "cluster.prefixes", Problem::Range(33)),
-        (
-            cluster(net(&[10, 0, 0, 0], 264)),
-            "cluster.prefixes",
-            Problem::Range(264),
-        ),
-        (
-            cluster(net(&[10, 0, 0, 1], 8)),
-            "cluster.prefixes",
-            Problem::NotCanonical,
-        ),
+        (cluster(net(&[10, 0, 0, 0], 264)), "cluster.prefixes", Problem::Range(264)),
+        (cluster(net(&[10, 0, 0, 1], 8)), "cluster.prefixes", Problem::NotCanonical),
         (node_ports(2, 1), "node_ports.last", Problem::Range(1)),
         (node_ports(1, 65536), "node_ports.last", Problem::Range(65536)),
         (end(|e| e.ip.clear()), "endpoint.ip", Problem::Length(0)),
         (end(|e| e.ip = vec![0; 17]), "endpoint.ip", Problem::Length(17)),
         (
-            end(|e| {
-                e.ip = "::ffff:10.0.0.1"
-                    .parse::<std::net::Ipv6Addr>()
-                    .unwrap()
-                    .octets()
-                    .to_vec()
-            }),
+            end(|e| e.ip = "::ffff:10.0.0.1".parse::<std::net::Ipv6Addr>().unwrap().octets().to_vec()),
             "endpoint.ip",
             Problem::NotCanonical,
         ),
@@ -422,21 +271,13 @@ fn bad_entries_are_refused() {
         (end(|e| e.touch = 99), "endpoint.touch", Problem::Unknown(99)),
         (end(|e| e.pod = "a\nb".into()), "endpoint.pod", Problem::Name),
         (end(|e| e.namespace.clear()), "endpoint.namespace", Problem::Name),
-        (
-            end(|e| e.member = Some(wire::Member::default())),
-            "member.scope",
-            Problem::Length(0),
-        ),
+        (end(|e| e.member = Some(wire::Member::default())), "member.scope", Problem::Length(0)),
         (gateway("../x"), "gateway.name", Problem::Name),
         (gateway("x."), "gateway.name", Problem::Name),
         (gateway(&"x".repeat(254)), "gateway.name", Problem::TooMany(254)),
         (entry(Kind::Scope(scope(256))), "scope.pair", Problem::Range(256)),
         (
-            entry(Kind::Group(wire::Group {
-                key: vec![0; 16],
-                admin: vec![1],
-                ..Default::default()
-            })),
+            entry(Kind::Group(wire::Group { key: vec![0; 16], admin: vec![1], ..Default::default() })),
             "group.admin",
             Problem::Length(1),
         ),
@@ -448,24 +289,14 @@ fn bad_entries_are_refused() {
             "node.addresses",
             Problem::TooMany(MAX_NODE_ADDRESSES + 1),
         ),
-        (
-            set(vec![wire::PrefixPorts::default()]),
-            "prefix_ports.prefix",
-            Problem::Missing,
-        ),
-        (
-            set(vec![one.clone(), one.clone()]),
-            "prefix_ports.prefix",
-            Problem::Duplicate,
-        ),
+        (set(vec![wire::PrefixPorts::default()]), "prefix_ports.prefix", Problem::Missing),
+        (set(vec![one.clone(), one.clone()]), "prefix_ports.prefix", Problem::Duplicate),
     ] {
         assert_eq!(refuse(made), (field, problem));
     }
     let key = EntryKey::try_from(wire::EntryKey { kind: None });
     assert_eq!(refuse(key), ("entry_key.kind", Problem::Missing));
-    let key = EntryKey::try_from(wire::EntryKey {
-        kind: Some(wire::entry_key::Kind::Group(vec![0; 15])),
-    });
+    let key = EntryKey::try_from(wire::EntryKey { kind: Some(wire::entry_key::Kind::Group(vec![0; 15])) });
     assert_eq!(refuse(key), ("entry_key.group", Problem::Length(15)));
 }
 
@@ -473,34 +304,18 @@ fn bad_entries_are_refused() {
 fn bad_batches_are_refused() {
     let whole = || batch().into_messages().remove(0);
     assert_eq!(
-        refuse(StateBatch::try_from(wire::StateUpdate {
-            gateway: String::new(),
-            ..whole()
-        })),
+        refuse(StateBatch::try_from(wire::StateUpdate { gateway: String::new(), ..whole() })),
         ("state_update.gateway", Problem::Name)
     );
     let many = vec![wire::EntryKey { kind: None }; MAX_ITEMS + 1];
     assert_eq!(
-        refuse(StateBatch::try_from(wire::StateUpdate {
-            delete: many,
-            ..whole()
-        })),
+        refuse(StateBatch::try_from(wire::StateUpdate { delete: many, ..whole() })),
         ("state_update.delete", Problem::TooMany(MAX_ITEMS + 1))
     );
     let fact = |ttl_ms, class: usize, scope: usize| {
-        let value = Some(wire::FactValue {
-            class: vec![0; class],
-            ttl_ms,
-        });
-        let facts = vec![wire::Fact {
-            scope: vec![0; scope],
-            ip: vec![1, 2, 3, 4],
-            value,
-        }];
-        FactsBatch::try_from(wire::FactsUpdate {
-            facts,
-            ..Default::default()
-        })
+        let value = Some(wire::FactValue { class: vec![0; class], ttl_ms });
+        let facts = vec![wire::Fact { scope: vec![0; scope], ip: vec![1, 2, 3, 4], value }];
+        FactsBatch::try_from(wire::FactsUpdate { facts, ..Default::default() })
     };
     assert!(fact(MAX_TTL_MS, 16, 16).is_ok());
     let over = MAX_TTL_MS + 1;

@@ -7,10 +7,7 @@ fn the_generated_code_is_current() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let set = protox::compile(["tidegate.proto"], [root]).expect("the contract compiles");
     let out = tempfile::tempdir().expect("a temporary folder");
-    tonic_prost_build::configure()
-        .out_dir(out.path())
-        .compile_fds(set)
-        .expect("the contract generates");
+    tonic_prost_build::configure().out_dir(out.path()).compile_fds(set).expect("the contract generates");
     let fresh = std::fs::read_to_string(out.path().join("tidegate.v1.rs")).expect("one file per package");
     let path = root.join("src/generated.rs");
     if std::env::var_os("UPDATE_PROTO").is_some_and(|v| v == "1") {

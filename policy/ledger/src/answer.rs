@@ -26,16 +26,7 @@ struct Change {
 
 impl<C: Classify> Ledger<C> {
     pub(crate) fn answer(&mut self, answer: Answer, out: &mut Vec<Output>) {
-        let Answer {
-            ticket,
-            scope,
-            owner,
-            node,
-            name,
-            addresses,
-            ttl,
-            min_binding,
-        } = answer;
+        let Answer { ticket, scope, owner, node, name, addresses, ttl, min_binding } = answer;
         if addresses.is_empty() {
             out.push(Output::Release { ticket, addresses });
             return;
@@ -68,10 +59,7 @@ impl<C: Classify> Ledger<C> {
         }
         if bound.is_empty() {
             self.drop_if_empty(number);
-            out.push(Output::Fail {
-                ticket,
-                reason: Reason::Quota,
-            });
+            out.push(Output::Fail { ticket, reason: Reason::Quota });
             return;
         }
         // Up to when a kernel must have confirmed an address so that the reply needs no wait.
@@ -98,8 +86,7 @@ impl<C: Classify> Ledger<C> {
         let t = scope.table.read();
         let Some(a) = t.address(index) else { return false };
         let kernel = a.expires().minus(self.config.hello_timeout);
-        a.holder(node)
-            .is_some_and(|h| h.confirmed != Tick::ZERO && h.confirmed >= need.min(kernel))
+        a.holder(node).is_some_and(|h| h.confirmed != Tick::ZERO && h.confirmed >= need.min(kernel))
     }
 
     /// Binds a name to an address, or brings the fact up to date; `None` if the namespace's quota is used up.
@@ -122,11 +109,7 @@ impl<C: Classify> Ledger<C> {
         {
             let before = f.expires;
             (f.rrset, f.expires) = refresh(f);
-            return Some(Change {
-                index,
-                new: false,
-                extended: f.expires > before,
-            });
+            return Some(Change { index, new: false, extended: f.expires > before });
         }
         let usage = self.owners.get(&owner).copied().unwrap_or_default();
         let of_name = named.and_then(|n| t.name(n)).map_or(0, |n| n.addresses.len());
@@ -139,11 +122,7 @@ impl<C: Classify> Ledger<C> {
         let index = found.unwrap_or_else(|| t.insert_ip(hash, ip));
         let n = named.unwrap_or_else(|| t.insert_name(hash, name.clone()));
         t.name_mut(n)?.addresses.push(index);
-        t.slot_mut(index)?.facts.push(Fact {
-            name: n,
-            rrset,
-            expires,
-        });
+        t.slot_mut(index)?.facts.push(Fact { name: n, rrset, expires });
         drop(t);
         let usage = self.owners.entry(owner).or_default();
         usage.facts += 1;
@@ -151,24 +130,12 @@ impl<C: Classify> Ledger<C> {
         if found.is_none() {
             self.count_address();
         }
-        Some(Change {
-            index,
-            new: true,
-            extended: true,
-        })
+        Some(Change { index, new: true, extended: true })
     }
 
     /// Learns a fact from elsewhere; beyond the quota it is left out.
     pub(crate) fn import(&mut self, record: FactRecord, out: &mut Vec<Output>) {
-        let FactRecord {
-            scope,
-            owner,
-            name,
-            ip,
-            remaining,
-            ttl,
-            nodes,
-        } = record;
+        let FactRecord { scope, owner, name, ip, remaining, ttl, nodes } = record;
         let now = self.tick();
         let number = self.number(scope, owner);
         if self.is_outdated(number) {
@@ -179,11 +146,7 @@ impl<C: Classify> Ledger<C> {
         let later = |f: &Fact| {
             // What has ended there says nothing about when it ended here.
             let rrset = if rrset > now { rrset.max(f.rrset) } else { f.rrset };
-            let expires = if expires > now {
-                expires.max(f.expires)
-            } else {
-                f.expires
-            };
+            let expires = if expires > now { expires.max(f.expires) } else { f.expires };
             (rrset, expires)
         };
         match self.bind(number, &name, pack(unpack(pack(ip))), (rrset, expires), later) {

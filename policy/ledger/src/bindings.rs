@@ -51,15 +51,8 @@ impl Bindings {
     pub(crate) fn new(hash_keys: [u64; 4]) -> Self {
         let [a, b, c, d] = hash_keys;
         let hash = RandomState::with_seeds(a, b, c, d);
-        let shards = (0..SHARDS)
-            .map(|_| RwLock::new(HashMap::with_hasher(hash.clone())))
-            .collect();
-        Self {
-            hash,
-            shards,
-            steered: RwLock::default(),
-            any_steered: AtomicBool::new(false),
-        }
+        let shards = (0..SHARDS).map(|_| RwLock::new(HashMap::with_hasher(hash.clone()))).collect();
+        Self { hash, shards, steered: RwLock::default(), any_steered: AtomicBool::new(false) }
     }
 
     fn shard(&self, scope: ScopeKey) -> &Shard {
@@ -132,8 +125,7 @@ impl Bindings {
 
     /// The class of an address that the scope has a name for.
     pub fn class_of(&self, scope: ScopeKey, ip: IpAddr) -> Option<ClassKey> {
-        self.read(scope, |t| Some(t.address(t.find_ip(&self.hash, pack(ip))?)?.class()))
-            .flatten()
+        self.read(scope, |t| Some(t.address(t.find_ip(&self.hash, pack(ip))?)?.class())).flatten()
     }
 
     /// Whether replies to pods of the node need no ack, because its stream has been down

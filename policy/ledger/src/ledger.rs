@@ -46,6 +46,8 @@ pub struct Counts {
     pub waiting: usize,
     /// Known nodes.
     pub nodes: usize,
+    /// Kernel entries on nodes: pairs of node and address.
+    pub held: usize,
     /// Timers, outdated ones too.
     pub timers: usize,
 }
@@ -165,6 +167,7 @@ impl<C: Classify> Ledger<C> {
             facts: self.owners.values().map(|u| u.facts as usize).sum(),
             waiting: self.tickets.len(),
             nodes: self.nodes.len(),
+            held: self.nodes.values().map(Node::held).sum(),
             timers: self.timers.len(),
         }
     }
@@ -332,11 +335,7 @@ impl<C: Classify> Ledger<C> {
         let now = self.tick();
         let Some(&number) = self.numbers.get(&key) else { return };
         let hash = &self.bindings.hash;
-        let Some(index) = self
-            .scopes
-            .get(&number)
-            .and_then(|s| s.table.read().find_ip(hash, pack(ip)))
-        else {
+        let Some(index) = self.scopes.get(&number).and_then(|s| s.table.read().find_ip(hash, pack(ip))) else {
             return;
         };
         self.unbind(number, index, |expires| expires <= now, out);
@@ -382,14 +381,7 @@ impl<C: Classify> Ledger<C> {
         let Some(scope) = self.scopes.get(&number).map(|s| s.key) else {
             return;
         };
-        let (ip, gone) = (
-            a.ip(),
-            FactUpdate {
-                scope,
-                ip: a.ip(),
-                value: None,
-            },
-        );
+        let (ip, gone) = (a.ip(), FactUpdate { scope, ip: a.ip(), value: None });
         self.addresses -= 1;
         out.push(Output::Local(gone.clone()));
         for h in &a.holders {
@@ -404,18 +396,10 @@ impl<C: Classify> Ledger<C> {
 
     fn scope_gone(&mut self, key: ScopeKey, out: &mut Vec<Output>) {
         let Some(&number) = self.numbers.get(&key) else { return };
-        let waiting: Vec<u64> = self
-            .tickets
-            .iter()
-            .filter(|(_, t)| t.scope == number)
-            .map(|(id, _)| *id)
-            .collect();
+        let waiting: Vec<u64> = self.tickets.iter().filter(|(_, t)| t.scope == number).map(|(id, _)| *id).collect();
         for ticket in waiting {
             self.tickets.remove(&ticket);
-            out.push(Output::Fail {
-                ticket,
-                reason: Reason::BarrierTimeout,
-            });
+            out.push(Output::Fail { ticket, reason: Reason::BarrierTimeout });
         }
         let end = self.scopes.get(&number).map_or(0, |s| s.table.read().end());
         for index in 0..end {
@@ -455,11 +439,8 @@ impl<C: Classify> Ledger<C> {
             let t = table.read();
             let Some(a) = t.address(index) else { return };
             let ip = a.ip();
-            let names: SmallVec<[Name; 4]> = a
-                .facts
-                .iter()
-                .filter_map(|f| t.name(f.name).and_then(|n| n.name()).cloned())
-                .collect();
+            let names: SmallVec<[Name; 4]> =
+                a.facts.iter().filter_map(|f| t.name(f.name).and_then(|n| n.name()).cloned()).collect();
             drop(t);
             Some(self.classify.class(key, ip, &mut names.iter()))
         } else {
@@ -480,10 +461,7 @@ impl<C: Classify> Ledger<C> {
         let update = |until: Tick| FactUpdate {
             scope: key,
             ip: a.ip(),
-            value: Some(FactValue {
-                class,
-                ttl: until.left(self.now),
-            }),
+            value: Some(FactValue { class, ttl: until.left(self.now) }),
         };
         if changed || extended {
             out.push(Output::Local(update(expires)));

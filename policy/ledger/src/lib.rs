@@ -102,11 +102,7 @@ impl Default for Config {
             steer_after: Duration::from_millis(2500),
             sweep: Duration::from_secs(24 * 3600),
             recheck: Duration::from_secs(60),
-            quotas: Quotas {
-                facts: 16384,
-                names: 8192,
-                addresses_per_name: 64,
-            },
+            quotas: Quotas { facts: 16384, names: 8192, addresses_per_name: 64 },
             max_waiting: 65536,
             max_unacked: 65536,
         }

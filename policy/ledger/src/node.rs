@@ -44,6 +44,11 @@ impl Node {
         self.up && !self.behind
     }
 
+    /// How many addresses it holds.
+    pub fn held(&self) -> usize {
+        self.scopes.values().map(|n| *n as usize).sum()
+    }
+
     /// It holds one more address of a scope.
     pub fn hold(&mut self, scope: u32) {
         *self.scopes.entry(scope).or_default() += 1;
@@ -80,10 +85,7 @@ impl<C: Classify> Ledger<C> {
             } else {
                 self.falls.insert((due, id));
             }
-            Node {
-                steered,
-                ..Node::default()
-            }
+            Node { steered, ..Node::default() }
         })
     }
 
@@ -106,17 +108,8 @@ impl<C: Classify> Ledger<C> {
             let entries: Vec<_> = facts.iter().filter_map(entry).collect();
             n.unacked += entries.len();
             n.behind = n.unacked > self.config.max_unacked;
-            n.sent.push_back(Sent {
-                seq: n.last_seq,
-                entries,
-                snapshot: false,
-            });
-            out.push(Output::Push {
-                node,
-                seq: n.last_seq,
-                snapshot: false,
-                facts,
-            });
+            n.sent.push_back(Sent { seq: n.last_seq, entries, snapshot: false });
+            out.push(Output::Push { node, seq: n.last_seq, snapshot: false, facts });
         }
     }
 
@@ -146,10 +139,7 @@ impl<C: Classify> Ledger<C> {
         let Some(gone) = self.nodes.remove(&id) else { return };
         for (_, ticket) in gone.waiting {
             if self.tickets.remove(&ticket).is_some() {
-                out.push(Output::Fail {
-                    ticket,
-                    reason: Reason::BarrierTimeout,
-                });
+                out.push(Output::Fail { ticket, reason: Reason::BarrierTimeout });
             }
         }
         for &number in gone.scopes.keys() {
@@ -193,29 +183,13 @@ impl<C: Classify> Ledger<C> {
                 if !keeps {
                     h.confirmed = Tick::ZERO;
                 }
-                let value = Some(FactValue {
-                    class,
-                    ttl: kernel.left(self.now),
-                });
-                facts.push(FactUpdate {
-                    scope: scope.key,
-                    ip,
-                    value,
-                });
+                let value = Some(FactValue { class, ttl: kernel.left(self.now) });
+                facts.push(FactUpdate { scope: scope.key, ip, value });
                 entries.push((number, pack(ip)));
             }
         }
-        n.sent.push_back(Sent {
-            seq,
-            entries,
-            snapshot: true,
-        });
-        out.push(Output::Push {
-            node: id,
-            seq,
-            snapshot: true,
-            facts,
-        });
+        n.sent.push_back(Sent { seq, entries, snapshot: true });
+        out.push(Output::Push { node: id, seq, snapshot: true, facts });
     }
 
     pub(crate) fn ack(&mut self, id: NodeId, seq: u64, out: &mut Vec<Output>) {
@@ -259,10 +233,7 @@ impl<C: Classify> Ledger<C> {
 
     fn release(&mut self, ticket: u64, out: &mut Vec<Output>) {
         if let Some(t) = self.tickets.remove(&ticket) {
-            out.push(Output::Release {
-                ticket,
-                addresses: t.addresses,
-            });
+            out.push(Output::Release { ticket, addresses: t.addresses });
         }
         // Deadlines of replies that went out are of no use, at least not in front.
         let waits = |(due, id): &(Duration, u64)| self.tickets.get(id).is_some_and(|t| t.deadline == *due);
@@ -276,30 +247,15 @@ impl<C: Classify> Ledger<C> {
         let full = self.tickets.len() >= self.config.max_waiting;
         let n = self.node(node);
         // What a node cannot take now is in the snapshot that it gets next.
-        let seq = if queued || !n.writable() {
-            n.last_seq + 1
-        } else {
-            n.last_seq
-        };
+        let seq = if queued || !n.writable() { n.last_seq + 1 } else { n.last_seq };
         if n.steered || n.acked >= seq {
             out.push(Output::Release { ticket: id, addresses });
         } else if full {
-            out.push(Output::Fail {
-                ticket: id,
-                reason: Reason::BarrierTimeout,
-            });
+            out.push(Output::Fail { ticket: id, reason: Reason::BarrierTimeout });
         } else {
             n.waiting.push_back((seq, id));
             self.deadlines.push_back((deadline, id));
-            self.tickets.insert(
-                id,
-                Ticket {
-                    node,
-                    scope,
-                    deadline,
-                    addresses,
-                },
-            );
+            self.tickets.insert(id, Ticket { node, scope, deadline, addresses });
         }
     }
 
@@ -309,10 +265,7 @@ impl<C: Classify> Ledger<C> {
             return;
         }
         let Some(ticket) = self.tickets.remove(&id) else { return };
-        out.push(Output::Fail {
-            ticket: id,
-            reason: Reason::BarrierTimeout,
-        });
+        out.push(Output::Fail { ticket: id, reason: Reason::BarrierTimeout });
         // Replies of a node time out in the order in which they wait, so that none is left behind.
         if let Some(n) = self.nodes.get_mut(&ticket.node) {
             while n.waiting.pop_front_if(|(_, t)| !self.tickets.contains_key(t)).is_some() {}
@@ -321,23 +274,11 @@ impl<C: Classify> Ledger<C> {
 
     pub(crate) fn scope_left(&mut self, key: ScopeKey, node: NodeId) {
         let Some(&number) = self.numbers.get(&key) else { return };
-        if self
-            .nodes
-            .get_mut(&node)
-            .and_then(|n| n.scopes.remove(&number))
-            .is_none()
-        {
+        if self.nodes.get_mut(&node).and_then(|n| n.scopes.remove(&number)).is_none() {
             return;
         }
         for ip in self.strip(number, node) {
-            self.queue(
-                node,
-                FactUpdate {
-                    scope: key,
-                    ip,
-                    value: None,
-                },
-            );
+            self.queue(node, FactUpdate { scope: key, ip, value: None });
         }
     }
 

@@ -9,10 +9,7 @@ pub(crate) struct Slab<T> {
 
 impl<T> Default for Slab<T> {
     fn default() -> Self {
-        Self {
-            items: Vec::new(),
-            free: Vec::new(),
-        }
+        Self { items: Vec::new(), free: Vec::new() }
     }
 }
 

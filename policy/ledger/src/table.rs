@@ -92,12 +92,7 @@ impl Address {
 
     /// Adds a holder that was sent nothing yet.
     pub fn hold(&mut self, node: NodeId) {
-        self.holders.push(Holder {
-            node,
-            seq: 0,
-            sent: Tick::ZERO,
-            confirmed: Tick::ZERO,
-        });
+        self.holders.push(Holder { node, seq: 0, sent: Tick::ZERO, confirmed: Tick::ZERO });
     }
 
     /// Whether some fact has expired.
@@ -162,26 +157,17 @@ pub(crate) struct Table {
 
 impl Table {
     pub fn find_name(&self, hash: &RandomState, name: &str) -> Option<u32> {
-        let same = |&i: &u32| {
-            self.names
-                .get(i)
-                .and_then(Named::name)
-                .is_some_and(|n| n.as_str() == name)
-        };
+        let same = |&i: &u32| self.names.get(i).and_then(Named::name).is_some_and(|n| n.as_str() == name);
         self.by_name.find(hash.hash_one(name), same).copied()
     }
 
     /// Adds a name that is not there yet.
     pub fn insert_name(&mut self, hash: &RandomState, name: Name) -> u32 {
         let h = hash.hash_one(name.as_str());
-        let i = self.names.insert(Named {
-            name: Some(name),
-            addresses: SmallVec::new(),
-        });
+        let i = self.names.insert(Named { name: Some(name), addresses: SmallVec::new() });
         let names = &self.names;
-        self.by_name.insert_unique(h, i, |&j| {
-            hash.hash_one(names.get(j).and_then(Named::name).map_or("", Name::as_str))
-        });
+        self.by_name
+            .insert_unique(h, i, |&j| hash.hash_one(names.get(j).and_then(Named::name).map_or("", Name::as_str)));
         i
     }
 
@@ -199,14 +185,9 @@ impl Table {
 
     /// Adds an address that is not there yet.
     pub fn insert_ip(&mut self, hash: &RandomState, ip: [u8; 16]) -> u32 {
-        let i = self.addresses.insert(Address {
-            ip,
-            ..Address::default()
-        });
+        let i = self.addresses.insert(Address { ip, ..Address::default() });
         let addresses = &self.addresses;
-        self.by_ip.insert_unique(hash.hash_one(ip), i, |&j| {
-            hash.hash_one(addresses.get(j).map_or([0; 16], |a| a.ip))
-        });
+        self.by_ip.insert_unique(hash.hash_one(ip), i, |&j| hash.hash_one(addresses.get(j).map_or([0; 16], |a| a.ip)));
         i
     }
 

@@ -67,12 +67,7 @@ impl Sim {
     pub fn bare(config: Config) -> Self {
         let rules = Rules::default();
         let now = secs(1000);
-        Self {
-            ledger: Ledger::new(config, [1, 2, 3, 4], rules.clone(), now),
-            rules,
-            now,
-            tickets: 0,
-        }
+        Self { ledger: Ledger::new(config, [1, 2, 3, 4], rules.clone(), now), rules, now, tickets: 0 }
     }
 
     /// The same with `NODE` and `OTHER` up and their empty snapshots acked.
@@ -175,4 +170,12 @@ pub(crate) fn released(out: &[Output], id: u64) -> Option<Vec<IpAddr>> {
         Output::Release { ticket, addresses } if *ticket == id => Some(addresses.clone()),
         _ => None,
     })
+}
+
+#[test]
+fn readers_and_the_ledger_may_be_on_different_threads() {
+    fn shared<T: Send + Sync>() {}
+    fn moved<T: Send>() {}
+    shared::<Bindings>();
+    moved::<Ledger<std::sync::Arc<dyn Classify + Send + Sync>>>();
 }

@@ -47,22 +47,10 @@ impl Classify for OneClass {
 fn a_learnt_name_with_both_families_costs_under_400_octets_and_leaves_nothing() {
     const SCOPES: u32 = 20;
     const NAMES: u32 = 5000;
-    let quotas = Quotas {
-        facts: u32::MAX,
-        names: u32::MAX,
-        addresses_per_name: 64,
-    };
+    let quotas = Quotas { facts: u32::MAX, names: u32::MAX, addresses_per_name: 64 };
     let start = Duration::from_secs(1000);
     let before = LIVE.load(Ordering::Relaxed);
-    let mut ledger = Ledger::new(
-        Config {
-            quotas,
-            ..Config::default()
-        },
-        [1, 2, 3, 4],
-        OneClass,
-        start,
-    );
+    let mut ledger = Ledger::new(Config { quotas, ..Config::default() }, [1, 2, 3, 4], OneClass, start);
     let mut out = Vec::new();
     ledger.handle(Input::NodeReset { node: NodeId(1) }, start, &mut out);
     let mut seq = 1;
@@ -94,13 +82,7 @@ fn a_learnt_name_with_both_families_costs_under_400_octets_and_leaves_nothing() 
     assert!(each < 400, "{each}");
 
     for s in 0..SCOPES {
-        ledger.handle(
-            Input::ScopeGone {
-                scope: ScopeKey(s.into()),
-            },
-            start,
-            &mut out,
-        );
+        ledger.handle(Input::ScopeGone { scope: ScopeKey(s.into()) }, start, &mut out);
         out.clear();
     }
     ledger.handle(Input::NodeGone { node: NodeId(1) }, start, &mut out);

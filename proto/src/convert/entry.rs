@@ -15,11 +15,7 @@ use wire::entry::Kind;
 use wire::entry_key::Kind as KeyKind;
 
 pub(super) fn grant_to_wire(group: GroupKey, class: ClassKey, ports: &PortSet) -> wire::Grant {
-    wire::Grant {
-        group: key_to_wire(group.0),
-        class: key_to_wire(class.0),
-        ports: ports_to_wire(ports),
-    }
+    wire::Grant { group: key_to_wire(group.0), class: key_to_wire(class.0), ports: ports_to_wire(ports) }
 }
 
 pub(super) fn grant_from_wire(grant: &wire::Grant) -> Result<(GroupKey, ClassKey, PortSet), WireError> {
@@ -35,10 +31,7 @@ impl From<&Entry> for wire::Entry {
         let kind = match entry {
             Entry::Cluster(c) => Kind::Cluster(wire::Cluster {
                 prefixes: c.prefixes.iter().copied().map(prefix_to_wire).collect(),
-                node_ports: c.node_ports.map(|(a, b)| wire::NodePorts {
-                    first: a.into(),
-                    last: b.into(),
-                }),
+                node_ports: c.node_ports.map(|(a, b)| wire::NodePorts { first: a.into(), last: b.into() }),
                 dns: c.dns.iter().copied().map(socket_to_wire).collect(),
                 ping: c.ping,
             }),
@@ -46,10 +39,7 @@ impl From<&Entry> for wire::Entry {
                 name: name.clone(),
                 addresses: n.addresses.iter().copied().map(ip_to_wire).collect(),
             }),
-            Entry::Gateway(name, g) => Kind::Gateway(wire::Gateway {
-                name: name.clone(),
-                node: g.node.clone(),
-            }),
+            Entry::Gateway(name, g) => Kind::Gateway(wire::Gateway { name: name.clone(), node: g.node.clone() }),
             Entry::Endpoint(ip, e) => Kind::Endpoint(endpoint_to_wire(*ip, e)),
             Entry::Scope(key, s) => Kind::Scope(wire::Scope {
                 key: key_to_wire(key.0),
@@ -92,10 +82,9 @@ fn endpoint_to_wire(ip: IpAddr, e: &Endpoint) -> wire::Endpoint {
             Touch::Isolated => wire::Touch::Isolated,
         }
         .into(),
-        member: e.member.map(|(scope, group)| wire::Member {
-            scope: key_to_wire(scope.0),
-            group: key_to_wire(group.0),
-        }),
+        member: e
+            .member
+            .map(|(scope, group)| wire::Member { scope: key_to_wire(scope.0), group: key_to_wire(group.0) }),
     }
 }
 
@@ -107,18 +96,13 @@ impl TryFrom<wire::Entry> for Entry {
             Kind::Cluster(c) => Entry::Cluster(cluster_from_wire(&c)?),
             Kind::Node(n) => {
                 bounded(n.addresses.len(), MAX_NODE_ADDRESSES, "node.addresses")?;
-                let addresses = n
-                    .addresses
-                    .iter()
-                    .map(|a| ip_from_wire(a, "node.addresses"))
-                    .collect::<Result<_, _>>()?;
+                let addresses =
+                    n.addresses.iter().map(|a| ip_from_wire(a, "node.addresses")).collect::<Result<_, _>>()?;
                 Entry::Node(name_from_wire(n.name, "node.name")?, Node { addresses })
             }
             Kind::Gateway(g) => Entry::Gateway(
                 name_from_wire(g.name, "gateway.name")?,
-                Gateway {
-                    node: name_from_wire(g.node, "gateway.node")?,
-                },
+                Gateway { node: name_from_wire(g.node, "gateway.node")? },
             ),
             Kind::Endpoint(e) => endpoint_from_wire(e)?,
             Kind::Scope(s) => Entry::Scope(
@@ -138,10 +122,9 @@ impl TryFrom<wire::Entry> for Entry {
                     own: optional_set(&g.own, "group.own")?,
                 },
             ),
-            Kind::Prefixes(p) => Entry::Prefixes(
-                PrefixSetKey(key_from_wire(&p.key, "prefix_set.key")?),
-                prefixes_from_wire(&p)?,
-            ),
+            Kind::Prefixes(p) => {
+                Entry::Prefixes(PrefixSetKey(key_from_wire(&p.key, "prefix_set.key")?), prefixes_from_wire(&p)?)
+            }
             Kind::Grant(g) => {
                 let (group, class, ports) = grant_from_wire(&g)?;
                 Entry::Grant(group, class, ports)
@@ -151,11 +134,7 @@ impl TryFrom<wire::Entry> for Entry {
 }
 
 fn optional_set(bytes: &[u8], field: &'static str) -> Result<Option<PrefixSetKey>, WireError> {
-    if bytes.is_empty() {
-        Ok(None)
-    } else {
-        key_from_wire(bytes, field).map(|k| Some(PrefixSetKey(k)))
-    }
+    if bytes.is_empty() { Ok(None) } else { key_from_wire(bytes, field).map(|k| Some(PrefixSetKey(k))) }
 }
 
 fn cluster_from_wire(c: &wire::Cluster) -> Result<Cluster, WireError> {
@@ -173,17 +152,9 @@ fn cluster_from_wire(c: &wire::Cluster) -> Result<Cluster, WireError> {
         }
     };
     Ok(Cluster {
-        prefixes: c
-            .prefixes
-            .iter()
-            .map(|p| prefix_from_wire(p, "cluster.prefixes"))
-            .collect::<Result<_, _>>()?,
+        prefixes: c.prefixes.iter().map(|p| prefix_from_wire(p, "cluster.prefixes")).collect::<Result<_, _>>()?,
         node_ports,
-        dns: c
-            .dns
-            .iter()
-            .map(|a| socket_from_wire(a, "cluster.dns"))
-            .collect::<Result<_, _>>()?,
+        dns: c.dns.iter().map(|a| socket_from_wire(a, "cluster.dns")).collect::<Result<_, _>>()?,
         ping: c.ping,
     })
 }
@@ -237,10 +208,9 @@ impl From<&EntryKey> for wire::EntryKey {
             EntryKey::Scope(k) => KeyKind::Scope(key_to_wire(k.0)),
             EntryKey::Group(k) => KeyKind::Group(key_to_wire(k.0)),
             EntryKey::Prefixes(k) => KeyKind::Prefixes(key_to_wire(k.0)),
-            EntryKey::Grant(g, c) => KeyKind::Grant(wire::GrantKey {
-                group: key_to_wire(g.0),
-                class: key_to_wire(c.0),
-            }),
+            EntryKey::Grant(g, c) => {
+                KeyKind::Grant(wire::GrantKey { group: key_to_wire(g.0), class: key_to_wire(c.0) })
+            }
         };
         wire::EntryKey { kind: Some(kind) }
     }

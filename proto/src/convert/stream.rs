@@ -39,20 +39,13 @@ pub enum Up {
 
 impl Up {
     fn hello(h: wire::Hello) -> Result<Self, WireError> {
-        Ok(Up::Hello {
-            node: name_from_wire(h.node, "hello.node")?,
-            boot_id: h.boot_id,
-        })
+        Ok(Up::Hello { node: name_from_wire(h.node, "hello.node")?, boot_id: h.boot_id })
     }
 
     fn applied(a: wire::Applied) -> Result<Self, WireError> {
         bounded(a.error.len(), MAX_ERROR, "applied.error")?;
         let error = (!a.error.is_empty()).then_some(a.error);
-        Ok(Up::Applied {
-            boot_id: a.boot_id,
-            sequence: a.sequence,
-            error,
-        })
+        Ok(Up::Applied { boot_id: a.boot_id, sequence: a.sequence, error })
     }
 }
 
@@ -72,17 +65,9 @@ macro_rules! up {
                 use wire::$module::Kind;
                 let kind = match up {
                     Up::Hello { node, boot_id } => Kind::Hello(wire::Hello { node, boot_id }),
-                    Up::Applied {
-                        boot_id,
-                        sequence,
-                        error,
-                    } => {
+                    Up::Applied { boot_id, sequence, error } => {
                         let error = error.map(cut).unwrap_or_default();
-                        Kind::Applied(wire::Applied {
-                            boot_id,
-                            sequence,
-                            error,
-                        })
+                        Kind::Applied(wire::Applied { boot_id, sequence, error })
                     }
                 };
                 wire::$ack { kind: Some(kind) }
@@ -198,11 +183,7 @@ pub struct FactsBatch {
 impl FactsBatch {
     /// The heartbeat after the batch with this sequence.
     pub fn heartbeat(boot_id: u64, sequence: u64) -> Self {
-        Self {
-            boot_id,
-            sequence,
-            ..Self::default()
-        }
+        Self { boot_id, sequence, ..Self::default() }
     }
 
     /// Whether it says nothing but that the gateway lives.
@@ -291,14 +272,7 @@ struct Parts<M> {
 
 impl<M: Clone> Parts<M> {
     fn new(empty: M, more: bool) -> Self {
-        Self {
-            open: empty.clone(),
-            empty,
-            more,
-            full: Vec::new(),
-            used: 0,
-            items: 0,
-        }
+        Self { open: empty.clone(), empty, more, full: Vec::new(), used: 0, items: 0 }
     }
 
     fn add(&mut self, len: usize, put: impl FnOnce(&mut M)) {

@@ -12,29 +12,14 @@ fn a_reply_waits_for_the_nodes_ack() {
     // Own kernel first, only the asking node, one push.
     assert!(matches!(
         out.as_slice(),
-        [
-            Output::Local(_),
-            Output::Local(_),
-            Output::Push {
-                node: NODE,
-                seq: 2,
-                snapshot: false,
-                ..
-            }
-        ]
+        [Output::Local(_), Output::Local(_), Output::Push { node: NODE, seq: 2, snapshot: false, .. }]
     ));
     assert_eq!(s.input(Input::Ack { node: OTHER, seq: 2 }), []);
     assert_eq!(s.input(Input::Ack { node: NODE, seq: 1 }), []);
     assert_eq!(s.input(Input::Ack { node: NODE, seq: 3 }), [], "never sent");
     assert!(!s.bindings().standing(SCOPE, ip(1), NODE, s.now));
     let out = s.input(Input::Ack { node: NODE, seq: 2 });
-    assert_eq!(
-        out,
-        [Output::Release {
-            ticket: t,
-            addresses: vec![ip(1), ip(2)]
-        }]
-    );
+    assert_eq!(out, [Output::Release { ticket: t, addresses: vec![ip(1), ip(2)] }]);
     assert!(s.bindings().standing(SCOPE, ip(1), NODE, s.now + secs(110)));
     assert!(!s.bindings().standing(SCOPE, ip(1), NODE, s.now + secs(110) + ms(1)));
     assert_eq!(s.input(Input::Ack { node: NODE, seq: 2 }), []);
@@ -44,13 +29,7 @@ fn a_reply_waits_for_the_nodes_ack() {
 fn an_answer_without_addresses_never_waits() {
     let mut s = Sim::bare(Config::default());
     let (t, out) = s.ask(NODE, "a.example", &[], 60);
-    assert_eq!(
-        out,
-        [Output::Release {
-            ticket: t,
-            addresses: vec![]
-        }]
-    );
+    assert_eq!(out, [Output::Release { ticket: t, addresses: vec![] }]);
     assert_eq!(s.ledger.counts().scopes, 0);
 }
 
@@ -107,23 +86,11 @@ fn the_wait_is_bounded_and_a_late_ack_still_counts() {
     let (t, first) = s.ask(NODE, "a.example", &[1], 60);
     assert_eq!(s.pass(ms(199)), []);
     assert_eq!(s.ledger.next_deadline(), Some(s.now + ms(1)));
-    assert_eq!(
-        s.pass(ms(1)),
-        [Output::Fail {
-            ticket: t,
-            reason: Reason::BarrierTimeout
-        }]
-    );
+    assert_eq!(s.pass(ms(1)), [Output::Fail { ticket: t, reason: Reason::BarrierTimeout }]);
     assert_eq!(s.ledger.counts().waiting, 0);
     assert_eq!(s.ack(NODE, &first), []);
     let (t, out) = s.ask(NODE, "a.example", &[1], 60);
-    assert_eq!(
-        out,
-        [Output::Release {
-            ticket: t,
-            addresses: vec![ip(1)]
-        }]
-    );
+    assert_eq!(out, [Output::Release { ticket: t, addresses: vec![ip(1)] }]);
 }
 
 #[test]
@@ -140,16 +107,10 @@ fn an_outdated_ack_confirms_nothing() {
 
 #[test]
 fn too_many_waiting_replies_fail() {
-    let mut s = Sim::with(Config {
-        max_waiting: 1,
-        ..Config::default()
-    });
+    let mut s = Sim::with(Config { max_waiting: 1, ..Config::default() });
     let (_, first) = s.ask(NODE, "a.example", &[1], 60);
     let (u, out) = s.ask(NODE, "b.example", &[2], 60);
-    assert!(out.contains(&Output::Fail {
-        ticket: u,
-        reason: Reason::BarrierTimeout
-    }));
+    assert!(out.contains(&Output::Fail { ticket: u, reason: Reason::BarrierTimeout }));
     s.ack(NODE, &first);
     assert_eq!(s.ledger.counts().waiting, 0);
 }

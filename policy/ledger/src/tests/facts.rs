@@ -21,22 +21,10 @@ fn a_fact_holds_for_its_ttl_and_the_grace() {
         let class = s.rules.of(&["a.example"]);
         assert_eq!(locals(&out)[0].value, Some(FactValue { class, ttl: secs(life) }));
         // Ten seconds earlier on the node.
-        assert_eq!(
-            pushes(&out, NODE)[0].1[0].value,
-            Some(FactValue {
-                class,
-                ttl: secs(life - 10)
-            })
-        );
+        assert_eq!(pushes(&out, NODE)[0].1[0].value, Some(FactValue { class, ttl: secs(life - 10) }));
         let b = s.bindings();
-        assert_eq!(
-            b.is_bound(SCOPE, "a.example", ip(1), start + secs(life) - ms(1)),
-            Bound::Bound
-        );
-        assert_eq!(
-            b.is_bound(SCOPE, "a.example", ip(1), start + secs(life)),
-            Bound::Expired
-        );
+        assert_eq!(b.is_bound(SCOPE, "a.example", ip(1), start + secs(life) - ms(1)), Bound::Bound);
+        assert_eq!(b.is_bound(SCOPE, "a.example", ip(1), start + secs(life)), Bound::Expired);
     }
 }
 
@@ -71,34 +59,16 @@ fn an_expired_fact_stays_until_it_is_idle() {
     let mut s = Sim::new();
     s.learn(NODE, "a.example", &[1], 60);
     let out = s.pass(secs(120));
-    assert_eq!(
-        out,
-        [Output::CheckIdle {
-            scope: SCOPE,
-            ip: ip(1)
-        }]
-    );
+    assert_eq!(out, [Output::CheckIdle { scope: SCOPE, ip: ip(1) }]);
     assert_eq!(s.bindings().is_bound(SCOPE, "a.example", ip(1), s.now), Bound::Expired);
     assert_eq!(s.bindings().addresses_of(SCOPE, "a.example", s.now).len(), 0);
     assert_eq!(s.bindings().names_of(SCOPE, ip(1)).len(), 1);
     // Asked again, and nothing else happens to it.
-    assert_eq!(
-        s.pass(secs(60)),
-        [Output::CheckIdle {
-            scope: SCOPE,
-            ip: ip(1)
-        }]
-    );
-    let out = s.input(Input::Idle {
-        scope: SCOPE,
-        ip: ip(1),
-    });
+    assert_eq!(s.pass(secs(60)), [Output::CheckIdle { scope: SCOPE, ip: ip(1) }]);
+    let out = s.input(Input::Idle { scope: SCOPE, ip: ip(1) });
     assert_eq!(locals(&out).iter().map(|f| f.value).collect::<Vec<_>>(), [None]);
     assert_eq!(pushes(&out, NODE)[0].1[0].value, None);
-    assert!(out.contains(&Output::Unbound {
-        scope: SCOPE,
-        ip: ip(1)
-    }));
+    assert!(out.contains(&Output::Unbound { scope: SCOPE, ip: ip(1) }));
     assert!(is_empty(&s));
     assert_eq!(s.bindings().is_bound(SCOPE, "a.example", ip(1), s.now), Bound::No);
 }
@@ -107,20 +77,8 @@ fn an_expired_fact_stays_until_it_is_idle() {
 fn idle_deletes_nothing_that_holds() {
     let mut s = Sim::new();
     s.learn(NODE, "a.example", &[1], 60);
-    assert_eq!(
-        s.input(Input::Idle {
-            scope: SCOPE,
-            ip: ip(1)
-        }),
-        []
-    );
-    assert_eq!(
-        s.input(Input::Idle {
-            scope: ScopeKey(99),
-            ip: ip(1)
-        }),
-        []
-    );
+    assert_eq!(s.input(Input::Idle { scope: SCOPE, ip: ip(1) }), []);
+    assert_eq!(s.input(Input::Idle { scope: ScopeKey(99), ip: ip(1) }), []);
     assert_eq!(s.ledger.counts().facts, 1);
 }
 
@@ -131,13 +89,7 @@ fn an_expired_fact_is_swept_after_a_day() {
     let out = s.pass(secs(120 + 24 * 3600) - ms(100));
     assert_eq!(locals(&out), []);
     let out = s.pass(ms(100));
-    assert!(
-        out.contains(&Output::Unbound {
-            scope: SCOPE,
-            ip: ip(1)
-        }),
-        "{out:?}"
-    );
+    assert!(out.contains(&Output::Unbound { scope: SCOPE, ip: ip(1) }), "{out:?}");
     assert!(!out.iter().any(|o| matches!(o, Output::CheckIdle { .. })));
     assert!(is_empty(&s));
     s.pass(secs(3600));
@@ -155,13 +107,7 @@ fn an_expired_fact_comes_back_with_the_next_answer() {
     assert_eq!(released(&out, t), Some(vec![ip(1)]));
     assert_eq!(s.bindings().is_bound(SCOPE, "a.example", ip(1), s.now), Bound::Bound);
     // Idle was on its way meanwhile.
-    assert_eq!(
-        s.input(Input::Idle {
-            scope: SCOPE,
-            ip: ip(1)
-        }),
-        []
-    );
+    assert_eq!(s.input(Input::Idle { scope: SCOPE, ip: ip(1) }), []);
 }
 
 #[test]
@@ -180,29 +126,12 @@ fn an_address_has_the_class_of_all_its_names() {
     s.ack(NODE, &out);
     // The first name expires but may carry flows: the class stays until the address is idle.
     let out = s.pass(secs(110));
-    assert_eq!(
-        out,
-        [Output::CheckIdle {
-            scope: SCOPE,
-            ip: ip(1)
-        }]
-    );
-    let out = s.input(Input::Idle {
-        scope: SCOPE,
-        ip: ip(1),
-    });
+    assert_eq!(out, [Output::CheckIdle { scope: SCOPE, ip: ip(1) }]);
+    let out = s.input(Input::Idle { scope: SCOPE, ip: ip(1) });
     let second = s.rules.of(&["b.example"]);
     assert_eq!(locals(&out)[0].value.map(|v| v.class), Some(second));
     assert_eq!(pushes(&out, OTHER)[0].1[0].value.map(|v| v.class), Some(second));
-    assert_eq!(
-        s.ledger.counts(),
-        Counts {
-            names: 1,
-            facts: 1,
-            addresses: 1,
-            ..s.ledger.counts()
-        }
-    );
+    assert_eq!(s.ledger.counts(), Counts { names: 1, facts: 1, addresses: 1, ..s.ledger.counts() });
 }
 
 #[test]
@@ -214,14 +143,7 @@ fn an_edit_changes_classes_and_discards_nothing() {
     let out = s.input(Input::Reclassify { scope: Some(SCOPE) });
     let class = s.rules.of(&["a.example"]);
     assert!(locals(&out).iter().all(|f| f.value.is_some_and(|v| v.class == class)));
-    assert_eq!(
-        (
-            locals(&out).len(),
-            pushes(&out, NODE)[0].1.len(),
-            pushes(&out, OTHER)[0].1.len()
-        ),
-        (2, 2, 1)
-    );
+    assert_eq!((locals(&out).len(), pushes(&out, NODE)[0].1.len(), pushes(&out, OTHER)[0].1.len()), (2, 2, 1));
     assert_eq!(s.ledger.counts().facts, 2);
     // What was confirmed was another class.
     assert!(!s.bindings().standing(SCOPE, ip(1), NODE, s.now));
@@ -257,21 +179,9 @@ fn an_edit_of_everything_goes_in_slices() {
 
 #[test]
 fn quotas_refuse_and_evict_nobody() {
-    let quotas = Quotas {
-        facts: 5,
-        names: 3,
-        addresses_per_name: 2,
-    };
-    let mut s = Sim::with(Config {
-        quotas,
-        ..Config::default()
-    });
-    let quota = |out: &[Output], t| {
-        out.contains(&Output::Fail {
-            ticket: t,
-            reason: Reason::Quota,
-        })
-    };
+    let quotas = Quotas { facts: 5, names: 3, addresses_per_name: 2 };
+    let mut s = Sim::with(Config { quotas, ..Config::default() });
+    let quota = |out: &[Output], t| out.contains(&Output::Fail { ticket: t, reason: Reason::Quota });
     // Addresses per name: what fits is bound and sent.
     let (t, out) = s.ask(NODE, "a.example", &[1, 2, 3], 60);
     let out = s.ack(NODE, &out);
@@ -294,10 +204,7 @@ fn quotas_refuse_and_evict_nobody() {
     // Room comes back.
     s.pass(secs(120));
     for i in [1, 2, 4] {
-        s.input(Input::Idle {
-            scope: SCOPE,
-            ip: ip(i),
-        });
+        s.input(Input::Idle { scope: SCOPE, ip: ip(i) });
     }
     assert!(is_empty(&s));
     let (t, out) = s.ask(NODE, "d.example", &[6], 60);
@@ -320,10 +227,7 @@ fn a_scope_that_is_gone_leaves_nothing() {
     s.learn(NODE, "a.example", &[1, 2], 60);
     let (t, _) = s.ask(OTHER, "b.example", &[2, 3], 60);
     let out = s.input(Input::ScopeGone { scope: SCOPE });
-    assert!(out.contains(&Output::Fail {
-        ticket: t,
-        reason: Reason::BarrierTimeout
-    }));
+    assert!(out.contains(&Output::Fail { ticket: t, reason: Reason::BarrierTimeout }));
     assert_eq!((pushes(&out, NODE)[0].1.len(), pushes(&out, OTHER)[0].1.len()), (2, 2));
     assert!(locals(&out).iter().all(|f| f.value.is_none()));
     assert!(is_empty(&s));
@@ -358,18 +262,8 @@ fn readers_see_names_and_addresses() {
     s.learn(NODE, "a.example", &[1, 2], 60);
     s.learn(NODE, "b.example", &[2], 600);
     let b = s.bindings();
-    let names: Vec<_> = b
-        .names_of(SCOPE, ip(2))
-        .into_iter()
-        .map(|(n, e)| (n.to_string(), e - s.now))
-        .collect();
-    assert_eq!(
-        names,
-        [
-            ("a.example".to_string(), secs(120)),
-            ("b.example".to_string(), secs(660))
-        ]
-    );
+    let names: Vec<_> = b.names_of(SCOPE, ip(2)).into_iter().map(|(n, e)| (n.to_string(), e - s.now)).collect();
+    assert_eq!(names, [("a.example".to_string(), secs(120)), ("b.example".to_string(), secs(660))]);
     assert_eq!(b.addresses_of(SCOPE, "a.example", s.now).as_slice(), [ip(1), ip(2)]);
     assert_eq!(b.addresses_of(SCOPE, "a.example", s.now + secs(120)).len(), 0);
     assert_eq!(b.is_bound(SCOPE, "b.example", ip(1), s.now), Bound::No);
@@ -402,10 +296,7 @@ fn an_export_imported_is_the_same() {
     assert_eq!(export(&t), facts);
     assert_eq!(t.bindings().is_bound(SCOPE, "a.example", ip(1), t.now), Bound::Expired);
     let out = t.input(Input::NodeReset { node: NODE });
-    assert!(out.contains(&Output::CheckIdle {
-        scope: SCOPE,
-        ip: ip(1)
-    }));
+    assert!(out.contains(&Output::CheckIdle { scope: SCOPE, ip: ip(1) }));
     // The expired fact too: its flows go on.
     let (_, held) = &pushes(&out, NODE)[0];
     assert_eq!(held.len(), 2);

@@ -6,12 +6,7 @@ use super::*;
 
 fn snapshot(out: &[Output], to: NodeId) -> Option<(u64, usize)> {
     out.iter().find_map(|o| match o {
-        Output::Push {
-            node,
-            seq,
-            snapshot: true,
-            facts,
-        } if *node == to => Some((*seq, facts.len())),
+        Output::Push { node, seq, snapshot: true, facts } if *node == to => Some((*seq, facts.len())),
         _ => None,
     })
 }
@@ -27,45 +22,24 @@ fn a_node_without_stream_is_steered_after_a_while() {
     // New names have to wait, in vain, and nothing is pushed.
     let (t, out) = s.ask(NODE, "b.example", &[2], 60);
     assert!(released(&out, t).is_none() && pushes(&out, NODE).is_empty());
-    assert_eq!(
-        s.pass(ms(200)),
-        [Output::Fail {
-            ticket: t,
-            reason: Reason::BarrierTimeout
-        }]
-    );
+    assert_eq!(s.pass(ms(200)), [Output::Fail { ticket: t, reason: Reason::BarrierTimeout }]);
     s.pass(ms(2200));
     let (t, out) = s.ask(NODE, "c.example", &[3], 60);
     assert!(released(&out, t).is_none());
     assert!(!s.bindings().is_steered(NODE));
     // Those that wait go out with the change.
-    assert_eq!(
-        s.pass(ms(100)),
-        [Output::Release {
-            ticket: t,
-            addresses: vec![ip(3)]
-        }]
-    );
+    assert_eq!(s.pass(ms(100)), [Output::Release { ticket: t, addresses: vec![ip(3)] }]);
     assert!(s.bindings().is_steered(NODE) && !s.bindings().is_steered(OTHER));
     let (t, out) = s.ask(NODE, "d.example", &[4], 60);
     assert!(released(&out, t).is_some() && pushes(&out, NODE).is_empty());
-    assert!(
-        s.bindings()
-            .answer_stands(SCOPE, "d.example", &[ip(4)], NODE, s.now + secs(60))
-    );
+    assert!(s.bindings().answer_stands(SCOPE, "d.example", &[ip(4)], NODE, s.now + secs(60)));
     assert!(!s.bindings().standing(SCOPE, ip(4), NODE, s.now));
     // It comes back: everything that its pods were told, at once.
     let out = s.input(Input::NodeUp { node: NODE });
     assert_eq!(snapshot(&out, NODE).map(|(_, n)| n), Some(4));
-    assert!(
-        !s.bindings()
-            .answer_stands(SCOPE, "d.example", &[ip(4)], NODE, s.now + secs(60))
-    );
+    assert!(!s.bindings().answer_stands(SCOPE, "d.example", &[ip(4)], NODE, s.now + secs(60)));
     s.ack(NODE, &out);
-    assert!(
-        s.bindings()
-            .answer_stands(SCOPE, "d.example", &[ip(4)], NODE, s.now + secs(60))
-    );
+    assert!(s.bindings().answer_stands(SCOPE, "d.example", &[ip(4)], NODE, s.now + secs(60)));
 }
 
 #[test]
@@ -73,10 +47,7 @@ fn a_node_that_was_never_seen_counts_as_down_since_the_start() {
     let mut s = Sim::bare(Config::default());
     let (t, out) = s.ask(NODE, "a.example", &[1], 60);
     assert_eq!(released(&out, t), None);
-    assert!(s.pass(ms(2500)).contains(&Output::Fail {
-        ticket: t,
-        reason: Reason::BarrierTimeout
-    }));
+    assert!(s.pass(ms(2500)).contains(&Output::Fail { ticket: t, reason: Reason::BarrierTimeout }));
     for (node, i) in [(NODE, 1), (OTHER, 2)] {
         let (t, out) = s.ask(node, "a.example", &[i], 60);
         assert_eq!(released(&out, t), Some(vec![ip(i)]));
@@ -91,11 +62,7 @@ fn a_reply_that_waits_goes_out_with_the_snapshots_ack() {
         s.input(Input::NodeDown { node: NODE });
         let (u, _) = s.ask(NODE, "b.example", &[2], 60);
         s.pass(ms(50));
-        let out = s.input(if reset {
-            Input::NodeReset { node: NODE }
-        } else {
-            Input::NodeUp { node: NODE }
-        });
+        let out = s.input(if reset { Input::NodeReset { node: NODE } } else { Input::NodeUp { node: NODE } });
         assert_eq!(snapshot(&out, NODE).map(|(_, n)| n), Some(2));
         // A late ack of the old stream does not speak for the new one.
         assert_eq!(s.ack(NODE, &lost), []);
@@ -125,10 +92,7 @@ fn what_ended_while_a_node_was_away_is_not_in_its_snapshot() {
     s.learn(NODE, "b.example", &[2], 600);
     s.input(Input::NodeDown { node: NODE });
     s.pass(secs(120));
-    s.input(Input::Idle {
-        scope: SCOPE,
-        ip: ip(1),
-    });
+    s.input(Input::Idle { scope: SCOPE, ip: ip(1) });
     let out = s.input(Input::NodeUp { node: NODE });
     assert_eq!(snapshot(&out, NODE).map(|(_, n)| n), Some(1));
 }
@@ -162,10 +126,7 @@ fn sequences_rise_by_one_over_all_streams() {
 
 #[test]
 fn a_node_that_does_not_ack_gets_one_snapshot_instead_of_more() {
-    let mut s = Sim::with(Config {
-        max_unacked: 10,
-        ..Config::default()
-    });
+    let mut s = Sim::with(Config { max_unacked: 10, ..Config::default() });
     let mut sent = 0;
     let mut last = 0;
     for i in 0..100u8 {
@@ -192,23 +153,14 @@ fn a_scope_that_left_a_node_is_not_kept_up_there() {
     let mut s = Sim::new();
     s.learn(NODE, "a.example", &[1, 2], 60);
     s.learn(OTHER, "a.example", &[1], 60);
-    let out = s.input(Input::ScopeLeft {
-        scope: SCOPE,
-        node: NODE,
-    });
+    let out = s.input(Input::ScopeLeft { scope: SCOPE, node: NODE });
     assert!(pushes(&out, NODE)[0].1.iter().all(|f| f.value.is_none()) && pushes(&out, NODE)[0].1.len() == 2);
     assert!(pushes(&out, OTHER).is_empty() && locals(&out).is_empty());
     assert!(!s.bindings().standing(SCOPE, ip(1), NODE, s.now));
     s.rules.0.set(1);
     let out = s.input(Input::Reclassify { scope: Some(SCOPE) });
     assert!(pushes(&out, NODE).is_empty() && !pushes(&out, OTHER).is_empty());
-    assert_eq!(
-        s.input(Input::ScopeLeft {
-            scope: SCOPE,
-            node: NODE
-        }),
-        []
-    );
+    assert_eq!(s.input(Input::ScopeLeft { scope: SCOPE, node: NODE }), []);
     // A pod comes back to the node.
     let (_, out) = s.ask(NODE, "a.example", &[1], 60);
     assert_eq!(pushes(&out, NODE)[0].1.len(), 1);
@@ -220,13 +172,7 @@ fn a_node_that_is_gone_is_forgotten_and_may_return() {
     s.learn(NODE, "a.example", &[1], 60);
     let (t, _) = s.ask(NODE, "b.example", &[2], 60);
     let out = s.input(Input::NodeGone { node: NODE });
-    assert_eq!(
-        out,
-        [Output::Fail {
-            ticket: t,
-            reason: Reason::BarrierTimeout
-        }]
-    );
+    assert_eq!(out, [Output::Fail { ticket: t, reason: Reason::BarrierTimeout }]);
     assert_eq!(s.ledger.counts().nodes, 1);
     let out = s.input(Input::NodeReset { node: NODE });
     assert_eq!(snapshot(&out, NODE), Some((1, 0)));
