@@ -74,8 +74,7 @@ impl People {
         let old = self.0.load();
         let mut new = HashMap::with_capacity_and_hasher(state.endpoints.len(), ahash::RandomState::new());
         for (ip, e) in &state.endpoints {
-            let same =
-                |w: &&Arc<Who>| *w.namespace == *e.namespace && *w.pod == *e.pod && *w.node == *e.node;
+            let same = |w: &&Arc<Who>| *w.namespace == *e.namespace && *w.pod == *e.pod && *w.node == *e.node;
             let who = old.get(ip).filter(same).map(Arc::clone).unwrap_or_else(|| {
                 let (namespace, pod, node) =
                     (e.namespace.as_str().into(), e.pod.as_str().into(), e.node.as_str().into());

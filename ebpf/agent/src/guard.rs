@@ -249,8 +249,7 @@ fn object(kind: &str, mut body: Value) -> Value {
 
 fn change(commands: &mut Vec<Value>, verb: &str, set: &str, addresses: Vec<IpAddr>) {
     for (suffix, v4) in [("4", true), ("6", false)] {
-        let elements: Vec<String> =
-            addresses.iter().filter(|a| a.is_ipv4() == v4).map(ToString::to_string).collect();
+        let elements: Vec<String> = addresses.iter().filter(|a| a.is_ipv4() == v4).map(ToString::to_string).collect();
         if !elements.is_empty() {
             let name = format!("{set}{suffix}");
             commands.push(json!({ verb: {"element": {
@@ -277,9 +276,12 @@ fn ruleset(settings: &Settings, desired: &Desired) -> Vec<Value> {
     out.push(object("set", json!({"name": "uplinks", "type": "ifname"})));
 
     // After DNAT and after every mark, before the filter chains of others, whose accept would not end ours anyway.
-    for (name, hook, prio) in
-        [("forward", "forward", -5), ("input", "input", -5), ("prerouting", "prerouting", -300), ("output", "output", -300)]
-    {
+    for (name, hook, prio) in [
+        ("forward", "forward", -5),
+        ("input", "input", -5),
+        ("prerouting", "prerouting", -300),
+        ("output", "output", -300),
+    ] {
         let body = json!({"name": name, "type": "filter", "hook": hook, "prio": prio, "policy": "accept"});
         out.push(object("chain", body));
     }
@@ -288,7 +290,8 @@ fn ruleset(settings: &Settings, desired: &Desired) -> Vec<Value> {
     let port = json!({"match": {"op": "==", "left": {"payload": {"protocol": "udp", "field": "dport"}},
         "right": settings.tunnel_port}});
     let unmarked = json!({"match": {"op": "!=", "left": {"&": [{"meta": {"key": "mark"}}, mask]}, "right": value}});
-    let local = json!({"match": {"op": "==", "left": {"fib": {"result": "type", "flags": ["daddr"]}}, "right": "local"}});
+    let local =
+        json!({"match": {"op": "==", "left": {"fib": {"result": "type", "flags": ["daddr"]}}, "right": "local"}});
     let name = |key: &str, op: &str| json!({"match": {"op": op, "left": {"meta": {"key": key}}, "right": "@uplinks"}});
     let drop = json!({ "drop": null });
     let rule = |chain: &str, expr: Vec<Value>| object("rule", json!({"chain": chain, "expr": expr}));
@@ -302,8 +305,7 @@ fn ruleset(settings: &Settings, desired: &Desired) -> Vec<Value> {
         // The tunnel's outer packets come from nodes; what a pod sends there would forge inner sources. In the
         // forward and input hooks also after DNAT.
         let counted = json!({"counter": "tunnel_port"});
-        let forge =
-            |more: Value| vec![from_pod.clone(), more, port.clone(), counted.clone(), drop.clone()];
+        let forge = |more: Value| vec![from_pod.clone(), more, port.clone(), counted.clone(), drop.clone()];
         out.push(rule("prerouting", forge(local.clone())));
         out.push(rule("input", vec![from_pod.clone(), port.clone(), counted.clone(), drop.clone()]));
         out.push(rule("forward", forge(address("daddr", "==", "nodes"))));

@@ -11,9 +11,7 @@ use futures_util::{StreamExt, TryStreamExt};
 use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::AddressAttribute;
-use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
-};
+use netlink_packet_route::link::{InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourState};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType};
 use rtnetlink::MulticastGroup;
@@ -133,6 +131,8 @@ pub struct Topology {
     pub forwarding: BTreeMap<(u32, [u8; 6]), u32>,
     /// Global addresses by device.
     pub addresses: BTreeMap<u32, BTreeSet<IpAddr>>,
+    /// All of them.
+    pub own: BTreeSet<IpAddr>,
 }
 
 impl Topology {
@@ -161,6 +161,12 @@ impl Topology {
             }
         };
         self.links.get(&index).filter(|l| l.kind == Kind::Veth && !devices::OURS.contains(&l.name.as_str()))
+    }
+
+    /// Whether the pod's host-side interface is a netkit device, which is not supported yet.
+    pub fn is_netkit(&self, address: IpAddr) -> bool {
+        let device = self.host_routes.get(&address).and_then(|i| self.links.get(i));
+        device.is_some_and(|l| l.kind == Kind::Netkit)
     }
 
     /// The bridge whose link the address is on.
@@ -316,6 +322,7 @@ impl Netlink {
                     && !matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local())
                 {
                     out.addresses.entry(a.header.index).or_default().insert(ip);
+                    out.own.insert(ip);
                 }
             }
         }
@@ -509,6 +516,7 @@ mod tests {
         for other in ["10.0.0.6", "10.0.0.7", "10.0.0.8", "10.0.0.9"] {
             assert_eq!(found(other), None, "{other}");
         }
+        assert!(t.is_netkit(ip("10.0.0.8")) && !t.is_netkit(ip("10.0.0.5")));
     }
 
     #[test]

@@ -157,6 +157,9 @@ pub struct Source<'a> {
     pub state: &'a NodeState,
 }
 
+/// How much a view of an endpoint counts: it is current, it is the owner's, it is the stricter.
+type Rank = (bool, bool, bool);
+
 /// Merges what the gateways say. The order of `sources` does not matter.
 pub fn merge(sources: &[Source<'_>]) -> NodeState {
     let mut sources = sources.to_vec();
@@ -204,13 +207,12 @@ pub fn merge(sources: &[Source<'_>]) -> NodeState {
     for node in out.nodes.values_mut() {
         node.addresses.sort_unstable();
     }
-    out.cluster =
-        cluster(sources.iter().zip(&speaks).filter(|(_, speaks)| **speaks).map(|(s, _)| &s.state.cluster));
+    out.cluster = cluster(sources.iter().zip(&speaks).filter(|(_, speaks)| **speaks).map(|(s, _)| &s.state.cluster));
 
     // Endpoints, each with the source it came from. A view that is current beats one of a gateway that is away (the
     // address may have moved since), the scope's owner beats others, and a member beats an untouched pod: the
     // stricter view is safe until the owner has spoken.
-    let mut chosen: BTreeMap<IpAddr, ((bool, bool, bool), usize, &Endpoint)> = BTreeMap::new();
+    let mut chosen: BTreeMap<IpAddr, (Rank, usize, &Endpoint)> = BTreeMap::new();
     for (i, s) in sources.iter().enumerate() {
         for (ip, endpoint) in &s.state.endpoints {
             let by = endpoint.member.and_then(|(scope, _)| speaker.get(&scope)).copied();

@@ -131,18 +131,19 @@ fn the_owner_says_what_is_untouched_and_others_see_new_pods_first() {
 
 #[test]
 fn cluster_values_are_a_union_that_only_narrows_what_must_narrow() {
-    let net = |s: &str| s.parse().unwrap();
-    let mut a = NodeState::default();
-    a.cluster =
-        Cluster { prefixes: vec![net("10.0.0.0/8")], node_ports: Some((30000, 31000)), dns: vec![], ping: true };
-    a.gateways.insert("b".into(), Gateway { node: "wrong".into() });
-    let mut b = NodeState::default();
-    b.cluster = Cluster {
-        prefixes: vec![net("10.0.0.0/8"), net("fd00::/8")],
-        node_ports: Some((30500, 32767)),
-        dns: vec![],
-        ping: false,
+    let net = |s: &str| -> ipnet::IpNet { s.parse().unwrap() };
+    let with = |prefixes: &[&str], node_ports, ping| NodeState {
+        cluster: Cluster {
+            prefixes: prefixes.iter().map(|p| net(p)).collect(),
+            node_ports: Some(node_ports),
+            dns: vec![],
+            ping,
+        },
+        ..NodeState::default()
     };
+    let mut a = with(&["10.0.0.0/8"], (30000, 31000), true);
+    a.gateways.insert("b".into(), Gateway { node: "wrong".into() });
+    let mut b = with(&["10.0.0.0/8", "fd00::/8"], (30500, 32767), false);
     b.gateways.insert("b".into(), Gateway { node: "right".into() });
     let m = merge(&[src("a", true, &a), src("b", true, &b)]);
     assert_eq!(m.cluster.prefixes.len(), 2);

@@ -4,7 +4,7 @@
 
 mod passes;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use tidegate_ebpf::{Datapath, Program};
 use tidegate_policy::event::Emit;
 use tidegate_policy::state::NodeState;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use crate::announce::Announcer;
 use crate::config::{Config, Interfaces};
@@ -111,11 +111,17 @@ struct Node {
     epoch: Instant,
     /// Where the next slice of verifications begins.
     verified: usize,
+    /// Attachments that could not be put back at the head of their hook.
+    misplaced: BTreeSet<(Program, String)>,
     problems: BTreeMap<&'static str, String>,
 }
 
 impl Node {
-    async fn start(config: Arc<Config>, emit: Arc<dyn Emit>, status: watch::Sender<Status>) -> Result<Self, AgentError> {
+    async fn start(
+        config: Arc<Config>,
+        emit: Arc<dyn Emit>,
+        status: watch::Sender<Status>,
+    ) -> Result<Self, AgentError> {
         let netlink = Netlink::open()?;
         let changed = Arc::new(Notify::new());
         links::watch(config.interfaces == Interfaces::Bridge, Arc::clone(&changed))?;
@@ -179,6 +185,7 @@ impl Node {
             leases: Leases::default(),
             epoch: Instant::now(),
             verified: 0,
+            misplaced: BTreeSet::new(),
             problems: BTreeMap::new(),
         };
         node.attach_missing();
@@ -191,6 +198,8 @@ impl Node {
         step.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut steps = 0u64;
         let changed = Arc::clone(&self.changed);
+        // When to look at what has changed: more follows the first, a pod's device, its address, its route.
+        let mut look: Option<Instant> = None;
         loop {
             tokio::select! {
                 biased;
@@ -208,9 +217,9 @@ impl Node {
                     steps += 1;
                     self.step(steps).await;
                 }
-                () = changed.notified() => {
-                    // More changes follow the first: a pod's device, its address, its route.
-                    tokio::time::sleep(GATHER).await;
+                () = changed.notified(), if look.is_none() => look = Some(Instant::now() + GATHER),
+                () = sleep_until(look.unwrap_or_else(Instant::now)), if look.is_some() => {
+                    look = None;
                     self.refresh().await;
                     self.reconcile(false).await;
                 }
@@ -327,10 +336,8 @@ impl Node {
         let allowed = self.may_hold(&gateway.name);
         let change = self.leases.renew(addresses, allowed, Instant::now());
         self.release(&change.release);
-        match self.datapath.hold(&change.hold, LEASE) {
-            Ok(()) => self.problems.remove("hold"),
-            Err(e) => self.problems.insert("hold", format!("egress addresses cannot be held: {e}")),
-        };
+        let failed = self.datapath.hold(&change.hold, LEASE).err();
+        self.problem("hold", failed.map(|e| format!("egress addresses cannot be held: {e}")));
         self.announce();
     }
 
@@ -411,6 +418,14 @@ impl Node {
         }
         if let Ok(events) = self.datapath.suppressed_events() {
             metrics::counter!(events::SUPPRESSED).absolute(events);
+        }
+    }
+
+    /// Notes a condition, or that it is over.
+    fn problem(&mut self, key: &'static str, text: Option<String>) {
+        match text {
+            Some(text) => drop(self.problems.insert(key, text)),
+            None => drop(self.problems.remove(key)),
         }
     }
 

@@ -299,7 +299,18 @@ mod tests {
 
     #[test]
     fn addresses_that_no_gateway_can_own_are_refused() {
-        for bad in ["0.0.0.0", "127.0.0.1", "224.0.0.1", "255.255.255.255", "169.254.1.1", "::", "::1", "fe80::1", "ff02::1", "::ffff:1.2.3.4"] {
+        for bad in [
+            "0.0.0.0",
+            "127.0.0.1",
+            "224.0.0.1",
+            "255.255.255.255",
+            "169.254.1.1",
+            "::",
+            "::1",
+            "fe80::1",
+            "ff02::1",
+            "::ffff:1.2.3.4",
+        ] {
             assert!(check(&[bad.parse().unwrap()]).is_err(), "{bad}");
         }
         assert!(check(&["203.0.113.10".parse().unwrap(), "2001:db8::10".parse().unwrap()]).is_ok());

@@ -1,12 +1,14 @@
 //! The whole agent in namespaces: real programs, real tunnel, a gateway that is played by the test.
+// Helpers are tests too.
+#![allow(clippy::unwrap_used)]
 
-mod support;
 #[path = "support/gateway.rs"]
 #[allow(dead_code)]
 mod gateway;
+mod support;
 
 use std::io::{BufRead, BufReader, IoSlice, Write};
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -85,7 +87,10 @@ fn world() -> World {
 }
 
 fn state(gateway_node: &str, pair: u8) -> NodeState {
-    let mut s = NodeState { cluster: Cluster { prefixes: vec!["10.0.0.0/24".parse().unwrap()], ..Cluster::default() }, ..NodeState::default() };
+    let mut s = NodeState {
+        cluster: Cluster { prefixes: vec!["10.0.0.0/24".parse().unwrap()], ..Cluster::default() },
+        ..NodeState::default()
+    };
     s.nodes.insert("n1".into(), Node { addresses: vec![ip("192.0.2.1")] });
     s.nodes.insert("n2".into(), Node { addresses: vec![ip("192.0.2.9")] });
     s.gateways.insert("gw-a".into(), Gateway { node: gateway_node.into() });
@@ -113,7 +118,12 @@ fn snapshot(sequence: u64, state: &NodeState) -> StateBatch {
 }
 
 fn facts(sequence: u64, port: u16) -> FactsBatch {
-    let ports = PortSet::from_precedence([PortRange { proto: Proto::Udp, lo: port, hi: port, via: Via::Allow(Carry::Forward) }]);
+    let ports = PortSet::from_precedence([PortRange {
+        proto: Proto::Udp,
+        lo: port,
+        hi: port,
+        via: Via::Allow(Carry::Forward),
+    }]);
     let value = FactValue { class: CLASS, ttl: Duration::from_secs(60) };
     FactsBatch {
         boot_id: BOOT,
@@ -145,10 +155,10 @@ struct Agent {
     beat: JoinHandle<()>,
 }
 
-fn config(w: &World, address: SocketAddr) -> Config {
+fn config(w: &World, gateways: Vec<GatewayAddress>) -> Config {
     Config {
         node: "n1".into(),
-        gateways: vec![GatewayAddress { name: "gw-a".into(), address }],
+        gateways,
         tls: w.ca.sign("n1.node.tidegate"),
         socket: w.ca.folder().join("agent.sock"),
         pins: w.pins.clone(),
@@ -160,8 +170,14 @@ fn config(w: &World, address: SocketAddr) -> Config {
 }
 
 async fn start(w: &World) -> (Agent, Config) {
+    start_with(w, vec![]).await
+}
+
+async fn start_with(w: &World, others: Vec<GatewayAddress>) -> (Agent, Config) {
     let (address, mut opened) = serve(&w.ca.sign("gw-a.gateway.tidegate"), "127.0.0.1:0").await;
-    let config = config(w, address);
+    let mut gateways = vec![GatewayAddress { name: "gw-a".into(), address }];
+    gateways.extend(others);
+    let config = config(w, gateways);
     let seen = Arc::new(Seen::default());
     let (status_tx, status) = watch::channel(Status::default());
     let (stop, stopped) = oneshot::channel::<()>();
@@ -287,7 +303,8 @@ async fn lifecycle(w: &World) {
     let mut bigger = state("n2", 0);
     let endpoint = bigger.endpoints[&ip("10.0.0.2")].clone();
     bigger.endpoints.insert(ip("10.0.0.4"), Endpoint { pod: "late".into(), ..endpoint });
-    agent.state.say(snapshot(2, &bigger)).await;
+    let (set, delete) = state("n2", 0).diff(&bigger);
+    agent.state.say(StateBatch { snapshot: false, set, delete, ..snapshot(2, &bigger) }).await;
     assert_eq!(agent.state.acked(2).await, None);
     eventually("a condition names the pod", || !agent.status.borrow().conditions.is_empty()).await;
     w.node.cable("pod2", &late, "eth0");
@@ -352,7 +369,9 @@ fn hand_over(config: &Config, inside: &Ns, addresses: &str) -> UnixStream {
 }
 
 async fn plugged(w: &World, inside: &Ns) {
-    let (mut agent, config) = start(w).await;
+    let (address, mut opened) = serve(&w.ca.sign("gw-b.gateway.tidegate"), "127.0.0.1:0").await;
+    let (mut agent, config) = start_with(w, vec![GatewayAddress { name: "gw-b".into(), address }]).await;
+    let (mut successor, _successor_facts) = both(&mut opened).await;
     agent.facts.say(facts(1, 5001)).await;
     let ready = config.socket.clone();
     eventually("the socket", || ready.exists()).await;
@@ -402,9 +421,22 @@ async fn plugged(w: &World, inside: &Ns) {
 
     // A higher epoch that names another gateway ends the lease although renewals come.
     let mut moved = state("n1", 1);
-    moved.scopes.insert(SCOPE, Scope { owner: "gw-a".into(), epoch: 3, pair: 1 });
-    agent.state.say(snapshot(2, &moved)).await;
+    moved.scopes.insert(SCOPE, Scope { owner: "gw-b".into(), epoch: 2, pair: 1 });
+    successor.say(StateBatch { gateway: "gw-b".into(), ..snapshot(1, &moved) }).await;
+    assert_eq!(successor.acked(1).await, None);
+    let mut reached = || {
+        drain(&egress);
+        lease.write_all(b"{\"renew\":true,\"static\":[\"203.0.113.10\"]}\n").unwrap();
+        world.send_to(b"in", "203.0.113.10:7000").unwrap();
+        egress.recv(&mut [0; 64]).is_ok()
+    };
+    assert!(!reached());
+    // And it comes back with a higher one.
+    let mut back = state("n1", 1);
+    back.scopes.insert(SCOPE, Scope { owner: "gw-a".into(), epoch: 3, pair: 1 });
+    agent.state.say(snapshot(2, &back)).await;
     assert_eq!(agent.state.acked(2).await, None);
+    eventually("the address is held again", &mut reached).await;
 
     // The connection ends: the address is let go, the devices stay.
     drop(lease);
@@ -424,7 +456,14 @@ async fn plugged(w: &World, inside: &Ns) {
     stranger.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     let fds = [inside.fd().as_raw_fd()];
     let line = b"{\"gateway\":\"gw-z\",\"tunnelMtu\":1400,\"static\":[]}\n";
-    sendmsg::<()>(stranger.as_raw_fd(), &[IoSlice::new(line)], &[ControlMessage::ScmRights(&fds)], MsgFlags::MSG_NOSIGNAL, None).unwrap();
+    sendmsg::<()>(
+        stranger.as_raw_fd(),
+        &[IoSlice::new(line)],
+        &[ControlMessage::ScmRights(&fds)],
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    )
+    .unwrap();
     let mut answer = String::new();
     BufReader::new(&stranger).read_line(&mut answer).unwrap();
     assert!(answer.contains("not in the agent's configuration"), "{answer}");

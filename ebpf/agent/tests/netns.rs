@@ -1,4 +1,6 @@
 //! Devices, routes, guard, handover and announcements against the real kernel, in namespaces of their own.
+// Helpers are tests too.
+#![allow(clippy::unwrap_used)]
 
 mod support;
 
@@ -89,9 +91,8 @@ fn a_gateway_is_plugged_in_once_and_moved_when_its_namespace_changes() {
         let fd = into.fd();
         node.block_on(|| async { Netlink::open().unwrap().plug(fd, 1430, 1500).await.unwrap() })
     };
-    let inside = |ns: &Ns, name: &'static str| {
-        ns.block_on(|| async { Netlink::open().unwrap().link(name).await.unwrap() })
-    };
+    let inside =
+        |ns: &Ns, name: &'static str| ns.block_on(|| async { Netlink::open().unwrap().link(name).await.unwrap() });
     let first = plug(&gateway);
     let tgp = inside(&gateway, "tgp").unwrap();
     let tga = inside(&gateway, "tga").unwrap();
@@ -251,10 +252,8 @@ fn the_guard_drops_what_an_isolated_pod_sends_unmarked_and_nothing_else() {
     assert!(!w.reaches(0, &w.server, "192.0.2.9:5001"));
     assert!(w.reaches(1, &w.server, "192.0.2.9:5002"));
     // Marked by the verdict, here by another table.
-    w.node.sh(
-        "nft 'add table ip marker; add chain ip marker pre { type filter hook prerouting priority mangle; };
-         add rule ip marker pre udp dport 5003 meta mark set meta mark | 0x00200000'",
-    );
+    w.node.sh("nft 'add table ip marker; add chain ip marker pre { type filter hook prerouting priority mangle; };
+         add rule ip marker pre udp dport 5003 meta mark set meta mark | 0x00200000'");
     assert!(w.reaches(0, &w.server, "192.0.2.9:5003"));
     let counters = w.node.run(|| guard::counters().unwrap());
     assert!(counters.iter().any(|(n, packets)| n == "isolated" && *packets > 0), "{counters:?}");
@@ -286,11 +285,9 @@ fn the_guard_keeps_pods_from_the_tunnel_port_of_nodes_and_leaves_it_to_others() 
 fn tunnel_packets_are_not_tracked() {
     let w = world();
     // A rule with a state makes connection tracking run in this namespace.
-    w.node.sh(
-        "nft 'add table ip watch; add counter ip watch untracked;
+    w.node.sh("nft 'add table ip watch; add counter ip watch untracked;
          add chain ip watch in { type filter hook input priority 0; };
-         add rule ip watch in udp dport 8475 ct state untracked counter name untracked'",
-    );
+         add rule ip watch in udp dport 8475 ct state untracked counter name untracked'");
     let untracked = || {
         let text = w.node.sh("nft list counters table ip watch");
         !text.contains("packets 0 ")

@@ -1,4 +1,6 @@
 //! The streams against a server with mutual TLS on loopback.
+// Helpers are tests too.
+#![allow(clippy::unwrap_used)]
 
 #[path = "support/gateway.rs"]
 #[allow(dead_code)]
@@ -18,13 +20,7 @@ use tokio::time::{Instant, timeout};
 const WAIT: Duration = Duration::from_secs(10);
 
 fn client(tls: Tls, address: std::net::SocketAddr) -> Client {
-    Client {
-        node: "n1".into(),
-        boot: 77,
-        index: 3,
-        gateway: GatewayAddress { name: "gw-a".into(), address },
-        tls,
-    }
+    Client { node: "n1".into(), boot: 77, index: 3, gateway: GatewayAddress { name: "gw-a".into(), address }, tls }
 }
 
 fn snapshot(sequence: u64) -> StateBatch {
@@ -98,10 +94,7 @@ async fn a_delta_without_a_snapshot_and_another_gateways_name_end_the_stream() {
     let (address, mut opened) = serve(&ca.sign("gw-a.gateway.tidegate"), "127.0.0.1:0").await;
     let (tx, mut rx) = mpsc::channel(8);
     let task = tokio::spawn(client(ca.sign("n1.node.tidegate"), address).state(tx));
-    for bad in [
-        StateBatch { snapshot: false, ..snapshot(1) },
-        StateBatch { gateway: "gw-b".into(), ..snapshot(1) },
-    ] {
+    for bad in [StateBatch { snapshot: false, ..snapshot(1) }, StateBatch { gateway: "gw-b".into(), ..snapshot(1) }] {
         let gateway::Opened::State(state) = next(&mut opened).await else { panic!("a state stream") };
         state.say(bad).await;
         timeout(WAIT, state.down.closed()).await.expect("the agent hangs up");

@@ -5,7 +5,6 @@ use std::net::IpAddr;
 
 use tidegate_ebpf::{Error, Interface, Local, Place, Plugged, Program};
 use tidegate_policy::state::Touch;
-use tokio::time::Instant;
 
 use super::{Gateway, Node, SETTLE, STEPS_PER_SECOND, acknowledge};
 use crate::config::{Interfaces, UnknownPods};
@@ -71,9 +70,8 @@ impl Node {
 
     /// Addresses of this node's pods. Pods in the node's own network have no interface of their own and are not managed.
     fn local_pods(&self) -> impl Iterator<Item = IpAddr> {
-        let own = &self.topology.addresses;
         let local = self.merged.endpoints.iter().filter(|(_, e)| e.node == self.config.node);
-        local.map(|(ip, _)| *ip).filter(|ip| !own.values().any(|a| a.contains(ip)))
+        local.map(|(ip, _)| *ip).filter(|ip| !self.topology.own.contains(ip))
     }
 
     /// Asks for pods that are in no neighbour table yet.
@@ -114,7 +112,8 @@ impl Node {
 
     /// The gateway whose devices are on this node: after a restart of the agent, the one that the state places here.
     fn plugged_name(&self) -> Option<String> {
-        let placed = || self.merged.gateways.iter().find(|(_, g)| g.node == self.config.node).map(|(name, _)| name.clone());
+        let placed =
+            || self.merged.gateways.iter().find(|(_, g)| g.node == self.config.node).map(|(name, _)| name.clone());
         self.gateway.as_ref().map(|g: &Gateway| g.name.clone()).or_else(placed)
     }
 
@@ -125,9 +124,9 @@ impl Node {
     /// Whether a snapshot is to be applied. After a restart the other gateways get a moment.
     fn settled(&self) -> bool {
         self.ready
-            || self.heard.is_some_and(|at| {
-                !self.adopted || at.elapsed() >= SETTLE || self.models.iter().all(Model::live)
-            })
+            || self
+                .heard
+                .is_some_and(|at| !self.adopted || at.elapsed() >= SETTLE || self.models.iter().all(Model::live))
     }
 
     /// Makes the kernel hold what it should. With `full` the kernel's truth is read again.
@@ -207,11 +206,9 @@ impl Node {
         for link in self.uplinks() {
             want(link, &[Program::NodeGuard, Program::UplinkIngress]);
         }
-        for (name, program) in [
-            (TUNNEL, Program::TunnelIngress),
-            (POD_SIDE, Program::GatewayReturn),
-            (EGRESS_SIDE, Program::UplinkEgress),
-        ] {
+        for (name, program) in
+            [(TUNNEL, Program::TunnelIngress), (POD_SIDE, Program::GatewayReturn), (EGRESS_SIDE, Program::UplinkEgress)]
+        {
             if let Some(link) = self.topology.by_name(name) {
                 want(link, &[program]);
             }
@@ -239,20 +236,20 @@ impl Node {
                 Err(e) => failed = Some(format!("program {} is not on {name}: {e}", program.name())),
             }
         }
-        match failed {
-            Some(text) => drop(self.problems.insert("attach", text)),
-            None => drop(self.problems.remove("attach")),
-        }
+        self.problem("attach", failed);
         let local = self.local_pods().count();
         let found = self.interfaces.len();
         metrics::gauge!(events::ENDPOINTS, "attached" => "true").set(found as f64);
         metrics::gauge!(events::ENDPOINTS, "attached" => "false").set(local.saturating_sub(found) as f64);
         match local.saturating_sub(found) {
             0 => drop(self.problems.remove("pods")),
-            n => drop(self.problems.insert("pods", format!("{n} endpoints of this node have no interface that is known"))),
+            n => drop(
+                self.problems.insert("pods", format!("{n} endpoints of this node have no interface that is known")),
+            ),
         }
         if self.uplinks().is_empty() {
-            self.problems.insert("uplinks", "no uplink: there is no default route, or the devices named are not there".into());
+            self.problems
+                .insert("uplinks", "no uplink: there is no default route, or the devices named are not there".into());
         } else {
             self.problems.remove("uplinks");
         }
@@ -297,30 +294,44 @@ impl Node {
             return;
         }
         let slice = all.len().div_ceil(STEPS_PER_SECOND as usize);
-        let began = Instant::now();
         for i in 0..slice {
             let (program, name) = &all[(self.verified + i) % all.len()];
             let repaired = match self.datapath.place(*program, name) {
-                Ok(Place::First) | Err(Error::NoDevice(_)) => continue,
+                Ok(Place::First) | Err(Error::NoDevice(_)) => {
+                    self.misplaced.remove(&all[(self.verified + i) % all.len()]);
+                    continue;
+                }
                 Ok(Place::Behind(others)) => {
-                    tracing::warn!(program = program.name(), device = name, ?others, "other programs ran first; taking the place back");
+                    let program_name = program.name();
+                    tracing::warn!(
+                        program = program_name,
+                        device = name,
+                        ?others,
+                        "others ran first; taking the place back"
+                    );
                     self.datapath.reclaim(*program, name)
                 }
                 Ok(Place::Missing) => {
-                    tracing::warn!(program = program.name(), device = name, "the program was detached; attaching it again");
+                    tracing::warn!(
+                        program = program.name(),
+                        device = name,
+                        "the program was detached; attaching it again"
+                    );
                     self.datapath.attach(*program, name).map(drop)
                 }
                 Err(e) => Err(e),
             };
             metrics::counter!(events::DISPLACED).increment(1);
-            if let Err(e) = repaired {
-                self.problems.insert("place", format!("program {} is not first on {name}: {e}", program.name()));
-                self.tell();
-            } else if self.problems.remove("place").is_some() {
-                self.tell();
+            if let Err(error) = repaired {
+                tracing::warn!(program = program.name(), device = name, %error, "not at its place");
+                self.misplaced.insert((*program, name.clone()));
             }
         }
+        let text = self.misplaced.first().map(|(program, name)| {
+            format!("program {} is not first on {name} ({} in all)", program.name(), self.misplaced.len())
+        });
+        self.problem("place", text);
+        self.tell();
         self.verified = (self.verified + slice) % all.len();
-        tracing::trace!(slice, took = ?began.elapsed(), "verified");
     }
 }

@@ -1,6 +1,6 @@
 //! Network namespaces for tests: without names, so that tests run in parallel
 //! and the kernel removes everything with the last descriptor.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::fs::File;
 use std::future::Future;
