@@ -299,8 +299,14 @@ impl Classes {
     }
 }
 
+/// Which nodes have a pod of which scope.
+fn placed(world: &World) -> BTreeSet<(ScopeKey, Arc<str>)> {
+    world.endpoints().filter_map(|(_, e)| Some((e.member?.scope, e.who.node.clone()))).collect()
+}
+
 struct Run {
     core: Core,
+    placed: BTreeSet<(ScopeKey, Arc<str>)>,
     compiled: Arc<Compiled>,
     classes: Classes,
     nodes: HashMap<String, Node>,
@@ -316,6 +322,7 @@ impl Core {
         let mut run = Run {
             compiled: Arc::new(Compiled::new(self.shared.world.load_full(), &Objects::default())),
             classes: Classes::default(),
+            placed: BTreeSet::new(),
             core: self,
             nodes: HashMap::new(),
             waiting: AHashMap::new(),
@@ -370,7 +377,12 @@ impl Run {
                     && ack.boot_id == boot_id
                 {
                     if let Some(error) = &ack.error {
-                        tracing::warn!(node, sequence = ack.sequence, error, "a node could not apply its state in whole");
+                        tracing::warn!(
+                            node,
+                            sequence = ack.sequence,
+                            error,
+                            "a node could not apply its state in whole"
+                        );
                     }
                     n.status.applied = ack.sequence;
                     n.status.error = ack.error;
@@ -436,6 +448,14 @@ impl Run {
         self.compiled = compiled;
         for scope in old.scopes().keys().filter(|k| world.scope(**k).is_none()) {
             self.feed(Input::ScopeGone { scope: *scope });
+        }
+        // A node without a pod of a scope has no use for its facts.
+        let placed = placed(&world);
+        let left: Vec<_> = self.placed.difference(&placed).cloned().collect();
+        self.placed = placed;
+        for (scope, node) in left {
+            let node = NodeId(self.core.shared.nodes.id(&node));
+            self.feed(Input::ScopeLeft { scope, node });
         }
         for scope in world.changed_scopes(&old) {
             self.feed(Input::Reclassify { scope: Some(scope) });
@@ -547,8 +567,7 @@ impl Run {
             }
         }
         n.facts_seq = seq;
-        let batch =
-            FactsBatch { boot_id: self.core.boot_id, sequence: seq, snapshot, more: false, grants, facts };
+        let batch = FactsBatch { boot_id: self.core.boot_id, sequence: seq, snapshot, more: false, grants, facts };
         let Some((_, out)) = &n.facts else { return };
         if batch.into_messages().into_iter().any(|m| out.try_send(m).is_err()) {
             tracing::warn!(node = &*name, "a node does not keep up with its facts: it will start anew");
