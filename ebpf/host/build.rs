@@ -29,16 +29,8 @@ fn run() -> Result<(), Box<dyn Error>> {
         return Ok(());
     }
     let here = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").ok_or("CARGO_MANIFEST_DIR is not set")?);
-    let root = here
-        .parent()
-        .and_then(Path::parent)
-        .ok_or("the package has no workspace around it")?;
-    for watched in [
-        "ebpf/programs/src",
-        "ebpf/programs/Cargo.toml",
-        "ebpf/common/src",
-        "ebpf/common/Cargo.toml",
-    ] {
+    let root = here.parent().and_then(Path::parent).ok_or("the package has no workspace around it")?;
+    for watched in ["ebpf/programs/src", "ebpf/programs/Cargo.toml", "ebpf/common/src", "ebpf/common/Cargo.toml"] {
         println!("cargo::rerun-if-changed={}", root.join(watched).display());
     }
     let compiler = Compiler::find()?;
@@ -70,11 +62,9 @@ impl Compiler {
         {
             return Ok(found);
         }
-        Err(
-            "no compiler for the kernel programs was found: install a rustup nightly with rust-src, or Debian's \
+        Err("no compiler for the kernel programs was found: install a rustup nightly with rust-src, or Debian's \
              rustc-web with libstd-rust-web-dev-bpf, or set BPF_RUSTC, or give a built object in BPF_OBJECT"
-                .into(),
-        )
+            .into())
     }
 
     fn new(rustc: PathBuf) -> Result<Self, Box<dyn Error>> {
@@ -86,12 +76,7 @@ impl Compiler {
             .and_then(|v| v.split('.').next()?.parse().ok())
             .ok_or_else(|| format!("{} does not tell its LLVM version", rustc.display()))?;
         let build_core = !sysroot.join("lib/rustlib").join(TARGET).join("lib").is_dir();
-        Ok(Self {
-            rustc,
-            sysroot,
-            llvm,
-            build_core,
-        })
+        Ok(Self { rustc, sysroot, llvm, build_core })
     }
 
     /// A folder that holds this compiler's LLVM and no other: the linker takes the first that it finds.
@@ -109,16 +94,8 @@ impl Compiler {
             return Ok(versioned);
         }
         // A library folder with several LLVMs: a folder with a link to the right one.
-        let wanted = [
-            format!("libLLVM.so.{}.", self.llvm),
-            format!("libLLVM-{}.so", self.llvm),
-        ];
-        for folder in [
-            "/usr/lib/x86_64-linux-gnu",
-            "/usr/lib/aarch64-linux-gnu",
-            "/usr/lib64",
-            "/usr/lib",
-        ] {
+        let wanted = [format!("libLLVM.so.{}.", self.llvm), format!("libLLVM-{}.so", self.llvm)];
+        for folder in ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib"] {
             let folder = Path::new(folder);
             if let Some(name) = libraries(folder).find(|n| wanted.iter().any(|w| n.starts_with(w.as_str()))) {
                 let only = target.join(format!("llvm-{}", self.llvm));
@@ -131,21 +108,12 @@ impl Compiler {
                 return Ok(only);
             }
         }
-        Err(format!(
-            "no LLVM {} library was found for bpf-linker: set BPF_LLVM to its folder",
-            self.llvm
-        )
-        .into())
+        Err(format!("no LLVM {} library was found for bpf-linker: set BPF_LLVM to its folder", self.llvm).into())
     }
 
     fn build(&self, root: &Path) -> Result<PathBuf, Box<dyn Error>> {
         let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
-        let target = if target.is_absolute() {
-            target
-        } else {
-            root.join(target)
-        }
-        .join("bpf");
+        let target = if target.is_absolute() { target } else { root.join(target) }.join("bpf");
         let home = env::var_os("CARGO_HOME")
             .map(PathBuf::from)
             .or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cargo")))
@@ -187,22 +155,12 @@ impl Compiler {
             .env("PATH", &path)
             .env("LD_LIBRARY_PATH", self.llvm_folder(&target)?)
             .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
-            .args([
-                "build",
-                "--release",
-                "--package",
-                "tidegate-ebpf-programs",
-                "--target",
-                TARGET,
-                "--target-dir",
-            ])
+            .args(["build", "--release", "--package", "tidegate-ebpf-programs", "--target", TARGET, "--target-dir"])
             .arg(&target);
         if self.build_core {
             command.args(["-Z", "build-std=core"]);
         }
-        let result = command
-            .output()
-            .map_err(|e| format!("cannot start cargo for the kernel programs: {e}"))?;
+        let result = command.output().map_err(|e| format!("cannot start cargo for the kernel programs: {e}"))?;
         if !result.status.success() {
             let log = String::from_utf8_lossy(&result.stderr);
             for line in log.lines() {
@@ -221,21 +179,11 @@ fn nightly() -> Option<PathBuf> {
 }
 
 fn libraries(folder: &Path) -> impl Iterator<Item = String> {
-    fs::read_dir(folder)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|e| e.file_name().into_string().ok())
+    fs::read_dir(folder).into_iter().flatten().flatten().filter_map(|e| e.file_name().into_string().ok())
 }
 
 fn output(command: &mut Command) -> Result<String, Box<dyn Error>> {
-    for variable in [
-        "RUSTC",
-        "RUSTFLAGS",
-        "CARGO_ENCODED_RUSTFLAGS",
-        "RUSTUP_TOOLCHAIN",
-        "LD_LIBRARY_PATH",
-    ] {
+    for variable in ["RUSTC", "RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "RUSTUP_TOOLCHAIN", "LD_LIBRARY_PATH"] {
         command.env_remove(variable);
     }
     let done = command.output()?;

@@ -289,10 +289,7 @@ pub struct PrefixKey {
 /// Key of the set `set` for `addr`.
 #[inline(always)]
 pub const fn prefix_key(set: u32, addr: Addr) -> PrefixKey {
-    PrefixKey {
-        set: set.wrapping_mul(2) | !addr.is_v4() as u32,
-        addr,
-    }
+    PrefixKey { set: set.wrapping_mul(2) | !addr.is_v4() as u32, addr }
 }
 
 /// Bits of an LPM key in front of the address's own prefix: set id, and the mapping of IPv4.

@@ -123,11 +123,7 @@ impl Packet {
     /// Whether this is ICMP or ICMPv6 of its own IP version.
     #[inline(always)]
     pub const fn is_icmp(&self) -> bool {
-        if self.is_v6() {
-            self.proto == proto::ICMP6
-        } else {
-            self.proto == proto::ICMP
-        }
+        if self.is_v6() { self.proto == proto::ICMP6 } else { self.proto == proto::ICMP }
     }
 
     /// Whether this is an echo request.
@@ -147,11 +143,7 @@ impl Packet {
     pub const fn is_path_mtu(&self) -> bool {
         self.is_icmp()
             && !self.has(mark::LATER_FRAGMENT)
-            && if self.is_v6() {
-                self.flags == 2
-            } else {
-                self.flags == 3 && self.code == 4
-            }
+            && if self.is_v6() { self.flags == 2 } else { self.flags == 3 && self.code == 4 }
     }
 }
 

@@ -199,12 +199,10 @@ fn prefixes<T: Tables>(t: &T, set: u32, p: &Packet) -> u8 {
 /// Addresses that give credentials away, or that never leave the link (step 8).
 #[inline(always)]
 fn is_metadata(addr: &Addr) -> bool {
-    const AWS6: Addr = Addr::from_ip(core::net::IpAddr::V6(core::net::Ipv6Addr::new(
-        0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254,
-    )));
-    const GCP6: Addr = Addr::from_ip(core::net::IpAddr::V6(core::net::Ipv6Addr::new(
-        0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254,
-    )));
+    const AWS6: Addr =
+        Addr::from_ip(core::net::IpAddr::V6(core::net::Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)));
+    const GCP6: Addr =
+        Addr::from_ip(core::net::IpAddr::V6(core::net::Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254)));
     const ALIBABA: Addr = Addr::from_ip(core::net::IpAddr::V4(core::net::Ipv4Addr::new(100, 100, 100, 200)));
     const AZURE: Addr = Addr::from_ip(core::net::IpAddr::V4(core::net::Ipv4Addr::new(168, 63, 129, 16)));
     if is_link_local(addr) {
@@ -217,11 +215,7 @@ fn is_metadata(addr: &Addr) -> bool {
 #[inline(always)]
 fn is_link_local(addr: &Addr) -> bool {
     let head = addr.head();
-    if addr.is_v4() {
-        head == 0xa9fe
-    } else {
-        head & 0xffc0 == 0xfe80 || head == 0xff02
-    }
+    if addr.is_v4() { head == 0xa9fe } else { head & 0xffc0 == 0xfe80 || head == 0xff02 }
 }
 
 /// Whether a cluster policy accepts a built-in deny: its prefix lies inside what is denied, so that
@@ -247,13 +241,7 @@ fn accepts<T: Tables>(t: &T, set: u32, p: &Packet, metadata: bool) -> bool {
 /// The flow that the packet belongs to, as seen from the pod that sends it.
 #[inline(always)]
 pub fn flow_key(p: &Packet) -> FlowKey {
-    FlowKey {
-        pod: p.src,
-        peer: p.dst,
-        pod_port: p.sport,
-        peer_port: p.dport,
-        proto: p.proto as u32,
-    }
+    FlowKey { pod: p.src, peer: p.dst, pod_port: p.sport, peer_port: p.dport, proto: p.proto as u32 }
 }
 
 /// Decides about a packet that entered by `ifindex`.
@@ -261,11 +249,7 @@ pub fn flow_key(p: &Packet) -> FlowKey {
 pub fn verdict<T: Tables>(parsed: Parsed, p: &Packet, ifindex: u32, t: &T, out: &mut Decision) {
     *out = Decision::default();
     // Step 0.
-    let kind = if T::GATEWAY {
-        iface::ENDPOINT
-    } else {
-        t.interface(ifindex)
-    };
+    let kind = if T::GATEWAY { iface::ENDPOINT } else { t.interface(ifindex) };
     if kind == iface::UNTOUCHED {
         return untouched(parsed, p, t, out);
     }
@@ -286,11 +270,7 @@ pub fn verdict<T: Tables>(parsed: Parsed, p: &Packet, ifindex: u32, t: &T, out: 
     let Some(ep) = t.endpoint(&p.src) else {
         if kind == iface::ENDPOINT {
             // Steps 2 and 3.
-            return out.drop(if p.has(mark::DETOUR) {
-                Code::Malformed
-            } else {
-                Code::SpoofedSource
-            });
+            return out.drop(if p.has(mark::DETOUR) { Code::Malformed } else { Code::SpoofedSource });
         }
         if t.flags() & config::DROP_UNKNOWN != 0 {
             return out.drop(Code::UnknownPod);
@@ -329,23 +309,13 @@ pub fn verdict<T: Tables>(parsed: Parsed, p: &Packet, ifindex: u32, t: &T, out: 
     }
     // Step 5. Echo requests and TCP SYNs start something new, whatever was there before.
     let key = flow_key(p);
-    let known = if later || p.is_syn() || p.is_echo_request() {
-        0
-    } else {
-        t.flow(&key, now)
-    };
+    let known = if later || p.is_syn() || p.is_echo_request() { 0 } else { t.flow(&key, now) };
     if !T::GATEWAY && (known & flow::OUTSIDE != 0 || (known & flow::AUDIT != 0 && (audit || now < drain))) {
         return out.set(Action::Pass, Code::Allowed);
     }
     // Step 6.
     let transport = matches!(p.proto, proto::TCP | proto::UDP) && !later;
-    if transport
-        && (p.dport == 53
-            || t.cluster_dns(&DnsKey {
-                addr: p.dst,
-                port: p.dport as u32,
-            }))
-    {
+    if transport && (p.dport == 53 || t.cluster_dns(&DnsKey { addr: p.dst, port: p.dport as u32 })) {
         out.owner = owner(t, ep.scope);
         if T::GATEWAY || out.owner != 0 {
             out.via = via::DNS;
@@ -358,11 +328,7 @@ pub fn verdict<T: Tables>(parsed: Parsed, p: &Packet, ifindex: u32, t: &T, out: 
     }
     // Step 7.
     if cluster {
-        return if T::GATEWAY {
-            out.drop(Code::NotAllowed)
-        } else {
-            out.set(Action::Pass, Code::Allowed)
-        };
+        return if T::GATEWAY { out.drop(Code::NotAllowed) } else { out.set(Action::Pass, Code::Allowed) };
     }
     policy(p, t, ep, isolated, admin, own, known, now, out);
     if out.action == Action::Drop && is_miss(out.code) && !T::GATEWAY && isolated && !audit && !later {
@@ -405,10 +371,7 @@ pub fn verdict<T: Tables>(parsed: Parsed, p: &Packet, ifindex: u32, t: &T, out: 
 
 /// Steps 8 to 12, as if nothing were audited and every gateway alive.
 #[inline(always)]
-#[expect(
-    clippy::too_many_arguments,
-    reason = "always inlined; a struct of them would lie on the kernel's small stack"
-)]
+#[expect(clippy::too_many_arguments, reason = "always inlined; a struct of them would lie on the kernel's small stack")]
 fn policy<T: Tables>(
     p: &Packet,
     t: &T,
@@ -426,11 +389,7 @@ fn policy<T: Tables>(
         if is_metadata(&p.dst) {
             let accepted = !later && accepts(t, admin, p, true);
             // It passes on the node and is never steered: the gateway's own credentials live there.
-            return if accepted {
-                out.set(Action::Pass, Code::Allowed)
-            } else {
-                out.drop(Code::Metadata)
-            };
+            return if accepted { out.set(Action::Pass, Code::Allowed) } else { out.drop(Code::Metadata) };
         }
         let transport = matches!(p.proto, proto::TCP | proto::UDP);
         if transport && !later && p.dport == 853 && !accepts(t, admin, p, false) {
@@ -448,10 +407,7 @@ fn policy<T: Tables>(
         return out.set(Action::Pass, Code::Allowed);
     }
     // Step 10.
-    let key = FactKey {
-        scope: ep.scope,
-        addr: p.dst,
-    };
+    let key = FactKey { scope: ep.scope, addr: p.dst };
     let mut expired = false;
     let mut found = via::NONE;
     if let Some(fact) = t.fact(&key) {
@@ -512,11 +468,7 @@ fn untouched<T: Tables>(parsed: Parsed, p: &Packet, t: &T, out: &mut Decision) {
         Parsed::Arp | Parsed::NotIp => false,
     };
     if tunnel && t.node(&p.dst) {
-        return out.drop(if parsed == Parsed::Ip {
-            Code::TunnelPort
-        } else {
-            Code::Malformed
-        });
+        return out.drop(if parsed == Parsed::Ip { Code::TunnelPort } else { Code::Malformed });
     }
     out.set(Action::Ignore, Code::Allowed);
 }

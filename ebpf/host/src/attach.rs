@@ -1,7 +1,10 @@
 //! Programs on hooks: tcx links at the head of the chain, pinned, adopted by atomic update.
 
+use std::ffi::CString;
 use std::fs;
 use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
@@ -34,11 +37,7 @@ pub enum Place {
 }
 
 fn attach_type(program: Program) -> TcAttachType {
-    if program.is_egress() {
-        TcAttachType::Egress
-    } else {
-        TcAttachType::Ingress
-    }
+    if program.is_egress() { TcAttachType::Egress } else { TcAttachType::Ingress }
 }
 
 fn index(interface: &str) -> Result<u32, Error> {
@@ -46,27 +45,19 @@ fn index(interface: &str) -> Result<u32, Error> {
 }
 
 fn classifier(ebpf: &mut Ebpf, program: Program) -> Result<&mut SchedClassifier, Error> {
-    ebpf.program_mut(program.name())
-        .ok_or(Error::NotLoaded(program.name()))?
-        .try_into()
-        .map_err(program_error(program))
+    ebpf.program_mut(program.name()).ok_or(Error::NotLoaded(program.name()))?.try_into().map_err(program_error(program))
 }
 
 fn link_error(path: &Path) -> impl Fn(LinkError) -> Error {
     let path = path.to_owned();
-    move |e| Error::Link {
-        path: path.clone(),
-        message: format!("{e:?}"),
-    }
+    move |e| Error::Link { path: path.clone(), message: format!("{e:?}") }
 }
 
 /// A link at the head of the chain, not pinned yet.
 fn attach_first(ebpf: &mut Ebpf, program: Program, interface: &str, pin: &Path) -> Result<FdLink, Error> {
     let loaded = classifier(ebpf, program)?;
     let order = TcAttachOptions::TcxOrder(LinkOrder::first());
-    let id = loaded
-        .attach_with_options(interface, attach_type(program), order)
-        .map_err(program_error(program))?;
+    let id = loaded.attach_with_options(interface, attach_type(program), order).map_err(program_error(program))?;
     let link = loaded.take_link(id).map_err(program_error(program))?;
     FdLink::try_from(link).map_err(link_error(pin))
 }
@@ -76,9 +67,7 @@ fn pinned(path: &Path) -> Result<Option<FdLink>, Error> {
     if !path.exists() {
         return Ok(None);
     }
-    PinnedLink::from_pin(path)
-        .map(|l| Some(FdLink::from(l)))
-        .map_err(link_error(path))
+    PinnedLink::from_pin(path).map(|l| Some(FdLink::from(l))).map_err(link_error(path))
 }
 
 impl Datapath {
@@ -111,10 +100,7 @@ impl Datapath {
             }
         }
         let link = attach_first(&mut self.ebpf, program, interface, &pin)?;
-        link.pin(&pin).map_err(|e| Error::Link {
-            path: pin.clone(),
-            message: e.to_string(),
-        })?;
+        link.pin(&pin).map_err(|e| Error::Link { path: pin.clone(), message: e.to_string() })?;
         Ok(Attached::New)
     }
 
@@ -136,12 +122,7 @@ impl Datapath {
         if at == 0 {
             return Ok(Place::First);
         }
-        Ok(Place::Behind(
-            programs[..at]
-                .iter()
-                .map(|p| p.name_as_str().unwrap_or("?").to_owned())
-                .collect(),
-        ))
+        Ok(Place::Behind(programs[..at].iter().map(|p| p.name_as_str().unwrap_or("?").to_owned()).collect()))
     }
 
     /// Takes the first place back: a second copy is attached first, then the old link goes, so that no
@@ -168,15 +149,11 @@ impl Datapath {
         } else {
             attach_first(&mut self.ebpf, program, interface, &pin)?
         };
-        let new = pin
-            .with_extension("")
-            .with_file_name(format!("{}-new", file_name(&pin)));
+        let new = pin.with_extension("").with_file_name(format!("{}-new", file_name(&pin)));
         remove(&new)?;
-        link.pin(&new).map_err(|e| Error::Link {
-            path: new.clone(),
-            message: e.to_string(),
-        })?;
+        link.pin(&new).map_err(|e| Error::Link { path: new.clone(), message: e.to_string() })?;
         drop(old);
+        link_detach(&pin)?;
         fs::rename(&new, &pin).map_err(Error::io(format!("cannot move {}", new.display())))
     }
 
@@ -185,7 +162,11 @@ impl Datapath {
     /// # Errors
     /// [`Error::NoDevice`], or the pin cannot be removed.
     pub fn detach(&mut self, program: Program, interface: &str) -> Result<(), Error> {
-        remove(&self.pin_of(program, index(interface)?))
+        let pin = self.pin_of(program, index(interface)?);
+        if pin.exists() {
+            link_detach(&pin)?;
+        }
+        remove(&pin)
     }
 
     /// Removes the links of devices that are not in the current network namespace any more; returns how many.
@@ -196,7 +177,8 @@ impl Datapath {
         let mut n = 0;
         for path in entries(&self.root.join("links"))? {
             let ifindex = file_name(&path).rsplit('-').next().and_then(|i| i.parse::<u32>().ok());
-            let there = ifindex.is_some_and(|i| nix::net::if_::if_indextoname(i).is_ok());
+            // nix gives an empty name, not an error, where there is no device.
+            let there = ifindex.is_some_and(|i| nix::net::if_::if_indextoname(i).is_ok_and(|name| !name.is_empty()));
             if !there {
                 remove(&path)?;
                 n += 1;
@@ -257,10 +239,44 @@ fn remove_all(folder: &Path) -> Result<usize, Error> {
         if path.is_dir() {
             n += remove_all(&path)?;
         } else {
+            if folder.ends_with("links") {
+                link_detach(&path)?;
+            }
             remove(&path)?;
             n += 1;
         }
     }
     fs::remove_dir(folder).map_err(Error::io(format!("cannot remove {}", folder.display())))?;
     Ok(n)
+}
+
+/// Detaches a pinned link at once. Removing its pin alone leaves the program on its hook for a
+/// grace period, during which it would see packets twice and could not be attached again.
+fn link_detach(pin: &Path) -> Result<(), Error> {
+    const BPF_OBJ_GET: libc::c_long = 7;
+    const BPF_LINK_DETACH: libc::c_long = 34;
+    /// The part of `union bpf_attr` that both commands use.
+    #[repr(C)]
+    struct ObjGet {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    #[repr(C)]
+    struct LinkDetach {
+        fd: u32,
+    }
+    let failed =
+        |what: &str| Error::io(format!("cannot {what} the link {}", pin.display()))(io::Error::last_os_error());
+    let path = CString::new(pin.as_os_str().as_bytes()).map_err(|e| Error::io("a pin's name")(e.into()))?;
+    let get = ObjGet { path: path.as_ptr() as u64, fd: 0, flags: 0 };
+    // SAFETY: the attribute is as long as told, and the path lives until the call returns.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const get, size_of::<ObjGet>()) };
+    let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0).ok_or_else(|| failed("open"))?;
+    // SAFETY: the kernel just gave this descriptor to us.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let detach = LinkDetach { fd: fd.as_raw_fd().cast_unsigned() };
+    // SAFETY: as above.
+    let done = unsafe { libc::syscall(libc::SYS_bpf, BPF_LINK_DETACH, &raw const detach, size_of::<LinkDetach>()) };
+    if done < 0 { Err(failed("detach")) } else { Ok(()) }
 }

@@ -34,10 +34,7 @@ struct Desired {
 /// The LPM key of a prefix in a set.
 fn lpm(set: u32, net: &IpNet) -> Lpm {
     let addr = Addr::from_ip(net.network());
-    (
-        prefix_bits(addr.is_v4()) + u32::from(net.prefix_len()),
-        prefix_key(set, addr),
-    )
+    (prefix_bits(addr.is_v4()) + u32::from(net.prefix_len()), prefix_key(set, addr))
 }
 
 impl Datapath {
@@ -149,33 +146,21 @@ impl Datapath {
             for address in &value.addresses {
                 want.nodes.insert(Addr::from_ip(*address), Node { id, flags });
             }
-            let outer = value
-                .addresses
-                .iter()
-                .find(|a| a.is_ipv4() == prefer_v4)
-                .or(value.addresses.first());
+            let outer = value.addresses.iter().find(|a| a.is_ipv4() == prefer_v4).or(value.addresses.first());
             if let Some(outer) = outer {
                 want.outer.insert(id, Addr::from_ip(*outer));
             }
         }
         for (name, value) in &state.gateways {
-            let tgq = local
-                .plugged
-                .as_ref()
-                .filter(|p| p.gateway == *name)
-                .map_or(0, |p| p.tgq);
+            let tgq = local.plugged.as_ref().filter(|p| p.gateway == *name).map_or(0, |p| p.tgq);
             let node = self.ids.named(Kind::Node, &value.node)?;
-            want.gateways
-                .insert(self.ids.named(Kind::Gateway, name)?, Gateway { node, tgq });
+            want.gateways.insert(self.ids.named(Kind::Gateway, name)?, Gateway { node, tgq });
         }
         for net in &state.cluster.prefixes {
             want.cluster.insert(lpm(0, net), 1);
         }
         for server in &state.cluster.dns {
-            let key = DnsKey {
-                addr: Addr::from_ip(server.ip()),
-                port: u32::from(server.port()),
-            };
+            let key = DnsKey { addr: Addr::from_ip(server.ip()), port: u32::from(server.port()) };
             want.cluster_dns.insert(key, 1);
         }
         Ok(())
@@ -186,18 +171,14 @@ impl Datapath {
         for (key, prefixes) in &state.prefixes {
             let set = self.ids.get(Kind::Prefixes, key.0)?;
             for (net, ports) in prefixes {
-                let value = Prefix {
-                    ports: self.tables.portsets.intern(ports)?,
-                    len: u32::from(net.prefix_len()),
-                };
+                let value = Prefix { ports: self.tables.portsets.intern(ports)?, len: u32::from(net.prefix_len()) };
                 want.prefixes.insert(lpm(set, net), value);
             }
         }
         for (key, scope) in &state.scopes {
             let owner = self.ids.named(Kind::Gateway, &scope.owner)?;
             let pair = u32::from(scope.pair);
-            want.scopes
-                .insert(self.ids.get(Kind::Scope, key.0)?, Scope { owner, pair });
+            want.scopes.insert(self.ids.get(Kind::Scope, key.0)?, Scope { owner, pair });
         }
         let drain = u32::try_from(self.options.drain.as_secs()).unwrap_or(u32::MAX);
         for (key, value) in &state.groups {
@@ -220,19 +201,12 @@ impl Datapath {
                     flags,
                     admin: set(&mut self.ids, value.admin)?,
                     own: set(&mut self.ids, value.own)?,
-                    drain: if leaves_audit {
-                        now_secs().saturating_add(drain)
-                    } else {
-                        before.drain
-                    },
+                    drain: if leaves_audit { now_secs().saturating_add(drain) } else { before.drain },
                 },
             );
         }
         for ((g, c), ports) in &state.grants {
-            let key = GrantKey {
-                group: self.ids.get(Kind::Group, g.0)?,
-                class: self.ids.get(Kind::Class, c.0)?,
-            };
+            let key = GrantKey { group: self.ids.get(Kind::Group, g.0)?, class: self.ids.get(Kind::Class, c.0)? };
             want.grants.insert(key, self.tables.portsets.intern(ports)?);
         }
         Ok(())
@@ -241,13 +215,7 @@ impl Datapath {
     /// Endpoints and interfaces.
     fn pods(&mut self, state: &NodeState, local: &Local, want: &mut Desired) -> Result<(), Error> {
         for ifindex in &local.untouched {
-            want.ifaces.insert(
-                *ifindex,
-                Iface {
-                    kind: iface::UNTOUCHED,
-                    mac: [0; 6],
-                },
-            );
+            want.ifaces.insert(*ifindex, Iface { kind: iface::UNTOUCHED, mac: [0; 6] });
         }
         for (ip, value) in &state.endpoints {
             let interface = local.interfaces.get(ip).filter(|_| value.node == local.node);
@@ -274,22 +242,13 @@ impl Datapath {
             let Some(interface) = interface else { continue };
             // One touched address makes the whole interface touched.
             let kind = if flags == 0 { iface::UNTOUCHED } else { iface::ENDPOINT };
-            let entry = want
-                .ifaces
-                .entry(interface.ifindex)
-                .or_insert(Iface { kind, mac: [0; 6] });
+            let entry = want.ifaces.entry(interface.ifindex).or_insert(Iface { kind, mac: [0; 6] });
             if kind == iface::ENDPOINT {
                 entry.kind = kind;
             }
         }
         for uplink in &local.uplinks {
-            want.ifaces.insert(
-                uplink.ifindex,
-                Iface {
-                    kind: iface::UPLINK,
-                    mac: uplink.mac,
-                },
-            );
+            want.ifaces.insert(uplink.ifindex, Iface { kind: iface::UPLINK, mac: uplink.mac });
         }
         Ok(())
     }

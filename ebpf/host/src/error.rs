@@ -65,10 +65,7 @@ pub enum Error {
 
 impl Error {
     pub(crate) fn map(map: &'static str) -> impl Fn(aya::maps::MapError) -> Self {
-        move |source| Error::Map {
-            map,
-            source: Box::new(source),
-        }
+        move |source| Error::Map { map, source: Box::new(source) }
     }
 
     pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {

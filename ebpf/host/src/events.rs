@@ -167,19 +167,13 @@ impl Events {
             }
         }
         let Some(waiting) = &mut self.waiting else {
-            return Err(Error::Layout {
-                map: "EVENTS",
-                what: "the ring is closed".into(),
-            });
+            return Err(Error::Layout { map: "EVENTS", what: "the ring is closed".into() });
         };
         loop {
             if let Some(event) = take(waiting.get_mut()) {
                 return Ok(event);
             }
-            let mut ready = waiting
-                .readable_mut()
-                .await
-                .map_err(Error::io("cannot wait for events"))?;
+            let mut ready = waiting.readable_mut().await.map_err(Error::io("cannot wait for events"))?;
             if let Some(event) = take(ready.get_inner_mut()) {
                 return Ok(event);
             }
@@ -201,10 +195,7 @@ fn take(ring: &mut RingBuf<MapData>) -> Option<PacketEvent> {
 impl Datapath {
     /// The reader of events; there is one, so later calls give `None`.
     pub fn events(&mut self) -> Option<Events> {
-        self.ring.take().map(|ring| Events {
-            ring: Some(ring),
-            waiting: None,
-        })
+        self.ring.take().map(|ring| Events { ring: Some(ring), waiting: None })
     }
 
     /// All counters that are not zero.
@@ -216,18 +207,11 @@ impl Datapath {
         for &hook in Hook::ALL {
             for &outcome in Outcome::ALL {
                 for &code in Code::ALL {
-                    let values = self
-                        .counters
-                        .get(&counter_index(hook, outcome, code), 0)
-                        .map_err(Error::map("COUNTERS"))?;
+                    let values =
+                        self.counters.get(&counter_index(hook, outcome, code), 0).map_err(Error::map("COUNTERS"))?;
                     let packets = values.iter().sum();
                     if packets != 0 {
-                        out.push(Counter {
-                            hook,
-                            outcome,
-                            reason: reason(code),
-                            packets,
-                        });
+                        out.push(Counter { hook, outcome, reason: reason(code), packets });
                     }
                 }
             }

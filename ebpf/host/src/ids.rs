@@ -29,10 +29,7 @@ pub(crate) struct Ids {
 fn key(kind: u32, key: u128) -> IdKey {
     let b = key.to_ne_bytes();
     let word = |i: usize| u32::from_ne_bytes([b[i], b[i + 1], b[i + 2], b[i + 3]]);
-    IdKey {
-        kind,
-        key: [word(0), word(4), word(8), word(12)],
-    }
+    IdKey { kind, key: [word(0), word(4), word(8), word(12)] }
 }
 
 impl Ids {
@@ -53,9 +50,7 @@ impl Ids {
         let next = key(kind as u32 | NEXT, 0);
         let id = self.table.get(&next).copied().unwrap_or(1);
         // The counter moves first: a crash in between loses an id and never gives one twice.
-        let after = id
-            .checked_add(1)
-            .ok_or_else(|| Error::Capacity("the dense ids are used up".into()))?;
+        let after = id.checked_add(1).ok_or_else(|| Error::Capacity("the dense ids are used up".into()))?;
         self.table.set(next, after)?;
         self.table.set(key(kind as u32, identity), id)?;
         Ok(id)
@@ -73,12 +68,8 @@ impl Ids {
 
     /// Forgets identities whose id `used` does not name. Ids of forgotten identities are not used again.
     pub fn retain(&mut self, used: impl Fn(u32, u32) -> bool) -> Result<usize, Error> {
-        let gone: Vec<IdKey> = self
-            .table
-            .iter()
-            .filter(|(k, id)| k.kind & NEXT == 0 && !used(k.kind, **id))
-            .map(|(k, _)| *k)
-            .collect();
+        let gone: Vec<IdKey> =
+            self.table.iter().filter(|(k, id)| k.kind & NEXT == 0 && !used(k.kind, **id)).map(|(k, _)| *k).collect();
         for k in &gone {
             self.table.delete(k)?;
         }

@@ -52,24 +52,10 @@ fn layouts(c: &Capacities) -> Vec<Layout> {
         }
     }
     fn trie<V>(name: &'static str, entries: u32) -> Layout {
-        Layout {
-            name,
-            kind: MapType::LpmTrie,
-            key: 24,
-            value: size_of::<V>() as u32,
-            entries,
-            flags: NO_PREALLOC,
-        }
+        Layout { name, kind: MapType::LpmTrie, key: 24, value: size_of::<V>() as u32, entries, flags: NO_PREALLOC }
     }
     fn array<V>(name: &'static str, kind: MapType, entries: u32) -> Layout {
-        Layout {
-            name,
-            kind,
-            key: 4,
-            value: size_of::<V>() as u32,
-            entries,
-            flags: 0,
-        }
+        Layout { name, kind, key: 4, value: size_of::<V>() as u32, entries, flags: 0 }
     }
     vec![
         array::<Config>("CONFIG", MapType::Array, 1),
@@ -92,14 +78,7 @@ fn layouts(c: &Capacities) -> Vec<Layout> {
         hash::<Addr, u32>("FLOW_COUNTS", c.endpoints),
         array::<u64>("COUNTERS", MapType::PerCpuArray, COUNTERS),
         array::<Budget>("BUDGETS", MapType::PerCpuArray, 2),
-        Layout {
-            name: "EVENTS",
-            kind: MapType::RingBuf,
-            key: 0,
-            value: 0,
-            entries: EVENT_BYTES,
-            flags: 0,
-        },
+        Layout { name: "EVENTS", kind: MapType::RingBuf, key: 0, value: 0, entries: EVENT_BYTES, flags: 0 },
         hash::<tidegate_ebpf_common::layout::IdKey, u32>("IDS", 262_144),
     ]
 }
@@ -161,9 +140,7 @@ impl Datapath {
     /// [`Error::Busy`] while another process works with the same pins; [`Error::Layout`] if a pinned map is not
     /// what this version made; otherwise what the kernel refused.
     pub fn load(options: &Options) -> Result<Self, Error> {
-        let root = options
-            .pins
-            .join(format!("v{VERSION}-{:08x}", fingerprint(&options.capacities)));
+        let root = options.pins.join(format!("v{VERSION}-{:08x}", fingerprint(&options.capacities)));
         for folder in ["maps", "links"] {
             let path = root.join(folder);
             fs::create_dir_all(&path).map_err(Error::io(format!("cannot make {}", path.display())))?;
@@ -173,10 +150,7 @@ impl Datapath {
         check_layouts(&root.join("maps"), &options.capacities)?;
         let mut ebpf = load_object(options, &root)?;
         fn take<T: TryFrom<Map, Error = aya::maps::MapError>>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, Error> {
-            let map = ebpf.take_map(name).ok_or(Error::Layout {
-                map: name,
-                what: "it is not in the object".into(),
-            })?;
+            let map = ebpf.take_map(name).ok_or(Error::Layout { map: name, what: "it is not in the object".into() })?;
             T::try_from(map).map_err(Error::map(name))
         }
         macro_rules! table {
@@ -186,11 +160,7 @@ impl Datapath {
         }
         let grants: Hashed<GrantKey, u32> = table!("GRANTS");
         let prefixes: Trie<Prefix> = Table::new("PREFIXES", take::<LpmTrie<_, _, _>>(&mut ebpf, "PREFIXES")?)?;
-        let heads: Vec<u32> = grants
-            .iter()
-            .map(|(_, v)| *v)
-            .chain(prefixes.iter().map(|(_, v)| v.ports))
-            .collect();
+        let heads: Vec<u32> = grants.iter().map(|(_, v)| *v).chain(prefixes.iter().map(|(_, v)| v.ports)).collect();
         let tables = Tables {
             config: take(&mut ebpf, "CONFIG")?,
             endpoints: table!("ENDPOINTS"),
@@ -244,25 +214,17 @@ impl Datapath {
                 }
                 continue;
             };
-            let key = FactKey {
-                scope: self.ids.get(Kind::Scope, update.scope.0)?,
-                addr,
-            };
+            let key = FactKey { scope: self.ids.get(Kind::Scope, update.scope.0)?, addr };
             let class = self.ids.get(Kind::Class, value.class.0)?;
             // Whole seconds: rounded up, so that a second is not lost with every refresh.
-            let ttl = value
-                .ttl
-                .as_secs()
-                .saturating_add(u64::from(value.ttl.subsec_nanos() > 0));
+            let ttl = value.ttl.as_secs().saturating_add(u64::from(value.ttl.subsec_nanos() > 0));
             let expires = now.saturating_add(u32::try_from(ttl).unwrap_or(u32::MAX));
             let seen = match self.options.role {
                 Role::Node => 0,
                 // A packet between reading and writing is noted again by the next one.
                 Role::Gateway => self.facts.get(&key, 0).map_or(0, |f| f.seen),
             };
-            self.facts
-                .insert(key, Fact { class, expires, seen }, 0)
-                .map_err(Error::map("FACTS"))?;
+            self.facts.insert(key, Fact { class, expires, seen }, 0).map_err(Error::map("FACTS"))?;
         }
         Ok(())
     }
@@ -271,16 +233,7 @@ impl Datapath {
     /// Only gateways note it.
     pub fn fact_last_seen(&self, scope: ScopeKey, ip: IpAddr) -> Option<Duration> {
         let scope = self.ids.find(Kind::Scope, scope.0)?;
-        let fact = self
-            .facts
-            .get(
-                &FactKey {
-                    scope,
-                    addr: Addr::from_ip(ip),
-                },
-                0,
-            )
-            .ok()?;
+        let fact = self.facts.get(&FactKey { scope, addr: Addr::from_ip(ip) }, 0).ok()?;
         (fact.seen != 0).then(|| Duration::from_secs(u64::from(now_secs().saturating_sub(fact.seen))))
     }
 
@@ -290,9 +243,7 @@ impl Datapath {
     /// What the kernel refused.
     pub fn heartbeat(&mut self, gateway: &str) -> Result<(), Error> {
         let id = self.ids.named(Kind::Gateway, gateway)?;
-        self.heartbeats
-            .insert(id, now_ns(), 0)
-            .map_err(Error::map("HEARTBEATS"))
+        self.heartbeats.insert(id, now_ns(), 0).map_err(Error::map("HEARTBEATS"))
     }
 
     /// Holds egress addresses until the lease ends, unless it is called again before.
@@ -302,9 +253,7 @@ impl Datapath {
     pub fn hold(&mut self, addresses: &[IpAddr], lease: Duration) -> Result<(), Error> {
         let deadline = now_ns().saturating_add(u64::try_from(lease.as_nanos()).unwrap_or(u64::MAX));
         for ip in addresses {
-            self.held
-                .insert(Addr::from_ip(*ip), deadline, 0)
-                .map_err(Error::map("HELD"))?;
+            self.held.insert(Addr::from_ip(*ip), deadline, 0).map_err(Error::map("HELD"))?;
         }
         Ok(())
     }
@@ -338,10 +287,7 @@ impl Datapath {
     }
 
     pub(crate) fn program(&self, program: Program) -> Result<&SchedClassifier, Error> {
-        let loaded = self
-            .ebpf
-            .program(program.name())
-            .ok_or(Error::NotLoaded(program.name()))?;
+        let loaded = self.ebpf.program(program.name()).ok_or(Error::NotLoaded(program.name()))?;
         loaded.try_into().map_err(program_error(program))
     }
 
@@ -364,18 +310,10 @@ impl Datapath {
             repeat: packet.repeat.max(1),
             ..TestRunOptions::new()
         };
-        let done = self
-            .program(program)?
-            .test_run(options)
-            .map_err(program_error(program))?;
+        let done = self.program(program)?.test_run(options).map_err(program_error(program))?;
         frame.truncate(done.data_size_out as usize);
         let mark = u32::from_ne_bytes([context_out[8], context_out[9], context_out[10], context_out[11]]);
-        Ok(TestResult {
-            code: done.return_value as i32,
-            mark,
-            frame,
-            duration: done.duration,
-        })
+        Ok(TestResult { code: done.return_value as i32, mark, frame, duration: done.duration })
     }
 }
 
@@ -408,10 +346,7 @@ pub struct TestResult {
 }
 
 pub(crate) fn program_error(program: Program) -> impl Fn(aya::programs::ProgramError) -> Error {
-    move |source| Error::Program {
-        program: program.name(),
-        source: Box::new(source),
-    }
+    move |source| Error::Program { program: program.name(), source: Box::new(source) }
 }
 
 pub(crate) fn is_missing(e: &aya::maps::MapError) -> bool {
@@ -472,10 +407,7 @@ fn check_layouts(maps: &Path, capacities: &Capacities) -> Result<(), Error> {
         let found = [info.key_size(), info.value_size(), info.max_entries(), info.map_flags()];
         let wanted = [l.key, l.value, l.entries, l.flags];
         if kind != l.kind || found != wanted {
-            let what = format!(
-                "{kind:?} {found:?} instead of {:?} {wanted:?} (key, value, entries, flags)",
-                l.kind
-            );
+            let what = format!("{kind:?} {found:?} instead of {:?} {wanted:?} (key, value, entries, flags)", l.kind);
             return Err(Error::Layout { map: l.name, what });
         }
     }

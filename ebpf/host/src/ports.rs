@@ -109,12 +109,7 @@ impl PortSets {
         let content: Vec<Range> = set
             .ranges()
             .iter()
-            .map(|r| Range {
-                lo: r.lo,
-                hi: r.hi,
-                proto: r.proto as u8,
-                via: via_code(r.via),
-            })
+            .map(|r| Range { lo: r.lo, hi: r.hi, proto: r.proto as u8, via: via_code(r.via) })
             .collect();
         if let Some(id) = self.by_content.get(&content) {
             self.used.insert(*id);
@@ -171,10 +166,7 @@ impl PortSets {
 fn write(map: &mut Array<MapData, Entry>, content: &[Range], entries: &[u32]) -> Result<(), Error> {
     let mut next = 0;
     for (chunk, id) in content.chunks(RANGES).zip(entries).rev() {
-        let mut entry = Entry {
-            next,
-            ..Entry::default()
-        };
+        let mut entry = Entry { next, ..Entry::default() };
         entry.ranges[..chunk.len()].copy_from_slice(chunk);
         map.set(*id, entry, 0).map_err(Error::map(MAP))?;
         next = *id;

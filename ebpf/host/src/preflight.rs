@@ -3,11 +3,9 @@
 use std::path::Path;
 
 use nix::mount::{MsFlags, mount};
-use nix::sys::statfs::statfs;
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 const BPFFS: &str = "/sys/fs/bpf";
-/// `BPF_FS_MAGIC`.
-const MAGIC: i64 = 0xcafe_4a11;
 
 /// Checks what the kernel programs need, and mounts the bpffs if it is not mounted.
 ///
@@ -33,7 +31,7 @@ pub fn preflight() -> Result<(), String> {
 }
 
 fn mount_bpffs() -> Result<(), String> {
-    let mounted = || statfs(BPFFS).is_ok_and(|s| i64::from(s.filesystem_type().0) == MAGIC);
+    let mounted = || statfs(BPFFS).is_ok_and(|s| s.filesystem_type() == BPF_FS_MAGIC);
     if mounted() {
         return Ok(());
     }
@@ -53,9 +51,7 @@ fn has_capability(bit: u32) -> bool {
         return false;
     };
     let effective = status.lines().find_map(|l| l.strip_prefix("CapEff:"));
-    effective
-        .and_then(|v| u64::from_str_radix(v.trim(), 16).ok())
-        .is_some_and(|caps| caps & (1 << bit) != 0)
+    effective.and_then(|v| u64::from_str_radix(v.trim(), 16).ok()).is_some_and(|caps| caps & (1 << bit) != 0)
 }
 
 #[cfg(test)]

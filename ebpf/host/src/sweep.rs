@@ -75,10 +75,7 @@ impl Datapath {
         for (addr, count) in entries(&self.flow_counts, self.options.capacities.endpoints) {
             match counts.get(&addr) {
                 Some(right) if *right == count => {}
-                Some(right) => self
-                    .flow_counts
-                    .insert(addr, right, 0)
-                    .map_err(Error::map("FLOW_COUNTS"))?,
+                Some(right) => self.flow_counts.insert(addr, right, 0).map_err(Error::map("FLOW_COUNTS"))?,
                 None => gone(self.flow_counts.remove(&addr), "FLOW_COUNTS")?,
             }
         }
@@ -106,23 +103,13 @@ impl Datapath {
         for scope in state.scopes.keys().copied().chain(members.clone().map(|m| m.0)) {
             keep(Kind::Scope, ids.find(Kind::Scope, scope.0));
         }
-        for group in state
-            .groups
-            .keys()
-            .copied()
-            .chain(members.map(|m| m.1))
-            .chain(state.grants.keys().map(|g| g.0))
-        {
+        for group in state.groups.keys().copied().chain(members.map(|m| m.1)).chain(state.grants.keys().map(|g| g.0)) {
             keep(Kind::Group, ids.find(Kind::Group, group.0));
         }
         for (_, class) in state.grants.keys() {
             keep(Kind::Class, ids.find(Kind::Class, class.0));
         }
-        for set in state
-            .prefixes
-            .keys()
-            .chain(state.groups.values().flat_map(|g| g.admin.iter().chain(&g.own)))
-        {
+        for set in state.prefixes.keys().chain(state.groups.values().flat_map(|g| g.admin.iter().chain(&g.own))) {
             keep(Kind::Prefixes, ids.find(Kind::Prefixes, set.0));
         }
         let gateways = state.gateways.values().map(|g| &g.node);

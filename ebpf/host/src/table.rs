@@ -41,9 +41,7 @@ impl<V: Pod> Store<Lpm, V> for LpmTrie<MapData, PrefixKey, V> {
         self.remove(&Key::new(key.0, key.1))
     }
     fn read_all(&self) -> Result<AHashMap<Lpm, V>, MapError> {
-        self.iter()
-            .map(|r| r.map(|(k, v)| ((k.prefix_len(), k.data()), v)))
-            .collect()
+        self.iter().map(|r| r.map(|(k, v)| ((k.prefix_len(), k.data()), v))).collect()
     }
 }
 
@@ -56,11 +54,7 @@ pub(crate) struct Table<K, V, S> {
 
 impl<K: Copy + Eq + Hash, V: Copy + PartialEq, S: Store<K, V>> Table<K, V, S> {
     pub fn new(name: &'static str, store: S) -> Result<Self, Error> {
-        let mut table = Self {
-            name,
-            store,
-            shadow: AHashMap::new(),
-        };
+        let mut table = Self { name, store, shadow: AHashMap::new() };
         table.reload()?;
         Ok(table)
     }

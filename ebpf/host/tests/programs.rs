@@ -1,4 +1,5 @@
 //! Every step of the verdict through the real kernel programs (`BPF_PROG_TEST_RUN`).
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod common;
 
@@ -51,27 +52,10 @@ fn state() -> NodeState {
         },
         ..NodeState::default()
     };
-    s.nodes.insert(
-        "n1".into(),
-        Node {
-            addresses: vec![ip("192.0.2.1")],
-        },
-    );
-    s.nodes.insert(
-        "n2".into(),
-        Node {
-            addresses: vec![ip("192.0.2.2"), ip("2001:db8:ffff::2")],
-        },
-    );
+    s.nodes.insert("n1".into(), Node { addresses: vec![ip("192.0.2.1")] });
+    s.nodes.insert("n2".into(), Node { addresses: vec![ip("192.0.2.2"), ip("2001:db8:ffff::2")] });
     s.gateways.insert("gw".into(), Gateway { node: "n2".into() });
-    s.scopes.insert(
-        SCOPE,
-        Scope {
-            owner: "gw".into(),
-            epoch: 1,
-            pair: 3,
-        },
-    );
+    s.scopes.insert(SCOPE, Scope { owner: "gw".into(), epoch: 1, pair: 3 });
     let pods = [
         (ISOLATED, 1, Touch::Isolated, false),
         (GUARDED, 2, Touch::Guarded, false),
@@ -99,41 +83,24 @@ fn state() -> NodeState {
             );
         }
         let (admin, own) = (Some(PrefixSetKey(1)), Some(PrefixSetKey(2)));
-        s.groups.insert(
-            key,
-            Group {
-                isolated: touch == Touch::Isolated,
-                audit,
-                admin,
-                own,
-            },
-        );
+        s.groups.insert(key, Group { isolated: touch == Touch::Isolated, audit, admin, own });
         s.grants.insert((key, CLASS), allowed.clone());
     }
     let mut far = s.endpoints[&ip(ISOLATED.0)].clone();
     far.node = "n2".into();
     s.endpoints.insert(ip(REMOTE), far);
     let mut admin = Prefixes::new();
-    admin.insert(
-        "203.0.113.0/24".parse().unwrap(),
-        ports(&[range(Proto::Tcp, 22, 22, Via::Deny)]),
-    );
+    admin.insert("203.0.113.0/24".parse().unwrap(), ports(&[range(Proto::Tcp, 22, 22, Via::Deny)]));
     s.prefixes.insert(PrefixSetKey(1), admin);
     let mut own = Prefixes::new();
-    own.insert(
-        "203.0.0.0/16".parse().unwrap(),
-        ports(&[range(Proto::Tcp, 1, 65_535, Via::Allow(Carry::Forward))]),
-    );
+    own.insert("203.0.0.0/16".parse().unwrap(), ports(&[range(Proto::Tcp, 1, 65_535, Via::Allow(Carry::Forward))]));
     s.prefixes.insert(PrefixSetKey(2), own);
     s
 }
 
 /// All pods hang on the loopback device, the only one that a test run can name.
 fn local() -> Local {
-    let interface = Interface {
-        ifindex: 1,
-        mac: [2, 0, 0, 0, 0, 5],
-    };
+    let interface = Interface { ifindex: 1, mac: [2, 0, 0, 0, 0, 5] };
     let pods = [ISOLATED.0, ISOLATED.1, GUARDED.0, GUARDED.1, AUDITED.0, AUDITED.1];
     Local {
         node: "n1".into(),
@@ -144,34 +111,19 @@ fn local() -> Local {
 }
 
 fn fact(address: &str, ttl: u64) -> FactUpdate {
-    FactUpdate {
-        scope: SCOPE,
-        ip: ip(address),
-        value: Some(FactValue {
-            class: CLASS,
-            ttl: Duration::from_secs(ttl),
-        }),
-    }
+    FactUpdate { scope: SCOPE, ip: ip(address), value: Some(FactValue { class: CLASS, ttl: Duration::from_secs(ttl) }) }
 }
 
 fn world(role: Role) -> Fixture {
     let mut f = Fixture::new(role);
     f.path_mut().apply(&state(), &local(), false).unwrap();
-    f.path_mut()
-        .facts(&[fact(OUTSIDE.0, 600), fact(OUTSIDE.1, 600)])
-        .unwrap();
+    f.path_mut().facts(&[fact(OUTSIDE.0, 600), fact(OUTSIDE.1, 600)]).unwrap();
     f.path_mut().heartbeat("gw").unwrap();
     f
 }
 
 fn run(f: &Fixture, program: Program, frame: &[u8]) -> TestResult {
-    let packet = TestPacket {
-        frame,
-        ifindex: 1,
-        ingress_ifindex: 0,
-        mark: 0,
-        repeat: 1,
-    };
+    let packet = TestPacket { frame, ifindex: 1, ingress_ifindex: 0, mark: 0, repeat: 1 };
     f.path().test_run(program, &packet).unwrap()
 }
 
@@ -181,29 +133,22 @@ fn egress(f: &Fixture, frame: &[u8]) -> i32 {
 
 fn counted(f: &Fixture, hook: Hook, outcome: Outcome, reason: Reason) -> u64 {
     let all = f.path().counters().unwrap();
-    all.iter()
-        .find(|c| (c.hook, c.outcome, c.reason) == (hook, outcome, reason))
-        .map_or(0, |c| c.packets)
+    all.iter().find(|c| (c.hook, c.outcome, c.reason) == (hook, outcome, reason)).map_or(0, |c| c.packets)
 }
 
 #[track_caller]
 fn drops(f: &Fixture, frame: &[u8], reason: Reason) {
     let before = counted(f, Hook::PodEgress, Outcome::Drop, reason);
     assert_eq!(egress(f, frame), SHOT, "{reason}");
-    assert_eq!(
-        counted(f, Hook::PodEgress, Outcome::Drop, reason),
-        before + 1,
-        "{reason}"
-    );
+    assert_eq!(counted(f, Hook::PodEgress, Outcome::Drop, reason), before + 1, "{reason}");
 }
 
 #[test]
 fn every_step_for_both_families() {
     let f = world(Role::Node);
-    for (pod, guarded, outside, stranger) in [
-        (ISOLATED.0, GUARDED.0, OUTSIDE.0, STRANGER.0),
-        (ISOLATED.1, GUARDED.1, OUTSIDE.1, STRANGER.1),
-    ] {
+    for (pod, guarded, outside, stranger) in
+        [(ISOLATED.0, GUARDED.0, OUTSIDE.0, STRANGER.0), (ISOLATED.1, GUARDED.1, OUTSIDE.1, STRANGER.1)]
+    {
         // 2, 3, 4
         let mut short = tcp(pod, outside, 443, true);
         short.truncate(short.len() - 4);
@@ -250,10 +195,7 @@ fn every_step_for_both_families() {
 #[test]
 fn step_0_untouched_interfaces() {
     let mut f = Fixture::new(Role::Node);
-    let mut local = Local {
-        node: "n1".into(),
-        ..Local::default()
-    };
+    let mut local = Local { node: "n1".into(), ..Local::default() };
     local.untouched.insert(1);
     f.path_mut().apply(&state(), &local, false).unwrap();
     let passed = run(&f, Program::PodEgress, &tcp("10.9.9.9", STRANGER.0, 25, true));
@@ -270,35 +212,17 @@ fn malformed_packets() {
         frame[at] = value;
         frame
     };
-    for frame in [
-        change(14, 0x65),
-        change(14, 0x44),
-        change(14, 0x46),
-        change(17, 19),
-        change(16, 9),
-        change(46, 0x10),
-    ] {
+    for frame in [change(14, 0x65), change(14, 0x44), change(14, 0x46), change(17, 19), change(16, 9), change(46, 0x10)]
+    {
         drops(&f, &frame, Reason::Malformed);
     }
     let mut fragment = good.clone();
     fragment[20..22].copy_from_slice(&[0, 9]);
     drops(&f, &fragment, Reason::Fragment);
     // Headers of seven kinds in a row, and one that says it is longer than the packet.
-    drops(
-        &f,
-        &raw(ISOLATED.1, OUTSIDE.1, 60, &[60, 0, 0, 0, 0, 0, 0, 0].repeat(8)),
-        Reason::Malformed,
-    );
-    drops(
-        &f,
-        &raw(ISOLATED.1, OUTSIDE.1, 0, &[6, 200, 0, 0, 0, 0, 0, 0].repeat(3)),
-        Reason::Malformed,
-    );
-    drops(
-        &f,
-        &raw(ISOLATED.1, OUTSIDE.1, 44, &[6, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
-        Reason::Fragment,
-    );
+    drops(&f, &raw(ISOLATED.1, OUTSIDE.1, 60, &[60, 0, 0, 0, 0, 0, 0, 0].repeat(8)), Reason::Malformed);
+    drops(&f, &raw(ISOLATED.1, OUTSIDE.1, 0, &[6, 200, 0, 0, 0, 0, 0, 0].repeat(3)), Reason::Malformed);
+    drops(&f, &raw(ISOLATED.1, OUTSIDE.1, 44, &[6, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]), Reason::Fragment);
     let mut chain = vec![6, 0, 0, 0, 0, 0, 0, 0];
     chain.extend_from_slice(&tcp(ISOLATED.1, OUTSIDE.1, 443, true)[54..]);
     assert_eq!(egress(&f, &raw(ISOLATED.1, OUTSIDE.1, 0, &chain)), REDIRECT);
@@ -316,34 +240,15 @@ fn flows_from_outside_are_recorded_within_their_budget() {
     assert_eq!((passed.code, passed.mark), (NEXT, MARK));
     drops(&f, &tcp(ISOLATED.0, STRANGER.0, 40_000, true), Reason::NotAllowed);
     // A packet inside a connection opens nothing.
-    run(
-        &f,
-        Program::PodIngress,
-        &tcp("198.51.100.98", ISOLATED.0, 40_000, false),
-    );
+    run(&f, Program::PodIngress, &tcp("198.51.100.98", ISOLATED.0, 40_000, false));
     drops(&f, &tcp(ISOLATED.0, "198.51.100.98", 40_000, false), Reason::NotAllowed);
     // Echo, and the other family.
-    run(
-        &f,
-        Program::PodIngress,
-        &raw(STRANGER.1, ISOLATED.1, 58, &[128, 0, 0, 0, 0, 7, 0, 1]),
-    );
-    assert_eq!(
-        egress(&f, &raw(ISOLATED.1, STRANGER.1, 58, &[129, 0, 0, 0, 0, 7, 0, 1])),
-        NEXT
-    );
-    drops(
-        &f,
-        &raw(ISOLATED.1, STRANGER.1, 58, &[129, 0, 0, 0, 0, 8, 0, 1]),
-        Reason::Protocol,
-    );
+    run(&f, Program::PodIngress, &raw(STRANGER.1, ISOLATED.1, 58, &[128, 0, 0, 0, 0, 7, 0, 1]));
+    assert_eq!(egress(&f, &raw(ISOLATED.1, STRANGER.1, 58, &[129, 0, 0, 0, 0, 7, 0, 1])), NEXT);
+    drops(&f, &raw(ISOLATED.1, STRANGER.1, 58, &[129, 0, 0, 0, 0, 8, 0, 1]), Reason::Protocol);
     // Nobody's flood takes a place of another endpoint.
     for host in 1..=20 {
-        run(
-            &f,
-            Program::PodIngress,
-            &udp(&format!("198.51.100.{host}"), ISOLATED.0, 40_000),
-        );
+        run(&f, Program::PodIngress, &udp(&format!("198.51.100.{host}"), ISOLATED.0, 40_000));
     }
     assert_eq!(counted(&f, Hook::PodIngress, Outcome::Pass, Reason::Quota), 13);
     assert_eq!(egress(&f, &reply), NEXT);
@@ -364,10 +269,7 @@ fn facts_expire_are_replaced_and_deleted() {
     assert_eq!(egress(&f, &more), REDIRECT);
     f.path_mut().facts(&[fact(OUTSIDE.0, 60)]).unwrap();
     assert_eq!(egress(&f, &syn), REDIRECT);
-    let gone = FactUpdate {
-        value: None,
-        ..fact(OUTSIDE.0, 0)
-    };
+    let gone = FactUpdate { value: None, ..fact(OUTSIDE.0, 0) };
     f.path_mut().facts(&[gone.clone(), gone]).unwrap();
     drops(&f, &more, Reason::NotAllowed);
     assert_eq!(f.path().fact_last_seen(SCOPE, ip(OUTSIDE.0)), None);
@@ -382,10 +284,7 @@ fn audit_passes_reports_and_drains() {
     let more = tcp(AUDITED.0, STRANGER.0, 443, false);
     assert_eq!(egress(&f, &syn), NEXT);
     let event = events.try_next().unwrap();
-    assert_eq!(
-        (event.hook, event.outcome, event.reason),
-        (Hook::PodEgress, Outcome::Audit, Reason::NotAllowed)
-    );
+    assert_eq!((event.hook, event.outcome, event.reason), (Hook::PodEgress, Outcome::Audit, Reason::NotAllowed));
     assert_eq!(event.source, format!("{}:40000", AUDITED.0).parse().unwrap());
     assert_eq!(event.destination, format!("{}:443", STRANGER.0).parse().unwrap());
     assert_eq!((event.protocol, event.ifindex), (6, 1));
@@ -419,10 +318,7 @@ fn no_owner_and_stale_owner() {
 /// One's complement sum; zero over a part with a right checksum.
 fn checksum(parts: &[&[u8]]) -> u16 {
     let bytes: Vec<u8> = parts.concat();
-    let mut sum: u32 = bytes
-        .chunks(2)
-        .map(|c| u32::from(u16::from_be_bytes([c[0], *c.get(1).unwrap_or(&0)])))
-        .sum();
+    let mut sum: u32 = bytes.chunks(2).map(|c| u32::from(u16::from_be_bytes([c[0], *c.get(1).unwrap_or(&0)]))).sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
@@ -461,13 +357,7 @@ fn too_large_packets_are_answered() {
 fn the_guard_drops_what_did_not_come_through_the_verdict() {
     let mut f = world(Role::Node);
     let guard = |f: &Fixture, frame: &[u8], mark: u32, from: u32| {
-        let packet = TestPacket {
-            frame,
-            ifindex: 1,
-            ingress_ifindex: from,
-            mark,
-            repeat: 1,
-        };
+        let packet = TestPacket { frame, ifindex: 1, ingress_ifindex: from, mark, repeat: 1 };
         f.path().test_run(Program::NodeGuard, &packet).unwrap().code
     };
     let frame = tcp(ISOLATED.0, STRANGER.0, 443, true);
@@ -480,23 +370,14 @@ fn the_guard_drops_what_did_not_come_through_the_verdict() {
     assert_eq!(guard(&f, &tcp(REMOTE, STRANGER.0, 443, true), 0, 1), NEXT);
     let unknown = tcp("10.244.77.7", STRANGER.0, 443, true);
     assert_eq!(guard(&f, &unknown, 0, 1), NEXT);
-    let armed = Local {
-        drop_unknown: true,
-        ..local()
-    };
+    let armed = Local { drop_unknown: true, ..local() };
     f.path_mut().apply(&state(), &armed, false).unwrap();
     assert_eq!(guard(&f, &unknown, 0, 1), SHOT);
     assert_eq!(counted(&f, Hook::NodeGuard, Outcome::Drop, Reason::UnknownPod), 1);
     // This node's own packets, and addresses that are no pod's.
     assert_eq!(guard(&f, &tcp("192.0.2.1", STRANGER.0, 443, true), 0, 1), NEXT);
     assert_eq!(guard(&f, &tcp("198.18.0.1", STRANGER.0, 443, true), 0, 1), NEXT);
-    let uplink = Local {
-        uplinks: vec![Interface {
-            ifindex: 1,
-            mac: [2; 6],
-        }],
-        ..armed
-    };
+    let uplink = Local { uplinks: vec![Interface { ifindex: 1, mac: [2; 6] }], ..armed };
     f.path_mut().apply(&state(), &uplink, false).unwrap();
     assert_eq!(guard(&f, &unknown, 0, 1), NEXT);
 }
@@ -517,10 +398,7 @@ fn the_gateway_marks_what_it_carries() {
         // Forwarded flows have no relay that would tell of them.
         assert_eq!(gateway(&f, &tcp(pod, outside, 5432, true)), (OK, 0x301));
         let event = events.try_next().unwrap();
-        assert_eq!(
-            (event.outcome, event.reason, event.destination.port()),
-            (Outcome::Steer, Reason::Allowed, 5432)
-        );
+        assert_eq!((event.outcome, event.reason, event.destination.port()), (Outcome::Steer, Reason::Allowed, 5432));
         assert_eq!(gateway(&f, &tcp(pod, outside, 5432, false)), (OK, 0x301));
         assert!(events.try_next().is_none());
         assert_eq!(gateway(&f, &udp(pod, outside, 4500)), (OK, 0x301));
@@ -546,28 +424,12 @@ fn a_gateway_of_this_node_needs_no_tunnel() {
     let mut f = world(Role::Node);
     let mut s = state();
     s.gateways.insert("gw".into(), Gateway { node: "n1".into() });
-    let plugged = Local {
-        plugged: Some(Plugged {
-            gateway: "gw".into(),
-            tgq: 1,
-            tgh: 1,
-        }),
-        tunnel_ifindex: 0,
-        ..local()
-    };
+    let plugged =
+        Local { plugged: Some(Plugged { gateway: "gw".into(), tgq: 1, tgh: 1 }), tunnel_ifindex: 0, ..local() };
     f.path_mut().apply(&s, &plugged, false).unwrap();
     assert_eq!(egress(&f, &tcp(ISOLATED.0, OUTSIDE.0, 443, true)), REDIRECT);
     // Without the tunnel there is no way to another node's.
-    f.path_mut()
-        .apply(
-            &state(),
-            &Local {
-                tunnel_ifindex: 0,
-                ..local()
-            },
-            false,
-        )
-        .unwrap();
+    f.path_mut().apply(&state(), &Local { tunnel_ifindex: 0, ..local() }, false).unwrap();
     drops(&f, &tcp(ISOLATED.0, OUTSIDE.0, 443, true), Reason::NoGateway);
 }
 
@@ -581,10 +443,7 @@ fn replies_go_to_pods_here_and_elsewhere() {
     assert_eq!(back(&tcp(OUTSIDE.0, STRANGER.0, 40_000, false)).code, SHOT);
     assert_eq!(counted(&f, Hook::GatewayReturn, Outcome::Drop, Reason::UnknownPod), 1);
     // A frame that did not come through the tunnel.
-    assert_eq!(
-        run(&f, Program::TunnelIngress, &tcp(OUTSIDE.0, ISOLATED.0, 40_000, false)).code,
-        SHOT
-    );
+    assert_eq!(run(&f, Program::TunnelIngress, &tcp(OUTSIDE.0, ISOLATED.0, 40_000, false)).code, SHOT);
 }
 
 #[test]
@@ -592,11 +451,7 @@ fn held_addresses_are_answered_for_while_the_lease_runs() {
     let mut f = world(Role::Node);
     let own = [2, 0xaa, 0, 0, 0, 1];
     let here = Local {
-        plugged: Some(Plugged {
-            gateway: "gw".into(),
-            tgq: 1,
-            tgh: 1,
-        }),
+        plugged: Some(Plugged { gateway: "gw".into(), tgq: 1, tgh: 1 }),
         uplinks: vec![Interface { ifindex: 1, mac: own }],
         ..local()
     };
@@ -606,9 +461,7 @@ fn held_addresses_are_answered_for_while_the_lease_runs() {
     let solicit = common::packets::solicitation("2001:db8:ffff::1", held6, true);
     let uplink = |f: &Fixture, frame: &[u8]| run(f, Program::UplinkIngress, frame);
     assert_eq!((uplink(&f, &arp).code, uplink(&f, &solicit).code), (NEXT, NEXT));
-    f.path_mut()
-        .hold(&[ip(held4), ip(held6)], Duration::from_secs(1))
-        .unwrap();
+    f.path_mut().hold(&[ip(held4), ip(held6)], Duration::from_secs(1)).unwrap();
 
     let answer = uplink(&f, &arp);
     let a = &answer.frame;
@@ -617,10 +470,7 @@ fn held_addresses_are_answered_for_while_the_lease_runs() {
     assert_eq!((&a[22..28], &a[28..32]), (&own[..], &arp[38..42]));
     assert_eq!((&a[32..38], &a[38..42]), (&arp[22..28], &arp[28..32]));
     assert_eq!(uplink(&f, &common::packets::arp(held4, held4)).code, NEXT);
-    assert_eq!(
-        uplink(&f, &common::packets::arp("192.0.2.254", "192.0.2.11")).code,
-        NEXT
-    );
+    assert_eq!(uplink(&f, &common::packets::arp("192.0.2.254", "192.0.2.11")).code, NEXT);
 
     for (asker, option, to_mac, flags) in [
         ("2001:db8:ffff::1", true, [2, 0, 0, 0, 0, 1], 0x60),
@@ -659,28 +509,17 @@ fn held_addresses_are_answered_for_while_the_lease_runs() {
 #[test]
 fn apply_is_idempotent_prunes_and_repairs() {
     let mut f = world(Role::Node);
-    assert_eq!(
-        f.path_mut().apply(&state(), &local(), false).unwrap(),
-        Default::default()
-    );
-    assert_eq!(
-        f.path_mut().apply(&state(), &local(), true).unwrap(),
-        Default::default()
-    );
+    assert_eq!(f.path_mut().apply(&state(), &local(), false).unwrap(), Default::default());
+    assert_eq!(f.path_mut().apply(&state(), &local(), true).unwrap(), Default::default());
     // A port edit writes the grant and nothing else.
     let mut edited = state();
-    edited.grants.insert(
-        (GroupKey(1), CLASS),
-        ports(&[range(Proto::Tcp, 8443, 8443, Via::Allow(Carry::Tls))]),
-    );
+    edited.grants.insert((GroupKey(1), CLASS), ports(&[range(Proto::Tcp, 8443, 8443, Via::Allow(Carry::Tls))]));
     let applied = f.path_mut().apply(&edited, &local(), false).unwrap();
     assert_eq!((applied.updated, applied.deleted), (1, 0));
     assert_eq!(egress(&f, &tcp(ISOLATED.0, OUTSIDE.0, 8443, true)), REDIRECT);
     drops(&f, &tcp(ISOLATED.0, OUTSIDE.0, 443, true), Reason::NotAllowed);
     // Everything goes but the facts.
-    f.path_mut()
-        .apply(&NodeState::default(), &Local::default(), false)
-        .unwrap();
+    f.path_mut().apply(&NodeState::default(), &Local::default(), false).unwrap();
     assert_eq!(egress(&f, &tcp(ISOLATED.0, STRANGER.0, 443, true)), NEXT);
     f.path_mut().apply(&state(), &local(), false).unwrap();
     assert_eq!(egress(&f, &tcp(ISOLATED.0, OUTSIDE.0, 443, true)), REDIRECT);
@@ -699,9 +538,7 @@ fn another_process_finds_everything_as_it_was() {
     assert_eq!((applied.updated, applied.deleted), (0, 0));
     // Port sets in use are not overwritten by new ones.
     let mut edited = state();
-    edited
-        .grants
-        .insert((GroupKey(2), CLASS), ports(&[range(Proto::Tcp, 1, 9, Via::Deny)]));
+    edited.grants.insert((GroupKey(2), CLASS), ports(&[range(Proto::Tcp, 1, 9, Via::Deny)]));
     f.path_mut().apply(&edited, &local(), false).unwrap();
     assert_eq!(egress(&f, &syn), REDIRECT);
     assert!(f.path().counters().unwrap().iter().any(|c| c.outcome == Outcome::Drop));
@@ -728,8 +565,7 @@ fn long_port_sets_and_too_long_ones() {
     assert!(f.path_mut().apply(&s, &local(), false).is_err());
     // Sets that come and go do not use the map up.
     for i in 1..200 {
-        s.grants
-            .insert((GroupKey(1), CLASS), ports(&[range(Proto::Tcp, i, i, Via::Deny)]));
+        s.grants.insert((GroupKey(1), CLASS), ports(&[range(Proto::Tcp, i, i, Via::Deny)]));
         if f.path_mut().apply(&s, &local(), false).is_err() {
             std::thread::sleep(Duration::from_millis(1_010));
             f.path_mut().apply(&s, &local(), false).unwrap();
@@ -743,13 +579,7 @@ fn events_are_limited_and_counts_are_not() {
     let mut f = world(Role::Node);
     let mut events = f.path_mut().events().unwrap();
     let frame = tcp(ISOLATED.0, STRANGER.0, 443, true);
-    let packet = TestPacket {
-        frame: &frame,
-        ifindex: 1,
-        ingress_ifindex: 0,
-        mark: 0,
-        repeat: 5_000,
-    };
+    let packet = TestPacket { frame: &frame, ifindex: 1, ingress_ifindex: 0, mark: 0, repeat: 5_000 };
     assert_eq!(f.path().test_run(Program::PodEgress, &packet).unwrap().code, SHOT);
     let mut seen = 0;
     while events.try_next().is_some() {

@@ -38,11 +38,7 @@ fn swap_macs(skb: &Skb) -> bool {
 #[inline(always)]
 pub fn too_big(skb: &Skb, v6: bool) -> i32 {
     let done = if v6 { too_big_v6(skb) } else { too_big_v4(skb) };
-    if done && swap_macs(skb) {
-        skb.redirect(skb.ifindex())
-    } else {
-        SHOT
-    }
+    if done && swap_macs(skb) { skb.redirect(skb.ifindex()) } else { SHOT }
 }
 
 #[inline(always)]
@@ -57,9 +53,7 @@ fn too_big_v4(skb: &Skb) -> bool {
     icmp[2] = check[0];
     icmp[3] = check[1];
     let o = &original;
-    let mut ip = [
-        0x45, 0, 0, 56, 0, 0, 0x40, 0, 64, 1, 0, 0, o[16], o[17], o[18], o[19], o[12], o[13], o[14], o[15],
-    ];
+    let mut ip = [0x45, 0, 0, 56, 0, 0, 0x40, 0, 64, 1, 0, 0, o[16], o[17], o[18], o[19], o[12], o[13], o[14], o[15]];
     let check = fold(sum(0, &ip));
     ip[10] = check[0];
     ip[11] = check[1];

@@ -81,11 +81,8 @@ fn steer(skb: &Skb, p: &Packet, owner: u32, tunnel: u32) -> i32 {
 #[inline(always)]
 fn too_large(skb: &Skb, p: &Packet) -> bool {
     let segment = skb.gso_size();
-    let length = if segment == 0 {
-        skb.len() - packet::ETH
-    } else {
-        p.l4 - packet::ETH + u32::from(p.l4_length) + segment
-    };
+    let length =
+        if segment == 0 { skb.len() - packet::ETH } else { p.l4 - packet::ETH + u32::from(p.l4_length) + segment };
     length > maps::tunnel_mtu()
 }
 

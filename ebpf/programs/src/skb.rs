@@ -53,10 +53,7 @@ impl Skb {
     pub fn new(context: &TcContext) -> Self {
         let ctx = context.skb.skb;
         // SAFETY: the context is valid for the run of the program.
-        Self {
-            ctx,
-            ifindex: unsafe { (*ctx).ifindex },
-        }
+        Self { ctx, ifindex: unsafe { (*ctx).ifindex } }
     }
 
     /// The device of the hook.
@@ -172,14 +169,7 @@ impl Skb {
     /// Gives the frame a tunnel key; the addresses' family is that of `remote`.
     #[inline(always)]
     pub fn set_tunnel(&self, vni: u32, remote: &Addr) -> bool {
-        let mut key = TunnelKey {
-            id: vni,
-            remote: [0; 4],
-            tos: 0,
-            ttl: 64,
-            ext: 0,
-            label: 0,
-        };
+        let mut key = TunnelKey { id: vni, remote: [0; 4], tos: 0, ttl: 64, ext: 0, label: 0 };
         let flags = if remote.is_v4() {
             key.remote[0] = u32::from_be(remote.0[3]);
             F_ZERO_CSUM_TX
@@ -201,14 +191,7 @@ impl Skb {
     /// The virtual network identifier and the outer source of a decapsulated frame.
     #[inline(always)]
     pub fn tunnel(&self, remote: &mut Addr) -> Option<u32> {
-        let mut key = TunnelKey {
-            id: 0,
-            remote: [0; 4],
-            tos: 0,
-            ttl: 0,
-            ext: 0,
-            label: 0,
-        };
+        let mut key = TunnelKey { id: 0, remote: [0; 4], tos: 0, ttl: 0, ext: 0, label: 0 };
         let p = (&raw mut key).cast::<bpf_tunnel_key>();
         let size = size_of::<TunnelKey>() as u32;
         // SAFETY: as above; the kernel refuses a family that is not the tunnel's.

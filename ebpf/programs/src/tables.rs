@@ -90,9 +90,7 @@ impl<const G: bool> Tables for Kernel<G> {
     }
     #[inline(always)]
     fn cluster(&self, key: &PrefixKey) -> bool {
-        maps::CLUSTER
-            .get(aya_ebpf::maps::lpm_trie::Key::new(PREFIX_BITS, *key))
-            .is_some()
+        maps::CLUSTER.get(aya_ebpf::maps::lpm_trie::Key::new(PREFIX_BITS, *key)).is_some()
     }
     #[inline(always)]
     fn cluster_dns(&self, key: &DnsKey) -> bool {
@@ -186,9 +184,7 @@ pub fn remember(key: &FlowKey, flags: u32, now: u32) -> bool {
     } else if maps::FLOW_COUNTS.insert(&key.pod, &1, u64::from(BPF_NOEXIST)).is_err() {
         return false;
     }
-    maps::FLOWS
-        .insert(key, &Flow { seen: now, flags }, u64::from(BPF_NOEXIST))
-        .is_ok()
+    maps::FLOWS.insert(key, &Flow { seen: now, flags }, u64::from(BPF_NOEXIST)).is_ok()
 }
 
 /// Counts one packet.

@@ -1,5 +1,6 @@
 //! Tables in memory, and packets made by etherparse.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
@@ -141,47 +142,21 @@ pub const UNTOUCHED: u32 = 8;
 
 /// Scope 1, groups 1 to 3, gateway 1, class 1 with grants, prefix sets 1 (admin) and 2 (own).
 pub fn world<const G: bool>() -> Memory<G> {
-    let mut m = Memory::<G> {
-        budget: 100,
-        ..Memory::default()
-    };
+    let mut m = Memory::<G> { budget: 100, ..Memory::default() };
     m.now_ns.set(u64::from(NOW) * 1_000_000_000);
     m.gateways.insert(1, m.now_ns.get());
     m.scopes.insert(1, Scope { owner: 1, pair: 0 });
     let pods = [
         (ISOLATED, 1, endpoint::TOUCHED | endpoint::ISOLATED, group::ISOLATED),
         (GUARDED, 2, endpoint::TOUCHED, 0),
-        (
-            AUDITED,
-            3,
-            endpoint::TOUCHED | endpoint::ISOLATED,
-            group::ISOLATED | group::AUDIT,
-        ),
+        (AUDITED, 3, endpoint::TOUCHED | endpoint::ISOLATED, group::ISOLATED | group::AUDIT),
     ];
     for ((v4, v6, ifindex), g, flags, group_flags) in pods {
         for ip in [v4, v6] {
-            m.endpoints.insert(
-                addr(ip),
-                Endpoint {
-                    scope: 1,
-                    group: g,
-                    node: 1,
-                    ifindex,
-                    mac: [0; 6],
-                    flags,
-                },
-            );
+            m.endpoints.insert(addr(ip), Endpoint { scope: 1, group: g, node: 1, ifindex, mac: [0; 6], flags });
         }
         m.interfaces.insert(ifindex, iface::ENDPOINT);
-        m.groups.insert(
-            g,
-            Group {
-                flags: group_flags,
-                admin: 1,
-                own: 2,
-                drain: 0,
-            },
-        );
+        m.groups.insert(g, Group { flags: group_flags, admin: 1, own: 2, drain: 0 });
         m.grants.insert((g, 1), 1);
     }
     m.interfaces.insert(UNTOUCHED, iface::UNTOUCHED);
@@ -190,14 +165,7 @@ pub fn world<const G: bool>() -> Memory<G> {
     m.nodes.insert(addr("192.0.2.1"));
     m.cluster_dns.insert((addr("10.244.1.53"), 5353));
     for ip in ["198.51.100.1", "2001:db8::1"] {
-        m.facts.insert(
-            (1, addr(ip)),
-            Fact {
-                class: 1,
-                expires: NOW + 60,
-                seen: 0,
-            },
-        );
+        m.facts.insert((1, addr(ip)), Fact { class: 1, expires: NOW + 60, seen: 0 });
     }
     m.portsets.insert(
         1,
@@ -227,33 +195,21 @@ pub fn tcp(source: &str, destination: &str, port: u16, syn: bool) -> Vec<u8> {
     header.syn = syn;
     header.ack = !syn;
     let mut out = Vec::new();
-    ends(source, destination)
-        .tcp_header(header)
-        .write(&mut out, &[])
-        .unwrap();
+    ends(source, destination).tcp_header(header).write(&mut out, &[]).unwrap();
     out
 }
 
 pub fn udp(source: &str, destination: &str, port: u16) -> Vec<u8> {
     let mut out = Vec::new();
-    ends(source, destination)
-        .udp(40_000, port)
-        .write(&mut out, b"payload")
-        .unwrap();
+    ends(source, destination).udp(40_000, port).write(&mut out, b"payload").unwrap();
     out
 }
 
 pub fn raw(source: &str, destination: &str, proto: u8, payload: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
     // The builder wants to fill extension headers itself, so the number is set afterwards.
-    ends(source, destination)
-        .write(&mut out, IpNumber(253), payload)
-        .unwrap();
-    let at = if ethertype(&out) == packet::IPV4 {
-        14 + 9
-    } else {
-        14 + 6
-    };
+    ends(source, destination).write(&mut out, IpNumber(253), payload).unwrap();
+    let at = if ethertype(&out) == packet::IPV4 { 14 + 9 } else { 14 + 6 };
     out[at] = proto;
     out
 }

@@ -1,6 +1,8 @@
 //! A datapath with pins of its own, removed when the test ends.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
+pub mod netns;
 pub mod packets;
 
 use std::path::PathBuf;
@@ -25,17 +27,12 @@ impl Fixture {
     pub fn new(role: Role) -> Self {
         preflight().expect("the machine can run kernel programs");
         let mut options = Options::new(role, pins());
-        options.capacities = Capacities {
-            endpoints: 64,
-            facts: 256,
-            grants: 64,
-            portsets: 64,
-            prefixes: 64,
-            flows: 256,
-        };
+        options.capacities =
+            Capacities { endpoints: 64, facts: 256, grants: 64, portsets: 64, prefixes: 64, flows: 256 };
         options.flows_per_endpoint = 8;
-        let datapath = Some(Datapath::load(&options).expect("it loads"));
-        Self { options, datapath }
+        let mut fixture = Self { options, datapath: None };
+        fixture.reload().expect("it loads");
+        fixture
     }
 
     pub fn path(&self) -> &Datapath {
@@ -46,17 +43,31 @@ impl Fixture {
         self.datapath.as_mut().expect("it is loaded")
     }
 
+    /// Where a map is pinned.
+    pub fn pin(&self, map: &str) -> PathBuf {
+        let mut layouts = std::fs::read_dir(&self.options.pins).unwrap();
+        layouts.next().unwrap().unwrap().path().join("maps").join(map)
+    }
+
+    /// Ends the process, as it were, and tries to start another one.
+    pub fn reload(&mut self) -> Result<(), tidegate_ebpf::Error> {
+        self.datapath = None;
+        self.datapath = Some(Datapath::load(&self.options)?);
+        Ok(())
+    }
+
     /// As when the process ends and another one starts.
     pub fn restart(&mut self) {
-        self.datapath = None;
-        self.datapath = Some(Datapath::load(&self.options).expect("it loads again"));
+        self.reload().expect("it loads again");
     }
 }
 
 impl Drop for Fixture {
     fn drop(&mut self) {
-        if let Some(datapath) = self.datapath.take() {
-            datapath.cleanup().expect("pins are removed");
+        match self.datapath.take() {
+            Some(datapath) => datapath.cleanup().expect("pins are removed"),
+            // It did not load; only maps can be pinned.
+            None => drop(std::fs::remove_dir_all(&self.options.pins)),
         }
     }
 }

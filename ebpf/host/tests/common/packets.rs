@@ -22,10 +22,7 @@ fn header(port: u16, syn: bool) -> TcpHeader {
 
 pub fn tcp(source: &str, destination: &str, port: u16, syn: bool) -> Vec<u8> {
     let mut out = Vec::new();
-    ends(source, destination)
-        .tcp_header(header(port, syn))
-        .write(&mut out, &[])
-        .unwrap();
+    ends(source, destination).tcp_header(header(port, syn)).write(&mut out, &[]).unwrap();
     out
 }
 
@@ -42,18 +39,13 @@ pub fn tcp_with(source: &str, destination: &str, port: u16, payload: &[u8]) -> V
 
 pub fn udp(source: &str, destination: &str, port: u16) -> Vec<u8> {
     let mut out = Vec::new();
-    ends(source, destination)
-        .udp(40_000, port)
-        .write(&mut out, b"payload")
-        .unwrap();
+    ends(source, destination).udp(40_000, port).write(&mut out, b"payload").unwrap();
     out
 }
 
 pub fn raw(source: &str, destination: &str, proto: u8, payload: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
-    ends(source, destination)
-        .write(&mut out, IpNumber(253), payload)
-        .unwrap();
+    ends(source, destination).write(&mut out, IpNumber(253), payload).unwrap();
     let at = if out[12..14] == [8, 0] { 14 + 9 } else { 14 + 6 };
     out[at] = proto;
     out
