@@ -56,10 +56,7 @@ fn families() -> (bool, bool) {
     let reaches = |from: SocketAddr, to: SocketAddr| UdpSocket::bind(from).and_then(|s| s.connect(to)).is_ok();
     // Documentation addresses (RFC 5737, RFC 3849).
     let v4 = reaches((Ipv4Addr::UNSPECIFIED, 0).into(), (Ipv4Addr::new(192, 0, 2, 1), 9).into());
-    let v6 = reaches(
-        (Ipv6Addr::UNSPECIFIED, 0).into(),
-        (Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1), 9).into(),
-    );
+    let v6 = reaches((Ipv6Addr::UNSPECIFIED, 0).into(), (Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1), 9).into());
     (v4, v6)
 }
 
@@ -377,7 +374,10 @@ pub fn run(path: &Path) -> Result<()> {
                     "problems": **problems.load(),
                 })
             };
-            Some(admin::serve(address, Admin { metrics, readiness: readiness.clone(), config: effective, status: Arc::new(status) })?)
+            Some(admin::serve(
+                address,
+                Admin { metrics, readiness: readiness.clone(), config: effective, status: Arc::new(status) },
+            )?)
         }
     };
 
@@ -386,10 +386,11 @@ pub fn run(path: &Path) -> Result<()> {
         let mut term = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
         let mut int = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
         let (end, ended) = tokio::sync::oneshot::channel::<()>();
-        let mut serve = std::pin::pin!(push::serve(config.control, &config.tls, Streams::new(to_core.clone()), async {
-            // The sender's end is the news.
-            let _ = ended.await;
-        }));
+        let mut serve =
+            std::pin::pin!(push::serve(config.control, &config.tls, Streams::new(to_core.clone()), async {
+                // The sender's end is the news.
+                let _ = ended.await;
+            }));
         drop(starting);
         tokio::select! {
             r = &mut serve => r.and_then(|()| Err(anyhow!("the control server ended"))),

@@ -265,8 +265,8 @@ impl Config {
     /// Reads and checks the file.
     pub fn load(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let config: Self =
-            serde_saphyr::from_str(&text).with_context(|| format!("{} is not a valid gateway configuration", path.display()))?;
+        let config: Self = serde_saphyr::from_str(&text)
+            .with_context(|| format!("{} is not a valid gateway configuration", path.display()))?;
         config.check().with_context(|| format!("{} is not a valid gateway configuration", path.display()))?;
         Ok(config)
     }
@@ -290,7 +290,10 @@ impl Config {
         for (i, r) in self.resolvers.iter().enumerate() {
             ensure!(!r.servers.is_empty(), "resolvers[{i}].servers: at least one");
         }
-        ensure!(self.cluster.node_ports.first <= self.cluster.node_ports.last, "cluster.nodePorts: first is above last");
+        ensure!(
+            self.cluster.node_ports.first <= self.cluster.node_ports.last,
+            "cluster.nodePorts: first is above last"
+        );
         ensure!((60..=86400).contains(&self.flow_idle_seconds), "flowIdleSeconds: 60 to 86400");
         ensure!(self.drain_seconds <= 3600, "drainSeconds: 0 to 3600");
         ensure!(self.dns.ttl_min_seconds <= self.dns.ttl_max_seconds, "dns.ttlMinSeconds is above dns.ttlMaxSeconds");
@@ -302,7 +305,8 @@ impl Config {
     /// The gateway that holds a pair, by the static order.
     pub fn owner(&self, pool: &str, ipv4: Option<Ipv4Addr>, ipv6: Option<Ipv6Addr>) -> Option<&Replica> {
         let pinned = self.owners.iter().find(|o| {
-            o.pool == pool && (o.ipv4.is_some() && o.ipv4 == ipv4 || o.ipv4.is_none() && o.ipv6.is_some() && o.ipv6 == ipv6)
+            o.pool == pool
+                && (o.ipv4.is_some() && o.ipv4 == ipv4 || o.ipv4.is_none() && o.ipv6.is_some() && o.ipv6 == ipv6)
         });
         if let Some(o) = pinned {
             return self.gateways.iter().find(|g| g.name == o.gateway);

@@ -127,16 +127,22 @@ pub enum ToCore {
 
 /// Dense ids of nodes and namespaces by name; ids are never used again.
 #[derive(Debug, Default)]
-pub struct Ids(RwLock<(AHashMap<Arc<str>, u32>, Vec<Arc<str>>)>);
+pub struct Ids(RwLock<IdTable>);
+
+#[derive(Debug, Default)]
+struct IdTable {
+    ids: AHashMap<Arc<str>, u32>,
+    names: Vec<Arc<str>>,
+}
 
 impl Ids {
     /// The id of a name, new if it was not known.
     pub fn id(&self, name: &str) -> u32 {
-        if let Some(id) = self.0.read().0.get(name) {
+        if let Some(id) = self.0.read().ids.get(name) {
             return *id;
         }
         let mut guard = self.0.write();
-        let (ids, names) = &mut *guard;
+        let IdTable { ids, names } = &mut *guard;
         if let Some(id) = ids.get(name) {
             return *id;
         }
@@ -150,7 +156,7 @@ impl Ids {
 
     /// The name of an id.
     fn name(&self, id: u32) -> Option<Arc<str>> {
-        self.0.read().1.get(id as usize).cloned()
+        self.0.read().names.get(id as usize).cloned()
     }
 }
 

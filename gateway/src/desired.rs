@@ -81,7 +81,10 @@ impl Desired {
         let next = u8::try_from(indices.len() + 1).ok();
         match next {
             Some(i) => drop(indices.insert(key, i)),
-            None => tracing::error!(pool, "more than 255 egress pairs since the start: restart this gateway to use new ones"),
+            None => tracing::error!(
+                pool,
+                "more than 255 egress pairs since the start: restart this gateway to use new ones"
+            ),
         }
         next
     }

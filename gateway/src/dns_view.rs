@@ -86,10 +86,7 @@ impl View for DnsView {
                 ech: d.facts.ech_allow,
                 extra_type: d.facts.dns_types.binary_search(&qtype).is_ok(),
                 wildcard: d.wildcard,
-                min_binding_secs: d
-                    .facts
-                    .min_binding
-                    .map_or(0, |m| u32::try_from(m.as_secs()).unwrap_or(u32::MAX)),
+                min_binding_secs: d.facts.min_binding.map_or(0, |m| u32::try_from(m.as_secs()).unwrap_or(u32::MAX)),
                 rule: d.rule,
             }),
             Answer::Resolve => NameDecision::Resolve { reason: d.reason, rule: d.rule },
@@ -145,8 +142,7 @@ impl Binder for CoreBinder {
             name,
             addresses: request.ips,
             ttl: Duration::from_secs(request.ttl_secs.into()),
-            min_binding: (request.min_binding_secs > 0)
-                .then(|| Duration::from_secs(request.min_binding_secs.into())),
+            min_binding: (request.min_binding_secs > 0).then(|| Duration::from_secs(request.min_binding_secs.into())),
             reply,
         };
         // A full queue is overload: fail closed, and at once.

@@ -71,7 +71,8 @@ fn tell(core: &Sender<ToCore>, message: ToCore) -> Result<(), Status> {
 fn node_of<T>(request: &Request<T>) -> Result<String, Status> {
     let certs = request.peer_certs().ok_or_else(|| Status::unauthenticated("a client certificate is required"))?;
     let leaf = certs.first().ok_or_else(|| Status::unauthenticated("a client certificate is required"))?;
-    node_in_certificate(leaf).ok_or_else(|| Status::permission_denied("the certificate names no node (SAN NODE.node.tidegate)"))
+    node_in_certificate(leaf)
+        .ok_or_else(|| Status::permission_denied("the certificate names no node (SAN NODE.node.tidegate)"))
 }
 
 fn node_in_certificate(der: &[u8]) -> Option<String> {
@@ -156,15 +157,14 @@ impl Control for Streams {
 
 /// Serves until `stop` resolves.
 pub async fn serve(address: SocketAddr, tls: &Tls, streams: Streams, stop: impl Future<Output = ()>) -> Result<()> {
-    let read = |path: &std::path::Path| {
-        std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
-    };
+    let read = |path: &std::path::Path| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
     let identity = Identity::from_pem(read(&tls.certificate)?, read(&tls.key)?);
     let config = ServerTlsConfig::new()
         .identity(identity)
         .client_ca_root(Certificate::from_pem(read(&tls.ca)?))
         .client_auth_optional(false);
-    let service = ControlServer::new(streams).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
+    let service =
+        ControlServer::new(streams).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
     Server::builder()
         .tls_config(config)
         .context("the certificates are not usable")?

@@ -63,9 +63,10 @@ impl RelayCheck {
         let mut others = Vec::new();
         if bound == Bound::Bound {
             let all = self.bindings.addresses_of(client.scope, name.as_str(), self.shared.now());
-            others.extend(all.into_iter().filter(|ip| {
-                *ip != to.ip() && group.connection(Some(name), *ip, Proto::Tcp, to.port()).allowed()
-            }));
+            others.extend(
+                all.into_iter()
+                    .filter(|ip| *ip != to.ip() && group.connection(Some(name), *ip, Proto::Tcp, to.port()).allowed()),
+            );
         }
         Judgement::Allow { name: Some(name.clone()), rule: decision.rule, others }
     }

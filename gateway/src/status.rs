@@ -11,8 +11,11 @@ const LIMIT: u64 = 16 << 20;
 
 /// Gets a path of an admin port: the HTTP status code and the body.
 fn get(admin: SocketAddr, path: &str) -> Result<(u16, String)> {
-    let mut stream = TcpStream::connect_timeout(&admin, Duration::from_secs(3))
-        .with_context(|| format!("cannot reach the admin port at {admin}: is the component running, and `admin` set in its configuration?"))?;
+    let mut stream = TcpStream::connect_timeout(&admin, Duration::from_secs(3)).with_context(|| {
+        format!(
+            "cannot reach the admin port at {admin}: is the component running, and `admin` set in its configuration?"
+        )
+    })?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
     // HTTP/1.0: one answer, not chunked, and the server closes.
     write!(stream, "GET {path} HTTP/1.0\r\nHost: tidegate\r\n\r\n").context("cannot ask the admin port")?;

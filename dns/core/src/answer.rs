@@ -171,16 +171,7 @@ fn record(m: &[u8], at: usize) -> Option<(Record, u16, usize)> {
     }
     // RFC 2181, section 8: a TTL with the top bit set is zero.
     let ttl = if ttl > i32::MAX as u32 { 0 } else { ttl };
-    Some((
-        Record {
-            owner,
-            rtype,
-            ttl,
-            rdata: (start, stop),
-        },
-        class,
-        stop,
-    ))
+    Some((Record { owner, rtype, ttl, rdata: (start, stop) }, class, stop))
 }
 
 /// DNSSEC and its kin, and DNAMEs whose synthesised aliases are there too: left out, whoever owns them.
@@ -244,21 +235,10 @@ pub fn check(sent: &[u8], m: &[u8], exact_case: bool, now: u64, ttl_max: u32) ->
     let end = name_end + 4;
     if be16(m, 4) != Some(1) {
         // A server that cannot parse EDNS may answer with the header alone.
-        return Err(if be16(m, 4) == Some(0) && code != 0 {
-            Code(code)
-        } else {
-            Mismatch
-        });
+        return Err(if be16(m, 4) == Some(0) && code != 0 { Code(code) } else { Mismatch });
     }
-    let (ours, theirs) = (
-        sent.get(HEADER..end).ok_or(Malformed)?,
-        m.get(HEADER..end).ok_or(Mismatch)?,
-    );
-    let same = if exact_case {
-        ours == theirs
-    } else {
-        ours.eq_ignore_ascii_case(theirs)
-    };
+    let (ours, theirs) = (sent.get(HEADER..end).ok_or(Malformed)?, m.get(HEADER..end).ok_or(Mismatch)?);
+    let same = if exact_case { ours == theirs } else { ours.eq_ignore_ascii_case(theirs) };
     if !same {
         return Err(Mismatch);
     }
@@ -332,8 +312,7 @@ pub fn check(sent: &[u8], m: &[u8], exact_case: bool, now: u64, ttl_max: u32) ->
     for r in records.iter().filter(|r| r.rtype == qtype && r.owner == owner) {
         kept.record(m, r).ok_or(Malformed)?;
     }
-    kept.finish(code, now, negative_ttl.unwrap_or(0).min(MAX_NEGATIVE), ttl_max)
-        .ok_or(TooLarge)
+    kept.finish(code, now, negative_ttl.unwrap_or(0).min(MAX_NEGATIVE), ttl_max).ok_or(TooLarge)
 }
 
 /// A [`Stored`] in the making.
@@ -354,15 +333,7 @@ impl Kept {
         data.extend_from_slice(&qtype.to_be_bytes());
         data.extend_from_slice(qname);
         let key = data.len();
-        Self {
-            data,
-            key,
-            qtype,
-            owner: [0xc0, HEADER as u8],
-            ttl: u32::MAX,
-            chain: 0,
-            records: 0,
-        }
+        Self { data, key, qtype, owner: [0xc0, HEADER as u8], ttl: u32::MAX, chain: 0, records: 0 }
     }
 
     /// Where the next record's RDATA will be in a reply, whose records carry a TTL that this form does not.
@@ -406,11 +377,8 @@ impl Kept {
             return None;
         }
         // NXDOMAIN with records contradicts itself: the records are what was asked for.
-        let (rcode, ttl) = if self.records == 0 {
-            (rcode, self.ttl.min(negative_ttl))
-        } else {
-            (rcode::NOERROR, self.ttl)
-        };
+        let (rcode, ttl) =
+            if self.records == 0 { (rcode, self.ttl.min(negative_ttl)) } else { (rcode::NOERROR, self.ttl) };
         Some(Stored {
             expires: now + 1000 * u64::from(ttl.min(ttl_max)),
             rcode,

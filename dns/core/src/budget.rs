@@ -18,10 +18,7 @@ pub struct BudgetLimits {
 
 impl Default for BudgetLimits {
     fn default() -> Self {
-        Self {
-            names: 600,
-            bytes: 32 * 1024,
-        }
+        Self { names: 600, bytes: 32 * 1024 }
     }
 }
 
@@ -52,11 +49,7 @@ impl Budget {
     /// Empty budgets. The seeds key the hash of hostile names.
     pub fn new(limits: BudgetLimits, seeds: [u64; 4]) -> Self {
         let hasher = RandomState::with_seeds(seeds[0], seeds[1], seeds[2], seeds[3]);
-        Self {
-            limits,
-            scopes: HashMap::with_hasher(hasher.clone()),
-            hasher,
-        }
+        Self { limits, scopes: HashMap::with_hasher(hasher.clone()), hasher }
     }
 
     /// Whether a scope may look `name` up; `now` in milliseconds. Names of this minute and the last one are free.
@@ -116,10 +109,7 @@ mod tests {
         assert!(!b.take(s, b"c", 2));
         assert!(b.take(t, b"c", 2), "another scope has its own");
         assert!(b.take(s, b"c", WINDOW));
-        assert!(
-            b.take(s, b"a", WINDOW) && b.take(s, b"b", WINDOW),
-            "names of the last minute are free"
-        );
+        assert!(b.take(s, b"a", WINDOW) && b.take(s, b"b", WINDOW), "names of the last minute are free");
         b.sweep(10 * WINDOW);
         assert!(b.scopes.is_empty());
     }

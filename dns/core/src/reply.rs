@@ -110,13 +110,7 @@ pub fn deny(query: &Query<'_>, code: u8, reason: Reason, out: &mut Vec<u8>) {
 /// Writes the reply to a request that is no valid query ([`wire::Parsed::Refuse`]).
 pub fn error(request: &[u8], code: u8, edns: bool, question: &[u8], out: &mut Vec<u8>) {
     out.clear();
-    header(
-        be16(request, 0).unwrap_or(0),
-        be16(request, 2).unwrap_or(0),
-        code,
-        question,
-        out,
-    );
+    header(be16(request, 0).unwrap_or(0), be16(request, 2).unwrap_or(0), code, question, out);
     if edns {
         write_opt(code >> 4, None, out);
     }

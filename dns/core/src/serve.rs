@@ -115,17 +115,7 @@ pub struct Go {
 impl Go {
     fn open(route: Route, verdict: Verdict, reason: Reason, rule: Option<RuleRef>) -> Self {
         let (bind, filter, ech) = (false, false, true);
-        Self {
-            route,
-            budget: false,
-            bind,
-            filter,
-            ech,
-            min_binding_secs: 0,
-            verdict,
-            reason,
-            rule,
-        }
+        Self { route, budget: false, bind, filter, ech, min_binding_secs: 0, verdict, reason, rule }
     }
 }
 
@@ -177,12 +167,7 @@ pub enum Served {
 }
 
 fn deny(code: u8, reason: Reason, rule: Option<RuleRef>) -> Outcome {
-    Outcome {
-        verdict: Verdict::Deny,
-        reason,
-        rule,
-        rcode: code,
-    }
+    Outcome { verdict: Verdict::Deny, reason, rule, rcode: code }
 }
 
 /// Applies the mode to a denial.
@@ -209,10 +194,7 @@ pub fn decide<V: View + ?Sized>(name: &str, qtype: u16, asker: &Asker, view: &V,
         return denied(asker, rcode::NXDOMAIN, Reason::EncryptedDns, None);
     }
     let enforced = asker.mode == AskMode::Enforced;
-    let base_type = matches!(
-        qtype,
-        rtype::A | rtype::AAAA | rtype::CNAME | rtype::HTTPS | rtype::SVCB
-    );
+    let base_type = matches!(qtype, rtype::A | rtype::AAAA | rtype::CNAME | rtype::HTTPS | rtype::SVCB);
     let lacking = qtype == rtype::A && !asker.v4 || qtype == rtype::AAAA && !asker.v6;
     match view.name(asker, name, qtype) {
         NameDecision::Deny { denial, reason, rule } => {
@@ -294,10 +276,7 @@ pub fn plan<V: View + ?Sized>(
         };
         match decide(as_str(&outside), query.qtype, asker, view, rules) {
             Decision::Deny(o) => {
-                return Err(Outcome {
-                    rcode: rcode::NOERROR,
-                    ..o
-                });
+                return Err(Outcome { rcode: rcode::NOERROR, ..o });
             }
             Decision::Go(g) => go = g,
         }
@@ -337,11 +316,7 @@ pub fn plan<V: View + ?Sized>(
     let keep = match query.qtype {
         rtype::A | rtype::AAAA => {
             // More than are ever sent may be looked at, so that filtered ones crowd no good one out.
-            stored
-                .rrset()
-                .take(2 * MAX_ADDRESSES)
-                .filter_map(|s| svcb::address(s.rdata))
-                .for_each(|ip| pass(ip, bind));
+            stored.rrset().take(2 * MAX_ADDRESSES).filter_map(|s| svcb::address(s.rdata)).for_each(|ip| pass(ip, bind));
             Keep::Listed
         }
         rtype::HTTPS | rtype::SVCB => {
@@ -359,18 +334,9 @@ pub fn plan<V: View + ?Sized>(
     };
     // Hints that were filtered only go; an address RRset with nothing left is the answer to the question.
     let emptied = keep == Keep::Listed && bind.is_empty();
-    let mut plan = Plan {
-        keep,
-        aliased,
-        bind: go.bind && !bind.is_empty(),
-        ..whole(go)
-    };
+    let mut plan = Plan { keep, aliased, bind: go.bind && !bind.is_empty(), ..whole(go) };
     if !go_on(&mut plan, asker, emptied, first_reason) {
-        return Err(deny(
-            rcode::NOERROR,
-            first_reason.unwrap_or(Reason::Rebinding),
-            plan.outcome.rule,
-        ));
+        return Err(deny(rcode::NOERROR, first_reason.unwrap_or(Reason::Rebinding), plan.outcome.rule));
     }
     if !plan.bind && keep != Keep::Listed {
         // Hints that do not bind do not stay.
@@ -403,12 +369,7 @@ fn whole(go: Go) -> Plan {
         lenient: false,
         min_binding_secs: go.min_binding_secs,
         aliased: false,
-        outcome: Outcome {
-            verdict: go.verdict,
-            reason: go.reason,
-            rule: go.rule,
-            rcode: rcode::NOERROR,
-        },
+        outcome: Outcome { verdict: go.verdict, reason: go.reason, rule: go.rule, rcode: rcode::NOERROR },
     }
 }
 
@@ -425,10 +386,7 @@ fn svcb_stays<V: View + ?Sized>(
 ) -> bool {
     let own = record.target == [0]
         || record.target.eq_ignore_ascii_case(query.wire_name())
-        || stored
-            .targets()
-            .last()
-            .is_some_and(|t| record.target.eq_ignore_ascii_case(t));
+        || stored.targets().last().is_some_and(|t| record.target.eq_ignore_ascii_case(t));
     if record.priority == 0 && !own {
         let target = text_of(record.target);
         return matches!(decide(as_str(&target), query.qtype, asker, view, rules), Decision::Go(g) if g.bind);
@@ -486,16 +444,8 @@ pub fn render(
         );
     }
     // Addresses take turns, so that the pods of a scope spread over them.
-    let turn = if address && stored.len() > 1 {
-        usize::from(query.id) % stored.len()
-    } else {
-        0
-    };
-    let turned = stored
-        .rrset()
-        .enumerate()
-        .skip(turn)
-        .chain(stored.rrset().enumerate().take(turn));
+    let turn = if address && stored.len() > 1 { usize::from(query.id) % stored.len() } else { 0 };
+    let turned = stored.rrset().enumerate().skip(turn).chain(stored.rrset().enumerate().take(turn));
     for (i, s) in turned {
         match plan.keep {
             Keep::All | Keep::Listed => {
@@ -533,15 +483,7 @@ pub fn render(
         reply::soa(out);
     }
     outcome.rcode = stored.rcode();
-    reply::opt(
-        query,
-        if outcome.verdict == Verdict::Deny {
-            outcome.reason
-        } else {
-            Reason::Allowed
-        },
-        out,
-    );
+    reply::opt(query, if outcome.verdict == Verdict::Deny { outcome.reason } else { Reason::Allowed }, out);
     outcome
 }
 
@@ -559,10 +501,7 @@ pub fn failure(reason: Reason, rule: Option<RuleRef>) -> Outcome {
 /// The hit path: answers what the policy denies, and what the store has and the
 /// asker's node holds. No allocation, no lock but for reading. `now` in
 /// milliseconds, `limit` in octets of the reply.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "a struct of them would be built for each query"
-)]
+#[expect(clippy::too_many_arguments, reason = "a struct of them would be built for each query")]
 pub fn serve<V: View + ?Sized, B: Binder>(
     query: &Query<'_>,
     asker: &Asker,

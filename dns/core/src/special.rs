@@ -97,34 +97,14 @@ mod tests {
     fn ranges() {
         let never = Special::Never(Reason::Rebinding);
         let metadata = Special::Never(Reason::Metadata);
-        for ip in [
-            "127.0.0.1",
-            "0.0.0.0",
-            "224.0.0.1",
-            "255.255.255.255",
-            "240.0.0.1",
-            "::1",
-            "::",
-            "ff02::1",
-        ] {
+        for ip in ["127.0.0.1", "0.0.0.0", "224.0.0.1", "255.255.255.255", "240.0.0.1", "::1", "::", "ff02::1"] {
             assert_eq!(of(ip), never, "{ip}");
         }
-        for ip in [
-            "::ffff:192.0.2.1",
-            "::ffff:10.0.0.1",
-            "::192.0.2.1",
-            "2002:7f00:1::",
-            "64:ff9b::127.0.0.1",
-        ] {
+        for ip in ["::ffff:192.0.2.1", "::ffff:10.0.0.1", "::192.0.2.1", "2002:7f00:1::", "64:ff9b::127.0.0.1"] {
             assert_eq!(of(ip), never, "{ip}");
         }
-        for ip in [
-            "169.254.169.254",
-            "168.63.129.16",
-            "fd00:ec2::254",
-            "64:ff9b::169.254.169.254",
-            "2002:a9fe:a9fe::1",
-        ] {
+        for ip in ["169.254.169.254", "168.63.129.16", "fd00:ec2::254", "64:ff9b::169.254.169.254", "2002:a9fe:a9fe::1"]
+        {
             assert_eq!(of(ip), metadata, "{ip}");
         }
         // Teredo stores the client's address inverted: 169.254.169.254 is 5601:5601.

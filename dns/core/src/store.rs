@@ -23,10 +23,7 @@ pub struct StoreLimits {
 
 impl Default for StoreLimits {
     fn default() -> Self {
-        Self {
-            answers: 16_384,
-            bytes: 8 << 20,
-        }
+        Self { answers: 16_384, bytes: 8 << 20 }
     }
 }
 
@@ -62,10 +59,7 @@ struct Half {
 
 impl Half {
     fn new(hasher: &RandomState) -> Self {
-        Self {
-            set: HashSet::with_hasher(hasher.clone()),
-            bytes: 0,
-        }
+        Self { set: HashSet::with_hasher(hasher.clone()), bytes: 0 }
     }
 
     fn take(&mut self, key: &[u8]) {
@@ -95,11 +89,7 @@ impl Store {
     /// An empty store. The seeds key the hash of hostile names.
     pub fn new(limits: StoreLimits, seeds: [u64; 4]) -> Self {
         let hasher = RandomState::with_seeds(seeds[0], seeds[1], seeds[2], seeds[3]);
-        Self {
-            limits,
-            scopes: RwLock::new(HashMap::with_hasher(hasher.clone())),
-            hasher,
-        }
+        Self { limits, scopes: RwLock::new(HashMap::with_hasher(hasher.clone())), hasher }
     }
 
     /// The answer that a scope has for a key, if it has not expired at `now` (milliseconds).
@@ -117,12 +107,7 @@ impl Store {
             scopes.get(&scope).map(Arc::clone)
         };
         let cell = cell.unwrap_or_else(|| {
-            let new = || {
-                Arc::new(RwLock::new(Scope {
-                    young: Half::new(&self.hasher),
-                    old: Half::new(&self.hasher),
-                }))
-            };
+            let new = || Arc::new(RwLock::new(Scope { young: Half::new(&self.hasher), old: Half::new(&self.hasher) }));
             Arc::clone(self.scopes.write().entry(scope).or_insert_with(new))
         });
         let mut dropped = None;

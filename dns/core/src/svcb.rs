@@ -55,11 +55,7 @@ impl<'a> Svcb<'a> {
             last = Some(key);
             rest = &rest[4 + value.len()..];
         }
-        Some(Self {
-            priority,
-            target,
-            params,
-        })
+        Some(Self { priority, target, params })
     }
 
     fn params(&self) -> impl Iterator<Item = (u16, &'a [u8])> + use<'a> {
@@ -127,13 +123,8 @@ impl<'a> Svcb<'a> {
             }
         }
         if !mandatory.is_empty() {
-            let written = Svcb {
-                params: &out[start + 2 + self.target.len()..],
-                ..*self
-            };
-            let complete = mandatory
-                .chunks_exact(2)
-                .all(|m| written.params().any(|(k, _)| Some(k) == be16(m, 0)));
+            let written = Svcb { params: &out[start + 2 + self.target.len()..], ..*self };
+            let complete = mandatory.chunks_exact(2).all(|m| written.params().any(|(k, _)| Some(k) == be16(m, 0)));
             if !complete {
                 out.truncate(start);
                 return false;
@@ -169,12 +160,7 @@ mod tests {
 
     #[test]
     fn ech_and_unbound_hints_go() {
-        let r = rdata(&[
-            (1, b"\x02h2"),
-            (4, &[192, 0, 2, 1, 192, 0, 2, 2]),
-            (5, b"secret"),
-            (6, &[1; 16]),
-        ]);
+        let r = rdata(&[(1, b"\x02h2"), (4, &[192, 0, 2, 1, 192, 0, 2, 2]), (5, b"secret"), (6, &[1; 16])]);
         let s = Svcb::parse(&r).unwrap();
         assert_eq!(s.hints().count(), 3);
         let mut out = vec![9];

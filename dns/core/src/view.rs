@@ -132,11 +132,9 @@ pub trait View: Send + Sync + 'static {
     /// It need not be allowed: the question's name is what rules match.
     fn chain(&self, asker: &Asker, owner: &str, qtype: u16) -> Option<(Reason, Option<RuleRef>)> {
         match self.name(asker, owner, qtype) {
-            NameDecision::Deny {
-                reason: reason @ (Reason::DeniedByPolicy | Reason::EncryptedDns),
-                rule,
-                ..
-            } => Some((reason, rule)),
+            NameDecision::Deny { reason: reason @ (Reason::DeniedByPolicy | Reason::EncryptedDns), rule, .. } => {
+                Some((reason, rule))
+            }
             _ => None,
         }
     }

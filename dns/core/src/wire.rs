@@ -139,8 +139,7 @@ impl<'a> Query<'a> {
 
     /// The largest reply over UDP, in octets.
     pub fn udp_limit(&self) -> usize {
-        self.edns
-            .map_or(PLAIN_UDP, |e| usize::from(e.udp_size).clamp(PLAIN_UDP, MAX_UDP))
+        self.edns.map_or(PLAIN_UDP, |e| usize::from(e.udp_size).clamp(PLAIN_UDP, MAX_UDP))
     }
 }
 
@@ -275,11 +274,7 @@ pub fn parse(bytes: &[u8]) -> Parsed<'_> {
     if bytes.len() < HEADER || flags & FLAG_QR != 0 {
         return Parsed::Drop;
     }
-    let refuse = |rcode, question| Parsed::Refuse {
-        rcode,
-        edns: false,
-        question,
-    };
+    let refuse = |rcode, question| Parsed::Refuse { rcode, edns: false, question };
     if flags & OPCODE != 0 {
         return refuse(rcode::NOTIMP, &[]);
     }
@@ -297,34 +292,18 @@ pub fn parse(bytes: &[u8]) -> Parsed<'_> {
     let edns = match parse_opt(bytes, name_end + 4, additional) {
         Ok(edns) => edns,
         Err(rcode) => {
-            return Parsed::Refuse {
-                rcode,
-                edns: rcode == rcode::BADVERS,
-                question,
-            };
+            return Parsed::Refuse { rcode, edns: rcode == rcode::BADVERS, question };
         }
     };
     if qclass != CLASS_IN {
-        return Parsed::Refuse {
-            rcode: rcode::REFUSED,
-            edns: edns.is_some(),
-            question,
-        };
+        return Parsed::Refuse { rcode: rcode::REFUSED, edns: edns.is_some(), question };
     }
     let wire = &bytes[HEADER..name_end];
     let mut key = Key::new();
     key.extend_from_slice(&qtype.to_be_bytes());
     // Length octets are at most 63, so lower-casing leaves them alone.
     key.extend(wire.iter().map(u8::to_ascii_lowercase));
-    Parsed::Query(Query {
-        id,
-        flags,
-        question,
-        qtype,
-        edns,
-        text: text_of(wire),
-        key,
-    })
+    Parsed::Query(Query { id, flags, question, qtype, edns, text: text_of(wire), key })
 }
 
 /// Reads the additional section: at most one OPT; other records (TSIG, SIG(0)) are stepped over.
@@ -337,12 +316,9 @@ fn parse_opt(bytes: &[u8], mut at: usize, count: u16) -> Result<Option<Edns>, u8
     for _ in 0..count {
         let root = bytes.get(at) == Some(&0);
         let end = plain_name_end(bytes, at).ok_or(rcode::FORMERR)?;
-        let (Some(rtype), Some(class), Some(ttl), Some(len)) = (
-            be16(bytes, end),
-            be16(bytes, end + 2),
-            be32(bytes, end + 4),
-            be16(bytes, end + 8),
-        ) else {
+        let (Some(rtype), Some(class), Some(ttl), Some(len)) =
+            (be16(bytes, end), be16(bytes, end + 2), be32(bytes, end + 4), be16(bytes, end + 8))
+        else {
             return Err(rcode::FORMERR);
         };
         at = end + 10 + usize::from(len);
@@ -359,22 +335,14 @@ fn parse_opt(bytes: &[u8], mut at: usize, count: u16) -> Result<Option<Edns>, u8
             edns = Some(Edns { udp_size: class });
         }
     }
-    if at == bytes.len() {
-        Ok(edns)
-    } else {
-        Err(rcode::FORMERR)
-    }
+    if at == bytes.len() { Ok(edns) } else { Err(rcode::FORMERR) }
 }
 
 /// Builds a question section (name, type, class IN) from canonical text; `None` if it is not a name.
 /// The root is `.` or empty.
 pub fn question(name: &str, qtype: u16) -> Option<Vec<u8>> {
     let mut out = Vec::with_capacity(name.len() + 6);
-    for label in name
-        .trim_end_matches('.')
-        .split('.')
-        .filter(|_| name != "." && !name.is_empty())
-    {
+    for label in name.trim_end_matches('.').split('.').filter(|_| name != "." && !name.is_empty()) {
         if label.is_empty() || label.len() > 63 {
             return None;
         }
@@ -452,11 +420,7 @@ mod tests {
         m[HEADER] = 0xc0;
         assert_eq!(refused(&m), Some(rcode::FORMERR), "a pointer in the question");
         assert_eq!(refused(&query("a", &[OPT, OPT].concat(), 2)), Some(rcode::FORMERR));
-        assert_eq!(
-            refused(&query("a", &[1], 0)),
-            Some(rcode::FORMERR),
-            "bytes after the end"
-        );
+        assert_eq!(refused(&query("a", &[1], 0)), Some(rcode::FORMERR), "bytes after the end");
         let mut opt = OPT;
         opt[6] = 1;
         assert_eq!(refused(&query("a", &opt, 1)), Some(rcode::BADVERS));

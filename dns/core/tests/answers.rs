@@ -26,11 +26,7 @@ fn the_query_says_nothing_about_the_client() {
     assert_eq!(p.edns.unwrap().udp_size, 1232);
     assert_eq!(q[2..4], [1, 0], "RD, and neither AD nor CD");
     assert_eq!(q[q.len() - 2..], [0, 0], "no options");
-    assert_ne!(
-        &q[12..29],
-        &question("api.example.com", 28).unwrap()[..17],
-        "0x20 casing"
-    );
+    assert_ne!(&q[12..29], &question("api.example.com", 28).unwrap()[..17], "0x20 casing");
     assert!(p.question()[..17].eq_ignore_ascii_case(&question("api.example.com", 28).unwrap()[..17]));
 }
 
@@ -40,10 +36,7 @@ fn a_good_answer_keeps_its_shortest_ttl() {
         "www.example.com",
         1,
         0,
-        &[
-            cname("www.example.com", 60, "cdn.example.net"),
-            a("cdn.example.net", 300, [192, 0, 2, 1]),
-        ],
+        &[cname("www.example.com", 60, "cdn.example.net"), a("cdn.example.net", 300, [192, 0, 2, 1])],
     );
     let s = s.unwrap();
     assert_eq!((s.chain_len(), s.len(), s.rcode()), (1, 1, 0));
@@ -51,19 +44,9 @@ fn a_good_answer_keeps_its_shortest_ttl() {
     assert_eq!(s.ttl(1000 + 3), Some(60), "to the nearest second");
     assert_eq!(s.ttl(1000 + 59_600), Some(0));
     assert_eq!(s.ttl(1000 + 60_000), None);
-    assert_eq!(
-        checked("a.example", 1, 0, &[a("a.example", 90_000, [192, 0, 2, 1])])
-            .unwrap()
-            .ttl(1000),
-        Some(HOUR)
-    );
+    assert_eq!(checked("a.example", 1, 0, &[a("a.example", 90_000, [192, 0, 2, 1])]).unwrap().ttl(1000), Some(HOUR));
     // RFC 2181, section 8.
-    assert_eq!(
-        checked("a.example", 1, 0, &[a("a.example", 1 << 31, [192, 0, 2, 1])])
-            .unwrap()
-            .ttl(1000),
-        None
-    );
+    assert_eq!(checked("a.example", 1, 0, &[a("a.example", 1 << 31, [192, 0, 2, 1])]).unwrap().ttl(1000), None);
 }
 
 #[test]
@@ -72,11 +55,7 @@ fn the_order_of_records_does_not_matter() {
         "w.example",
         1,
         0,
-        &[
-            a("y.example", 9, [1, 2, 3, 4]),
-            cname("x.example", 9, "y.example"),
-            cname("w.example", 9, "x.example"),
-        ],
+        &[a("y.example", 9, [1, 2, 3, 4]), cname("x.example", 9, "y.example"), cname("w.example", 9, "x.example")],
     );
     assert_eq!(s.unwrap().chain_len(), 2);
 }
@@ -93,20 +72,13 @@ fn foreign_owners_spoil_the_answer() {
 #[test]
 fn chains_are_bounded() {
     let chain = |n: usize| -> Vec<Rr> {
-        let mut v: Vec<Rr> = (0..n)
-            .map(|i| cname(&format!("n{i}.example"), 9, &format!("n{}.example", i + 1)))
-            .collect();
+        let mut v: Vec<Rr> =
+            (0..n).map(|i| cname(&format!("n{i}.example"), 9, &format!("n{}.example", i + 1))).collect();
         v.push(a(&format!("n{n}.example"), 9, [192, 0, 2, 1]));
         v
     };
-    assert_eq!(
-        checked("n0.example", 1, 0, &chain(MAX_CHAIN)).unwrap().chain_len(),
-        MAX_CHAIN
-    );
-    assert_eq!(
-        checked("n0.example", 1, 0, &chain(MAX_CHAIN + 1)).unwrap_err(),
-        AnswerError::Chain
-    );
+    assert_eq!(checked("n0.example", 1, 0, &chain(MAX_CHAIN)).unwrap().chain_len(), MAX_CHAIN);
+    assert_eq!(checked("n0.example", 1, 0, &chain(MAX_CHAIN + 1)).unwrap_err(), AnswerError::Chain);
     let lp = [cname("a.example", 9, "b.example"), cname("b.example", 9, "a.example")];
     assert_eq!(checked("a.example", 1, 0, &lp).unwrap_err(), AnswerError::Chain);
     let two = [cname("a.example", 9, "b.example"), cname("a.example", 9, "c.example")];
@@ -133,14 +105,8 @@ fn what_is_not_the_answer_is_refused() {
     let mut cased = good.clone();
     cased[13] ^= 0x20;
     assert!(check(&q, &cased, false, 0, HOUR).is_ok(), "TCP needs no casing");
-    let chaos = Rr {
-        class: 3,
-        ..a("a.example", 9, [192, 0, 2, 1])
-    };
-    assert_eq!(
-        checked("a.example", 1, 0, &[chaos]).unwrap_err(),
-        AnswerError::Malformed
-    );
+    let chaos = Rr { class: 3, ..a("a.example", 9, [192, 0, 2, 1]) };
+    assert_eq!(checked("a.example", 1, 0, &[chaos]).unwrap_err(), AnswerError::Malformed);
     assert_eq!(
         checked("a.example", 1, 0, &[rr("a.example", 1, 9, vec![1, 2, 3])]).unwrap_err(),
         AnswerError::Malformed
@@ -153,11 +119,7 @@ fn signatures_are_left_out() {
         "a.example",
         1,
         0,
-        &[
-            a("a.example", 9, [192, 0, 2, 1]),
-            rr("a.example", 46, 1, vec![0; 40]),
-            rr("example", 47, 1, vec![0]),
-        ],
+        &[a("a.example", 9, [192, 0, 2, 1]), rr("a.example", 46, 1, vec![0; 40]), rr("example", 47, 1, vec![0])],
     );
     let s = s.unwrap();
     assert_eq!((s.len(), s.ttl(1000)), (1, Some(9)));
@@ -186,17 +148,12 @@ fn compressed_rdata_is_kept_uncompressed() {
     // MX whose exchange points back into the question.
     let mut m = answer(&q, 0, &[], &[]);
     m[7] = 1;
-    m.extend([
-        0xc0, 12, 0, 15, 0, 1, 0, 0, 0, 60, 0, 9, 0, 10, 4, b'm', b'a', b'i', b'l', 0xc0, 12,
-    ]);
+    m.extend([0xc0, 12, 0, 15, 0, 1, 0, 0, 0, 60, 0, 9, 0, 10, 4, b'm', b'a', b'i', b'l', 0xc0, 12]);
     let s = check(&q, &m, true, 0, HOUR).unwrap();
     assert!(s.size() > 60);
     let s = format!("{s:?}");
     // The name follows in full: example, com.
-    assert!(
-        s.contains("4, 109, 97, 105, 108, 7, 101, 120, 97, 109, 112, 108, 101, 3, 99, 111, 109, 0"),
-        "{s}"
-    );
+    assert!(s.contains("4, 109, 97, 105, 108, 7, 101, 120, 97, 109, 112, 108, 101, 3, 99, 111, 109, 0"), "{s}");
 }
 
 proptest! {

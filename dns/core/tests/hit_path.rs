@@ -54,15 +54,7 @@ struct Bench {
 impl Bench {
     fn new(view: Table, mode: AskMode) -> Self {
         let store = Store::new(StoreLimits::default(), [1, 2, 3, 4]);
-        Self {
-            store,
-            view,
-            asker: asker(mode),
-            scratch: Scratch::new(),
-            now: 1000,
-            holds: true,
-            udp: true,
-        }
+        Self { store, view, asker: asker(mode), scratch: Scratch::new(), now: 1000, holds: true, udp: true }
     }
 
     fn learn(&mut self, n: &str, qtype: u16, rcode: u8, rrs: &[Rr]) {
@@ -77,17 +69,7 @@ impl Bench {
         let limit = if self.udp { q.udp_limit() } else { 65_535 };
         let holds = Holds(self.holds);
         let r = rules();
-        match serve(
-            &q,
-            &self.asker,
-            &self.view,
-            &holds,
-            &self.store,
-            &r,
-            self.now,
-            limit,
-            &mut self.scratch,
-        ) {
+        match serve(&q, &self.asker, &self.view, &holds, &self.store, &r, self.now, limit, &mut self.scratch) {
             Served::Reply { outcome, .. } => Some(outcome),
             Served::Miss => None,
         }
@@ -146,12 +128,7 @@ fn an_allowed_name_is_answered_with_its_chain_and_what_is_left_of_the_ttl() {
 #[test]
 fn addresses_take_turns() {
     let mut b = Bench::new(Table::allowing(&["a.example"]), AskMode::Enforced);
-    b.learn(
-        "a.example",
-        1,
-        0,
-        &[a("a.example", 60, [192, 0, 2, 1]), a("a.example", 60, [192, 0, 2, 2])],
-    );
+    b.learn("a.example", 1, 0, &[a("a.example", 60, [192, 0, 2, 1]), a("a.example", 60, [192, 0, 2, 2])]);
     let mut first = |id| {
         b.serve(&query("a.example", 1, id, None)).unwrap();
         b.scratch.sent[0]
@@ -165,10 +142,7 @@ fn nothing_is_sent_before_it_stands() {
     b.learn("a.example", 1, 0, &[a("a.example", 60, [192, 0, 2, 1])]);
     b.holds = false;
     assert!(b.ask("a.example", 1).is_none());
-    b.view.default = Some(NameDecision::Resolve {
-        reason: Reason::Allowed,
-        rule: None,
-    });
+    b.view.default = Some(NameDecision::Resolve { reason: Reason::Allowed, rule: None });
     b.learn("open.example", 1, 0, &[a("open.example", 60, [192, 0, 2, 1])]);
     assert!(b.ask("open.example", 1).is_some(), "what does not bind need not stand");
 }
@@ -189,24 +163,13 @@ fn denials_say_what_the_policy_says() {
 
 #[test]
 fn encrypted_resolvers_and_canary_are_denied_even_below_a_star() {
-    let view = Table {
-        default: Some(NameDecision::Allow(allow())),
-        ..Table::default()
-    };
+    let view = Table { default: Some(NameDecision::Allow(allow())), ..Table::default() };
     let mut b = Bench::new(view, AskMode::Enforced);
     for n in ["dns.google", "x1.dns.nextdns.io", "use-application-dns.net"] {
         assert_eq!(b.denied(n, 1), (Reason::EncryptedDns, 3), "{n}");
     }
     assert_eq!(b.denied("_dns.resolver.arpa", 64), (Reason::EncryptedDns, 0));
-    b.learn(
-        "cdn.example",
-        1,
-        0,
-        &[
-            cname("cdn.example", 9, "dns.google"),
-            a("dns.google", 9, [192, 0, 2, 8]),
-        ],
-    );
+    b.learn("cdn.example", 1, 0, &[cname("cdn.example", 9, "dns.google"), a("dns.google", 9, [192, 0, 2, 8])]);
     assert_eq!(b.denied("cdn.example", 1), (Reason::EncryptedDns, 0), "behind an alias");
     b.learn("ip.example", 1, 0, &[a("ip.example", 9, [8, 8, 8, 8])]);
     assert_eq!(b.denied("ip.example", 1), (Reason::EncryptedDns, 0), "by address");
@@ -216,45 +179,18 @@ fn encrypted_resolvers_and_canary_are_denied_even_below_a_star() {
 fn a_deny_holds_behind_an_alias() {
     let view = Table::allowing(&["a.example"]).with("bad.example", deny(Denial::NxDomain, Reason::DeniedByPolicy));
     let mut b = Bench::new(view, AskMode::Enforced);
-    b.learn(
-        "a.example",
-        1,
-        0,
-        &[
-            cname("a.example", 9, "bad.example"),
-            a("bad.example", 9, [192, 0, 2, 1]),
-        ],
-    );
+    b.learn("a.example", 1, 0, &[cname("a.example", 9, "bad.example"), a("bad.example", 9, [192, 0, 2, 1])]);
     assert_eq!(b.denied("a.example", 1), (Reason::DeniedByPolicy, 0));
-    b.learn(
-        "a.example",
-        1,
-        0,
-        &[
-            cname("a.example", 9, "unlisted.example"),
-            a("unlisted.example", 9, [192, 0, 2, 1]),
-        ],
-    );
-    assert_eq!(
-        b.ask("a.example", 1).unwrap().0.reason,
-        Reason::Allowed,
-        "an alias need not be allowed"
-    );
+    b.learn("a.example", 1, 0, &[cname("a.example", 9, "unlisted.example"), a("unlisted.example", 9, [192, 0, 2, 1])]);
+    assert_eq!(b.ask("a.example", 1).unwrap().0.reason, Reason::Allowed, "an alias need not be allowed");
 }
 
 #[test]
 fn the_rebinding_filter_leaves_what_is_public() {
     let mut b = Bench::new(Table::allowing(&["a.example", "b.example"]), AskMode::Enforced);
-    b.view
-        .addresses
-        .insert("10.20.0.9".parse().unwrap(), AddressDecision::Accept);
-    b.view
-        .addresses
-        .insert("127.0.0.9".parse().unwrap(), AddressDecision::Accept);
-    b.view.addresses.insert(
-        "192.0.2.66".parse().unwrap(),
-        AddressDecision::Filter(Reason::Rebinding),
-    );
+    b.view.addresses.insert("10.20.0.9".parse().unwrap(), AddressDecision::Accept);
+    b.view.addresses.insert("127.0.0.9".parse().unwrap(), AddressDecision::Accept);
+    b.view.addresses.insert("192.0.2.66".parse().unwrap(), AddressDecision::Filter(Reason::Rebinding));
     let all = [
         [10, 0, 0, 1],
         [192, 0, 2, 1],
@@ -266,22 +202,10 @@ fn the_rebinding_filter_leaves_what_is_public() {
     ];
     b.learn("a.example", 1, 0, &all.map(|ip| a("a.example", 60, ip)));
     let (_, m) = b.ask("a.example", 1).unwrap();
-    assert_eq!(
-        ips(&m),
-        ["192.0.2.1".parse::<IpAddr>().unwrap(), "10.20.0.9".parse().unwrap()]
-    );
+    assert_eq!(ips(&m), ["192.0.2.1".parse::<IpAddr>().unwrap(), "10.20.0.9".parse().unwrap()]);
     b.learn("b.example", 1, 0, &[a("b.example", 60, [10, 0, 0, 1])]);
     assert_eq!(b.denied("b.example", 1), (Reason::Rebinding, 0));
-    b.learn(
-        "b.example",
-        28,
-        0,
-        &[aaaa(
-            "b.example",
-            60,
-            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 192, 0, 2, 1],
-        )],
-    );
+    b.learn("b.example", 28, 0, &[aaaa("b.example", 60, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 192, 0, 2, 1])]);
     assert_eq!(b.denied("b.example", 28), (Reason::Rebinding, 0));
 }
 
@@ -300,35 +224,23 @@ fn audit_resolves_everything_and_says_what_it_would_do() {
     b.holds = false;
     b.learn("evil.example", 1, 0, &[a("evil.example", 60, [10, 0, 0, 1])]);
     let (o, m) = b.ask("evil.example", 1).unwrap();
-    assert_eq!(
-        (o.verdict, o.reason, ips(&m).len()),
-        (Verdict::Audit, Reason::NameNotAllowed, 1)
-    );
+    assert_eq!((o.verdict, o.reason, ips(&m).len()), (Verdict::Audit, Reason::NameNotAllowed, 1));
     b.learn("dns.google", 1, 0, &[a("dns.google", 60, [8, 8, 8, 8])]);
     assert_eq!(b.ask("dns.google", 1).unwrap().0.reason, Reason::EncryptedDns);
     b.learn("ok.example", 16, 0, &[rr("ok.example", 16, 60, b"\x02hi".to_vec())]);
     assert_eq!(b.ask("ok.example", 16).unwrap().0.reason, Reason::DnsType);
     b.learn("ok.example", 1, 0, &[a("ok.example", 60, [10, 0, 0, 1])]);
     let (o, m) = b.ask("ok.example", 1).unwrap();
-    assert_eq!(
-        (o.verdict, o.reason, ips(&m).len()),
-        (Verdict::Audit, Reason::Rebinding, 1)
-    );
+    assert_eq!((o.verdict, o.reason, ips(&m).len()), (Verdict::Audit, Reason::Rebinding, 1));
     b.learn("ok.example", 1, 0, &[a("ok.example", 60, [192, 0, 2, 1])]);
     assert!(b.ask("ok.example", 1).is_none(), "an allowed name binds in audit too");
 }
 
 #[test]
 fn guarded_pods_only_meet_denies() {
-    let open = NameDecision::Resolve {
-        reason: Reason::Allowed,
-        rule: None,
-    };
-    let view = Table {
-        default: Some(open),
-        ..Table::default()
-    }
-    .with("bad.example", deny(Denial::NxDomain, Reason::DeniedByPolicy));
+    let open = NameDecision::Resolve { reason: Reason::Allowed, rule: None };
+    let view = Table { default: Some(open), ..Table::default() }
+        .with("bad.example", deny(Denial::NxDomain, Reason::DeniedByPolicy));
     let mut b = Bench::new(view, AskMode::Guarded);
     b.holds = false;
     b.asker.v4 = false;
@@ -341,24 +253,10 @@ fn guarded_pods_only_meet_denies() {
 
 #[test]
 fn open_filter_resolves_without_binding() {
-    let open = NameDecision::Resolve {
-        reason: Reason::Allowed,
-        rule: None,
-    };
-    let mut b = Bench::new(
-        Table {
-            default: Some(open),
-            ..Table::default()
-        },
-        AskMode::Enforced,
-    );
+    let open = NameDecision::Resolve { reason: Reason::Allowed, rule: None };
+    let mut b = Bench::new(Table { default: Some(open), ..Table::default() }, AskMode::Enforced);
     b.holds = false;
-    b.learn(
-        "a.example",
-        1,
-        0,
-        &[a("a.example", 60, [192, 0, 2, 1]), a("a.example", 60, [10, 0, 0, 1])],
-    );
+    b.learn("a.example", 1, 0, &[a("a.example", 60, [192, 0, 2, 1]), a("a.example", 60, [10, 0, 0, 1])]);
     assert_eq!(ips(&b.ask("a.example", 1).unwrap().1).len(), 1);
     assert_eq!(b.denied("a.example", 16), (Reason::DnsType, 0));
 }
@@ -370,29 +268,18 @@ fn cluster_answers_pass_unless_they_lead_out() {
     let svc = "web.shop.svc.cluster.local";
     b.learn(svc, 1, 0, &[a(svc, 5, [10, 96, 0, 7])]);
     assert_eq!(ips(&b.ask(svc, 1).unwrap().1).len(), 1);
-    let many: Vec<Rr> = (0..100)
-        .map(|i| a("pods.shop.svc.cluster.local", 5, [10, 244, 0, i]))
-        .collect();
+    let many: Vec<Rr> = (0..100).map(|i| a("pods.shop.svc.cluster.local", 5, [10, 244, 0, i])).collect();
     b.learn("pods.shop.svc.cluster.local", 1, 0, &many);
     b.udp = false;
     assert_eq!(ips(&b.ask("pods.shop.svc.cluster.local", 1).unwrap().1).len(), 100);
     let ext = "ext.shop.svc.cluster.local";
-    b.learn(
-        ext,
-        1,
-        0,
-        &[cname(ext, 5, "evil.example"), a("evil.example", 5, [192, 0, 2, 1])],
-    );
+    b.learn(ext, 1, 0, &[cname(ext, 5, "evil.example"), a("evil.example", 5, [192, 0, 2, 1])]);
     assert_eq!(b.denied(ext, 1), (Reason::NameNotAllowed, 0));
     b.learn(
         ext,
         1,
         0,
-        &[
-            cname(ext, 5, "ok.example"),
-            a("ok.example", 5, [192, 0, 2, 1]),
-            a("ok.example", 5, [10, 0, 0, 1]),
-        ],
+        &[cname(ext, 5, "ok.example"), a("ok.example", 5, [192, 0, 2, 1]), a("ok.example", 5, [10, 0, 0, 1])],
     );
     assert!(b.ask(ext, 1).is_none(), "an allowed target binds");
     b.holds = true;
@@ -415,11 +302,7 @@ fn https_records_keep_only_what_is_allowed() {
     let view = Table::allowing(&["a.example"]).with("e.example", NameDecision::Allow(Allow { ech: true, ..allow() }));
     let mut b = Bench::new(view, AskMode::Enforced);
     let records = [
-        https(
-            1,
-            ".",
-            &[(1, b"\x02h2"), (4, &[192, 0, 2, 1, 10, 0, 0, 1]), (5, b"ech")],
-        ),
+        https(1, ".", &[(1, b"\x02h2"), (4, &[192, 0, 2, 1, 10, 0, 0, 1]), (5, b"ech")]),
         https(2, "a.example", &[(3, &[1, 187])]),
         https(3, "other.example", &[(1, b"\x02h2")]),
         https(4, ".", &[(3, &[31, 144])]),
@@ -434,12 +317,7 @@ fn https_records_keep_only_what_is_allowed() {
     assert!(!raw.windows(3).any(|w| w == b"ech") && !raw.windows(4).any(|w| w == [10, 0, 0, 1]));
     b.holds = false;
     assert!(b.ask("a.example", 65).is_none(), "hints bind first");
-    b.learn(
-        "e.example",
-        65,
-        0,
-        &[rr("e.example", 65, 60, https(1, ".", &[(5, b"ech")]))],
-    );
+    b.learn("e.example", 65, 0, &[rr("e.example", 65, 60, https(1, ".", &[(5, b"ech")]))]);
     assert_eq!(b.ask("e.example", 65).unwrap().1.answers.len(), 1);
     assert!(b.scratch.out.windows(3).any(|w| w == b"ech"));
 }
@@ -487,13 +365,7 @@ fn scopes_do_not_see_each_other() {
 #[test]
 fn the_store_is_bounded_per_scope() {
     let mut b = Bench::new(Table::default(), AskMode::Enforced);
-    b.store = Store::new(
-        StoreLimits {
-            answers: 10,
-            bytes: 1 << 20,
-        },
-        [1, 2, 3, 4],
-    );
+    b.store = Store::new(StoreLimits { answers: 10, bytes: 1 << 20 }, [1, 2, 3, 4]);
     b.learn("kept.example", 1, 0, &[a("kept.example", 60, [192, 0, 2, 1])]);
     b.asker.scope = ScopeKey(2);
     for i in 0..1000 {
@@ -502,20 +374,11 @@ fn the_store_is_bounded_per_scope() {
         assert!(b.store.len(ScopeKey(2)) <= 10);
         assert!(b.store.get(ScopeKey(2), &key(&n, 1), b.now).is_some());
     }
-    assert!(
-        b.store.get(ScopeKey(1), &key("kept.example", 1), b.now).is_some(),
-        "another scope keeps its own"
-    );
+    assert!(b.store.get(ScopeKey(1), &key("kept.example", 1), b.now).is_some(), "another scope keeps its own");
     b.store.sweep(b.now + 61_000);
     assert_eq!((b.store.len(ScopeKey(1)), b.store.len(ScopeKey(2))), (0, 0));
     // Octets are a bound of their own.
-    b.store = Store::new(
-        StoreLimits {
-            answers: 1000,
-            bytes: 2000,
-        },
-        [1, 2, 3, 4],
-    );
+    b.store = Store::new(StoreLimits { answers: 1000, bytes: 2000 }, [1, 2, 3, 4]);
     for i in 0..100 {
         let n = format!("t{i}.example");
         b.learn(&n, 16, 0, &[rr(&n, 16, 60, vec![b'x'; 200])]);
@@ -527,23 +390,8 @@ fn the_store_is_bounded_per_scope() {
 fn the_hit_path_allocates_nothing() {
     let mut b = Bench::new(Table::allowing(&["www.example.com", "h.example"]), AskMode::Enforced);
     let many: Vec<Rr> = (1..=40).map(|i| a("cdn.example.net", 60, [192, 0, 2, i])).collect();
-    b.learn(
-        "www.example.com",
-        1,
-        0,
-        &[&[cname("www.example.com", 60, "cdn.example.net")][..], &many].concat(),
-    );
-    b.learn(
-        "h.example",
-        65,
-        0,
-        &[rr(
-            "h.example",
-            65,
-            60,
-            https(1, ".", &[(4, &[192, 0, 2, 1]), (5, b"ech")]),
-        )],
-    );
+    b.learn("www.example.com", 1, 0, &[&[cname("www.example.com", 60, "cdn.example.net")][..], &many].concat());
+    b.learn("h.example", 65, 0, &[rr("h.example", 65, 60, https(1, ".", &[(4, &[192, 0, 2, 1]), (5, b"ech")]))]);
     let r = rules();
     for bytes in [
         query("www.example.com", 1, 7, Some(1232)),
@@ -553,17 +401,7 @@ fn the_hit_path_allocates_nothing() {
         let before = ALLOCATIONS.with(Cell::get);
         let Parsed::Query(q) = parse(&bytes) else { panic!() };
         let limit = q.udp_limit();
-        let s = serve(
-            &q,
-            &b.asker,
-            &b.view,
-            &Holds(true),
-            &b.store,
-            &r,
-            b.now,
-            limit,
-            &mut b.scratch,
-        );
+        let s = serve(&q, &b.asker, &b.view, &Holds(true), &b.store, &r, b.now, limit, &mut b.scratch);
         assert_eq!(ALLOCATIONS.with(Cell::get), before);
         assert!(matches!(s, Served::Reply { .. }));
     }

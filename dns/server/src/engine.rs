@@ -77,10 +77,7 @@ impl<V: View, B: Binder> Engine<V, B> {
             view,
             binder,
             store: Store::new(config.store, rand::random()),
-            rules: Rules {
-                cluster_suffixes: suffixes,
-                addresses: config.addresses_per_name.clamp(1, MAX_ADDRESSES),
-            },
+            rules: Rules { cluster_suffixes: suffixes, addresses: config.addresses_per_name.clamp(1, MAX_ADDRESSES) },
             upstream: Upstream::new(config, clock),
             flights: Mutex::new(HashMap::with_hasher(RandomState::new())),
             failures: moka::sync::Cache::builder()
@@ -153,12 +150,7 @@ impl<V: View, B: Binder> Engine<V, B> {
                 reply::error(request, rcode, edns, question, &mut scratch.out);
                 scratch.sent.clear();
                 let reason = Reason::DnsMalformed;
-                let outcome = Outcome {
-                    verdict: Verdict::Deny,
-                    reason,
-                    rule: None,
-                    rcode,
-                };
+                let outcome = Outcome { verdict: Verdict::Deny, reason, rule: None, rcode };
                 self.record(flow, view, None, asker, &outcome, false, scratch, repeats);
                 return Step::Reply;
             }
@@ -178,28 +170,9 @@ impl<V: View, B: Binder> Engine<V, B> {
         };
         let limit = if udp { query.udp_limit() } else { usize::from(u16::MAX) };
         let now = self.clock.now();
-        match serve::serve(
-            &query,
-            asker,
-            view,
-            &*self.binder,
-            &self.store,
-            &self.rules,
-            now,
-            limit,
-            scratch,
-        ) {
+        match serve::serve(&query, asker, view, &*self.binder, &self.store, &self.rules, now, limit, scratch) {
             Served::Reply { outcome, cached } => {
-                self.record(
-                    flow,
-                    view,
-                    Some(&query),
-                    Some(asker),
-                    &outcome,
-                    cached,
-                    scratch,
-                    repeats,
-                );
+                self.record(flow, view, Some(&query), Some(asker), &outcome, cached, scratch, repeats);
                 Step::Reply
             }
             Served::Miss => match self.in_flight.take(&asker.who.namespace) {
@@ -220,10 +193,7 @@ impl<V: View, B: Binder> Engine<V, B> {
             let last = round + 1 == ROUNDS;
             let asker = view.asker(flow.client.ip()).cloned();
             let outcome = match &asker {
-                Some(asker) => {
-                    self.round(&query, asker, &view, limit, last, &mut fetched, scratch)
-                        .await
-                }
+                Some(asker) => self.round(&query, asker, &view, limit, last, &mut fetched, scratch).await,
                 None => Some(serve::failure(Reason::UnknownPod, None)),
             };
             let Some(outcome) = outcome else { continue };
@@ -231,16 +201,7 @@ impl<V: View, B: Binder> Engine<V, B> {
             if outcome.verdict == Verdict::Deny {
                 refuse(&query, &outcome, scratch);
             }
-            self.record(
-                flow,
-                &view,
-                Some(&query),
-                asker.as_ref(),
-                &outcome,
-                false,
-                scratch,
-                None,
-            );
+            self.record(flow, &view, Some(&query), asker.as_ref(), &outcome, false, scratch, None);
             break;
         }
         self.recorder.metrics.miss.record(started.elapsed().as_secs_f64());
@@ -248,10 +209,7 @@ impl<V: View, B: Binder> Engine<V, B> {
 
     /// One round under one view. `None` means that another round is due: an
     /// answer came, or the policy changed while an answer was being bound.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "one caller; the state of a query that is under way"
-    )]
+    #[expect(clippy::too_many_arguments, reason = "one caller; the state of a query that is under way")]
     async fn round(
         &self,
         query: &Query<'_>,
@@ -267,20 +225,12 @@ impl<V: View, B: Binder> Engine<V, B> {
             Decision::Go(go) => go,
         };
         // An answer belongs to the scope that fetched it: a pod address that moved starts with nothing.
-        let own = fetched
-            .as_ref()
-            .filter(|(s, r, _)| *s == asker.scope && *r == go.route)
-            .map(|f| Arc::clone(&f.2));
+        let own = fetched.as_ref().filter(|(s, r, _)| *s == asker.scope && *r == go.route).map(|f| Arc::clone(&f.2));
         let Some(stored) = own.or_else(|| self.store.get(asker.scope, query.key(), self.clock.now())) else {
             if last {
                 return Some(serve::failure(Reason::DnsUpstream, None));
             }
-            if go.budget
-                && !self
-                    .budget
-                    .lock()
-                    .take(asker.scope, query.wire_name(), self.clock.now())
-            {
+            if go.budget && !self.budget.lock().take(asker.scope, query.wire_name(), self.clock.now()) {
                 return Some(serve::failure(Reason::DnsBudget, None));
             }
             return match self.fetch(asker.scope, go.route, query).await {
@@ -323,11 +273,7 @@ impl<V: View, B: Binder> Engine<V, B> {
 
     /// Asks upstream, once for all that ask the same at the same time.
     async fn fetch(&self, scope: ScopeKey, route: Route, query: &Query<'_>) -> Result<Arc<Stored>, Reason> {
-        let key = FlightKey {
-            scope,
-            cluster: route == Route::Cluster,
-            key: query.key().into(),
-        };
+        let key = FlightKey { scope, cluster: route == Route::Cluster, key: query.key().into() };
         if let Some(reason) = self.failures.get(&key) {
             return Err(reason);
         }

@@ -117,12 +117,7 @@ impl Server {
                 let _inside = runtime.enter();
                 tokio::net::TcpListener::from_std(tcp).map_err(listen)?
             };
-            runtime.spawn(tcp::run(
-                Arc::clone(&engine),
-                tcp,
-                tcp::Bounds::new(&config),
-                stopped.clone(),
-            ));
+            runtime.spawn(tcp::run(Arc::clone(&engine), tcp, tcp::Bounds::new(&config), stopped.clone()));
             for (i, socket) in udp.into_iter().enumerate() {
                 let (engine, stop, runtime) = (Arc::clone(&engine), Arc::clone(&server.stop_udp), runtime.clone());
                 let transparent = config.transparent;

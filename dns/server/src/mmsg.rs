@@ -63,10 +63,8 @@ impl Batch {
     pub fn receive(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         self.received.clear();
         self.used = 0;
-        let mut iovecs: [libc::iovec; BATCH] = std::array::from_fn(|i| libc::iovec {
-            iov_base: self.data[i].as_mut_ptr().cast(),
-            iov_len: DATAGRAM,
-        });
+        let mut iovecs: [libc::iovec; BATCH] =
+            std::array::from_fn(|i| libc::iovec { iov_base: self.data[i].as_mut_ptr().cast(), iov_len: DATAGRAM });
         // SAFETY: all-zero bytes are a valid mmsghdr: null pointers and zero lengths.
         let mut headers: [libc::mmsghdr; BATCH] = unsafe { mem::zeroed() };
         for (i, h) in headers.iter_mut().enumerate() {
@@ -92,11 +90,7 @@ impl Batch {
             let len = (h.msg_len as usize).min(DATAGRAM);
             let unspecified = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
             let client = address(&self.names[i]).unwrap_or(unspecified);
-            self.received.push(Received {
-                len,
-                client,
-                server: destination(&h.msg_hdr),
-            });
+            self.received.push(Received { len, client, server: destination(&h.msg_hdr) });
         }
         Ok(n)
     }
@@ -118,11 +112,7 @@ impl Batch {
             None => {
                 let mut copy = Vec::with_capacity(DATAGRAM);
                 copy.extend_from_slice(data);
-                self.replies.push(Reply {
-                    data: copy,
-                    client,
-                    server,
-                });
+                self.replies.push(Reply { data: copy, client, server });
             }
         }
         self.used += 1;
@@ -140,10 +130,7 @@ impl Batch {
             let control = &mut self.controls[i];
             let name_len = write_address(&mut self.names[i], r.client, v6);
             let control_len = write_source(control, r.server.ip());
-            iovecs[i] = libc::iovec {
-                iov_base: r.data.as_ptr().cast_mut().cast(),
-                iov_len: r.data.len(),
-            };
+            iovecs[i] = libc::iovec { iov_base: r.data.as_ptr().cast_mut().cast(), iov_len: r.data.len() };
             let h = &mut headers[i].msg_hdr;
             h.msg_name = (&raw mut self.names[i]).cast();
             h.msg_namelen = name_len;
@@ -176,10 +163,7 @@ pub fn send_one(fd: BorrowedFd<'_>, data: &[u8], client: SocketAddr, server: Soc
     // SAFETY: all-zero bytes are valid for these plain C structs.
     let (mut name, mut header): (libc::sockaddr_storage, libc::msghdr) = unsafe { (mem::zeroed(), mem::zeroed()) };
     let mut control: Control = [0; 32];
-    let mut iovec = libc::iovec {
-        iov_base: data.as_ptr().cast_mut().cast(),
-        iov_len: data.len(),
-    };
+    let mut iovec = libc::iovec { iov_base: data.as_ptr().cast_mut().cast(), iov_len: data.len() };
     header.msg_namelen = write_address(&mut name, client, v6);
     header.msg_controllen = write_source(&mut control, server.ip()) as _;
     header.msg_name = (&raw mut name).cast();
@@ -213,17 +197,11 @@ fn address(s: &libc::sockaddr_storage) -> Option<SocketAddr> {
 }
 
 fn from_in(a: &libc::sockaddr_in) -> SocketAddr {
-    canonical(
-        IpAddr::V4(Ipv4Addr::from(u32::from_be(a.sin_addr.s_addr))),
-        u16::from_be(a.sin_port),
-    )
+    canonical(IpAddr::V4(Ipv4Addr::from(u32::from_be(a.sin_addr.s_addr))), u16::from_be(a.sin_port))
 }
 
 fn from_in6(a: &libc::sockaddr_in6) -> SocketAddr {
-    canonical(
-        IpAddr::V6(Ipv6Addr::from(a.sin6_addr.s6_addr)),
-        u16::from_be(a.sin6_port),
-    )
+    canonical(IpAddr::V6(Ipv6Addr::from(a.sin6_addr.s6_addr)), u16::from_be(a.sin6_port))
 }
 
 /// Reads the original destination out of the control messages.
@@ -233,14 +211,8 @@ fn destination(header: &libc::msghdr) -> Option<SocketAddr> {
     let mut cmsg = unsafe { libc::CMSG_FIRSTHDR(header) };
     while !cmsg.is_null() {
         // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR return only headers that lie in the buffer.
-        let (level, kind, len, data) = unsafe {
-            (
-                (*cmsg).cmsg_level,
-                (*cmsg).cmsg_type,
-                (*cmsg).cmsg_len as usize,
-                libc::CMSG_DATA(cmsg),
-            )
-        };
+        let (level, kind, len, data) =
+            unsafe { ((*cmsg).cmsg_level, (*cmsg).cmsg_type, (*cmsg).cmsg_len as usize, libc::CMSG_DATA(cmsg)) };
         // SAFETY: CMSG_LEN only computes.
         let fits = |size: usize| len >= unsafe { libc::CMSG_LEN(size as u32) } as usize;
         match (level, kind) {
@@ -297,21 +269,12 @@ fn write_source(control: &mut Control, from: IpAddr) -> usize {
     control.fill(0);
     match from {
         IpAddr::V4(ip) => {
-            let addr = libc::in_addr {
-                s_addr: u32::from(ip).to_be(),
-            };
-            let info = libc::in_pktinfo {
-                ipi_ifindex: 0,
-                ipi_spec_dst: addr,
-                ipi_addr: libc::in_addr { s_addr: 0 },
-            };
+            let addr = libc::in_addr { s_addr: u32::from(ip).to_be() };
+            let info = libc::in_pktinfo { ipi_ifindex: 0, ipi_spec_dst: addr, ipi_addr: libc::in_addr { s_addr: 0 } };
             write_control(control, libc::SOL_IP, libc::IP_PKTINFO, info)
         }
         IpAddr::V6(ip) => {
-            let info = libc::in6_pktinfo {
-                ipi6_addr: libc::in6_addr { s6_addr: ip.octets() },
-                ipi6_ifindex: 0,
-            };
+            let info = libc::in6_pktinfo { ipi6_addr: libc::in6_addr { s6_addr: ip.octets() }, ipi6_ifindex: 0 };
             write_control(control, libc::SOL_IPV6, libc::IPV6_PKTINFO, info)
         }
     }

@@ -30,11 +30,7 @@ pub struct Permit {
 impl Quota {
     /// Room for `per` in a namespace and `total` in all.
     pub fn new(per: usize, total: usize) -> Arc<Self> {
-        Arc::new(Self {
-            per,
-            total,
-            used: Mutex::default(),
-        })
+        Arc::new(Self { per, total, used: Mutex::default() })
     }
 
     /// Takes room for one, if there is any.
@@ -49,10 +45,7 @@ impl Quota {
         }
         *n += 1;
         used.total += 1;
-        Some(Permit {
-            quota: Arc::clone(self),
-            namespace: Arc::clone(namespace),
-        })
+        Some(Permit { quota: Arc::clone(self), namespace: Arc::clone(namespace) })
     }
 
     /// How many are taken in total.

@@ -119,10 +119,7 @@ pub struct Recorder {
 impl Recorder {
     /// Events go to `emit`.
     pub fn new(emit: Arc<dyn Emit>) -> Self {
-        Self {
-            metrics: Metrics::new(),
-            emit,
-        }
+        Self { metrics: Metrics::new(), emit }
     }
 
     /// Counts and emits at once.
@@ -149,31 +146,19 @@ impl Repeats {
     /// Nothing held.
     pub fn new() -> Self {
         let hasher = RandomState::new();
-        Self {
-            held: HashMap::with_hasher(hasher.clone()),
-            hasher,
-            flushed: Instant::now(),
-        }
+        Self { held: HashMap::with_hasher(hasher.clone()), hasher, flushed: Instant::now() }
     }
 
     /// Counts, and emits what is new, changed or denied.
     pub fn record(&mut self, recorder: &Recorder, decided: &Decided<'_>) {
-        let Outcome {
-            verdict,
-            reason,
-            rule,
-            rcode,
-        } = decided.outcome;
+        let Outcome { verdict, reason, rule, rcode } = decided.outcome;
         if *verdict != Verdict::Allow || !decided.cached {
             recorder.now(decided);
             return;
         }
         recorder.metrics.count(*reason, *verdict);
         // Answers take turns: their order is no change, so they are hashed without it.
-        let answers = decided
-            .sent
-            .iter()
-            .fold(0u64, |h, ip| h.wrapping_add(self.hasher.hash_one(ip)));
+        let answers = decided.sent.iter().fold(0u64, |h, ip| h.wrapping_add(self.hasher.hash_one(ip)));
         let key = self.hasher.hash_one((
             (decided.client, decided.server, decided.name, decided.qtype),
             (*reason as u8, rcode, rule, answers, decided.generation),
@@ -184,14 +169,7 @@ impl Repeats {
         }
         let event = decided.event();
         if self.held.len() < HELD {
-            self.held.insert(
-                key,
-                Repeat {
-                    event: event.clone(),
-                    pending: 0,
-                    idle: 0,
-                },
-            );
+            self.held.insert(key, Repeat { event: event.clone(), pending: 0, idle: 0 });
         }
         recorder.emit.emit(event);
     }
@@ -213,10 +191,7 @@ impl Repeats {
             }
             let count = std::mem::take(&mut r.pending);
             r.idle = 0;
-            recorder.emit.emit(Event {
-                count,
-                ..r.event.clone()
-            });
+            recorder.emit.emit(Event { count, ..r.event.clone() });
             true
         });
     }
@@ -234,12 +209,7 @@ mod tests {
         let sink = Arc::clone(&seen);
         let recorder = Recorder::new(Arc::new(move |e: Event| sink.lock().push(e)));
         let mut repeats = Repeats::new();
-        let allowed = Outcome {
-            verdict: Verdict::Allow,
-            reason: Reason::Allowed,
-            rule: None,
-            rcode: 0,
-        };
+        let allowed = Outcome { verdict: Verdict::Allow, reason: Reason::Allowed, rule: None, rcode: 0 };
         let one: [IpAddr; 2] = [[192, 0, 2, 1].into(), [192, 0, 2, 2].into()];
         let two: [IpAddr; 2] = [[192, 0, 2, 2].into(), [192, 0, 2, 1].into()];
         let mut d = Decided {
@@ -263,12 +233,7 @@ mod tests {
         d.generation = 2;
         repeats.record(&recorder, &d);
         assert_eq!(seen.lock().len(), 3, "changes at once");
-        let denied = Outcome {
-            verdict: Verdict::Deny,
-            reason: Reason::NameNotAllowed,
-            rule: None,
-            rcode: 3,
-        };
+        let denied = Outcome { verdict: Verdict::Deny, reason: Reason::NameNotAllowed, rule: None, rcode: 3 };
         d.outcome = &denied;
         repeats.record(&recorder, &d);
         repeats.record(&recorder, &d);

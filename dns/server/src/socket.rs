@@ -15,19 +15,9 @@ pub(crate) const TICK: Duration = Duration::from_millis(200);
 fn set(fd: BorrowedFd<'_>, level: i32, option: i32, value: i32) -> io::Result<()> {
     // SAFETY: the value is an int that lives through the call, and its size is given.
     let rc = unsafe {
-        libc::setsockopt(
-            fd.as_raw_fd(),
-            level,
-            option,
-            (&raw const value).cast(),
-            size_of::<i32>() as libc::socklen_t,
-        )
+        libc::setsockopt(fd.as_raw_fd(), level, option, (&raw const value).cast(), size_of::<i32>() as libc::socklen_t)
     };
-    if rc == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 fn open(at: SocketAddr, kind: Type, protocol: Protocol, config: &DnsConfig) -> io::Result<Socket> {
@@ -123,11 +113,7 @@ pub(crate) fn upstream_udp(server: SocketAddr, mark: Option<u32>) -> io::Result<
 
 /// A TCP connection to a server.
 pub(crate) async fn upstream_tcp(server: SocketAddr, mark: Option<u32>) -> io::Result<tokio::net::TcpStream> {
-    let socket = if server.is_ipv4() {
-        tokio::net::TcpSocket::new_v4()?
-    } else {
-        tokio::net::TcpSocket::new_v6()?
-    };
+    let socket = if server.is_ipv4() { tokio::net::TcpSocket::new_v4()? } else { tokio::net::TcpSocket::new_v6()? };
     if let Some(mark) = mark {
         SockRef::from(&socket).set_mark(mark)?;
     }

@@ -27,10 +27,7 @@ pub(crate) struct Bounds {
 
 impl Bounds {
     pub fn new(config: &DnsConfig) -> Self {
-        Self {
-            idle: config.idle,
-            pipeline: config.pipeline.max(1),
-        }
+        Self { idle: config.idle, pipeline: config.pipeline.max(1) }
     }
 }
 
@@ -60,15 +57,9 @@ pub(crate) async fn run<V: View, B: Binder>(
             }
         };
         let Ok(server) = stream.local_addr() else { continue };
-        let flow = Flow {
-            client: canonical(client),
-            server: canonical(server),
-        };
+        let flow = Flow { client: canonical(client), server: canonical(server) };
         // A pod that is not known has no quota to hold the connection.
-        let namespace = engine
-            .view()
-            .asker(flow.client.ip())
-            .map(|a| Arc::clone(&a.who.namespace));
+        let namespace = engine.view().asker(flow.client.ip()).map(|a| Arc::clone(&a.who.namespace));
         let Some(permit) = namespace.and_then(|n| engine.connections.take(&n)) else {
             continue;
         };

@@ -60,10 +60,7 @@ pub(crate) fn run<V: View, B: Binder>(
                 metrics.dropped("port");
                 continue;
             }
-            let flow = Flow {
-                client: received.client,
-                server,
-            };
+            let flow = Flow { client: received.client, server };
             match engine.first(request, flow, &view, true, &mut scratch, Some(&mut repeats)) {
                 Step::Reply => {
                     batch.push(&scratch.out, flow.client, flow.server);

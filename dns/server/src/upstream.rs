@@ -42,12 +42,7 @@ struct Group {
 
 impl Group {
     fn new(servers: &[SocketAddr], protocol: Protocol, suffixes: &[String]) -> Self {
-        Self {
-            servers: servers.to_vec(),
-            protocol,
-            suffixes: suffixes.to_vec(),
-            preferred: AtomicUsize::new(0),
-        }
+        Self { servers: servers.to_vec(), protocol, suffixes: suffixes.to_vec(), preferred: AtomicUsize::new(0) }
     }
 }
 
@@ -67,11 +62,7 @@ impl Upstream {
     pub fn new(config: &DnsConfig, clock: Clock) -> Self {
         Self {
             cluster: Group::new(&config.cluster.servers, Protocol::Udp, &[]),
-            groups: config
-                .resolvers
-                .iter()
-                .map(|g| Group::new(&g.servers, g.protocol, &g.suffixes))
-                .collect(),
+            groups: config.resolvers.iter().map(|g| Group::new(&g.servers, g.protocol, &g.suffixes)).collect(),
             mark: config.upstream_mark,
             try_timeout: config.try_timeout,
             overall: config.overall_timeout,
@@ -88,26 +79,16 @@ impl Upstream {
             if g.suffixes.is_empty() {
                 return Some(0);
             }
-            g.suffixes
-                .iter()
-                .filter(|s| is_at_or_below(name, s))
-                .map(|s| s.len())
-                .max()
+            g.suffixes.iter().filter(|s| is_at_or_below(name, s)).map(|s| s.len()).max()
         };
-        let best = self
-            .groups
-            .iter()
-            .filter_map(|g| fit(g).map(|n| (n, g)))
-            .reduce(|a, b| if b.0 > a.0 { b } else { a });
+        let best =
+            self.groups.iter().filter_map(|g| fit(g).map(|n| (n, g))).reduce(|a, b| if b.0 > a.0 { b } else { a });
         best.map(|(_, g)| g)
     }
 
     /// Resolves the question `key` ([`tidegate_dns_core::wire::Query::key`]).
     pub async fn query(&self, route: Route, name: &str, key: &[u8]) -> Result<Stored, UpstreamError> {
-        let group = self
-            .group(route, name)
-            .filter(|g| !g.servers.is_empty())
-            .ok_or(UpstreamError::NoResolver)?;
+        let group = self.group(route, name).filter(|g| !g.servers.is_empty()).ok_or(UpstreamError::NoResolver)?;
         let mut last = UpstreamError::Timeout;
         let tries = async {
             let first = group.preferred.load(Ordering::Relaxed);
@@ -159,9 +140,7 @@ impl Upstream {
     }
 
     async fn timed<F: Future<Output = Result<Stored, UpstreamError>>>(&self, f: F) -> Result<Stored, UpstreamError> {
-        tokio::time::timeout(self.try_timeout, f)
-            .await
-            .unwrap_or(Err(UpstreamError::Timeout))
+        tokio::time::timeout(self.try_timeout, f).await.unwrap_or(Err(UpstreamError::Timeout))
     }
 
     async fn ask_udp(&self, server: SocketAddr, key: &[u8], edns: bool) -> Result<Stored, UpstreamError> {

@@ -19,11 +19,7 @@ struct Netns(String);
 
 fn run(args: &str) {
     let mut words = args.split_whitespace();
-    let status = Command::new(words.next().unwrap())
-        .args(words)
-        .stdin(Stdio::null())
-        .status()
-        .unwrap();
+    let status = Command::new(words.next().unwrap()).args(words).stdin(Stdio::null()).status().unwrap();
     assert!(status.success(), "{args}");
 }
 
@@ -69,10 +65,7 @@ const RULES: &str = "table inet dns {
 }";
 
 fn link(gateway: &Netns, client: &Netns) {
-    run(&format!(
-        "ip link add g0 netns {} type veth peer name c0 netns {}",
-        gateway.0, client.0
-    ));
+    run(&format!("ip link add g0 netns {} type veth peer name c0 netns {}", gateway.0, client.0));
     for (ns, dev, last) in [(gateway, "g0", 1), (client, "c0", 2)] {
         ns.run(&format!("ip addr add 10.99.0.{last}/24 dev {dev}"));
         ns.run(&format!("ip addr add fd99::{last}/64 dev {dev} nodad"));
@@ -84,11 +77,8 @@ fn link(gateway: &Netns, client: &Netns) {
         gateway.run(&format!("ip {family} rule add fwmark 1 lookup 100"));
         gateway.run(&format!("ip {family} route add local default dev lo table 100"));
     }
-    let mut nft = Command::new("ip")
-        .args(["netns", "exec", &gateway.0, "nft", "-f", "-"])
-        .stdin(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut nft =
+        Command::new("ip").args(["netns", "exec", &gateway.0, "nft", "-f", "-"]).stdin(Stdio::piped()).spawn().unwrap();
     std::io::Write::write_all(&mut nft.stdin.take().unwrap(), RULES.as_bytes()).unwrap();
     assert!(nft.wait().unwrap().success());
 }
@@ -100,20 +90,10 @@ fn steered_queries_are_answered_from_where_they_went() {
     // The upstream and its sockets stay in this thread's namespace, on loopback.
     let up = Authority::start(|q| Some(answer(q.bytes, 0, &[a(&q.name, 60, [192, 0, 2, 1])], &[])));
     let runtime = bench::runtime();
-    let c = DnsConfig {
-        listen: vec!["[::]:53".parse().unwrap()],
-        transparent: true,
-        ..config(&[up.address])
-    };
+    let c = DnsConfig { listen: vec!["[::]:53".parse().unwrap()], transparent: true, ..config(&[up.address]) };
     let b = gateway.inside(|| Bench::start_on(runtime, c, Table::default()));
-    let askers = ["10.99.0.2", "fd99::2"]
-        .map(|ip| (ip.parse::<IpAddr>().unwrap(), pod(1).1))
-        .into();
-    b.view.store(std::sync::Arc::new(Policy {
-        generation: 2,
-        askers,
-        table: Table::allowing(&["a.example"]),
-    }));
+    let askers = ["10.99.0.2", "fd99::2"].map(|ip| (ip.parse::<IpAddr>().unwrap(), pod(1).1)).into();
+    b.view.store(std::sync::Arc::new(Policy { generation: 2, askers, table: Table::allowing(&["a.example"]) }));
 
     for server in ["8.8.8.8:53", "[2001:db8:53::53]:53", "10.99.0.1:53"] {
         let server: SocketAddr = server.parse().unwrap();
@@ -144,9 +124,7 @@ fn steered_queries_are_answered_from_where_they_went() {
                 }
             }
         }
-        let What::Dns { server: seen, .. } = b.last().what else {
-            panic!()
-        };
+        let What::Dns { server: seen, .. } = b.last().what else { panic!() };
         assert_eq!(seen, server);
     }
 }

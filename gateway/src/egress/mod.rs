@@ -32,12 +32,7 @@ pub struct Way {
 impl Way {
     /// The egress addresses.
     pub fn addresses(&self) -> Vec<IpAddr> {
-        self.rules
-            .pairs
-            .iter()
-            .flat_map(|p| [p.ipv4.map(IpAddr::from), p.ipv6.map(IpAddr::from)])
-            .flatten()
-            .collect()
+        self.rules.pairs.iter().flat_map(|p| [p.ipv4.map(IpAddr::from), p.ipv6.map(IpAddr::from)]).flatten().collect()
     }
 
     /// Makes the namespace so. Safe to call again at any time.
@@ -89,8 +84,9 @@ fn write_sysctl(key: &str, value: &str) -> Result<()> {
     let path = format!("/proc/sys/{key}");
     let now = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
     if now.trim() != value {
-        std::fs::write(&path, value)
-            .with_context(|| format!("cannot set {path} to {value}: the gateway needs NET_ADMIN and a writable /proc/sys/net"))?;
+        std::fs::write(&path, value).with_context(|| {
+            format!("cannot set {path} to {value}: the gateway needs NET_ADMIN and a writable /proc/sys/net")
+        })?;
     }
     Ok(())
 }

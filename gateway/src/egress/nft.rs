@@ -106,14 +106,20 @@ impl Rules {
         writeln!(o, "    iifname \"tgp\" ct state new tcp flags & (fin|syn|rst|ack) != syn counter drop")?;
         // Both ends must send segments that fit the tunnel.
         for (l3, mss) in [("ipv4", mss4), ("ipv6", mss6)] {
-            writeln!(o, "    meta nfproto {l3} tcp flags syn tcp option maxseg size > {mss} tcp option maxseg size set {mss}")?;
+            writeln!(
+                o,
+                "    meta nfproto {l3} tcp flags syn tcp option maxseg size > {mss} tcp option maxseg size set {mss}"
+            )?;
         }
         writeln!(o, "    iifname \"tgp\" oifname \"{dev}\" meta mark & 0xffff == {FORWARD:#x} accept")?;
         for p in &self.pairs {
             let mark = FORWARD | u32::from(p.index) << 8;
             for (l3, held) in [("ipv4", p.ipv4.is_some()), ("ipv6", p.ipv6.is_some())] {
                 if held {
-                    writeln!(o, "    iifname \"tgp\" oifname \"tga\" meta nfproto {l3} meta mark & 0xffff == {mark:#x} accept")?;
+                    writeln!(
+                        o,
+                        "    iifname \"tgp\" oifname \"tga\" meta nfproto {l3} meta mark & 0xffff == {mark:#x} accept"
+                    )?;
                 }
             }
         }
@@ -121,12 +127,18 @@ impl Rules {
         writeln!(o, "    counter\n  }}")?;
 
         writeln!(o, "  chain postrouting {{\n    type nat hook postrouting priority srcnat; policy accept;")?;
-        writeln!(o, "    oifname \"{dev}\" meta mark & 0xffff == {FORWARD:#x} meta l4proto {{ tcp, udp }} masquerade to :{slo}-{shi}")?;
+        writeln!(
+            o,
+            "    oifname \"{dev}\" meta mark & 0xffff == {FORWARD:#x} meta l4proto {{ tcp, udp }} masquerade to :{slo}-{shi}"
+        )?;
         writeln!(o, "    oifname \"{dev}\" meta mark & 0xffff == {FORWARD:#x} masquerade")?;
         for p in &self.pairs {
             let mark = FORWARD | u32::from(p.index) << 8;
             if let Some(a) = p.ipv4 {
-                writeln!(o, "    oifname \"tga\" meta mark & 0xffff == {mark:#x} meta l4proto {{ tcp, udp }} snat ip to {a}:{slo}-{shi}")?;
+                writeln!(
+                    o,
+                    "    oifname \"tga\" meta mark & 0xffff == {mark:#x} meta l4proto {{ tcp, udp }} snat ip to {a}:{slo}-{shi}"
+                )?;
                 writeln!(o, "    oifname \"tga\" meta mark & 0xffff == {mark:#x} snat ip to {a}")?;
             }
             if let Some(a) = p.ipv6 {
@@ -158,7 +170,11 @@ mod tests {
             dns_ports: vec![53, 5353],
             relay_port: 15001,
             pairs: vec![
-                HeldPair { index: 1, ipv4: Some("203.0.113.10".parse().unwrap()), ipv6: Some("2001:db8::10".parse().unwrap()) },
+                HeldPair {
+                    index: 1,
+                    ipv4: Some("203.0.113.10".parse().unwrap()),
+                    ipv6: Some("2001:db8::10".parse().unwrap()),
+                },
                 HeldPair { index: 2, ipv4: Some("203.0.113.11".parse().unwrap()), ipv6: None },
             ],
         }

@@ -11,10 +11,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Context, Result};
 use futures_util::TryStreamExt;
+use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags};
 use netlink_packet_route::route::{RouteProtocol, RouteScope, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
-use netlink_packet_route::AddressFamily;
 use rtnetlink::{Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
 
 use super::nft::{BLOCK, DNS, REPLY, TLS};
@@ -70,8 +70,12 @@ async fn apply_with(handle: &Handle, device: &str, mtu: u16, addresses: &[IpAddr
     set_addresses(handle, tga, addresses).await?;
     for v6 in [false, true] {
         set_rules(handle, v6, device).await?;
-        for (table, index, kind) in [(LOCAL, lo, RouteType::Local), (PODS, tgp, RouteType::Unicast), (UPLINK, tga, RouteType::Unicast)] {
-            set_default(handle, v6, table, index, kind).await.with_context(|| format!("cannot set the default route of table {table}"))?;
+        for (table, index, kind) in
+            [(LOCAL, lo, RouteType::Local), (PODS, tgp, RouteType::Unicast), (UPLINK, tga, RouteType::Unicast)]
+        {
+            set_default(handle, v6, table, index, kind)
+                .await
+                .with_context(|| format!("cannot set the default route of table {table}"))?;
         }
     }
     Ok(())

@@ -355,3 +355,28 @@ fn an_open_filter_resolves_all_and_binds_what_is_allowed() {
     assert_eq!(o.clone().clustered("c", ceiling(&["*"], &[], &[])).group().a("b.com"), Answer::NxDomain);
     assert_eq!(o.clustered("c", ceiling(&["*"], &[], &[Permit::DnsOpen])).group().a("b.com"), Answer::Resolve);
 }
+
+#[test]
+fn a_name_that_passes_its_tier_is_not_decided_by_a_prefix_of_that_tier() {
+    let rules = |action| {
+        let by_prefix = rule("p", &["192.0.2.0/24"], &["443", "853"]);
+        vec![(Action::Pass, rule("n", &["a.com"], &["443", "853"])), (action, by_prefix)]
+    };
+    let wide = cluster(Tier::Baseline, 1, vec![(Action::Accept, rule("w", &["0.0.0.0/0"], &["853"]))]);
+    let grant = |g: &tidegate_policy::world::Group, port| {
+        let class = g.scope().class(ip("192.0.2.1"), &[name("a.com")]);
+        g.grant(class).unwrap().get(Proto::Tcp, port)
+    };
+    let accept = shop()
+        .with_ns(|n| n.managed = true)
+        .clustered("c", cluster(Tier::Admin, 1, rules(Action::Accept)))
+        .clustered("w", wide);
+    let g = accept.group();
+    assert_eq!((g.to("a.com", 443).reason, grant(&g, 443)), (Reason::NotAllowed, Some(Via::Deny)));
+    assert_eq!(g.to_ip("192.0.2.1", 443).via, FORWARD);
+    // Once a prefix has opened port 853, width no longer counts.
+    assert_eq!((g.to("a.com", 853).via, grant(&g, 853)), (FORWARD, Some(FORWARD)));
+    let g = shop().clustered("c", cluster(Tier::Admin, 1, rules(Action::Deny))).group();
+    assert_eq!((g.to("a.com", 443).via, grant(&g, 443)), (Via::Pass, Some(Via::Pass)));
+    assert_eq!(g.to_ip("192.0.2.1", 443).via, Via::Deny);
+}

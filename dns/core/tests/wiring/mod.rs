@@ -1,9 +1,5 @@
 //! Messages written by hand, and a scripted policy and ledger.
-#![allow(
-    dead_code,
-    clippy::unwrap_used,
-    reason = "each test file uses a part; a test may fail"
-)]
+#![allow(dead_code, clippy::unwrap_used, reason = "each test file uses a part; a test may fail")]
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -32,13 +28,7 @@ pub fn name(n: &str) -> Vec<u8> {
 }
 
 pub fn rr(owner: &str, rtype: u16, ttl: u32, rdata: Vec<u8>) -> Rr {
-    Rr {
-        owner: owner.into(),
-        rtype,
-        class: 1,
-        ttl,
-        rdata,
-    }
+    Rr { owner: owner.into(), rtype, class: 1, ttl, rdata }
 }
 
 pub fn a(owner: &str, ttl: u32, ip: [u8; 4]) -> Rr {
@@ -91,37 +81,16 @@ pub fn query(n: &str, qtype: u16, id: u16, edns: Option<u16>) -> Vec<u8> {
 }
 
 pub fn asker(mode: AskMode) -> Asker {
-    let who = Arc::new(Who {
-        namespace: "shop".into(),
-        pod: "web-1".into(),
-        node: "n1".into(),
-    });
-    Asker {
-        who,
-        scope: ScopeKey(1),
-        group: GroupKey(1),
-        group_index: 0,
-        mode,
-        v4: true,
-        v6: true,
-    }
+    let who = Arc::new(Who { namespace: "shop".into(), pod: "web-1".into(), node: "n1".into() });
+    Asker { who, scope: ScopeKey(1), group: GroupKey(1), group_index: 0, mode, v4: true, v6: true }
 }
 
 pub fn allow() -> Allow {
-    Allow {
-        rule: None,
-        ech: false,
-        extra_type: false,
-        wildcard: false,
-        min_binding_secs: 0,
-    }
+    Allow { rule: None, ech: false, extra_type: false, wildcard: false, min_binding_secs: 0 }
 }
 
 pub fn rules() -> Rules {
-    Rules {
-        cluster_suffixes: vec!["cluster.local".into()],
-        addresses: 64,
-    }
+    Rules { cluster_suffixes: vec!["cluster.local".into()], addresses: 64 }
 }
 
 /// A policy written as a table; what is not in it is denied with NXDOMAIN.
@@ -134,14 +103,8 @@ pub struct Table {
 
 impl Table {
     pub fn allowing(names: &[&str]) -> Self {
-        let names = names
-            .iter()
-            .map(|n| ((*n).to_owned(), NameDecision::Allow(allow())))
-            .collect();
-        Self {
-            names,
-            ..Self::default()
-        }
+        let names = names.iter().map(|n| ((*n).to_owned(), NameDecision::Allow(allow()))).collect();
+        Self { names, ..Self::default() }
     }
 
     pub fn with(mut self, name: &str, decision: NameDecision) -> Self {
@@ -151,11 +114,7 @@ impl Table {
 }
 
 pub fn deny(denial: Denial, reason: Reason) -> NameDecision {
-    NameDecision::Deny {
-        denial,
-        reason,
-        rule: None,
-    }
+    NameDecision::Deny { denial, reason, rule: None }
 }
 
 impl View for Table {
@@ -168,11 +127,7 @@ impl View for Table {
     }
 
     fn name(&self, _: &Asker, name: &str, _: u16) -> NameDecision {
-        let fallback = || {
-            self.default
-                .clone()
-                .unwrap_or(deny(Denial::NxDomain, Reason::NameNotAllowed))
-        };
+        let fallback = || self.default.clone().unwrap_or(deny(Denial::NxDomain, Reason::NameNotAllowed));
         self.names.get(name).cloned().unwrap_or_else(fallback)
     }
 

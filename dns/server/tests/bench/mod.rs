@@ -1,9 +1,5 @@
 //! A running service on loopback with a scripted policy, ledger and upstream.
-#![allow(
-    dead_code,
-    clippy::unwrap_used,
-    reason = "each test file uses a part; a test may fail"
-)]
+#![allow(dead_code, clippy::unwrap_used, reason = "each test file uses a part; a test may fail")]
 
 use std::collections::{HashMap, HashSet};
 use std::io::{Read, Write};
@@ -50,12 +46,7 @@ fn play(script: &Script, bytes: &[u8], tcp: bool) -> Option<Vec<u8>> {
     let q = m.queries.first()?;
     let name = q.name().to_lowercase().to_string();
     let name = name.trim_end_matches('.').to_owned();
-    script(&Asked {
-        bytes,
-        name,
-        qtype: q.query_type().into(),
-        tcp,
-    })
+    script(&Asked { bytes, name, qtype: q.query_type().into(), tcp })
 }
 
 impl Authority {
@@ -109,13 +100,7 @@ impl Authority {
                 }
             })
         };
-        Self {
-            address,
-            udp,
-            tcp,
-            stop,
-            threads: vec![by_udp, by_tcp],
-        }
+        Self { address, udp, tcp, stop, threads: vec![by_udp, by_tcp] }
     }
 
     pub fn asked(&self) -> usize {
@@ -171,21 +156,9 @@ impl View for Policy {
 /// The pod with this last octet, in a namespace and scope of its own.
 pub fn pod(n: u8) -> (IpAddr, Asker) {
     let namespace = format!("ns-{n}").as_str().into();
-    let who = Arc::new(Who {
-        namespace,
-        pod: "p".into(),
-        node: "n1".into(),
-    });
+    let who = Arc::new(Who { namespace, pod: "p".into(), node: "n1".into() });
     let (scope, group) = (ScopeKey(n.into()), GroupKey(n.into()));
-    let asker = Asker {
-        who,
-        scope,
-        group,
-        group_index: 0,
-        mode: AskMode::Enforced,
-        v4: true,
-        v6: true,
-    };
+    let asker = Asker { who, scope, group, group_index: 0, mode: AskMode::Enforced, v4: true, v6: true };
     (IpAddr::from([127, 0, 0, n]), asker)
 }
 
@@ -202,8 +175,7 @@ pub struct Ledger {
 impl Binder for Ledger {
     fn standing(&self, asker: &Asker, name: &str, ips: &[IpAddr], _: u32) -> bool {
         let bound = self.bound.lock();
-        ips.iter()
-            .all(|ip| bound.contains(&(asker.scope, name.to_owned(), *ip)))
+        ips.iter().all(|ip| bound.contains(&(asker.scope, name.to_owned(), *ip)))
     }
 
     async fn bind(&self, request: BindRequest) -> Result<Vec<IpAddr>, Reason> {
@@ -212,10 +184,7 @@ impl Binder for Ledger {
             None => Ok(request.ips.clone()),
         };
         if let Ok(ips) = &result {
-            self.bound.lock().extend(
-                ips.iter()
-                    .map(|ip| (request.asker.scope, request.name.to_string(), *ip)),
-            );
+            self.bound.lock().extend(ips.iter().map(|ip| (request.asker.scope, request.name.to_string(), *ip)));
         }
         self.requests.lock().push(request);
         result
@@ -237,15 +206,8 @@ pub fn config(upstream: &[SocketAddr]) -> DnsConfig {
         listen: vec!["[::]:0".parse().unwrap()],
         transparent: false,
         workers: 2,
-        resolvers: vec![ResolverGroup {
-            servers: upstream.to_vec(),
-            protocol: Protocol::Udp,
-            suffixes: vec![],
-        }],
-        cluster: ClusterDns {
-            servers: vec![],
-            suffixes: vec!["cluster.local".into()],
-        },
+        resolvers: vec![ResolverGroup { servers: upstream.to_vec(), protocol: Protocol::Udp, suffixes: vec![] }],
+        cluster: ClusterDns { servers: vec![], suffixes: vec!["cluster.local".into()] },
         try_timeout: Duration::from_millis(900),
         overall_timeout: Duration::from_millis(3000),
         ..DnsConfig::default()
@@ -253,11 +215,7 @@ pub fn config(upstream: &[SocketAddr]) -> DnsConfig {
 }
 
 pub fn runtime() -> Runtime {
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap()
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
 impl Bench {
@@ -268,32 +226,15 @@ impl Bench {
     /// Opens the sockets in the namespace of the calling thread; upstreams are asked from the runtime's.
     pub fn start_on(runtime: Runtime, config: DnsConfig, table: Table) -> Self {
         let askers = (1..=9).map(pod).chain([("::1".parse().unwrap(), pod(6).1)]).collect();
-        let view = Arc::new(ArcSwap::from_pointee(Policy {
-            generation: 1,
-            askers,
-            table,
-        }));
+        let view = Arc::new(ArcSwap::from_pointee(Policy { generation: 1, askers, table }));
         let ledger = Arc::new(Ledger::default());
         let events = Arc::new(Mutex::new(Vec::new()));
         let sink = Arc::clone(&events);
         let emit = Arc::new(move |e: Event| sink.lock().push(e));
-        let server = Server::start(
-            config,
-            Arc::clone(&view),
-            Arc::clone(&ledger),
-            emit,
-            runtime.handle().clone(),
-        )
-        .unwrap();
+        let server =
+            Server::start(config, Arc::clone(&view), Arc::clone(&ledger), emit, runtime.handle().clone()).unwrap();
         let address = SocketAddr::from(([127, 0, 0, 1], server.addresses()[0].port()));
-        Self {
-            view,
-            ledger,
-            events,
-            server: Some(server),
-            address,
-            runtime,
-        }
+        Self { view, ledger, events, server: Some(server), address, runtime }
     }
 
     /// A UDP socket of a pod.
