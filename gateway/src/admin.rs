@@ -48,10 +48,7 @@ impl Readiness {
     /// Holds readiness back in the name of a part, which `/readyz` then lists.
     pub fn guard(&self, name: &str) -> Guard {
         *self.0.lock().entry(name.to_owned()).or_default() += 1;
-        Guard {
-            readiness: self.clone(),
-            name: name.to_owned(),
-        }
+        Guard { readiness: self.clone(), name: name.to_owned() }
     }
 
     /// The parts that are not ready, sorted; empty when all are.
@@ -118,9 +115,7 @@ fn bind(address: SocketAddr) -> Result<TcpListener> {
     let listener = TcpListener::bind(address).with_context(|| {
         format!("cannot listen on {address} for the admin port: choose another address for `admin`, or end the process that holds it")
     })?;
-    listener
-        .set_nonblocking(true)
-        .context("the admin port cannot be set to non-blocking")?;
+    listener.set_nonblocking(true).context("the admin port cannot be set to non-blocking")?;
     Ok(listener)
 }
 
@@ -135,11 +130,7 @@ fn run(listener: TcpListener, admin: Admin, life: Duration) -> Result<Server> {
         .spawn(move || {
             runtime.block_on(async move {
                 let listener = match tokio::net::TcpListener::from_std(listener) {
-                    Ok(l) => Bounded {
-                        listener: l,
-                        permits: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
-                        life,
-                    },
+                    Ok(l) => Bounded { listener: l, permits: Arc::new(Semaphore::new(MAX_CONNECTIONS)), life },
                     Err(e) => return tracing::error!("the admin port cannot be served: {e}"),
                 };
                 // Open connections end with the runtime, at most one scrape is cut.
@@ -154,10 +145,7 @@ fn run(listener: TcpListener, admin: Admin, life: Duration) -> Result<Server> {
             });
         })
         .context("the admin port's thread cannot be started")?;
-    Ok(Server {
-        stop: Some(stop),
-        thread: Some(thread),
-    })
+    Ok(Server { stop: Some(stop), thread: Some(thread) })
 }
 
 fn json(value: &Value) -> Response {
@@ -167,25 +155,13 @@ fn json(value: &Value) -> Response {
 }
 
 fn router(admin: Admin) -> Router {
-    let Admin {
-        metrics,
-        readiness,
-        config,
-        status,
-    } = admin;
-    let metrics_page = move || async move {
-        (
-            [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")],
-            metrics.render(),
-        )
-    };
+    let Admin { metrics, readiness, config, status } = admin;
+    let metrics_page =
+        move || async move { ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], metrics.render()) };
     let ready_page = move || async move {
         match readiness.waiting_for() {
             w if w.is_empty() => (StatusCode::OK, "ready\n".to_owned()),
-            w => (
-                StatusCode::SERVICE_UNAVAILABLE,
-                format!("waiting for: {}\n", w.join(", ")),
-            ),
+            w => (StatusCode::SERVICE_UNAVAILABLE, format!("waiting for: {}\n", w.join(", "))),
         }
     };
     Router::new()
@@ -211,14 +187,7 @@ impl axum::serve::Listener for Bounded {
         // The semaphore is never closed; without a permit the connection lives on, bounded by its end.
         let permit = self.permits.clone().acquire_owned().await.ok();
         let (stream, peer) = axum::serve::Listener::accept(&mut self.listener).await;
-        (
-            Connection {
-                stream,
-                end: Box::pin(tokio::time::sleep(self.life)),
-                _permit: permit,
-            },
-            peer,
-        )
+        (Connection { stream, end: Box::pin(tokio::time::sleep(self.life)), _permit: permit }, peer)
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -291,13 +260,7 @@ mod tests {
         };
         let listener = bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = listener.local_addr().unwrap();
-        (
-            Test {
-                address,
-                _server: run(listener, admin, life).unwrap(),
-            },
-            readiness,
-        )
+        (Test { address, _server: run(listener, admin, life).unwrap() }, readiness)
     }
 
     fn ask(server: &Test, request: &str) -> (u16, String) {
@@ -315,10 +278,7 @@ mod tests {
         let (server, _) = start();
         assert_eq!(ask(&server, "GET /healthz"), (200, "ok\n".into()));
         assert!(ask(&server, "GET /metrics").1.contains("tidegate_test_total 7"));
-        assert_eq!(
-            ask(&server, "GET /config"),
-            (200, "{\n  \"name\": \"gw-a\"\n}\n".into())
-        );
+        assert_eq!(ask(&server, "GET /config"), (200, "{\n  \"name\": \"gw-a\"\n}\n".into()));
         assert_eq!(ask(&server, "GET /status"), (200, "{\n  \"agents\": 2\n}\n".into()));
         assert_eq!(ask(&server, "GET /other").0, 404);
         assert_eq!(ask(&server, "POST /config").0, 405);
@@ -348,18 +308,14 @@ mod tests {
             status: Arc::new(|| Value::Null),
         };
         let text = format!("{:#}", serve(server.address, admin).unwrap_err());
-        assert!(
-            text.contains("choose another address for `admin`") && text.contains("in use"),
-            "{text}"
-        );
+        assert!(text.contains("choose another address for `admin`") && text.contains("in use"), "{text}");
     }
 
     #[test]
     fn clients_that_hold_every_connection_are_cut() {
         let (server, _) = start_with(Duration::from_millis(200));
-        let mut held: Vec<TcpStream> = (0..MAX_CONNECTIONS + 8)
-            .map(|_| TcpStream::connect(server.address).unwrap())
-            .collect();
+        let mut held: Vec<TcpStream> =
+            (0..MAX_CONNECTIONS + 8).map(|_| TcpStream::connect(server.address).unwrap()).collect();
         for s in &mut held {
             s.write_all(b"GET /met").unwrap();
         }
