@@ -213,7 +213,7 @@ pub fn decide<V: View + ?Sized>(name: &str, qtype: u16, asker: &Asker, view: &V,
         }
         NameDecision::Allow(a) => Decision::Go(Go {
             budget: enforced && a.wildcard,
-            bind: asker.mode != AskMode::Guarded && !lacking,
+            bind: !lacking,
             filter: enforced,
             ech: a.ech,
             min_binding_secs: a.min_binding_secs,

@@ -17,7 +17,7 @@ pub enum AskMode {
     Enforced,
     /// Everything resolves, and what would be denied is reported. Only allowed names bind.
     Audited,
-    /// Only denies hold; all else resolves as if Tidegate were not there, and nothing binds.
+    /// Only denies hold; all else resolves as if Tidegate were not there.
     Guarded,
 }
 
@@ -111,7 +111,8 @@ pub trait View: Send + Sync + 'static {
 
     /// What enforcement would do with a query; the asker's mode is applied by
     /// this crate, so an audited asker gets the same answer as an enforced one.
-    /// Guarded askers get `Deny` only where a deny rule matches, else `Resolve`.
+    /// Guarded askers get `Deny` only where a deny rule denies the whole name, `Allow` where a deny holds on some ports
+    /// only and so needs the binding in the kernel, else `Resolve`.
     ///
     /// `name` is a canonical [`tidegate_policy::Name`] text, or has a backslash
     /// (an octet that no pattern matches, escaped as `\DDD`), or is `.`, the root.

@@ -252,6 +252,15 @@ fn guarded_pods_only_meet_denies() {
 }
 
 #[test]
+fn guarded_pods_bind_where_the_view_asks_for_it() {
+    // A deny of some ports of a name holds in the kernel, which has to know the name's addresses.
+    let mut b = Bench::new(Table::allowing(&["partly.example"]), AskMode::Guarded);
+    b.holds = false;
+    b.learn("partly.example", 1, 0, &[a("partly.example", 60, [192, 0, 2, 1])]);
+    assert!(b.ask("partly.example", 1).is_none());
+}
+
+#[test]
 fn open_filter_resolves_without_binding() {
     let open = NameDecision::Resolve { reason: Reason::Allowed, rule: None };
     let mut b = Bench::new(Table { default: Some(open), ..Table::default() }, AskMode::Enforced);
