@@ -176,7 +176,7 @@ impl Desired {
         let groups: BTreeSet<GroupKey> = out.endpoints.values().filter_map(|e| Some(e.member?.1)).collect();
         for key in scopes {
             if let Some(way) = owned.get(&key) {
-                let scope = state::Scope { owner: config.name.clone(), epoch: 1, pair: way.index };
+                let scope = state::Scope { owner: config.name.clone(), epoch: 1, pair: way.index, standbys: Vec::new() };
                 out.scopes.insert(key, scope);
             }
         }

@@ -5,6 +5,7 @@
 //! that a mismatch between versions is found by reading one log line.
 
 mod entry;
+mod peer;
 mod stream;
 
 use std::net::{IpAddr, SocketAddr};
@@ -15,10 +16,17 @@ use tidegate_policy::{Carry, PortRange, PortSet, Proto, Via};
 
 use crate::wire;
 
-pub use stream::{FactsBatch, GrantEntry, Joiner, Part, StateBatch, Up};
+pub use peer::{Beat, Claim, Pair, PeerFact, PeerMessage, ScopeClaim, Seen};
+pub use stream::{FactsBatch, FactsUp, GrantEntry, Joiner, Part, StateBatch, Up};
 
 /// The most octets of a name of a node, gateway, namespace or pod (RFC 1123 subdomain).
 pub const MAX_NAME: usize = 253;
+/// The most gateways of a cluster.
+pub const MAX_GATEWAYS: usize = 64;
+/// The most egress pairs of a cluster.
+pub const MAX_CLAIMS: usize = 1 << 16;
+/// The most nodes that one fact names.
+pub const MAX_FACT_NODES: usize = 1 << 16;
 /// The most addresses of one node.
 pub const MAX_NODE_ADDRESSES: usize = 64;
 /// The most endpoints of the cluster's DNS.
@@ -124,6 +132,11 @@ pub(crate) fn name_from_wire(name: String, field: &'static str) -> Result<String
     } else {
         Err(Problem::Name.of(field))
     }
+}
+
+pub(crate) fn names_from_wire(names: Vec<String>, max: usize, field: &'static str) -> Result<Vec<String>, WireError> {
+    bounded(names.len(), max, field)?;
+    names.into_iter().map(|n| name_from_wire(n, field)).collect()
 }
 
 pub(crate) fn bounded(len: usize, max: usize, field: &'static str) -> Result<(), WireError> {

@@ -1,4 +1,4 @@
-//! The contract between gateways and agents: two gRPC streams per pair.
+//! The contract between gateways and agents, two gRPC streams per pair, and among gateways, one each way.
 //!
 //! [`wire`] is generated from `tidegate.proto` and committed, so that no build
 //! needs a protobuf compiler; a test compares the two. [`convert`] turns
@@ -15,7 +15,10 @@ pub mod convert;
 #[path = "generated.rs"]
 pub mod wire;
 
-pub use convert::{FactsBatch, GrantEntry, Joiner, Problem, StateBatch, Up, WireError};
+pub use convert::{
+    Beat, Claim, FactsBatch, FactsUp, GrantEntry, Joiner, Pair, PeerFact, PeerMessage, Problem, ScopeClaim, Seen,
+    StateBatch, Up, WireError,
+};
 
 /// The most octets of one gRPC message; both sides set their decoding limit to it.
 pub const MAX_MESSAGE: usize = 16 << 20;

@@ -52,7 +52,7 @@ fn state() -> NodeState {
         ),
         Entry::Endpoint("fd00::4".parse().unwrap(), endpoint(Touch::Guarded, Some((ScopeKey(1), GroupKey(2))))),
         Entry::Endpoint("10.244.3.5".parse().unwrap(), endpoint(Touch::Untouched, None)),
-        Entry::Scope(ScopeKey(1), Scope { owner: "gw-a".into(), epoch: u64::MAX, pair: 255 }),
+        Entry::Scope(ScopeKey(1), Scope { owner: "gw-a".into(), epoch: u64::MAX, pair: 255, standbys: vec!["gw-b".into()] }),
         Entry::Group(GroupKey(u128::MAX), group(Some(PrefixSetKey(0)), Some(PrefixSetKey(4)))),
         Entry::Group(GroupKey(2), Group { isolated: false, audit: true, admin: None, own: None }),
         Entry::Prefixes(
@@ -244,7 +244,7 @@ fn bad_entries_are_refused() {
         change(&mut e);
         entry(Kind::Endpoint(e))
     };
-    let scope = |pair| wire::Scope { key: vec![0; 16], owner: "g".into(), epoch: 1, pair };
+    let scope = |pair| wire::Scope { key: vec![0; 16], owner: "g".into(), epoch: 1, pair, standbys: vec![] };
     let set = |prefixes| entry(Kind::Prefixes(wire::PrefixSet { key: vec![0; 16], prefixes }));
     let one = wire::PrefixPorts { prefix: Some(net(&[10, 0, 0, 0], 8)), ports: vec![] };
     let gateway = |name: &str| entry(Kind::Gateway(wire::Gateway { name: name.into(), node: "n".into() }));

@@ -22,7 +22,7 @@ fn endpoint(touch: Touch, member: Option<(u128, u128)>) -> Endpoint {
 }
 
 fn scope(owner: &str, epoch: u64) -> Scope {
-    Scope { owner: owner.into(), epoch, pair: 0 }
+    Scope { owner: owner.into(), epoch, pair: 0, standbys: vec![] }
 }
 
 /// Scope 1 with group 2, one endpoint, one grant on `port`.
@@ -230,13 +230,13 @@ fn a_grant_that_came_with_a_fact_survives_a_racing_snapshot_but_no_restart_and_n
 #[test]
 fn addresses_are_let_go_when_every_claim_was_taken_over() {
     let mut own = NodeState::default();
-    own.scopes.insert(ScopeKey(1), Scope { owner: "a".into(), epoch: 1, pair: 1 });
-    own.scopes.insert(ScopeKey(2), Scope { owner: "a".into(), epoch: 1, pair: 2 });
+    own.scopes.insert(ScopeKey(1), Scope { owner: "a".into(), epoch: 1, pair: 1, standbys: vec![] });
+    own.scopes.insert(ScopeKey(2), Scope { owner: "a".into(), epoch: 1, pair: 2, standbys: vec![] });
     let mut merged = own.clone();
     assert!(may_hold("a", Some(&own), &merged));
-    merged.scopes.insert(ScopeKey(1), Scope { owner: "b".into(), epoch: 2, pair: 1 });
+    merged.scopes.insert(ScopeKey(1), Scope { owner: "b".into(), epoch: 2, pair: 1, standbys: vec![] });
     assert!(may_hold("a", Some(&own), &merged));
-    merged.scopes.insert(ScopeKey(2), Scope { owner: "b".into(), epoch: 2, pair: 1 });
+    merged.scopes.insert(ScopeKey(2), Scope { owner: "b".into(), epoch: 2, pair: 1, standbys: vec![] });
     assert!(!may_hold("a", Some(&own), &merged));
     assert!(may_hold("a", None, &merged), "a gateway that has not spoken yet is believed");
     assert!(may_hold("c", Some(&own), &merged), "no claims, nothing to lose");

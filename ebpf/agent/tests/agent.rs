@@ -94,7 +94,7 @@ fn state(gateway_node: &str, pair: u8) -> NodeState {
     s.nodes.insert("n1".into(), Node { addresses: vec![ip("192.0.2.1")] });
     s.nodes.insert("n2".into(), Node { addresses: vec![ip("192.0.2.9")] });
     s.gateways.insert("gw-a".into(), Gateway { node: gateway_node.into() });
-    s.scopes.insert(SCOPE, Scope { owner: "gw-a".into(), epoch: 1, pair });
+    s.scopes.insert(SCOPE, Scope { owner: "gw-a".into(), epoch: 1, pair, standbys: vec![] });
     s.groups.insert(GROUP, Group { isolated: true, audit: false, admin: None, own: None });
     for (address, pod, touch, member) in [
         ("10.0.0.2", "isolated", Touch::Isolated, Some((SCOPE, GROUP))),
@@ -421,7 +421,7 @@ async fn plugged(w: &World, inside: &Ns) {
 
     // A higher epoch that names another gateway ends the lease although renewals come.
     let mut moved = state("n1", 1);
-    moved.scopes.insert(SCOPE, Scope { owner: "gw-b".into(), epoch: 2, pair: 1 });
+    moved.scopes.insert(SCOPE, Scope { owner: "gw-b".into(), epoch: 2, pair: 1, standbys: vec![] });
     successor.say(StateBatch { gateway: "gw-b".into(), ..snapshot(1, &moved) }).await;
     assert_eq!(successor.acked(1).await, None);
     let mut reached = || {
@@ -433,7 +433,7 @@ async fn plugged(w: &World, inside: &Ns) {
     assert!(!reached());
     // And it comes back with a higher one.
     let mut back = state("n1", 1);
-    back.scopes.insert(SCOPE, Scope { owner: "gw-a".into(), epoch: 3, pair: 1 });
+    back.scopes.insert(SCOPE, Scope { owner: "gw-a".into(), epoch: 3, pair: 1, standbys: vec![] });
     agent.state.say(snapshot(2, &back)).await;
     assert_eq!(agent.state.acked(2).await, None);
     eventually("the address is held again", &mut reached).await;

@@ -24,7 +24,7 @@ fn client(tls: Tls, address: std::net::SocketAddr) -> Client {
 }
 
 fn snapshot(sequence: u64) -> StateBatch {
-    let scope = Scope { owner: "gw-a".into(), epoch: 1, pair: 0 };
+    let scope = Scope { owner: "gw-a".into(), epoch: 1, pair: 0, standbys: vec![] };
     StateBatch {
         gateway: "gw-a".into(),
         boot_id: 5,

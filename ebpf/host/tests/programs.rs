@@ -55,7 +55,7 @@ fn state() -> NodeState {
     s.nodes.insert("n1".into(), Node { addresses: vec![ip("192.0.2.1")] });
     s.nodes.insert("n2".into(), Node { addresses: vec![ip("192.0.2.2"), ip("2001:db8:ffff::2")] });
     s.gateways.insert("gw".into(), Gateway { node: "n2".into() });
-    s.scopes.insert(SCOPE, Scope { owner: "gw".into(), epoch: 1, pair: 3 });
+    s.scopes.insert(SCOPE, Scope { owner: "gw".into(), epoch: 1, pair: 3, standbys: vec![] });
     let pods = [
         (ISOLATED, 1, Touch::Isolated, false),
         (GUARDED, 2, Touch::Guarded, false),

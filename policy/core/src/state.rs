@@ -95,6 +95,8 @@ pub struct Scope {
     pub epoch: u64,
     /// Index of the egress pair at the owner, for its own mark-to-address map; 0 is PodNetwork.
     pub pair: u8,
+    /// Gateways that answer DNS while the owner is silent, in this order.
+    pub standbys: Vec<String>,
 }
 
 /// A group.
@@ -257,10 +259,10 @@ mod tests {
     fn a_diff_applied_gives_the_new_state() {
         let mut a = NodeState::default();
         a.set(Entry::Node("n1".into(), Node { addresses: vec![] }));
-        a.set(Entry::Scope(ScopeKey(1), Scope { owner: "g".into(), epoch: 1, pair: 0 }));
+        a.set(Entry::Scope(ScopeKey(1), Scope { owner: "g".into(), epoch: 1, pair: 0, standbys: vec![] }));
         let mut b = a.clone();
         b.delete(&EntryKey::Node("n1".into()));
-        b.set(Entry::Scope(ScopeKey(1), Scope { owner: "h".into(), epoch: 2, pair: 0 }));
+        b.set(Entry::Scope(ScopeKey(1), Scope { owner: "h".into(), epoch: 2, pair: 0, standbys: vec![] }));
         b.set(Entry::Grant(GroupKey(1), ClassKey(2), PortSet::default()));
         let (set, gone) = a.diff(&b);
         assert_eq!((set.len(), gone.len()), (2, 1));

@@ -6,8 +6,8 @@ use tidegate_policy::state::{Cluster, Endpoint, Entry, EntryKey, Gateway, Group,
 use tidegate_policy::{ClassKey, GroupKey, PortSet, PrefixSetKey, ScopeKey};
 
 use super::{
-    MAX_DNS, MAX_NODE_ADDRESSES, MAX_PREFIXES, Problem, WireError, bounded, ip_from_wire, ip_to_wire, key_from_wire,
-    key_to_wire, name_from_wire, ports_from_wire, ports_to_wire, prefix_from_wire, prefix_to_wire, socket_from_wire,
+    MAX_DNS, MAX_GATEWAYS, MAX_NODE_ADDRESSES, MAX_PREFIXES, Problem, WireError, bounded, ip_from_wire, ip_to_wire, key_from_wire,
+    key_to_wire, name_from_wire, names_from_wire, ports_from_wire, ports_to_wire, prefix_from_wire, prefix_to_wire, socket_from_wire,
     socket_to_wire, u16_from_wire,
 };
 use crate::wire;
@@ -46,6 +46,7 @@ impl From<&Entry> for wire::Entry {
                 owner: s.owner.clone(),
                 epoch: s.epoch,
                 pair: s.pair.into(),
+                standbys: s.standbys.clone(),
             }),
             Entry::Group(key, g) => Kind::Group(wire::Group {
                 key: key_to_wire(key.0),
@@ -111,6 +112,7 @@ impl TryFrom<wire::Entry> for Entry {
                     owner: name_from_wire(s.owner, "scope.owner")?,
                     epoch: s.epoch,
                     pair: u8::try_from(s.pair).map_err(|_| Problem::Range(s.pair.into()).of("scope.pair"))?,
+                    standbys: names_from_wire(s.standbys, MAX_GATEWAYS, "scope.standbys")?,
                 },
             ),
             Kind::Group(g) => Entry::Group(

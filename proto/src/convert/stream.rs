@@ -7,6 +7,7 @@ use tidegate_policy::state::{Entry, EntryKey, FactUpdate, FactValue};
 use tidegate_policy::{ClassKey, GroupKey, PortSet, ScopeKey};
 
 use super::entry::{grant_from_wire, grant_to_wire};
+use super::peer::Seen;
 use super::{
     MAX_ERROR, MAX_ITEMS, MAX_JOINED, MAX_TTL_MS, Problem, WireError, bounded, ip_from_wire, ip_to_wire, key_from_wire,
     key_to_wire, name_from_wire,
@@ -82,6 +83,8 @@ macro_rules! up {
                 match ack.kind.ok_or(Problem::Missing.of("ack.kind"))? {
                     Kind::Hello(h) => Up::hello(h),
                     Kind::Applied(a) => Up::applied(a),
+                    #[allow(unreachable_patterns, reason = "only one of the two messages has more kinds")]
+                    _ => Err(Problem::Missing.of("ack.kind")),
                 }
             }
         }
@@ -89,6 +92,26 @@ macro_rules! up {
 }
 up!(StateAck, state_ack);
 up!(FactsAck, facts_ack);
+
+/// From the agent on the Facts stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FactsUp {
+    /// A hello or an ack.
+    Up(Up),
+    /// What the agent sees of the gateways.
+    Seen(Seen),
+}
+
+impl TryFrom<wire::FactsAck> for FactsUp {
+    type Error = WireError;
+
+    fn try_from(ack: wire::FactsAck) -> Result<Self, WireError> {
+        match ack.kind {
+            Some(wire::facts_ack::Kind::Seen(s)) => Seen::try_from(s).map(FactsUp::Seen),
+            kind => Up::try_from(wire::FactsAck { kind }).map(FactsUp::Up),
+        }
+    }
+}
 
 /// One update of the State stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
