@@ -20,8 +20,8 @@ use tidegate_policy::model::Objects;
 use tidegate_policy::state::{Entry, FactUpdate, NodeState};
 use tidegate_policy::world::{NodeStateParts, World};
 use tidegate_policy::{ClassKey, Name, Reason, ScopeKey};
-use tidegate_proto::wire::{FactsUpdate, StateUpdate};
-use tidegate_proto::{FactsBatch, GrantEntry, StateBatch};
+use tidegate_proto::wire::{FactsUpdate, PeerUpdate, StateUpdate};
+use tidegate_proto::{FactsBatch, GrantEntry, PeerMessage, Seen, StateBatch};
 use tidegate_sni::Registry;
 use tokio::sync::{mpsc, oneshot};
 
@@ -115,6 +115,29 @@ pub enum ToCore {
         node: String,
         /// The stream.
         id: StreamId,
+    },
+    /// What an agent sees of the gateways.
+    Seen {
+        /// The node's name.
+        node: String,
+        /// The Facts stream that said it.
+        id: StreamId,
+        /// What it sees.
+        seen: Seen,
+    },
+    /// Another gateway asks for what this one knows.
+    PeerUp {
+        /// Its name, from its certificate.
+        gateway: String,
+        /// Towards it.
+        out: mpsc::Sender<PeerUpdate>,
+    },
+    /// Another gateway said something.
+    Peer {
+        /// Its name.
+        gateway: String,
+        /// What it said.
+        message: PeerMessage,
     },
     /// The pod-facing device is there: attach the program to it.
     Attach {
@@ -431,7 +454,7 @@ impl Run {
                 // The asker waits with a limit of its own.
                 let _ = reply.try_send(result.map(drop).map_err(|e| e.to_string()));
             }
-            ToCore::Stop => {}
+            ToCore::Seen { .. } | ToCore::PeerUp { .. } | ToCore::Peer { .. } | ToCore::Stop => {}
         }
     }
 

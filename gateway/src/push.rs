@@ -10,8 +10,8 @@ use anyhow::{Context, Result};
 use crossbeam_channel::{Sender, TrySendError};
 use futures_util::Stream;
 use tidegate_proto::wire::control_server::{Control, ControlServer};
-use tidegate_proto::wire::{FactsAck, FactsUpdate, StateAck, StateUpdate};
-use tidegate_proto::{MAX_MESSAGE, Up};
+use tidegate_proto::wire::{FactsAck, FactsUpdate, PeerHello, PeerUpdate, StateAck, StateUpdate};
+use tidegate_proto::{FactsUp, MAX_MESSAGE, Up};
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -67,19 +67,19 @@ fn tell(core: &Sender<ToCore>, message: ToCore) -> Result<(), Status> {
     })
 }
 
-/// The node name that the peer's certificate speaks for.
-fn node_of<T>(request: &Request<T>) -> Result<String, Status> {
+/// The name that the client's certificate speaks for: a node's or a gateway's, by the suffix of the SAN.
+fn named<T>(request: &Request<T>, suffix: &str) -> Result<String, Status> {
     let certs = request.peer_certs().ok_or_else(|| Status::unauthenticated("a client certificate is required"))?;
     let leaf = certs.first().ok_or_else(|| Status::unauthenticated("a client certificate is required"))?;
-    node_in_certificate(leaf)
-        .ok_or_else(|| Status::permission_denied("the certificate names no node (SAN NODE.node.tidegate)"))
+    name_in_certificate(leaf, suffix)
+        .ok_or_else(|| Status::permission_denied(format!("the certificate has no SAN NAME{suffix}")))
 }
 
-fn node_in_certificate(der: &[u8]) -> Option<String> {
+fn name_in_certificate(der: &[u8], suffix: &str) -> Option<String> {
     let (_, cert) = x509_parser::parse_x509_certificate(der).ok()?;
     let san = cert.subject_alternative_name().ok()??;
     san.value.general_names.iter().find_map(|n| match n {
-        x509_parser::extensions::GeneralName::DNSName(d) => d.strip_suffix(".node.tidegate").map(str::to_owned),
+        x509_parser::extensions::GeneralName::DNSName(d) => d.strip_suffix(suffix).map(str::to_owned),
         _ => None,
     })
 }
@@ -110,9 +110,23 @@ where
 impl Control for Streams {
     type StateStream = Out<StateUpdate>;
     type FactsStream = Out<FactsUpdate>;
+    type PeerStream = Out<PeerUpdate>;
+
+    async fn peer(&self, request: Request<PeerHello>) -> Result<Response<Self::PeerStream>, Status> {
+        let gateway = named(&request, ".gateway.tidegate")?;
+        let claimed = request.into_inner().gateway;
+        if claimed != gateway {
+            return Err(Status::permission_denied(format!(
+                "the certificate is for gateway {gateway}, not for {claimed}"
+            )));
+        }
+        let (out, rx) = mpsc::channel(QUEUE);
+        tell(&self.core, ToCore::PeerUp { gateway, out })?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(rx).map(Ok))))
+    }
 
     async fn state(&self, request: Request<Streaming<StateAck>>) -> Result<Response<Self::StateStream>, Status> {
-        let node = node_of(&request)?;
+        let node = named(&request, ".node.tidegate")?;
         let mut inbound = request.into_inner();
         hello(first(&mut inbound).await?, &node)?;
         let id = self.id();
@@ -134,7 +148,7 @@ impl Control for Streams {
     }
 
     async fn facts(&self, request: Request<Streaming<FactsAck>>) -> Result<Response<Self::FactsStream>, Status> {
-        let node = node_of(&request)?;
+        let node = named(&request, ".node.tidegate")?;
         let mut inbound = request.into_inner();
         let boot_id = hello(first(&mut inbound).await?, &node)?;
         let id = self.id();
@@ -143,9 +157,15 @@ impl Control for Streams {
         let core = self.core.clone();
         tokio::spawn(async move {
             while let Ok(Some(message)) = inbound.message().await {
-                let Ok(Up::Applied { boot_id, sequence, error }) = Up::try_from(message) else { break };
-                let ack = Ack { boot_id, sequence, error };
-                if tell(&core, ToCore::FactsAck { node: node.clone(), id, ack }).is_err() {
+                let node = node.clone();
+                let message = match FactsUp::try_from(message) {
+                    Ok(FactsUp::Up(Up::Applied { boot_id, sequence, error })) => {
+                        ToCore::FactsAck { node, id, ack: Ack { boot_id, sequence, error } }
+                    }
+                    Ok(FactsUp::Seen(seen)) => ToCore::Seen { node, id, seen },
+                    _ => break,
+                };
+                if tell(&core, message).is_err() {
                     break;
                 }
             }
