@@ -278,10 +278,25 @@ pub fn run(path: &Path) -> Result<()> {
     let ledger = Ledger::new(ledger_config(&config), seeds, Classifier(shared.clone()), shared.now());
     let bindings = ledger.bindings();
     let options = Options { tunnel_port: config.tunnel_port, ..Options::new(Role::Gateway, &config.pins) };
+    let (to_core, rx) = core::channel();
+    let stop = Arc::new(AtomicBool::new(false));
+    let keeper = Keeper {
+        gateway: config.name.clone(),
+        socket: config.socket.clone(),
+        device: config.device.clone(),
+        dns_ports: dns_ports(&config),
+        relay_port: RELAY_PORT,
+        flow_idle_seconds: config.flow_idle_seconds,
+        flows_per_pod: u32::try_from(config.quotas.connections).unwrap_or(u32::MAX),
+        pairs: shared.pairs.clone(),
+        core: to_core.clone(),
+        readiness: readiness.clone(),
+        stop: stop.clone(),
+    };
+    keeper.close().context("cannot close the gateway's namespace")?;
     let mut datapath = Datapath::load(&options).context("cannot load the kernel program")?;
     let events = datapath.events().context("the kernel's events are taken already")?;
 
-    let (to_core, rx) = core::channel();
     let relay_config = RelayConfig {
         listen: vec![(Ipv4Addr::UNSPECIFIED, RELAY_PORT).into(), (Ipv6Addr::UNSPECIFIED, RELAY_PORT).into()],
         reply_mark: REPLY,
@@ -314,7 +329,6 @@ pub fn run(path: &Path) -> Result<()> {
         let runtime = runtime()?;
         thread("events", move || runtime.block_on(kernel_events(events, shared, emit, events_ended)))?
     };
-    let stop = Arc::new(AtomicBool::new(false));
     let problems: Problems = Arc::default();
     let policy = PolicyThread {
         config: config.clone(),
@@ -341,18 +355,6 @@ pub fn run(path: &Path) -> Result<()> {
         let _ = dns_runtime.block_on(dns_ended);
     })?;
 
-    let keeper = Keeper {
-        gateway: config.name.clone(),
-        socket: config.socket.clone(),
-        device: config.device.clone(),
-        dns_ports: dns_ports(&config),
-        relay_port: RELAY_PORT,
-        flow_idle_seconds: config.flow_idle_seconds,
-        pairs: shared.pairs.clone(),
-        core: to_core.clone(),
-        readiness: readiness.clone(),
-        stop: stop.clone(),
-    };
     let way_thread = thread("way", move || keeper.run())?;
 
     let admin = match config.admin {

@@ -67,8 +67,22 @@ enum Command {
     },
 }
 
+/// A thread that died by a bug must not leave a process behind that looks alive: enforcement stays in the kernel, and
+/// whoever started the process starts it again.
+fn abort_on_panic() {
+    let say = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        say(info);
+        std::process::abort();
+    }));
+}
+
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    let command = Cli::parse().command;
+    if matches!(command, Command::Gateway { .. } | Command::Agent { .. }) {
+        abort_on_panic();
+    }
+    let result = match command {
         Command::Gateway { config } => appliance::run(&config).map(|()| 0),
         Command::Agent { config, cleanup: false } => agent_cmd::run(&config).map(|()| 0),
         Command::Agent { config, cleanup: true } => agent_cmd::cleanup(&config).map(|()| 0),

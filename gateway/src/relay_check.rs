@@ -135,8 +135,11 @@ pub fn still_allowed(world: &World, live: &Live) -> bool {
     let Some(group) = member.filter(|m| m.scope == live.scope).and_then(|m| world.group(m.index)) else {
         return false;
     };
-    // Until the hello is read there is nothing to judge; then it is judged by what holds now.
-    if group.on_revoke() == OnRevoke::Drain || live.hello.is_none() {
+    // Without a hello there is nothing to judge yet; then it is judged as the group that the pod was in when it came.
+    if live.hello.is_none() {
+        return live.group == group.key();
+    }
+    if group.on_revoke() == OnRevoke::Drain {
         return true;
     }
     let to = live.actual.unwrap_or(live.asked);

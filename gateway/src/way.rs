@@ -13,14 +13,14 @@ use crossbeam_channel::{Sender, bounded};
 use crate::admin::{Guard, Readiness};
 use crate::core::ToCore;
 use crate::egress::nft::{HeldPair, Rules};
-use crate::egress::{Way, rules_present};
+use crate::egress::{Way, load_rules, rules_present};
 use crate::handover::{Handover, RENEW};
 
 /// What other programs changed in our namespace is repaired at least so often.
 const FULL_PASS: Duration = Duration::from_secs(30);
 
-/// MTU towards pods that is proposed to the agent, which knows its uplinks: 1500 less 50 octets of VXLAN.
-const TUNNEL_MTU: u16 = 1450;
+/// MTU towards pods that is proposed to the agent: the largest, as only the agent knows its uplinks and takes what fits.
+const TUNNEL_MTU: u16 = 9000;
 
 /// What the thread needs.
 pub struct Keeper {
@@ -36,6 +36,8 @@ pub struct Keeper {
     pub relay_port: u16,
     /// Idle seconds after which a flow is dead.
     pub flow_idle_seconds: u64,
+    /// Forwarded flows that one pod may have at the same time.
+    pub flows_per_pod: u32,
     /// Pairs that this gateway holds now.
     pub pairs: Arc<ArcSwap<Vec<HeldPair>>>,
     /// The core, which attaches the program.
@@ -72,6 +74,15 @@ impl Keeper {
         }
     }
 
+    /// Closes the namespace before any packet can come: a new one may forward as the node does, and rules that an
+    /// earlier process left may name other pairs by the same marks. Established flows keep their translation.
+    ///
+    /// # Errors
+    /// nft is missing or refuses the rules.
+    pub fn close(&self) -> Result<()> {
+        load_rules(&Rules { pairs: Vec::new(), ..self.way(TUNNEL_MTU).rules }.render())
+    }
+
     fn way(&self, mtu: u16) -> Way {
         Way {
             rules: Rules {
@@ -80,6 +91,7 @@ impl Keeper {
                 dns_ports: self.dns_ports.clone(),
                 relay_port: self.relay_port,
                 pairs: self.pairs.load().as_ref().clone(),
+                flows_per_pod: self.flows_per_pod,
             },
             flow_idle_seconds: self.flow_idle_seconds,
         }
@@ -96,20 +108,29 @@ impl Keeper {
         let mut full = Instant::now() + FULL_PASS;
         while !self.stop.load(Ordering::Relaxed) {
             tokio::time::sleep(RENEW).await;
+            // The lease comes first: nothing that fails here may cost everybody's egress addresses.
+            handover.renew(&way.addresses())?;
             let wanted = self.way(handover.mtu);
             let due = full <= Instant::now();
-            if wanted != way || due && !rules_present() {
-                wanted.apply().await.context("cannot set up the way out")?;
-                tracing::info!(addresses = ?wanted.addresses(), "the way out was set up anew");
-                way = wanted;
-            } else if due {
-                way.repair().await.context("cannot repair the way out")?;
-                self.attach()?;
-            }
             if due {
                 full = Instant::now() + FULL_PASS;
             }
-            handover.renew(&way.addresses())?;
+            let result = if wanted != way || due && !rules_present() {
+                tracing::info!(addresses = ?wanted.addresses(), "setting up the way out anew");
+                wanted.apply().await
+            } else if due {
+                way.repair().await.and_then(|()| self.attach())
+            } else {
+                continue;
+            };
+            match result {
+                Ok(()) => way = wanted,
+                Err(error) => {
+                    tracing::error!(error = format!("{error:#}"), "cannot set up the way out; trying again");
+                    // What is wanted still differs or is due again at once.
+                    full = Instant::now();
+                }
+            }
         }
         Ok(())
     }
@@ -117,7 +138,8 @@ impl Keeper {
     fn attach(&self) -> Result<()> {
         let (reply, answer) = bounded(1);
         self.core.send(ToCore::Attach { reply }).context("the core has ended")?;
-        match answer.recv_timeout(Duration::from_secs(10)) {
+        // Shorter than the lease, which is renewed by this thread.
+        match answer.recv_timeout(Duration::from_secs(1)) {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => bail!("cannot attach the kernel program: {error}"),
             Err(_) => bail!("the core does not answer"),

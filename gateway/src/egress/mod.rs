@@ -66,9 +66,14 @@ impl Way {
             wanted.push((format!("net/ipv4/conf/{d}/rp_filter"), "0"));
             wanted.push((format!("net/ipv4/conf/{d}/send_redirects"), "0"));
         }
+        for d in ["lo", TOWARDS_PODS, TOWARDS_UPLINK] {
+            // Plugins of IPv4 clusters disable IPv6 in pods, and the kernel then refuses our routes.
+            wanted.push((format!("net/ipv6/conf/{d}/disable_ipv6"), "0"));
+        }
         for d in [TOWARDS_PODS, TOWARDS_UPLINK] {
             wanted.push((format!("net/ipv6/conf/{d}/accept_ra"), "0"));
         }
+        wanted.retain(|(key, _)| has_ipv6() || !key.starts_with("net/ipv6/"));
         for (key, value) in &wanted {
             write_sysctl(key, value)?;
         }
@@ -77,6 +82,11 @@ impl Way {
         let _ = write_sysctl("net/netfilter/nf_conntrack_tcp_be_liberal", "0");
         Ok(())
     }
+}
+
+/// Whether the kernel has IPv6 at all: with `ipv6.disable=1` it has neither its keys nor its routes.
+fn has_ipv6() -> bool {
+    std::path::Path::new("/proc/sys/net/ipv6").exists()
 }
 
 /// Sets a sysctl of this thread's network namespace, if it does not hold already (a read-only /proc/sys is fine then).

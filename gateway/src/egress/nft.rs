@@ -18,6 +18,10 @@ pub const DNS: u32 = 4;
 /// Mark of the gateway's own sockets towards pods.
 pub const REPLY: u32 = 0x1_0000;
 
+/// Set by our rules on what they let go on: routes and not only rules depend on it, so that nothing is
+/// forwarded while another program has removed the table.
+pub const CHECKED: u32 = 0x2_0000;
+
 /// Source ports that the kernel's SNAT uses: disjoint from the relay's, so that no clash changes a port on the wire.
 pub const SNAT_PORTS: (u16, u16) = (1024, 32767);
 /// Source ports that the relay binds.
@@ -48,6 +52,8 @@ pub struct Rules {
     pub relay_port: u16,
     /// Pairs that this gateway holds, sorted by index.
     pub pairs: Vec<HeldPair>,
+    /// Forwarded flows that one pod may have at the same time.
+    pub flows_per_pod: u32,
 }
 
 impl Rules {
@@ -90,10 +96,21 @@ impl Rules {
         // Without a listener tproxy falls through, and the packet would be forwarded.
         writeln!(o, "    iifname \"tgp\" meta mark & 0xff == {{ {TLS}, {DNS} }} counter drop")?;
         // What the kernel program did not decide has no business here.
-        writeln!(o, "    iifname \"tgp\" meta mark & 0xff == 0 counter drop\n  }}")?;
+        writeln!(o, "    iifname \"tgp\" meta mark & 0xff == 0 counter drop")?;
+        writeln!(o, "    iifname \"tgp\" meta mark set meta mark | {CHECKED:#x}\n  }}")?;
 
+        for (set, l3) in [("flows4", "ipv4_addr"), ("flows6", "ipv6_addr")] {
+            writeln!(o, "  set {set} {{\n    type {l3}; flags dynamic; size 65535;\n  }}")?;
+        }
         writeln!(o, "  chain input {{\n    type filter hook input priority filter; policy accept;")?;
         writeln!(o, "    iifname \"tgp\" meta mark & 0xff != {{ {TLS}, {DNS} }} counter drop")?;
+        // Who asks is known by the source address, and that was checked only on the way through the tunnel.
+        let ports: Vec<String> = self.dns_ports.iter().chain([&self.relay_port]).map(u16::to_string).collect();
+        writeln!(
+            o,
+            "    iifname != {{ \"tgp\", \"lo\" }} meta l4proto {{ tcp, udp }} th dport {{ {} }} ct state new counter drop",
+            ports.join(", ")
+        )?;
         writeln!(o, "    iifname \"tga\" ct state established,related accept")?;
         writeln!(o, "    iifname \"tga\" icmp type echo-request accept")?;
         writeln!(o, "    iifname \"tga\" icmpv6 type echo-request accept")?;
@@ -103,7 +120,15 @@ impl Rules {
         writeln!(o, "    iifname \"tgp\" meta mark & 0xff == {BLOCK} meta l4proto tcp reject with tcp reset")?;
         writeln!(o, "    iifname \"tgp\" meta mark & 0xff == {BLOCK} reject with icmpx type port-unreachable")?;
         writeln!(o, "    ct state invalid counter drop")?;
-        writeln!(o, "    iifname \"tgp\" ct state new tcp flags & (fin|syn|rst|ack) != syn counter drop")?;
+        // A flow that nobody here knows: to the pod it must look dead at once, outside it must not be seen.
+        writeln!(o, "    iifname \"tgp\" ct state new tcp flags & (fin|syn|rst|ack) != syn reject with tcp reset")?;
+        let flows = self.flows_per_pod;
+        for (set, l3) in [("flows4", "ip"), ("flows6", "ip6")] {
+            writeln!(
+                o,
+                "    iifname \"tgp\" ct state new add @{set} {{ {l3} saddr ct count over {flows} }} counter drop"
+            )?;
+        }
         // Both ends must send segments that fit the tunnel.
         for (l3, mss) in [("ipv4", mss4), ("ipv6", mss6)] {
             writeln!(
@@ -111,6 +136,8 @@ impl Rules {
                 "    meta nfproto {l3} tcp flags syn tcp option maxseg size > {mss} tcp option maxseg size set {mss}"
             )?;
         }
+        // Translated already, whatever pairs are held now.
+        writeln!(o, "    iifname \"tgp\" meta mark & 0xff == {FORWARD} ct state established,related ct status snat accept")?;
         writeln!(o, "    iifname \"tgp\" oifname \"{dev}\" meta mark & 0xffff == {FORWARD:#x} accept")?;
         for p in &self.pairs {
             let mark = FORWARD | u32::from(p.index) << 8;
@@ -169,6 +196,7 @@ mod tests {
             mtu: 1450,
             dns_ports: vec![53, 5353],
             relay_port: 15001,
+            flows_per_pod: 100,
             pairs: vec![
                 HeldPair {
                     index: 1,

@@ -4,7 +4,9 @@
 //! |---|---|---|
 //! | 100 | everything is local | intercepted packets (carry TLS and DNS) |
 //! | 101 | everything goes to pods | answers: the gateway's own (mark), what comes back from outside, refusals |
-//! | 102 | everything goes to the uplink | any egress pair in the mark |
+//! | 102 | everything goes to the uplink | any egress pair in the mark, our egress addresses as source |
+//!
+//! What came from a pod and did not pass our nftables rules has no [`CHECKED`] bit and is thrown away by routing.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -17,7 +19,7 @@ use netlink_packet_route::route::{RouteProtocol, RouteScope, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 use rtnetlink::{Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
 
-use super::nft::{BLOCK, DNS, REPLY, TLS};
+use super::nft::{BLOCK, CHECKED, DNS, FORWARD, REPLY, TLS};
 use super::{TOWARDS_PODS, TOWARDS_UPLINK};
 
 const LOCAL: u32 = 100;
@@ -25,26 +27,53 @@ const PODS: u32 = 101;
 const UPLINK: u32 = 102;
 /// Our rules' priorities begin here; everything in `FIRST..LAST` is ours.
 const FIRST: u32 = 20100;
-const LAST: u32 = 20199;
+const LAST: u32 = 20899;
 
-/// How a rule selects packets.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Select<'a> {
-    Mark { value: u32, mask: u32, invert: bool },
-    From(&'a str),
+/// One rule: what it selects, and the table; no table throws the packet away.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Rule<'a> {
+    /// Value and mask.
+    mark: Option<(u32, u32)>,
+    /// Every other mark.
+    invert: bool,
+    from: Option<&'a str>,
+    source: Option<IpAddr>,
+    table: Option<u32>,
 }
 
-fn wanted(device: &str) -> Vec<(u32, Select<'_>, u32)> {
-    let mark = |value, mask| Select::Mark { value, mask, invert: false };
-    vec![
-        (FIRST, mark(REPLY, REPLY), PODS),
-        (FIRST + 1, mark(TLS, 0xff), LOCAL),
-        (FIRST + 2, mark(DNS, 0xff), LOCAL),
-        (FIRST + 3, mark(BLOCK, 0xff), PODS),
-        (FIRST + 4, Select::From(TOWARDS_UPLINK), PODS),
-        (FIRST + 5, Select::From(device), PODS),
-        (FIRST + 6, Select::Mark { value: 0, mask: 0xff00, invert: true }, UPLINK),
-    ]
+impl<'a> Rule<'a> {
+    fn to(table: u32) -> Self {
+        Self { table: Some(table), ..Self::default() }
+    }
+
+    fn mark(self, value: u32, mask: u32) -> Self {
+        Self { mark: Some((value, mask)), ..self }
+    }
+
+    fn from(self, device: &'a str) -> Self {
+        Self { from: Some(device), ..self }
+    }
+}
+
+/// The rules in order; the place gives the priority.
+fn wanted<'a>(device: &'a str, addresses: &[IpAddr]) -> Vec<Rule<'a>> {
+    let mut rules = vec![
+        Rule::to(PODS).mark(REPLY, REPLY),
+        Rule::to(LOCAL).mark(TLS, 0xff).from(TOWARDS_PODS),
+        Rule::to(LOCAL).mark(DNS, 0xff).from(TOWARDS_PODS),
+        // What the stack answers by itself reflects the packet's mark: resets of unknown flows go back to the pod.
+        Rule::to(PODS).mark(TLS, 0xff),
+        Rule::to(PODS).mark(DNS, 0xff),
+        Rule { table: None, ..Rule::default() }.mark(0, CHECKED).from(TOWARDS_PODS),
+        Rule::to(PODS).mark(BLOCK, 0xff),
+        // Resets of unknown forwarded flows, made by our rules.
+        Rule::to(PODS).mark(FORWARD, 0xff).from("lo"),
+        Rule::to(PODS).from(TOWARDS_UPLINK),
+        Rule::to(PODS).from(device),
+        Rule { invert: true, ..Rule::to(UPLINK).mark(0, 0xff00) },
+    ];
+    rules.extend(addresses.iter().map(|a| Rule { source: Some(*a), ..Rule::to(UPLINK) }));
+    rules
 }
 
 /// Makes links, addresses, rules and routes so.
@@ -68,8 +97,9 @@ async fn apply_with(handle: &Handle, device: &str, mtu: u16, addresses: &[IpAddr
         handle.link().set(m.build()).execute().await.context("cannot set a link up")?;
     }
     set_addresses(handle, tga, addresses).await?;
-    for v6 in [false, true] {
-        set_rules(handle, v6, device).await?;
+    let families: &[bool] = if super::has_ipv6() { &[false, true] } else { &[false] };
+    for &v6 in families {
+        set_rules(handle, v6, &wanted(device, addresses)).await?;
         for (table, index, kind) in
             [(LOCAL, lo, RouteType::Local), (PODS, tgp, RouteType::Unicast), (UPLINK, tga, RouteType::Unicast)]
         {
@@ -114,27 +144,30 @@ async fn set_addresses(handle: &Handle, index: u32, wanted: &[IpAddr]) -> Result
     Ok(())
 }
 
-fn rule_matches(m: &RuleMessage, priority: u32, select: &Select<'_>, table: u32) -> bool {
+fn matches(m: &RuleMessage, rule: &Rule<'_>) -> bool {
     let has = |a: RuleAttribute| m.attributes.contains(&a);
-    let same_table = u32::from(m.header.table) == table || has(RuleAttribute::Table(table));
-    same_table
-        && m.header.action == RuleAction::ToTable
-        && has(RuleAttribute::Priority(priority))
-        && match select {
-            Select::Mark { value, mask, invert } => {
-                // The kernel leaves a zero mark out of its listing.
-                (*value == 0 || has(RuleAttribute::FwMark(*value)))
-                    && has(RuleAttribute::FwMask(*mask))
-                    && m.header.flags.contains(RuleFlags::Invert) == *invert
-            }
-            Select::From(dev) => has(RuleAttribute::Iifname((*dev).into())),
-        }
+    let target = match rule.table {
+        Some(t) => m.header.action == RuleAction::ToTable && (u32::from(m.header.table) == t || has(RuleAttribute::Table(t))),
+        None => m.header.action == RuleAction::Blackhole,
+    };
+    let mark = match rule.mark {
+        // The kernel leaves a zero mark out of its listing.
+        Some((value, mask)) => (value == 0 || has(RuleAttribute::FwMark(value))) && has(RuleAttribute::FwMask(mask)),
+        None => !m.attributes.iter().any(|a| matches!(a, RuleAttribute::FwMask(_))),
+    };
+    let from = match rule.from {
+        Some(dev) => has(RuleAttribute::Iifname(dev.into())),
+        None => !m.attributes.iter().any(|a| matches!(a, RuleAttribute::Iifname(_))),
+    };
+    let source = rule.source.is_none_or(|s| has(RuleAttribute::Source(s)));
+    target && mark && from && source && m.header.flags.contains(RuleFlags::Invert) == rule.invert
 }
 
-async fn set_rules(handle: &Handle, v6: bool, device: &str) -> Result<()> {
+async fn set_rules(handle: &Handle, v6: bool, rules: &[Rule<'_>]) -> Result<()> {
     let version = if v6 { IpVersion::V6 } else { IpVersion::V4 };
+    let rules: Vec<(u32, &Rule<'_>)> =
+        (FIRST..=LAST).zip(rules).filter(|(_, r)| r.source.is_none_or(|s| s.is_ipv6() == v6)).collect();
     let mut present = BTreeSet::new();
-    let rules = wanted(device);
     let mut stream = handle.rule().get(version).execute();
     while let Some(m) = stream.try_next().await.context("cannot list rules")? {
         let priority = m.attributes.iter().find_map(|a| match a {
@@ -142,24 +175,30 @@ async fn set_rules(handle: &Handle, v6: bool, device: &str) -> Result<()> {
             _ => None,
         });
         let Some(priority) = priority.filter(|p| (FIRST..=LAST).contains(p)) else { continue };
-        let ours = rules.iter().find(|(p, s, t)| *p == priority && rule_matches(&m, *p, s, *t));
+        let ours = rules.iter().any(|(p, r)| *p == priority && matches(&m, r));
         // Stale ones of an earlier version, and doubles.
-        if ours.is_none() || !present.insert(priority) {
+        if !ours || !present.insert(priority) {
             handle.rule().del(m).execute().await.context("cannot remove a stale rule")?;
         }
     }
-    for (priority, select, table) in rules.iter().filter(|(p, ..)| !present.contains(p)) {
-        let mut add = handle.rule().add().table_id(*table).priority(*priority).action(RuleAction::ToTable);
+    for (priority, rule) in rules.iter().filter(|(p, _)| !present.contains(p)) {
+        let action = if rule.table.is_some() { RuleAction::ToTable } else { RuleAction::Blackhole };
+        let mut add = handle.rule().add().priority(*priority).action(action);
+        add = add.table_id(rule.table.unwrap_or(0));
         let m = add.message_mut();
-        match select {
-            Select::Mark { value, mask, invert } => {
-                m.attributes.push(RuleAttribute::FwMark(*value));
-                m.attributes.push(RuleAttribute::FwMask(*mask));
-                if *invert {
-                    m.header.flags |= RuleFlags::Invert;
-                }
-            }
-            Select::From(dev) => m.attributes.push(RuleAttribute::Iifname((*dev).into())),
+        if let Some((value, mask)) = rule.mark {
+            m.attributes.push(RuleAttribute::FwMark(value));
+            m.attributes.push(RuleAttribute::FwMask(mask));
+        }
+        if let Some(dev) = rule.from {
+            m.attributes.push(RuleAttribute::Iifname(dev.into()));
+        }
+        if let Some(source) = rule.source {
+            m.header.src_len = if v6 { 128 } else { 32 };
+            m.attributes.push(RuleAttribute::Source(source));
+        }
+        if rule.invert {
+            m.header.flags |= RuleFlags::Invert;
         }
         m.header.family = if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
         add.execute().await.with_context(|| format!("cannot add the rule with priority {priority}"))?;
@@ -220,7 +259,9 @@ mod tests {
             sh("ip rule del pref 20101; ip route flush table 101; ip addr del 203.0.113.10/32 dev tga; ip addr add 203.0.113.99/32 dev tga");
             rt.block_on(apply("eth0", 1450, &[a, b])).unwrap();
             let repaired = sh("ip rule; ip -6 rule; ip route show table all; ip -6 route show table 101");
-            assert!(repaired.contains("fwmark 0x2/0xff lookup 100"), "{repaired}");
+            assert!(repaired.contains("iif tgp fwmark 0x2/0xff lookup 100") || repaired.contains("fwmark 0x2/0xff iif tgp lookup 100"), "{repaired}");
+            assert!(repaired.contains("0/0x20000") && repaired.contains("blackhole"), "{repaired}");
+            assert!(repaired.contains("from 203.0.113.10 lookup 102"), "{repaired}");
             assert!(repaired.contains("default dev tgp table 101"), "{repaired}");
             assert!(repaired.contains("lookup 77"), "foreign rules stay");
             let addresses = sh("ip addr show tga");

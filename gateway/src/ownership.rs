@@ -1,0 +1,261 @@
+//! Who owns which egress pair: the rules of failover without a lease or a wall clock. Pure: time is an argument.
+//!
+//! - Every pair has candidates in the same order on each gateway: the one it is pinned to, then rendezvous order.
+//! - Who serves a pair claims it with an epoch; claims travel with the beats of the gateways. The highest epoch wins,
+//!   of equal ones the smaller name (as the nodes follow them); the loser lets go. A returning owner finds a live claim and
+//!   takes nothing.
+//! - A gateway is dead when nothing came from it for 2 s and most of the connected agents do not see it either. While
+//!   only one of the two holds, nothing moves: two gateways that cannot see each other are not two owners.
+//! - A pair that no live gateway holds goes to the first candidate that lives and is able, with the highest epoch that
+//!   anybody knows plus one.
+//! - A gateway that has lost its peers and most of its agents lets go: whoever is with the agents takes over.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use tidegate_proto::{Beat, Claim, Pair};
+
+/// Silence that is taken for death.
+pub const SILENCE: Duration = Duration::from_secs(2);
+/// How long a candidate that lives may take until it is able, when nobody ever held the pair: gateways start
+/// at different speeds, and the first of the order should be it.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+#[derive(Debug, Default)]
+struct Peer {
+    /// When its last beat came; absent if never.
+    heard: Option<Duration>,
+    /// Since when it lives without being able.
+    unable: Option<Duration>,
+    /// What it serves.
+    holds: BTreeMap<Pair, u64>,
+    /// Whether its facts' snapshot has come.
+    synced: bool,
+}
+
+#[derive(Debug)]
+struct Agent {
+    sees: BTreeSet<String>,
+}
+
+/// Who owns a pair, as far as this gateway knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// The owner.
+    pub owner: String,
+    /// Its epoch.
+    pub epoch: u64,
+}
+
+/// The state machine of one gateway.
+#[derive(Debug)]
+pub struct Ownership {
+    me: String,
+    started: Duration,
+    peers: BTreeMap<String, Peer>,
+    agents: BTreeMap<String, Agent>,
+    /// How many agents were connected at most.
+    most_agents: usize,
+    /// Pairs that policy has, with their candidates.
+    pairs: BTreeMap<Pair, Vec<String>>,
+    known: BTreeMap<Pair, Known>,
+    held: BTreeSet<Pair>,
+    able: bool,
+}
+
+impl Ownership {
+    /// A gateway among `peers`, which has started at `now`.
+    pub fn new(me: &str, peers: impl IntoIterator<Item = String>, now: Duration) -> Self {
+        Self {
+            me: me.to_owned(),
+            started: now,
+            peers: peers.into_iter().filter(|p| p != me).map(|p| (p, Peer::default())).collect(),
+            agents: BTreeMap::new(),
+            most_agents: 0,
+            pairs: BTreeMap::new(),
+            known: BTreeMap::new(),
+            held: BTreeSet::new(),
+            able: false,
+        }
+    }
+
+    /// Claims of an earlier run: their epochs are a floor.
+    pub fn recall(&mut self, claims: Vec<Claim>) {
+        for c in claims {
+            self.note(c.pair, c.owner, c.epoch);
+        }
+    }
+
+    /// The pairs of policy with their candidates in order. Those that are gone are let go.
+    pub fn set_pairs(&mut self, pairs: BTreeMap<Pair, Vec<String>>) {
+        self.held.retain(|p| pairs.contains_key(p));
+        self.pairs = pairs;
+    }
+
+    /// Whether this gateway could serve a pair.
+    pub fn set_able(&mut self, able: bool) {
+        self.able = able;
+    }
+
+    /// A beat of another gateway came.
+    pub fn beat(&mut self, peer: &str, beat: &Beat, now: Duration) {
+        let Some(p) = self.peers.get_mut(peer) else { return };
+        p.heard = Some(now);
+        p.unable = if beat.able { None } else { p.unable.or(Some(now)) };
+        p.holds = beat.claims.iter().filter(|c| c.held && c.owner == peer).map(|c| (c.pair.clone(), c.epoch)).collect();
+        for c in &beat.claims {
+            self.note(c.pair.clone(), c.owner.clone(), c.epoch);
+        }
+    }
+
+    /// Another gateway's facts have come in whole.
+    pub fn synced(&mut self, peer: &str) {
+        if let Some(p) = self.peers.get_mut(peer) {
+            p.synced = true;
+        }
+    }
+
+    /// An agent said which gateways it sees, and the highest epochs of the pairs that its node follows.
+    pub fn seen(&mut self, node: &str, sees: BTreeSet<String>, epochs: impl IntoIterator<Item = (Pair, u64)>) {
+        self.agents.insert(node.to_owned(), Agent { sees });
+        self.most_agents = self.most_agents.max(self.agents.len());
+        for (pair, epoch) in epochs {
+            // The node follows an epoch that nobody alive may know: ours must be above it.
+            let known = self.known.entry(pair.clone()).or_insert(Known { owner: String::new(), epoch });
+            if epoch > known.epoch {
+                known.epoch = epoch;
+                known.owner = String::new();
+                self.held.remove(&pair);
+            }
+        }
+    }
+
+    /// An agent's stream ended.
+    pub fn agent_gone(&mut self, node: &str) {
+        self.agents.remove(node);
+    }
+
+    /// Whether the start is over: every peer's facts have come, or the time for that is over.
+    pub fn settled(&self, now: Duration) -> bool {
+        now.saturating_sub(self.started) >= SILENCE || self.peers.values().all(|p| p.synced && p.heard.is_some())
+    }
+
+    /// Decides at `now`; says whether anything that this gateway holds, or knows of owners, may have changed.
+    pub fn tick(&mut self, now: Duration) -> bool {
+        let before = (self.held.clone(), self.known.clone());
+        if self.isolated(now) {
+            self.held.clear();
+        }
+        let held: Vec<Pair> = self.held.iter().cloned().collect();
+        for pair in held {
+            if self.known.get(&pair).is_none_or(|k| k.owner != self.me) {
+                self.held.remove(&pair);
+            }
+        }
+        if self.settled(now) && self.able && !self.isolated(now) {
+            let free: Vec<Pair> =
+                self.pairs.iter().filter(|(p, c)| self.is_mine(p, c, now)).map(|(p, _)| p.clone()).collect();
+            for pair in free {
+                let epoch = self.known.get(&pair).map_or(0, |k| k.epoch) + 1;
+                self.known.insert(pair.clone(), Known { owner: self.me.clone(), epoch });
+                self.held.insert(pair);
+            }
+        }
+        before != (self.held.clone(), self.known.clone())
+    }
+
+    /// Whether this gateway serves the pair.
+    pub fn holds(&self, pair: &Pair) -> bool {
+        self.held.contains(pair)
+    }
+
+    /// Who owns a pair: the highest claim known, else the first candidate at epoch 0.
+    pub fn owner(&self, pair: &Pair) -> Option<Known> {
+        let candidates = self.pairs.get(pair)?;
+        let known = self.known.get(pair);
+        let owner = match known {
+            Some(k) if !k.owner.is_empty() => k.owner.clone(),
+            _ => candidates.first()?.clone(),
+        };
+        // A claim without a known owner is an agent's: it must not win against the owner's own word.
+        let epoch = known.filter(|k| !k.owner.is_empty()).map_or(0, |k| k.epoch);
+        Some(Known { owner, epoch })
+    }
+
+    /// Every claim known, for the beat and the journal.
+    pub fn claims(&self) -> Vec<Claim> {
+        let known = self.known.iter().filter(|(p, k)| !k.owner.is_empty() && self.pairs.contains_key(*p));
+        known
+            .map(|(p, k)| Claim {
+                pair: p.clone(),
+                owner: k.owner.clone(),
+                epoch: k.epoch,
+                held: k.owner == self.me && self.held.contains(p),
+            })
+            .collect()
+    }
+
+    /// Notes a claim if it beats what is known.
+    fn note(&mut self, pair: Pair, owner: String, epoch: u64) {
+        let wins = match self.known.get(&pair) {
+            None => true,
+            Some(k) => epoch > k.epoch || epoch == k.epoch && (k.owner.is_empty() || owner < k.owner),
+        };
+        if wins {
+            self.known.insert(pair, Known { owner, epoch });
+        }
+    }
+
+    /// Whether a peer lives: it was heard lately, or most agents see it.
+    fn lives(&self, peer: &str, now: Duration) -> bool {
+        let Some(p) = self.peers.get(peer) else { return peer == self.me };
+        if p.heard.is_some_and(|at| now.saturating_sub(at) < SILENCE) {
+            return true;
+        }
+        // A peer that was never heard has as long to speak.
+        if p.heard.is_none() && now.saturating_sub(self.started) < SILENCE {
+            return true;
+        }
+        let see = self.agents.values().filter(|a| a.sees.contains(peer)).count();
+        see * 2 > self.agents.len()
+    }
+
+    /// Whether a pair falls to this gateway.
+    fn is_mine(&self, pair: &Pair, candidates: &[String], now: Duration) -> bool {
+        if self.held.contains(pair) {
+            return false;
+        }
+        // What it held when it was last heard it still holds, as long as it lives.
+        if self.peers.iter().any(|(name, p)| p.holds.contains_key(pair) && self.lives(name, now)) {
+            return false;
+        }
+        let fresh = !self.known.contains_key(pair);
+        for candidate in candidates {
+            if *candidate == self.me {
+                return true;
+            }
+            let Some(p) = self.peers.get(candidate) else { continue };
+            if !self.lives(candidate, now) {
+                continue;
+            }
+            let patience = if fresh { PATIENCE } else { SILENCE };
+            if p.unable.is_none_or(|since| now.saturating_sub(since) < patience) {
+                return false;
+            }
+        }
+        false
+    }
+
+    /// Whether this gateway has lost every peer and most of its agents.
+    fn isolated(&self, now: Duration) -> bool {
+        let silent = |p: &Peer| match p.heard {
+            Some(at) => now.saturating_sub(at) >= SILENCE,
+            None => now.saturating_sub(self.started) >= SILENCE,
+        };
+        !self.peers.is_empty() && self.peers.values().all(silent) && self.agents.len() * 2 < self.most_agents
+    }
+}
+
+#[cfg(test)]
+#[path = "ownership_tests.rs"]
+mod tests;
