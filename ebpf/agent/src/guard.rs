@@ -309,6 +309,16 @@ fn ruleset(settings: &Settings, desired: &Desired) -> Vec<Value> {
         out.push(rule("prerouting", forge(local.clone())));
         out.push(rule("input", vec![from_pod.clone(), port.clone(), counted.clone(), drop.clone()]));
         out.push(rule("forward", forge(address("daddr", "==", "nodes"))));
+        if protocol == "ip6" {
+            // Where bridged frames meet this hook (br_netfilter), neighbour discovery between pods of one bridge does
+            // too. Only what was not routed has a hop limit of 255 here (RFC 4861, section 7.1).
+            let is = |protocol: &str, field: &str, right: Value| {
+                json!({"match": {"op": "==", "left": {"payload": {"protocol": protocol, "field": field}}, "right": right}})
+            };
+            let types = json!({"set": ["nd-neighbor-solicit", "nd-neighbor-advert"]});
+            let expr = vec![is("icmpv6", "type", types), is("ip6", "hoplimit", json!(255)), json!({"accept": null})];
+            out.push(rule("forward", expr));
+        }
         out.push(rule(
             "forward",
             vec![address("saddr", "==", "isolated"), unmarked.clone(), json!({"counter": "isolated"}), drop.clone()],

@@ -281,6 +281,8 @@ impl Node {
         }
         self.merge();
         self.reconcile(false).await;
+        // A pod that never spoke is in no table of its bridge, and closed until it is found: not a second later.
+        self.resolve().await;
     }
 
     async fn plug(&mut self, request: Request) {
