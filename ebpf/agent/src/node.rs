@@ -249,7 +249,7 @@ impl Node {
         }
         let updates = self.told.take(facts.gateway, batch);
         let result = result.and_then(|()| self.datapath.facts(&updates));
-        acknowledge(&ack, applied, result.map_err(|e| e.to_string()));
+        acknowledge_facts(&ack, applied, result.map_err(|e| e.to_string()));
     }
 
     async fn state(&mut self, all: Vec<stream::State>) {
@@ -444,6 +444,14 @@ impl Node {
             }
             new
         });
+    }
+}
+
+/// An ack of a Facts stream is cumulative: after an error there is none any more, the gateway ends the stream, and the
+/// next one begins with a snapshot.
+fn acknowledge_facts(ack: &Ack, applied: Applied, result: Result<(), String>) {
+    if ack.borrow().error.is_none() {
+        acknowledge(ack, applied, result);
     }
 }
 

@@ -1,16 +1,19 @@
 //! From the desired state to kernel entries, and their reconciliation.
 
+use std::net::IpAddr;
+
 use ahash::AHashMap;
 use ipnet::IpNet;
 use tidegate_ebpf_common::Addr;
 use tidegate_ebpf_common::layout::{
-    Config, DnsKey, Endpoint, Gateway, GrantKey, Group, Iface, Node, Prefix, Scope, config, endpoint, group, iface,
+    Config, DnsKey, Endpoint, FactKey, Gateway, GrantKey, Group, Iface, Node, Prefix, Scope, config, endpoint, group, iface,
     node, prefix_bits, prefix_key,
 };
 use tidegate_policy::state::{NodeState, Touch};
+use tidegate_policy::{ClassKey, GroupKey, PortSet, ScopeKey};
 
 use crate::ids::Kind;
-use crate::load::{Datapath, now_secs};
+use crate::load::{Datapath, is_missing, now_secs};
 use crate::table::Lpm;
 use crate::{Applied, Error, Local};
 
@@ -57,38 +60,90 @@ impl Datapath {
         self.tables.portsets.begin();
         let want = self.desired(state, local)?;
         let t = &mut self.tables;
+        // A table that is full or refused must not keep the others from being right: one tenant's prefixes would freeze
+        // everybody's policy. What fails is tried again with the next call.
+        let mut failed = None;
+        let mut try_all = |result: Result<usize, Error>| match result {
+            Ok(n) => n,
+            Err(e) => {
+                failed.get_or_insert(e);
+                0
+            }
+        };
         // What is referred to comes first.
-        applied.updated += t.cluster.fill(&want.cluster)?
-            + t.cluster_dns.fill(&want.cluster_dns)?
-            + t.nodes.fill(&want.nodes)?
-            + t.outer.fill(&want.outer)?
-            + t.gateways.fill(&want.gateways)?
-            + t.prefixes.fill(&want.prefixes)?
-            + t.scopes.fill(&want.scopes)?
-            + t.groups.fill(&want.groups)?
-            + t.grants.fill(&want.grants)?
-            + t.endpoints.fill(&want.endpoints)?
-            + t.ifaces.fill(&want.ifaces)?;
+        applied.updated += try_all(t.cluster.fill(&want.cluster))
+            + try_all(t.cluster_dns.fill(&want.cluster_dns))
+            + try_all(t.nodes.fill(&want.nodes))
+            + try_all(t.outer.fill(&want.outer))
+            + try_all(t.gateways.fill(&want.gateways))
+            + try_all(t.prefixes.fill(&want.prefixes))
+            + try_all(t.scopes.fill(&want.scopes))
+            + try_all(t.groups.fill(&want.groups))
+            + try_all(t.grants.fill(&want.grants))
+            + try_all(t.endpoints.fill(&want.endpoints))
+            + try_all(t.ifaces.fill(&want.ifaces));
         let held = t.config.get(&0, 0).map_err(Error::map("CONFIG"))?;
         if held != want.config {
             t.config.set(0, want.config, 0).map_err(Error::map("CONFIG"))?;
             applied.updated += 1;
         }
         // What refers goes first.
-        applied.deleted += t.ifaces.prune(&want.ifaces)?
-            + t.endpoints.prune(&want.endpoints)?
-            + t.grants.prune(&want.grants)?
-            + t.groups.prune(&want.groups)?
-            + t.scopes.prune(&want.scopes)?
-            + t.prefixes.prune(&want.prefixes)?
-            + t.gateways.prune(&want.gateways)?
-            + t.outer.prune(&want.outer)?
-            + t.nodes.prune(&want.nodes)?
-            + t.cluster_dns.prune(&want.cluster_dns)?
-            + t.cluster.prune(&want.cluster)?;
+        applied.deleted += try_all(t.ifaces.prune(&want.ifaces))
+            + try_all(t.endpoints.prune(&want.endpoints))
+            + try_all(t.grants.prune(&want.grants))
+            + try_all(t.groups.prune(&want.groups))
+            + try_all(t.scopes.prune(&want.scopes))
+            + try_all(t.prefixes.prune(&want.prefixes))
+            + try_all(t.gateways.prune(&want.gateways))
+            + try_all(t.outer.prune(&want.outer))
+            + try_all(t.nodes.prune(&want.nodes))
+            + try_all(t.cluster_dns.prune(&want.cluster_dns))
+            + try_all(t.cluster.prune(&want.cluster));
+        if let Some(error) = failed {
+            return Err(error);
+        }
         t.portsets.finish();
         self.last = Some((state.clone(), local.clone()));
         Ok(applied)
+    }
+
+    /// Adds grants between two calls of [`Datapath::apply`], whose next state must have them too.
+    ///
+    /// # Errors
+    /// What the kernel refused; grants before that hold.
+    pub fn grants(&mut self, grants: &[(GroupKey, ClassKey, PortSet)]) -> Result<(), Error> {
+        for (g, c, ports) in grants {
+            let key = GrantKey { group: self.ids.get(Kind::Group, g.0)?, class: self.ids.get(Kind::Class, c.0)? };
+            let set = self.tables.portsets.intern(ports)?;
+            self.tables.grants.set(key, set)?;
+            if let Some((state, _)) = &mut self.last {
+                state.grants.insert((*g, *c), ports.clone());
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes the facts that `keep` does not name: what an earlier process learnt and this one knows nothing of.
+    /// Returns how many.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    pub fn retain_facts(&mut self, keep: impl Fn(ScopeKey, IpAddr) -> bool) -> Result<usize, Error> {
+        let scopes: AHashMap<u32, ScopeKey> = self.ids.all(Kind::Scope).map(|(id, key)| (id, ScopeKey(key))).collect();
+        let gone: Vec<FactKey> = self
+            .facts
+            .keys()
+            .flatten()
+            .filter(|k| !scopes.get(&k.scope).is_some_and(|s| keep(*s, k.addr.to_ip())))
+            .collect();
+        for key in &gone {
+            match self.facts.remove(key) {
+                Ok(()) => {}
+                Err(e) if is_missing(&e) => {}
+                Err(e) => return Err(Error::map("FACTS")(e)),
+            }
+        }
+        Ok(gone.len())
     }
 
     fn reload(&mut self) -> Result<usize, Error> {

@@ -42,6 +42,17 @@ impl Ids {
         self.table.get(&key(kind as u32, identity)).copied()
     }
 
+    /// All ids of a kind with their identities.
+    pub fn all(&self, kind: Kind) -> impl Iterator<Item = (u32, u128)> {
+        self.table.iter().filter(move |(k, _)| k.kind == kind as u32).map(|(k, id)| {
+            let mut bytes = [0; 16];
+            for (to, word) in bytes.chunks_exact_mut(4).zip(k.key) {
+                to.copy_from_slice(&word.to_ne_bytes());
+            }
+            (*id, u128::from_ne_bytes(bytes))
+        })
+    }
+
     /// The id of an identity; a new one if it has none.
     pub fn get(&mut self, kind: Kind, identity: u128) -> Result<u32, Error> {
         if let Some(id) = self.find(kind, identity) {
