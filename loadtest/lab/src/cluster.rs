@@ -1,5 +1,7 @@
 //! What the cluster's own DNS and its pods' resolvers are told.
 
+use std::net::IpAddr;
+
 use anyhow::Result;
 
 use crate::product;
@@ -9,8 +11,8 @@ use crate::serve::zone::{self, Zone};
 /// /etc/resolv.conf as the kubelet writes it.
 pub fn resolv_conf(scenario: &Scenario, namespace: &str) -> String {
     let mut text = String::new();
-    for server in scenario.cluster_dns_servers() {
-        text.push_str(&format!("nameserver {}\n", server.ip()));
+    for server in scenario.pod_resolvers() {
+        text.push_str(&format!("nameserver {server}\n"));
     }
     text.push_str(&format!("search {namespace}.svc.{CLUSTER_DOMAIN} svc.{CLUSTER_DOMAIN} {CLUSTER_DOMAIN}\n"));
     text.push_str("options ndots:5 timeout:2 attempts:2\n");
@@ -23,10 +25,13 @@ pub fn cluster_zone(scenario: &Scenario) -> Result<Zone> {
     for service in &scenario.services {
         let name = format!("{}.{}.svc.{CLUSTER_DOMAIN}", service.name, service.namespace);
         let mut spec = NameSpec { name: name.clone(), ttl: 5, ..NameSpec::default() };
-        for pod in &service.pods {
-            let pod = scenario.pod(&format!("{}/{pod}", service.namespace))?;
-            spec.ipv4.extend(pod.ipv4);
-            spec.ipv6.extend(pod.ipv6);
+        for ip in scenario.service_addresses(service)? {
+            match ip {
+                IpAddr::V4(ip) => spec.ipv4.push(ip),
+                IpAddr::V6(ip) => spec.ipv6.push(ip),
+            }
+        }
+        for pod in scenario.service_pods(service)? {
             for ip in pod.addresses() {
                 names.push(NameSpec {
                     name: zone::reverse(ip),

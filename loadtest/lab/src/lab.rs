@@ -1,7 +1,7 @@
 //! A running instance, for the commands and for tests.
 
 use std::fs::{self, File};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -13,12 +13,13 @@ use nix::sys::signal::Signal;
 
 use crate::certs::{Authority, INTERNET_CA};
 use crate::cluster::{cluster_zone, resolv_conf};
+use crate::family::Family;
 use crate::place::Place;
 use crate::product::{self, Layout};
-use crate::scenario::{Listen, SYSTEM_NAMESPACE, Scenario};
+use crate::scenario::{Listen, NameSpec, Node, SYSTEM_NAMESPACE, Scenario};
 use crate::serve::zone::Zone;
 use crate::state::{self, MARKER, Process, State};
-use crate::{netns, serve, world};
+use crate::{foreign, netns, serve, world};
 
 /// How long a server of the lab may take to listen.
 const SERVE_LIMIT: Duration = Duration::from_secs(10);
@@ -107,6 +108,21 @@ fn binaries(options: &Options) -> Result<(PathBuf, PathBuf)> {
     Ok((lab, tidegate))
 }
 
+/// A node's own DNS daemon: bound on every address, it answers every name with the node's.
+fn daemon(scenario: &Scenario, node: &Node, serve: &Path) -> Result<serve::Dns> {
+    let any = |family: &Family| family.pick(IpAddr::from([0u8; 4]), IpAddr::from([0u8; 16]));
+    let own = NameSpec { ipv4: vec![node.ipv4], ipv6: vec![node.ipv6], ..NameSpec::default() };
+    let zone = Zone { suffixes: vec![String::new()], names: Vec::new(), any_name: Some(own) };
+    let dns = serve::Dns {
+        addresses: scenario.families.iter().map(|f| SocketAddr::new(any(f), 53)).collect(),
+        zone: serve.join(format!("{}.zone.json", node.name)),
+        forward: None,
+        log: serve.join(format!("{}.queries.jsonl", node.name)),
+    };
+    state::replace(&dns.zone, &serde_json::to_vec_pretty(&zone)?)?;
+    Ok(dns)
+}
+
 impl Lab {
     /// Builds the world, starts its servers and, if the scenario has `tidegate`, the product, and waits until all is ready.
     ///
@@ -188,14 +204,34 @@ impl Lab {
         }
         world::build(&mut self.state)?;
         self.start_servers()?;
-        if self.state.scenario.tidegate.is_some() {
+        if self.state.scenario.tidegate.is_some() || self.state.scenario.hosts.foreign_tcx {
             self.mount_bpffs()?;
+        }
+        if self.state.scenario.hosts.foreign_tcx {
+            self.attach_foreign("foreign")?;
+        }
+        if self.state.scenario.tidegate.is_some() {
             for name in self.product_names() {
                 self.start(&name)?;
             }
             for name in self.product_names() {
                 self.wait_ready(&name, READY_LIMIT)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Attaches a program of somebody else first on every pod's interface; `name` tells it from other such programs.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or the name is taken.
+    pub fn attach_foreign(&self, name: &str) -> Result<()> {
+        let scenario = &self.state.scenario;
+        for node in &scenario.nodes {
+            let pods = scenario.pods.iter().filter(|p| p.node == node.name);
+            let devices: Vec<String> = pods.map(world::veth).collect();
+            let pins = self.layout.bpffs().join(name).join(&node.name);
+            foreign::attach(&self.state.netns(&node.name), &devices, &pins)?;
         }
         Ok(())
     }
@@ -239,12 +275,19 @@ impl Lab {
         let cluster_dns = serve::Dns {
             addresses: scenario.cluster_dns_servers(),
             zone: serve.join("cluster.zone.json"),
-            forward: scenario.internet.resolvers.iter().find(|ip| ip.is_ipv4()).map(|ip| SocketAddr::new(*ip, 53)),
+            forward: scenario.internet.resolvers.first().map(|ip| SocketAddr::new(*ip, 53)),
             log: serve.join("cluster.queries.jsonl"),
         };
         state::replace(&cluster_dns.zone, &serde_json::to_vec_pretty(&cluster_zone(&scenario)?)?)?;
         jobs.push((key, Listen::default(), Some(cluster_dns)));
         jobs.extend(scenario.pods.iter().filter(|p| !p.listen.is_empty()).map(|p| (p.key(), p.listen.clone(), None)));
+
+        if scenario.hosts.dns_daemons {
+            let nodes = scenario.nodes.iter().filter(|n| scenario.is_gateway_node(n));
+            for node in nodes {
+                jobs.push((node.name.clone(), Listen::default(), Some(daemon(&scenario, node, &serve)?)));
+            }
+        }
 
         let mut waiting = Vec::new();
         for (place, listen, dns) in jobs {

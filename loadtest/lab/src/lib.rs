@@ -7,12 +7,15 @@
 pub mod admin;
 pub mod certs;
 pub mod cluster;
+pub mod family;
+pub mod foreign;
 pub mod lab;
 pub mod netns;
 pub mod observe;
 pub mod place;
 pub mod probe;
 pub mod product;
+pub mod rules;
 pub mod scenario;
 pub mod serve;
 pub mod state;

@@ -1,7 +1,7 @@
 //! `tidegate-lab`: builds, shows and removes labs.
 #![forbid(unsafe_code)]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -58,6 +58,9 @@ enum Do {
     },
     /// Brings a lab up, plays the story in it, takes it down; fails on any surprise.
     Demo {
+        /// The scenario; without it the demo's. Names, pods and policies must be the demo's.
+        #[arg(long)]
+        scenario: Option<PathBuf>,
         /// Only these points, from 1 to 14.
         #[arg(long)]
         point: Vec<u8>,
@@ -135,7 +138,7 @@ fn run(command: Do) -> Result<ExitCode> {
                 Lab::open(&name)?.down().with_context(|| format!("{name} did not go down cleanly"))?;
             }
         }
-        Do::Demo { point, keep } => return demo(&point, keep),
+        Do::Demo { scenario, point, keep } => return demo(&scenario.unwrap_or_else(demo_scenario), &point, keep),
         Do::Guard { name, pid, started } => {
             let process = state::Process { name: "guarded".into(), pid, started };
             while process.is_alive() {
@@ -151,7 +154,7 @@ fn run(command: Do) -> Result<ExitCode> {
 }
 
 /// Plays the story; an interrupt takes the lab down too.
-fn demo(points: &[u8], keep: bool) -> Result<ExitCode> {
+fn demo(scenario: &Path, points: &[u8], keep: bool) -> Result<ExitCode> {
     use nix::sys::signal::{SigSet, Signal};
     let name = if keep { "demo".to_owned() } else { Options::unique("demo").name };
     let mut signals = SigSet::empty();
@@ -171,7 +174,7 @@ fn demo(points: &[u8], keep: bool) -> Result<ExitCode> {
         }
     });
     let begun = std::time::Instant::now();
-    let mut lab = Lab::up(Scenario::load(&demo_scenario())?, &Options { name, ..Options::default() })?;
+    let mut lab = Lab::up(Scenario::load(scenario)?, &Options { name, ..Options::default() })?;
     println!(
         "the lab is up after {:.1} s: {} pods on {} nodes, {} gateways",
         begun.elapsed().as_secs_f32(),

@@ -181,7 +181,15 @@ impl Lab {
     /// # Errors
     /// When the log cannot be read.
     pub fn internet_queries(&self) -> Result<Vec<Value>> {
-        let text = fs::read_to_string(self.layout().folder.join("serve/internet.queries.jsonl"))?;
+        self.queries("internet")
+    }
+
+    /// Every query that the DNS servers of a place saw: `internet`, `cluster`, or a node with a daemon of its own.
+    ///
+    /// # Errors
+    /// When there is no such log.
+    pub fn queries(&self, of: &str) -> Result<Vec<Value>> {
+        let text = fs::read_to_string(self.layout().folder.join(format!("serve/{of}.queries.jsonl")))?;
         Ok(text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect())
     }
 }

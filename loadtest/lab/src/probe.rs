@@ -7,50 +7,13 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
+pub use crate::family::{FAMILIES, Family};
 use crate::place::Place;
 
 /// How long a client waits for what should work.
 const PATIENCE: Duration = Duration::from_secs(4);
 /// How long a client waits for what should be dropped.
 const DROP: Duration = Duration::from_millis(900);
-
-/// An IP family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Family {
-    /// IPv4.
-    V4,
-    /// IPv6.
-    V6,
-}
-
-/// Both families.
-pub const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
-
-impl Family {
-    /// curl's and others' option.
-    pub const fn flag(self) -> &'static str {
-        match self {
-            Family::V4 => "-4",
-            Family::V6 => "-6",
-        }
-    }
-
-    /// The address record's type.
-    pub const fn record(self) -> &'static str {
-        match self {
-            Family::V4 => "A",
-            Family::V6 => "AAAA",
-        }
-    }
-
-    /// One of two values.
-    pub fn pick<T>(self, v4: T, v6: T) -> T {
-        match self {
-            Family::V4 => v4,
-            Family::V6 => v6,
-        }
-    }
-}
 
 /// What curl saw.
 #[derive(Clone, Debug)]

@@ -1,13 +1,14 @@
 //! What the product's processes get: certificates, configuration files and manifests, as an administrator would write them.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use crate::certs::{Authority, Files};
-use crate::scenario::{CLUSTER_DOMAIN, SYSTEM_NAMESPACE, Scenario};
+use crate::scenario::{CLUSTER_DOMAIN, Cni, SYSTEM_NAMESPACE, Scenario};
 
 /// Where agents find gateways, on the gateway pod's own address.
 const CONTROL_PORT: u16 = 7443;
@@ -148,8 +149,8 @@ fn tls(files: &Files) -> Value {
 fn agent(scenario: &Scenario, layout: &Layout, node: &str, files: &Files) -> Result<Value> {
     let gateways = scenario.gateways.iter().map(|gateway| {
         let pod = scenario.pod(&format!("{SYSTEM_NAMESPACE}/{}", gateway.name))?;
-        let address = pod.ipv4.context("a gateway pod has no address")?;
-        Ok(json!({"name": gateway.name, "address": format!("{address}:{CONTROL_PORT}")}))
+        let address = pod.addresses().first().copied().context("a gateway pod has no address")?;
+        Ok(json!({"name": gateway.name, "address": SocketAddr::new(address, CONTROL_PORT)}))
     });
     Ok(json!({
         "node": node,
@@ -157,7 +158,10 @@ fn agent(scenario: &Scenario, layout: &Layout, node: &str, files: &Files) -> Res
         "tls": tls(files),
         "socket": layout.socket(node),
         "pins": layout.bpffs().join(node),
-        "interfaces": "HostRoute",
+        "interfaces": match scenario.hosts.cni {
+            Cni::Ptp => "HostRoute",
+            Cni::Bridge => "Bridge",
+        },
         "admin": format!("127.0.0.1:{AGENT_ADMIN}"),
         "audit": {"file": layout.audit(node)},
     }))
@@ -170,13 +174,16 @@ fn gateway(scenario: &Scenario, layout: &Layout, name: &str, node: &str, files: 
         .flat_map(|pool| pool.addresses.iter().map(move |pair| (pool, pair)))
         .filter_map(|(pool, pair)| {
             let owner = pair.owner.as_ref()?;
-            Some(json!({"pool": pool.name, "ipv4": pair.ipv4, "gateway": owner}))
+            Some(match pair.ipv4 {
+                Some(ipv4) => json!({"pool": pool.name, "ipv4": ipv4, "gateway": owner}),
+                None => json!({"pool": pool.name, "ipv6": pair.ipv6, "gateway": owner}),
+            })
         })
         .collect();
-    let prefixes: Vec<String> =
-        scenario.nodes.iter().flat_map(|n| [n.pods.ipv4.to_string(), n.pods.ipv6.to_string()]).collect();
+    let ranges = scenario.nodes.iter().map(|n| &n.pods).chain(&scenario.service_ranges);
+    let prefixes: Vec<String> = ranges.flat_map(|r| scenario.ranges(r)).map(|r| r.to_string()).collect();
     let resolvers: Vec<String> =
-        scenario.internet.resolvers.iter().map(|ip| std::net::SocketAddr::new(*ip, 53).to_string()).collect();
+        scenario.internet.resolvers.iter().map(|ip| SocketAddr::new(*ip, 53).to_string()).collect();
     json!({
         "name": name,
         "node": node,
@@ -238,15 +245,13 @@ pub fn manifests(scenario: &Scenario) -> Result<Vec<(String, String)>> {
         files.push((format!("namespace-{}.yaml", namespace.name), yaml(&object)?));
     }
     let nodes = scenario.nodes.iter().map(|node| {
+        let own = scenario.node_addresses(node).into_iter().map(|ip| json!({"type": "InternalIP", "address": ip}));
+        let addresses: Vec<Value> = own.chain([json!({"type": "Hostname", "address": node.name})]).collect();
         json!({
             "apiVersion": "v1", "kind": "Node",
             "metadata": {"name": node.name, "uid": uid("node", &node.name), "labels": node.labels},
-            "spec": {"podCIDR": node.pods.ipv4, "podCIDRs": [json!(node.pods.ipv4), json!(node.pods.ipv6)]},
-            "status": {"addresses": [
-                {"type": "InternalIP", "address": node.ipv4},
-                {"type": "InternalIP", "address": node.ipv6},
-                {"type": "Hostname", "address": node.name},
-            ]},
+            "spec": {"podCIDR": scenario.ranges(&node.pods).first(), "podCIDRs": scenario.ranges(&node.pods)},
+            "status": {"addresses": addresses},
         })
     });
     files.push(("nodes.yaml".into(), documents(nodes)?));
@@ -259,7 +264,7 @@ pub fn manifests(scenario: &Scenario) -> Result<Vec<(String, String)>> {
             "spec": {"nodeName": pod.node, "containers": [{"name": "main", "image": "lab"}]},
             "status": {
                 "phase": "Running",
-                "podIP": pod.ipv4,
+                "podIP": pod.addresses().first(),
                 "podIPs": pod.addresses().iter().map(|ip| json!({"ip": ip})).collect::<Vec<_>>(),
             },
         })
@@ -269,9 +274,9 @@ pub fn manifests(scenario: &Scenario) -> Result<Vec<(String, String)>> {
         let addresses: Vec<Value> = pool
             .addresses
             .iter()
-            .map(|pair| match pair.ipv6 {
-                Some(ipv6) => json!({"ipv4": pair.ipv4, "ipv6": ipv6}),
-                None => json!({"ipv4": pair.ipv4}),
+            .map(|pair| {
+                let ips = [pair.ipv4.map(|ip| ("ipv4", json!(ip))), pair.ipv6.map(|ip| ("ipv6", json!(ip)))];
+                ips.into_iter().flatten().map(|(key, ip)| (key.to_owned(), ip)).collect()
             })
             .collect();
         let allowed = if pool.allowed_namespaces.is_empty() {

@@ -9,13 +9,21 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::family::{FAMILIES, Family};
+
 /// A whole scenario.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Scenario {
+    /// The families that nodes and pods have.
+    #[serde(default = "both")]
+    pub families: Vec<Family>,
     /// Whether nodes masquerade what pods send outside, as most CNIs do.
     #[serde(default = "yes")]
     pub masquerade: bool,
+    /// How nodes are set up.
+    #[serde(default)]
+    pub hosts: Hosts,
     /// MTU of every link, in octets.
     #[serde(default = "default_mtu")]
     pub mtu: u32,
@@ -36,6 +44,9 @@ pub struct Scenario {
     /// Headless services.
     #[serde(default)]
     pub services: Vec<Service>,
+    /// Where services get addresses from; needed for `clusterIps`.
+    #[serde(default)]
+    pub service_ranges: Option<Ranges>,
     /// Everything behind the router.
     pub internet: Internet,
     /// Egress pools.
@@ -47,6 +58,54 @@ pub struct Scenario {
     /// The product's processes; absent: only the world is built.
     #[serde(default)]
     pub tidegate: Option<Tidegate>,
+}
+
+/// How nodes are set up, as their distribution, CNI and kube-proxy do it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Hosts {
+    /// How pods are linked to their node.
+    #[serde(default)]
+    pub cni: Cni,
+    /// Source validation on every device.
+    #[serde(default)]
+    pub rp_filter: RpFilter,
+    /// Rules as kube-proxy's: services get their `clusterIps` and `nodePorts`.
+    #[serde(default)]
+    pub kube_proxy: bool,
+    /// Destinations towards which the CNI on gateways' nodes translates every source to the node's address.
+    #[serde(default)]
+    pub gateway_snat: Vec<IpNet>,
+    /// A host firewall: input and forward drop by default, pods and the tunnel's port are accepted.
+    #[serde(default)]
+    pub firewall: bool,
+    /// A DNS daemon on port 53 of every address of the gateways' nodes; it answers every name with itself.
+    #[serde(default)]
+    pub dns_daemons: bool,
+    /// A program of somebody else stands first on every pod's interface, before the product comes, and lets
+    /// everything through without asking those behind it.
+    #[serde(default)]
+    pub foreign_tcx: bool,
+}
+
+/// How pods are linked to their node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Cni {
+    /// A link and a host route for each pod (ptp, Calico, AWS).
+    #[default]
+    Ptp,
+    /// The bridge `cni0` with the node's range on it (bridge, flannel).
+    Bridge,
+}
+
+/// Source validation (RFC 3704).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RpFilter {
+    /// Some route to the source, as systemd sets it.
+    #[default]
+    Loose,
+    /// The route to the source is by the device it came in by, as RHEL sets it.
+    Strict,
 }
 
 /// One range of each family.
@@ -149,7 +208,7 @@ impl Listen {
     }
 }
 
-/// A headless service.
+/// A service: headless, or with addresses of its own where nodes have kube-proxy's rules.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Service {
@@ -159,6 +218,22 @@ pub struct Service {
     pub namespace: String,
     /// Names of its pods, in its namespace.
     pub pods: Vec<String>,
+    /// Its own addresses, of `serviceRanges`; used with `hosts.kubeProxy`.
+    #[serde(default)]
+    pub cluster_ips: Vec<IpAddr>,
+    /// Ports on every node; used with `hosts.kubeProxy`.
+    #[serde(default)]
+    pub node_ports: Vec<NodePort>,
+}
+
+/// A port on every node that leads to a service, TCP and UDP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct NodePort {
+    /// On nodes, 30000 to 32767.
+    pub node_port: u16,
+    /// Of the pods.
+    pub port: u16,
 }
 
 /// Everything behind the router.
@@ -181,6 +256,9 @@ pub struct Internet {
     /// Answer for any other name; absent: NXDOMAIN.
     #[serde(default)]
     pub any_name: Option<NameSpec>,
+    /// MTU of the link behind the router, in octets; absent: as every link.
+    #[serde(default)]
+    pub mtu: Option<u32>,
 }
 
 /// What a name resolves to. `*.x` stands for every name below `x` that is not listed.
@@ -276,8 +354,9 @@ pub struct Pool {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Pair {
-    /// On the underlay.
-    pub ipv4: Ipv4Addr,
+    /// On the underlay; absent: the pool has no IPv4.
+    #[serde(default)]
+    pub ipv4: Option<Ipv4Addr>,
     /// On the underlay; absent: the pool has no IPv6.
     #[serde(default)]
     pub ipv6: Option<Ipv6Addr>,
@@ -298,6 +377,9 @@ pub struct Tidegate {
     pub agent: BTreeMap<String, Value>,
 }
 
+fn both() -> Vec<Family> {
+    FAMILIES.to_vec()
+}
 const fn yes() -> bool {
     true
 }
@@ -322,17 +404,16 @@ impl Scenario {
     /// # Errors
     /// When the file cannot be read, has unknown keys, or does not fit together.
     pub fn load(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let mut scenario = Self::parse(&text).with_context(|| format!("in {}", path.display()))?;
-        if let Some(policies) = &mut scenario.policies {
-            let base = path.parent().unwrap_or(Path::new("."));
-            *policies = base.join(&*policies);
+        let value = read(path, 0)?;
+        let mut scenario: Self = serde_json::from_value(value).with_context(|| format!("in {}", path.display()))?;
+        scenario.complete().with_context(|| format!("in {}", path.display()))?;
+        if let Some(policies) = &scenario.policies {
             ensure!(policies.is_dir(), "policies: {} is not a directory", policies.display());
         }
         Ok(scenario)
     }
 
-    /// Reads a scenario from text; `policies` stays as written.
+    /// Reads a scenario from text; `policies` stays as written, and `extends` is not known.
     ///
     /// # Errors
     /// As [`Scenario::load`].
@@ -343,6 +424,8 @@ impl Scenario {
     }
 
     fn complete(&mut self) -> Result<()> {
+        ensure!(!self.families.is_empty(), "families is empty");
+        self.drop_families();
         for gateway in &self.gateways {
             self.pods.push(Pod {
                 name: gateway.name.clone(),
@@ -362,6 +445,24 @@ impl Scenario {
         self.check_names()?;
         self.allocate()?;
         self.check_references()
+    }
+
+    /// Takes away what is of a family that the cluster does not have. Names keep their records: the world's DNS
+    /// does not know what a cluster has.
+    fn drop_families(&mut self) {
+        let families = self.families.clone();
+        let has = |ip: IpAddr| families.contains(&Family::of(ip));
+        self.hosts.gateway_snat.retain(|p| has(p.addr()));
+        self.internet.prefixes.retain(|p| has(p.addr()));
+        self.internet.resolvers.retain(|ip| has(*ip));
+        self.internet.public_resolvers.retain(|ip| has(*ip));
+        for service in &mut self.services {
+            service.cluster_ips.retain(|ip| has(*ip));
+        }
+        for pair in self.pools.iter_mut().flat_map(|p| &mut p.addresses) {
+            pair.ipv4 = pair.ipv4.filter(|ip| has((*ip).into()));
+            pair.ipv6 = pair.ipv6.filter(|ip| has((*ip).into()));
+        }
     }
 
     fn check_names(&self) -> Result<()> {
@@ -414,7 +515,8 @@ impl Scenario {
                 pod.key()
             );
             used.extend([IpAddr::from(v4), IpAddr::from(v6)]);
-            (pod.ipv4, pod.ipv6) = (Some(v4), Some(v6));
+            pod.ipv4 = self.families.contains(&Family::V4).then_some(v4);
+            pod.ipv6 = self.families.contains(&Family::V6).then_some(v6);
         }
         Ok(())
     }
@@ -427,12 +529,24 @@ impl Scenario {
                 self.pod(&format!("{}/{pod}", service.namespace))
                     .with_context(|| format!("service {}", service.name))?;
             }
+            for ip in &service.cluster_ips {
+                let here = self.service_ranges.is_some_and(|r| r.contains(*ip));
+                ensure!(here, "service {}: {ip} is not of serviceRanges", service.name);
+            }
+            let span = 30_000..=32_767;
+            let good = service.node_ports.iter().all(|p| span.contains(&p.node_port));
+            ensure!(good, "service {}: a nodePort is not from 30000 to 32767", service.name);
         }
         for pool in &self.pools {
             for pair in &pool.addresses {
-                let here = self.underlay.ipv4.contains(&pair.ipv4)
+                let here = pair.ipv4.is_none_or(|ip| self.underlay.ipv4.contains(&ip))
                     && pair.ipv6.is_none_or(|ip| self.underlay.ipv6.contains(&ip));
-                ensure!(here, "pool {}: {} is not on the underlay", pool.name, pair.ipv4);
+                ensure!(here, "pool {}: an address is not on the underlay", pool.name);
+                ensure!(
+                    pair.ipv4.is_some() || pair.ipv6.is_some(),
+                    "pool {}: a pair has no address of the cluster's families",
+                    pool.name
+                );
                 if let Some(owner) = &pair.owner {
                     let known = self.gateways.iter().any(|g| g.name == *owner);
                     ensure!(known, "pool {}: there is no gateway {owner:?}", pool.name);
@@ -443,14 +557,13 @@ impl Scenario {
             let here = self.underlay.ipv4.contains(&node.ipv4) && self.underlay.ipv6.contains(&node.ipv6);
             ensure!(here, "node {}: its address is not on the underlay", node.name);
         }
-        ensure!(!self.internet.resolvers.is_empty(), "internet.resolvers is empty");
+        ensure!(!self.internet.resolvers.is_empty(), "internet.resolvers has no address of the cluster's families");
         for ip in self.internet.resolvers.iter().chain(&self.internet.public_resolvers) {
             ensure!(
                 self.internet.prefixes.iter().any(|p| p.contains(ip)),
                 "internet: no prefix contains resolver {ip}"
             );
         }
-        ensure!(self.internet.resolvers.iter().any(IpAddr::is_ipv4), "internet.resolvers needs an IPv4 address");
         if self.tidegate.is_some() {
             ensure!(!self.gateways.is_empty(), "tidegate needs at least one gateway");
         }
@@ -478,6 +591,53 @@ impl Scenario {
         }
     }
 
+    /// Whether the cluster has a family.
+    pub fn has(&self, family: Family) -> bool {
+        self.families.contains(&family)
+    }
+
+    /// Those of a pair of ranges that are of the cluster's families.
+    pub fn ranges(&self, of: &Ranges) -> Vec<IpNet> {
+        of.both().into_iter().filter(|r| self.has(Family::of(r.addr()))).collect()
+    }
+
+    /// A node's addresses on the underlay, IPv4 first.
+    pub fn node_addresses(&self, node: &Node) -> Vec<IpAddr> {
+        [IpAddr::from(node.ipv4), node.ipv6.into()].into_iter().filter(|ip| self.has(Family::of(*ip))).collect()
+    }
+
+    /// Whether a gateway runs on a node.
+    pub fn is_gateway_node(&self, node: &Node) -> bool {
+        self.gateways.iter().any(|g| g.node == node.name)
+    }
+
+    /// The pods of a service.
+    ///
+    /// # Errors
+    /// When one does not exist.
+    pub fn service_pods(&self, service: &Service) -> Result<Vec<&Pod>> {
+        service.pods.iter().map(|pod| self.pod(&format!("{}/{pod}", service.namespace))).collect()
+    }
+
+    /// The addresses that a service's name resolves to.
+    ///
+    /// # Errors
+    /// When one of its pods does not exist.
+    pub fn service_addresses(&self, service: &Service) -> Result<Vec<IpAddr>> {
+        if self.hosts.kube_proxy && !service.cluster_ips.is_empty() {
+            return Ok(service.cluster_ips.clone());
+        }
+        Ok(self.service_pods(service)?.iter().flat_map(|p| p.addresses()).collect())
+    }
+
+    /// What pods have in their resolv.conf: the cluster DNS's service, else its pod.
+    pub fn pod_resolvers(&self) -> Vec<IpAddr> {
+        let dns = self.pod(&self.cluster_dns).ok();
+        let leads = |s: &&Service| dns.is_some_and(|d| s.namespace == d.namespace && s.pods == [d.name.clone()]);
+        let service = self.services.iter().find(leads).and_then(|s| self.service_addresses(s).ok());
+        service.unwrap_or_else(|| self.cluster_dns_servers().iter().map(SocketAddr::ip).collect())
+    }
+
     /// The router's addresses on the underlay.
     pub fn router(&self) -> (Ipv4Addr, Ipv6Addr) {
         let v4 = u32::from(self.underlay.ipv4.network()) + 1;
@@ -490,6 +650,67 @@ impl Scenario {
         self.pod(&self.cluster_dns)
             .map(|p| p.addresses().into_iter().map(|ip| SocketAddr::new(ip, 53)).collect())
             .unwrap_or_default()
+    }
+}
+
+/// Reads a scenario file, laid over the one that it extends.
+fn read(path: &Path, depth: usize) -> Result<Value> {
+    ensure!(depth < 8, "{} extends itself", path.display());
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let mut own: Value = serde_saphyr::from_str(&text)
+        .map_err(|e| anyhow::anyhow!("{e}"))
+        .with_context(|| format!("in {}", path.display()))?;
+    let folder = path.parent().unwrap_or(Path::new("."));
+    if let Some(policies) = own.get("policies").and_then(Value::as_str).map(|p| folder.join(p)) {
+        own["policies"] = serde_json::to_value(policies)?;
+    }
+    let Some(base) = own.as_object_mut().and_then(|keys| keys.remove("extends")) else {
+        return Ok(own);
+    };
+    let base = base.as_str().context("extends: not a file's name")?;
+    let mut whole = read(&folder.join(base), depth + 1)?;
+    lay(&mut whole, own);
+    Ok(whole)
+}
+
+/// Lays one value over another: maps key by key, everything else as a whole.
+fn lay(base: &mut Value, over: Value) {
+    match (base, over) {
+        (Value::Object(base), Value::Object(over)) => {
+            for (key, value) in over {
+                lay(base.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (base, over) => *base = over,
+    }
+}
+
+impl Ranges {
+    /// Both, IPv4 first.
+    pub fn both(&self) -> [IpNet; 2] {
+        [self.ipv4.into(), self.ipv6.into()]
+    }
+
+    /// Whether an address is of one of them.
+    pub fn contains(&self, ip: IpAddr) -> bool {
+        self.both().iter().any(|r| r.contains(&ip))
+    }
+}
+
+impl Service {
+    /// The ports that its pods serve: TCP, UDP.
+    pub fn ports(&self, scenario: &Scenario) -> Result<(BTreeSet<u16>, BTreeSet<u16>)> {
+        let (mut tcp, mut udp) = (BTreeSet::new(), BTreeSet::new());
+        for pod in scenario.service_pods(self)? {
+            let Listen { https, http, tcp_echo, udp_echo } = &pod.listen;
+            tcp.extend([https, http, tcp_echo].into_iter().flatten());
+            udp.extend(udp_echo);
+            if pod.key() == scenario.pod(&scenario.cluster_dns)?.key() {
+                tcp.insert(53);
+                udp.insert(53);
+            }
+        }
+        Ok((tcp, udp))
     }
 }
 
@@ -532,12 +753,50 @@ internet: {prefixes: [198.51.100.0/24], resolvers: [198.51.100.53]}
     }
 
     #[test]
+    fn one_family_takes_the_other_away() {
+        let text = SMALL.replace("resolvers: [198.51.100.53]", "resolvers: [198.51.100.53, \"2001:db8:1::53\"]");
+        let text = text.replace("[198.51.100.0/24]", "[198.51.100.0/24, \"2001:db8:1::/48\"]");
+        let s = Scenario::parse(&format!("families: [IPv6]\n{text}")).unwrap();
+        assert_eq!(s.pod("coredns").unwrap().addresses(), ["fd00:10:244:1::2".parse::<IpAddr>().unwrap()]);
+        assert_eq!(s.internet.resolvers, ["2001:db8:1::53".parse::<IpAddr>().unwrap()]);
+        assert_eq!(s.node_addresses(&s.nodes[0]), ["2001:db8::101".parse::<IpAddr>().unwrap()]);
+        let e = format!("{:#}", Scenario::parse(&format!("families: [IPv6]\n{SMALL}")).unwrap_err());
+        assert!(e.contains("resolvers"), "{e}");
+    }
+
+    #[test]
+    fn a_file_is_laid_over_the_one_that_it_extends() {
+        let demo = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../scenarios/demo.yaml"));
+        let variant = demo.with_file_name("variants").join("crowded.yaml");
+        let (demo, variant) = (Scenario::load(demo).unwrap(), Scenario::load(&variant).unwrap());
+        assert!(demo.masquerade && !variant.masquerade && variant.hosts.kube_proxy);
+        assert_eq!(demo.pods.len(), variant.pods.len());
+        assert!(variant.policies.unwrap().is_dir());
+        let mut whole = serde_json::json!({"a": {"b": 1, "c": [1, 2]}, "d": 1});
+        lay(&mut whole, serde_json::json!({"a": {"c": [3]}, "e": 2}));
+        assert_eq!(whole, serde_json::json!({"a": {"b": 1, "c": [3]}, "d": 1, "e": 2}));
+        let folder = std::env::temp_dir().join(format!("extends-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let file = folder.join("x.yaml");
+        std::fs::write(&file, "extends: x.yaml\n").unwrap();
+        let e = format!("{:#}", Scenario::load(&file).unwrap_err());
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert!(e.contains("extends itself"), "{e}");
+    }
+
+    #[test]
     fn mistakes_are_named() {
         for (from, to, says) in [
             ("clusterDns: kube-system/coredns", "clusterDns: kube-system/nope", "nope"),
             ("node: n1, ipv4: 10.244.1.2", "node: n2, ipv4: 10.244.1.2", "n2"),
             ("resolvers: [198.51.100.53]", "resolvers: [192.0.2.53]", "192.0.2.53"),
             ("resolvers:", "resolver:", "resolver"),
+            ("clusterDns:", "hosts: {cnis: Ptp}\nclusterDns:", "cnis"),
+            (
+                "clusterDns:",
+                "services: [{name: x, namespace: y, pods: [], clusterIps: [10.96.0.1]}]\nclusterDns:",
+                "10.96.0.1",
+            ),
             ("name: web, namespace: billing", "name: web, namespace: shop", "twice"),
             ("{name: web, namespace: shop", "{name: \"w;b\", namespace: shop", "DNS label"),
         ] {

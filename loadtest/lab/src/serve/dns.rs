@@ -17,6 +17,7 @@ use hickory_server::net::runtime::Time;
 use hickory_server::net::xfer::Protocol;
 use hickory_server::server::{Request, RequestHandler, ResponseHandler, ResponseInfo};
 use hickory_server::zone_handler::MessageResponseBuilder;
+use socket2::{Domain, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::zone::{Answer, Table, Zone};
@@ -52,13 +53,28 @@ pub async fn serve(config: &super::Dns) -> Result<Vec<Server<impl RequestHandler
     let mut servers = Vec::new();
     for address in &config.addresses {
         let mut server = Server::new(Handler { shared: shared.clone(), server: *address });
-        let udp = tokio::net::UdpSocket::bind(address).await.with_context(|| format!("cannot bind UDP {address}"))?;
-        server.register_socket(udp);
-        let tcp = tokio::net::TcpListener::bind(address).await.with_context(|| format!("cannot bind TCP {address}"))?;
-        server.register_listener(tcp, Duration::from_secs(30), 64);
+        let udp = socket(address, Type::DGRAM).with_context(|| format!("cannot bind UDP {address}"))?;
+        server.register_socket(tokio::net::UdpSocket::from_std(udp.into())?);
+        let tcp = socket(address, Type::STREAM).with_context(|| format!("cannot bind TCP {address}"))?;
+        tcp.listen(1024)?;
+        server.register_listener(tokio::net::TcpListener::from_std(tcp.into())?, Duration::from_secs(30), 64);
         servers.push(server);
     }
     Ok(servers)
+}
+
+/// A bound socket of one family: `[::]` leaves `0.0.0.0` to another.
+fn socket(address: &SocketAddr, kind: Type) -> std::io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(*address), kind, None)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    if kind == Type::STREAM {
+        socket.set_reuse_address(true)?;
+    }
+    socket.set_nonblocking(true)?;
+    socket.bind(&(*address).into())?;
+    Ok(socket)
 }
 
 impl Shared {

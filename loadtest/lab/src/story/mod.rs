@@ -174,6 +174,16 @@ impl Story<'_> {
         self.lab.place(name)
     }
 
+    /// The cluster's families.
+    fn families(&self) -> Vec<Family> {
+        self.lab.scenario().families.clone()
+    }
+
+    /// The cluster's first family, for what is the same in both.
+    fn any(&self) -> Family {
+        self.families().first().copied().unwrap_or(Family::V4)
+    }
+
     /// The node of a pod.
     fn node(&self, pod: &str) -> Result<String> {
         Ok(self.lab.scenario().pod(pod)?.node.clone())
@@ -358,7 +368,13 @@ impl Story<'_> {
         Ok(())
     }
 
-    /// The address of a pod's node, as the world sees masqueraded pods.
+    /// The address with which the world sees what a pod sends by its CNI's way: its node's, or its own if the CNI
+    /// does not masquerade.
+    fn outside(&self, pod: &str, family: Family) -> Result<IpAddr> {
+        if self.lab.scenario().masquerade { self.node_address(pod, family) } else { self.pod_address(pod, family) }
+    }
+
+    /// The address of a pod's node.
     fn node_address(&self, pod: &str, family: Family) -> Result<IpAddr> {
         let node = self.lab.scenario().node(&self.lab.scenario().pod(pod)?.node)?;
         Ok(family.pick(node.ipv4.into(), node.ipv6.into()))

@@ -3,12 +3,12 @@
 use anyhow::Result;
 
 use super::{Story, named};
-use crate::probe::{self, FAMILIES, Family};
+use crate::probe;
 
 /// 2: not allowed, whatever server the pod asks.
 pub fn denied(s: &mut Story<'_>) -> Result<()> {
     let reasons = &["name-not-allowed", "not-allowed"];
-    for family in FAMILIES {
+    for family in s.families() {
         let kind = family.record();
         s.denied("shop/web", "other.example.org", kind, &[], reasons)?;
         s.denied("shop/web", "other.example.org", kind, &["+tcp"], reasons)?;
@@ -49,19 +49,19 @@ pub fn denied(s: &mut Story<'_>) -> Result<()> {
         seen.text(),
         seen.status == "NXDOMAIN" && seen.ede.is_none(),
     );
-    let seen = probe::dig(&s.place("shop/web")?, "rebind.example.com", "A", &[]);
-    s.check(
-        "shop/web",
-        "dig rebind.example.com A",
-        "NODATA, its address is the cluster's",
-        seen.text(),
-        seen.is_no_data(),
-    );
+    for family in s.families() {
+        let kind = family.record();
+        let seen = probe::dig(&s.place("shop/web")?, "rebind.example.com", kind, &[]);
+        let tried = format!("dig rebind.example.com {kind}");
+        s.check("shop/web", &tried, "NODATA, its address is the cluster's", seen.text(), seen.is_no_data());
+    }
     // Nothing that was denied went to the internet's servers, nor anything to the server that the pod chose.
+    let own = s.families().into_iter().map(|f| Ok(s.outside("shop/web", f)?.to_string()));
+    let own = own.collect::<Result<Vec<_>>>()?;
     let stray = s.lab.internet_queries()?.into_iter().find(|q| {
         let public = q["server"] == "198.51.100.153" || q["server"] == "2001:db8:100::153";
         let source = q["client"].as_str().unwrap_or_default();
-        public && source == "203.0.113.101"
+        public && own.iter().any(|ip| ip == source)
     });
     s.check("internet", "the public resolver's log", "no query of shop/web", format!("{stray:?}"), stray.is_none());
     Ok(())
@@ -69,7 +69,7 @@ pub fn denied(s: &mut Story<'_>) -> Result<()> {
 
 /// 5: another SNI than the address's.
 pub fn other_sni(s: &mut Story<'_>) -> Result<()> {
-    for family in FAMILIES {
+    for family in s.families() {
         for name in ["api.example.com", "www.example.com"] {
             s.resolve("shop/web", family, name)?;
         }
@@ -84,16 +84,11 @@ pub fn other_sni(s: &mut Story<'_>) -> Result<()> {
             s.check_why("shop/web", &tried, "a reset", seen.text(), matches!(seen.exit, 35 | 56), &why);
         }
     }
-    let to = named(Family::V4, 10, 443).ip();
+    let family = s.any();
+    let to = named(family, 10, 443).ip();
     let why = s.at_gateways(&["sni-missing", "sni-is-ip"], to.to_string());
-    let seen = probe::curl(&s.place("shop/web")?, Family::V4, &format!("https://{to}/"), &["-k"]);
-    s.check_why(
-        "shop/web",
-        &format!("curl -k https://{to}/"),
-        "a reset",
-        seen.text(),
-        matches!(seen.exit, 35 | 56),
-        &why,
-    );
+    let url = format!("https://{}/", family.pick(to.to_string(), format!("[{to}]")));
+    let seen = probe::curl(&s.place("shop/web")?, family, &url, &["-k"]);
+    s.check_why("shop/web", &format!("curl -k {url}"), "a reset", seen.text(), matches!(seen.exit, 35 | 56), &why);
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use anyhow::Result;
 
 use super::{POOL_A, POOL_B, Story, bare, ip, named, of, unseen};
-use crate::probe::{self, FAMILIES, Family};
+use crate::probe::{self, Family};
 use crate::world::METADATA;
 
 /// What a drop may be called when nothing was ever learnt about an address.
@@ -14,17 +14,18 @@ const UNKNOWN: &[&str] = &["no-binding", "not-allowed"];
 /// 1: the first try works, and the source is the pool's from every node.
 pub fn allowed(s: &mut Story<'_>) -> Result<()> {
     for pod in ["shop/web", "shop/worker", "shop/local"] {
-        for family in FAMILIES {
+        for family in s.families() {
             s.fetch(pod, family, "https://api.example.com/", of(POOL_A, family))?;
         }
     }
-    s.fetch("shop/web", Family::V4, "https://alias.example.com/", of(POOL_A, Family::V4))?;
+    let family = s.any();
+    s.fetch("shop/web", family, "https://alias.example.com/", of(POOL_A, family))?;
     Ok(())
 }
 
 /// 3: never resolved.
 pub fn never_resolved(s: &mut Story<'_>) -> Result<()> {
-    for family in FAMILIES {
+    for family in s.families() {
         let counter = |s: &Story<'_>| -> Result<f64> {
             let metrics = s.lab.metrics(&s.node("shop/web")?)?;
             Ok(dropped_packets(&metrics, UNKNOWN))
@@ -49,7 +50,7 @@ fn dropped_packets(metrics: &str, reasons: &[&str]) -> f64 {
 
 /// 4: resolved by another namespace only.
 pub fn resolved_by_another(s: &mut Story<'_>) -> Result<()> {
-    for family in FAMILIES {
+    for family in s.families() {
         s.fetch("billing/pay", family, "https://bank.example.com/", of(POOL_B, family))?;
         s.dropped("shop/web", named(family, 15, 443), UNKNOWN)?;
     }
@@ -58,7 +59,7 @@ pub fn resolved_by_another(s: &mut Story<'_>) -> Result<()> {
 
 /// 6: a port that no rule names.
 pub fn other_port(s: &mut Story<'_>) -> Result<()> {
-    for family in FAMILIES {
+    for family in s.families() {
         s.resolve("shop/web", family, "api.example.com")?;
         s.dropped("shop/web", named(family, 10, 8443), &["not-allowed"])?;
     }
@@ -67,7 +68,7 @@ pub fn other_port(s: &mut Story<'_>) -> Result<()> {
 
 /// 7: forwarded without inspection.
 pub fn forwarded(s: &mut Story<'_>) -> Result<()> {
-    for family in FAMILIES {
+    for family in s.families() {
         s.resolve("shop/web", family, "tcp.example.com")?;
         s.echo("shop/web", named(family, 12, 7000), of(POOL_A, family))?;
         s.resolve("shop/worker", family, "udp.example.com")?;
@@ -78,15 +79,15 @@ pub fn forwarded(s: &mut Story<'_>) -> Result<()> {
 
 /// 10: untouched and guarded pods.
 pub fn untouched(s: &mut Story<'_>) -> Result<()> {
-    for family in FAMILIES {
+    for family in s.families() {
         for pod in ["untouched/app", "shop/batch", "guarded/app"] {
-            let source = s.node_address(pod, family)?;
+            let source = s.outside(pod, family)?;
             // A pod of a production namespace that no EgressPolicy selects is guarded by the platform's policies.
             s.fetch(pod, family, "https://other.example.org/", source)?;
         }
         s.emptied("guarded/app", "secret.example.org", family.record(), &["denied-by-policy"])?;
         s.dropped("guarded/app", bare(family, 66, 7000), &["denied-by-policy"])?;
-        let source = s.node_address("guarded/app", family)?;
+        let source = s.outside("guarded/app", family)?;
         s.echo("guarded/app", bare(family, 67, 7000), source)?;
     }
     Ok(())
@@ -94,7 +95,7 @@ pub fn untouched(s: &mut Story<'_>) -> Result<()> {
 
 /// 11: inside the cluster, and from outside.
 pub fn in_cluster(s: &mut Story<'_>) -> Result<()> {
-    for family in FAMILIES {
+    for family in s.families() {
         let own = s.pod_address("shop/web", family)?;
         s.fetch("shop/web", family, "http://backend.untouched:8080/", own)?;
         let other = s.pod_address("untouched/app", family)?;
@@ -106,9 +107,10 @@ pub fn in_cluster(s: &mut Story<'_>) -> Result<()> {
         let text = if seen.is_some() { "echo" } else { "no answer" };
         s.check("internet", &format!("udp {own} port 7001"), "echo", text, seen.is_some());
     }
-    let seen = s.resolve("shop/web", Family::V4, "no-such.shop.svc.cluster.local")?;
+    let family = s.any();
+    let seen = s.resolve("shop/web", family, "no-such.shop.svc.cluster.local")?;
     s.check("shop/web", "dig no-such.shop.svc.cluster.local", "NXDOMAIN", seen.text(), seen.status == "NXDOMAIN");
-    let name = crate::serve::zone::reverse(s.pod_address("shop/web", Family::V4)?);
+    let name = crate::serve::zone::reverse(s.pod_address("shop/web", family)?);
     let seen = probe::dig(&s.place("shop/web")?, &name, "PTR", &[]);
     s.check(
         "shop/web",
@@ -122,7 +124,8 @@ pub fn in_cluster(s: &mut Story<'_>) -> Result<()> {
 
 /// 13: ways round.
 pub fn ways_round(s: &mut Story<'_>) -> Result<()> {
-    for family in FAMILIES {
+    let fragmented = vec![b'.'; s.lab.scenario().mtu as usize + 2500];
+    for family in s.families() {
         s.resolve("shop/worker", family, "tcp.example.com")?;
         s.resolve("shop/worker", family, "udp.example.com")?;
         // An address of its own making; the pod has root in its namespace.
@@ -147,10 +150,13 @@ pub fn ways_round(s: &mut Story<'_>) -> Result<()> {
 
         let node = s.node_address("shop/web", family)?;
         s.udp_dropped("shop/worker", SocketAddr::new(node, 8475), b"vxlan", &["tunnel-port"])?;
-        s.udp_dropped("shop/worker", named(family, 13, 7001), &[b'.'; 4000], &["fragment"])?;
+        s.udp_dropped("shop/worker", named(family, 13, 7001), &fragmented, &["fragment"])?;
         s.dropped("shop/worker", named(family, 12, 853), &["encrypted-dns"])?;
     }
-    s.dropped("shop/worker", SocketAddr::new(ip(METADATA), 80), &["metadata"])
+    if s.lab.scenario().has(Family::V4) {
+        s.dropped("shop/worker", SocketAddr::new(ip(METADATA), 80), &["metadata"])?;
+    }
+    Ok(())
 }
 
 /// 14: each pair's owner serves its own scopes.
@@ -159,7 +165,7 @@ pub fn two_gateways(s: &mut Story<'_>) -> Result<()> {
         ("shop/web", "api.example.com", POOL_A, "gw-a", "gw-b"),
         ("billing/ledger", "bank.example.com", POOL_B, "gw-b", "gw-a"),
     ] {
-        for family in FAMILIES {
+        for family in s.families() {
             let mark = s.lab.mark();
             s.fetch(pod, family, &format!("https://{name}/"), of(pool, family))?;
             let namespace = pod.split('/').next().unwrap_or_default();

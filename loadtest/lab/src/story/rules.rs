@@ -5,11 +5,11 @@ use std::net::SocketAddr;
 use anyhow::Result;
 
 use super::{POOL_A, Story, bare, ip, named, of};
-use crate::probe::{self, FAMILIES, Family, Knock};
+use crate::probe::{self, Family, Knock};
 
 /// 8: all of it.
 pub fn all(s: &mut Story<'_>) -> Result<()> {
-    for family in FAMILIES {
+    for family in s.families() {
         wildcards(s, family)?;
         annotation(s, family)?;
         prefixes(s, family)?;
@@ -17,8 +17,9 @@ pub fn all(s: &mut Story<'_>) -> Result<()> {
         ceiling(s, family)?;
     }
     // No policy of the shop selects this pod, so it is not isolated.
-    let source = s.node_address("shop/batch", Family::V4)?;
-    s.fetch("shop/batch", Family::V4, "https://other.example.org/", source)?;
+    let family = s.any();
+    let source = s.outside("shop/batch", family)?;
+    s.fetch("shop/batch", family, "https://other.example.org/", source)?;
     Ok(())
 }
 
@@ -34,7 +35,7 @@ fn annotation(s: &mut Story<'_>, family: Family) -> Result<()> {
     let pod = "annotated/app";
     // The annotation names no pool: the built-in one goes out by the gateway pod's own way.
     let seen = probe::curl(&s.place(pod)?, family, "https://api.example.com/", &[]);
-    let gateways = ["gw-a", "gw-b"].map(|g| s.node_address(g, family));
+    let gateways = ["gw-a", "gw-b"].map(|g| s.outside(g, family));
     let one = seen.source().is_some_and(|ip| gateways.iter().flatten().any(|g| *g == ip));
     s.check(
         pod,

@@ -7,7 +7,7 @@ use anyhow::Result;
 use super::{POOL_A, Story, named, of};
 use crate::lab::wait_for;
 use crate::place::Running;
-use crate::probe::{self, Echo, FAMILIES, Family};
+use crate::probe::{self, Echo, Family, Knock};
 
 /// How long a policy edit may take to hold.
 const EDIT: Duration = Duration::from_secs(5);
@@ -16,8 +16,8 @@ const EDIT: Duration = Duration::from_secs(5);
 pub fn audit(s: &mut Story<'_>) -> Result<()> {
     let pod = "audited/app";
     let managed = ("tidegate.dev/managed", "true");
-    for family in FAMILIES {
-        let source = s.node_address(pod, family)?;
+    for family in s.families() {
+        let source = s.outside(pod, family)?;
         let name = s.at_gateways(&["name-not-allowed", "not-allowed"], "other.example.org");
         let packet =
             s.at_node(pod, &["name-not-allowed", "not-allowed", "no-binding"], named(family, 14, 0).ip().to_string())?;
@@ -25,16 +25,26 @@ pub fn audit(s: &mut Story<'_>) -> Result<()> {
         s.check_why(pod, "the record of the name", "what would be denied", seen.text(), seen.exit == 0, &name);
         s.check_why(pod, "the record of the packet", "what would be denied", seen.text(), seen.exit == 0, &packet);
     }
+    let any = s.any();
     s.lab.annotate("audited", &[managed, ("tidegate.dev/mode", "enforce")])?;
-    let held = wait_for(EDIT, || s.resolve(pod, Family::V4, "other.example.org").ok().filter(probe::Dig::is_denied));
+    let held = wait_for(EDIT, || s.resolve(pod, any, "other.example.org").ok().filter(probe::Dig::is_denied));
     let seen = held.as_ref().map_or("it stays in audit".into(), probe::Dig::text);
     s.check(pod, "the flip to enforce, dig other.example.org", "NXDOMAIN with EDE", seen, held.is_some());
-    for family in FAMILIES {
-        s.dropped(pod, named(family, 18, 443), &["no-binding", "not-allowed"])?;
+    for family in s.families() {
+        // The gateway's DNS knows the flip a moment before the pod's node does.
+        let to = named(family, 18, 443);
+        let node = wait_for(EDIT, || probe::knock(&s.place(pod).ok()?, to).ok().filter(|k| *k == Knock::Silent));
+        s.check(
+            pod,
+            "the flip at its node",
+            "no answer",
+            if node.is_some() { "no answer" } else { "connected" },
+            node.is_some(),
+        );
+        s.dropped(pod, to, &["no-binding", "not-allowed"])?;
     }
     s.lab.annotate("audited", &[managed, ("tidegate.dev/mode", "audit")])?;
-    let back =
-        wait_for(EDIT, || s.resolve(pod, Family::V4, "other.example.org").ok().filter(|d| !d.answers.is_empty()));
+    let back = wait_for(EDIT, || s.resolve(pod, any, "other.example.org").ok().filter(|d| !d.answers.is_empty()));
     s.check(
         pod,
         "back to audit, dig other.example.org",
@@ -49,7 +59,7 @@ pub fn audit(s: &mut Story<'_>) -> Result<()> {
 pub fn expiry(s: &mut Story<'_>) -> Result<()> {
     let pod = "shop/web";
     let mut live = Vec::new();
-    for family in FAMILIES {
+    for family in s.families() {
         s.resolve(pod, family, "short.example.com")?;
         live.push((family, Echo::connect(&s.place(pod)?, named(family, 26, 7000))?));
     }
@@ -77,7 +87,7 @@ struct Live {
 fn revocation(s: &mut Story<'_>) -> Result<()> {
     let pod = "shop/web";
     let mut live = Vec::new();
-    for family in FAMILIES {
+    for family in s.families() {
         s.resolve(pod, family, "revoked.example.com")?;
         let forwarded = Echo::connect(&s.place(pod)?, named(family, 27, 7000))?;
         let url = "https://revoked.example.com/stream";
@@ -85,6 +95,7 @@ fn revocation(s: &mut Story<'_>) -> Result<()> {
         relayed.wait_output("tick", Duration::from_secs(5));
         live.push(Live { family, forwarded, relayed });
     }
+    let any = s.any();
     // An edit of something else: another policy of the same namespace, and one of another.
     let [shop, billing] = ["shop.yaml", "billing.yaml"].map(|file| s.lab.manifest(file));
     let (shop, billing) = (shop?, billing?);
@@ -93,7 +104,7 @@ fn revocation(s: &mut Story<'_>) -> Result<()> {
         "billing.yaml",
         &billing.replace("matchName: bank.example.com", "matchName: bank2.example.com"),
     )?;
-    let held = wait_for(EDIT, || s.resolve(pod, Family::V4, "www.example.com").ok().filter(probe::Dig::is_denied));
+    let held = wait_for(EDIT, || s.resolve(pod, any, "www.example.com").ok().filter(probe::Dig::is_denied));
     s.check(
         pod,
         "an edit of another rule, dig www.example.com",
@@ -129,8 +140,7 @@ fn revocation(s: &mut Story<'_>) -> Result<()> {
         s.check(pod, &text, "both cut", seen, forwarded && relayed.is_some_and(|exit| exit != 0));
     }
     s.lab.edit_manifest("shop-revocable.yaml", &revocable)?;
-    let back =
-        wait_for(EDIT, || s.resolve(pod, Family::V4, "revoked.example.com").ok().filter(|d| !d.answers.is_empty()));
+    let back = wait_for(EDIT, || s.resolve(pod, any, "revoked.example.com").ok().filter(|d| !d.answers.is_empty()));
     s.check(
         pod,
         "its rules are back, dig revoked.example.com",
