@@ -223,8 +223,8 @@ async fn kernel_events(
                     emit.emit(e.into_event(who));
                 }
                 Err(error) => {
-                    tracing::error!(%error, "the kernel's events cannot be read any more");
-                    return;
+                    tracing::error!(%error, "the kernel's events cannot be read; trying again");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
                 }
             }
         }
@@ -403,15 +403,17 @@ pub fn run(path: &Path) -> Result<()> {
         tracing::info!(seconds = config.drain_seconds, "draining");
         let drain = Duration::from_secs(config.drain_seconds);
         // Nodes stay connected while connections end: their facts must not go stale under them.
-        let reset = tokio::select! {
-            reset = relay.drain(drain) => reset,
-            _ = &mut serve => 0,
+        let (reset, served) = tokio::select! {
+            reset = relay.drain(drain) => (reset, false),
+            _ = &mut serve => (0, true),
         };
         tracing::info!(reset, "relay drained");
         dns.drain(Duration::from_secs(1)).await;
         drop(end);
         // Streams live as long as nodes hold them: they are not waited for.
-        let _ = tokio::time::timeout(Duration::from_millis(200), serve).await;
+        if !served {
+            let _ = tokio::time::timeout(Duration::from_millis(200), serve).await;
+        }
         Ok(())
     });
     // Held addresses go with the handover's connection, kernel maps and rules stay: what is forwarded goes on.
