@@ -41,6 +41,8 @@ pub(crate) const CLIENT_HELLO: u8 = 1;
 
 const SERVER_NAME: u16 = 0;
 const ENCRYPTED_CLIENT_HELLO: u16 = 0xfe0d;
+/// `encrypted_server_name` of the drafts before ECH: servers that still take it would serve another name.
+const ENCRYPTED_SERVER_NAME: u16 = 0xffce;
 
 /// A reader that never goes past its end.
 struct Reader<'a>(&'a [u8]);
@@ -106,7 +108,7 @@ fn parse(body: &[u8]) -> Option<Hello> {
         kinds.push(kind);
         match kind {
             SERVER_NAME => hello.sni = server_name(data)?,
-            ENCRYPTED_CLIENT_HELLO => hello.ech = true,
+            ENCRYPTED_CLIENT_HELLO | ENCRYPTED_SERVER_NAME => hello.ech = true,
             _ => {}
         }
     }
@@ -178,6 +180,7 @@ mod tests {
     fn any_ech_extension_counts() {
         assert!(!read(&[host("a.example")]).unwrap().ech);
         assert!(read(&[host("a.example"), (0xfe0d, vec![])]).unwrap().ech);
+        assert!(read(&[host("a.example"), (0xffce, vec![1])]).unwrap().ech);
         assert_eq!(read(&[(0xfe0d, vec![1, 2, 3])]).unwrap(), Hello { sni: Sni::Missing, ech: true });
     }
 
