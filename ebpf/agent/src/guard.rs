@@ -369,6 +369,8 @@ fn ruleset(settings: &Settings, desired: &Desired) -> Vec<Value> {
 struct Wish {
     desired: Option<Desired>,
     fresh: bool,
+    /// Whether the kernel has taken some of it.
+    held: bool,
     stop: bool,
 }
 
@@ -403,6 +405,13 @@ impl Keeper {
     }
 }
 
+impl Keeper {
+    /// Whether the kernel holds a table that was asked for: before that, a pod without a program is not held back.
+    pub fn holds(&self) -> bool {
+        self.wish.0.lock().held
+    }
+}
+
 impl Drop for Keeper {
     fn drop(&mut self) {
         let (wish, changed) = &*self.wish;
@@ -434,6 +443,7 @@ fn keep(shared: &(Mutex<Wish>, Condvar), mut table: Table) {
         match outcome.and_then(|_| counters()) {
             Ok(counters) => {
                 up.set(1.0);
+                wish.lock().held = true;
                 wait = CHECK;
                 for (rule, packets) in counters {
                     metrics::counter!(crate::events::GUARD_PACKETS, "rule" => rule).absolute(packets);

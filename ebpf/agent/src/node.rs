@@ -433,7 +433,8 @@ impl Node {
 
     /// Publishes how the agent is.
     fn tell(&self) {
-        let status = Status { ready: self.ready, conditions: self.problems.values().cloned().collect() };
+        let ready = self.ready && self.keeper.holds();
+        let status = Status { ready, conditions: self.problems.values().cloned().collect() };
         self.status.send_if_modified(|old| {
             let new = *old != status;
             if new {
