@@ -403,9 +403,7 @@ impl Keeper {
             changed.notify_one();
         }
     }
-}
 
-impl Keeper {
     /// Whether the kernel holds a table that was asked for: before that, a pod without a program is not held back.
     pub fn holds(&self) -> bool {
         self.wish.0.lock().held
