@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context as Task, Poll};
@@ -15,9 +15,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use axum::Router;
+use axum::extract::connect_info::Connected;
+use axum::extract::{ConnectInfo, Request};
 use axum::http::{StatusCode, header};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::serve::IncomingStream;
 use metrics_exporter_prometheus::PrometheusHandle;
 use parking_lot::Mutex;
 use serde_json::Value;
@@ -27,7 +31,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 /// The most connections at a time.
 const MAX_CONNECTIONS: usize = 64;
 /// The longest life of a connection, whatever it does.
-const MAX_LIFE: Duration = Duration::from_secs(30);
+const MAX_LIFE: Duration = Duration::from_secs(10);
+/// The most of them from one address.
+const MAX_PER_SOURCE: usize = 8;
 
 /// What has to be ready before the process is. Cheap to clone.
 ///
@@ -130,12 +136,17 @@ fn run(listener: TcpListener, admin: Admin, life: Duration) -> Result<Server> {
         .spawn(move || {
             runtime.block_on(async move {
                 let listener = match tokio::net::TcpListener::from_std(listener) {
-                    Ok(l) => Bounded { listener: l, permits: Arc::new(Semaphore::new(MAX_CONNECTIONS)), life },
+                    Ok(l) => Bounded {
+                        listener: l,
+                        permits: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+                        sources: Arc::default(),
+                        life,
+                    },
                     Err(e) => return tracing::error!("the admin port cannot be served: {e}"),
                 };
                 // Open connections end with the runtime, at most one scrape is cut.
                 tokio::select! {
-                    r = axum::serve(listener, router(admin)) => {
+                    r = axum::serve(listener, router(admin).into_make_service_with_connect_info::<Peer>()) => {
                         if let Err(e) = r {
                             tracing::error!("the admin port has ended: {e}");
                         }
@@ -164,19 +175,71 @@ fn router(admin: Admin) -> Router {
             w => (StatusCode::SERVICE_UNAVAILABLE, format!("waiting for: {}\n", w.join(", "))),
         }
     };
+    let local = Router::new()
+        .route("/config", get(move || async move { json(&config) }))
+        .route("/status", get(move || async move { json(&status()) }))
+        .route_layer(axum::middleware::from_fn(only_local));
     Router::new()
         .route("/metrics", get(metrics_page))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready_page))
-        .route("/config", get(move || async move { json(&config) }))
-        .route("/status", get(move || async move { json(&status()) }))
+        .merge(local)
 }
 
-/// A listener with few connections, each with an end.
+/// Who asks.
+#[derive(Clone, Copy, Debug)]
+struct Peer(SocketAddr);
+
+impl Connected<IncomingStream<'_, Bounded>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, Bounded>) -> Self {
+        Self(*stream.remote_addr())
+    }
+}
+
+/// Configuration and status name every namespace: only who is in this network namespace may read them.
+async fn only_local(ConnectInfo(Peer(peer)): ConnectInfo<Peer>, request: Request, next: Next) -> Response {
+    if peer.ip().to_canonical().is_loopback() {
+        return next.run(request).await;
+    }
+    (StatusCode::FORBIDDEN, "ask on loopback: tidegate status\n").into_response()
+}
+
+/// A listener with few connections, each with an end; no source may take them all.
 struct Bounded {
     listener: tokio::net::TcpListener,
     permits: Arc<Semaphore>,
+    sources: Arc<Mutex<BTreeMap<IpAddr, usize>>>,
     life: Duration,
+}
+
+/// One source's place.
+struct Place {
+    sources: Arc<Mutex<BTreeMap<IpAddr, usize>>>,
+    source: IpAddr,
+}
+
+impl Place {
+    fn take(sources: &Arc<Mutex<BTreeMap<IpAddr, usize>>>, source: IpAddr) -> Option<Self> {
+        let mut guard = sources.lock();
+        let n = guard.entry(source).or_default();
+        if *n >= MAX_PER_SOURCE {
+            return None;
+        }
+        *n += 1;
+        Some(Self { sources: sources.clone(), source })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut guard = self.sources.lock();
+        if let Some(n) = guard.get_mut(&self.source) {
+            *n -= 1;
+            if *n == 0 {
+                guard.remove(&self.source);
+            }
+        }
+    }
 }
 
 impl axum::serve::Listener for Bounded {
@@ -184,10 +247,14 @@ impl axum::serve::Listener for Bounded {
     type Addr = SocketAddr;
 
     async fn accept(&mut self) -> (Connection, SocketAddr) {
-        // The semaphore is never closed; without a permit the connection lives on, bounded by its end.
-        let permit = self.permits.clone().acquire_owned().await.ok();
-        let (stream, peer) = axum::serve::Listener::accept(&mut self.listener).await;
-        (Connection { stream, end: Box::pin(tokio::time::sleep(self.life)), _permit: permit }, peer)
+        loop {
+            let (stream, peer) = axum::serve::Listener::accept(&mut self.listener).await;
+            // Beyond the limits a connection is closed at once: waiting would hold up everybody behind it.
+            let Some(place) = Place::take(&self.sources, peer.ip().to_canonical()) else { continue };
+            let Ok(permit) = self.permits.clone().try_acquire_owned() else { continue };
+            let end = Box::pin(tokio::time::sleep(self.life));
+            return (Connection { stream, end, _permit: permit, _place: place }, peer);
+        }
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -199,7 +266,8 @@ impl axum::serve::Listener for Bounded {
 struct Connection {
     stream: tokio::net::TcpStream,
     end: Pin<Box<tokio::time::Sleep>>,
-    _permit: Option<OwnedSemaphorePermit>,
+    _permit: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 impl Connection {
@@ -249,6 +317,10 @@ mod tests {
     }
 
     fn start_with(life: Duration) -> (Test, Readiness) {
+        start_at("127.0.0.1:0", life)
+    }
+
+    fn start_at(at: &str, life: Duration) -> (Test, Readiness) {
         let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
         metrics::with_local_recorder(&recorder, || metrics::counter!("tidegate_test_total").increment(7));
         let readiness = Readiness::default();
@@ -258,7 +330,7 @@ mod tests {
             config: serde_json::json!({"name": "gw-a"}),
             status: Arc::new(|| serde_json::json!({"agents": 2})),
         };
-        let listener = bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = bind(at.parse().unwrap()).unwrap();
         let address = listener.local_addr().unwrap();
         (Test { address, _server: run(listener, admin, life).unwrap() }, readiness)
     }
@@ -312,14 +384,50 @@ mod tests {
     }
 
     #[test]
-    fn clients_that_hold_every_connection_are_cut() {
+    fn one_source_cannot_take_every_place() {
+        let server = start_at("[::]:0", MAX_LIFE).0;
+        let port = server.address.port();
+        let mut held: Vec<TcpStream> =
+            (0..MAX_CONNECTIONS).map(|_| TcpStream::connect(("127.0.0.1", port)).unwrap()).collect();
+        for s in &mut held {
+            // Those beyond the limit are closed already.
+            let _ = s.write_all(b"GET /met");
+        }
+        let mut other = TcpStream::connect(("::1", port)).unwrap();
+        write!(other, "GET /healthz HTTP/1.0\r\n\r\n").unwrap();
+        let mut text = String::new();
+        other.read_to_string(&mut text).unwrap();
+        assert!(text.contains("200 OK"), "{text}");
+    }
+
+    #[test]
+    fn clients_that_hold_their_places_are_cut() {
         let (server, _) = start_with(Duration::from_millis(200));
         let mut held: Vec<TcpStream> =
-            (0..MAX_CONNECTIONS + 8).map(|_| TcpStream::connect(server.address).unwrap()).collect();
+            (0..MAX_PER_SOURCE).map(|_| TcpStream::connect(server.address).unwrap()).collect();
         for s in &mut held {
             s.write_all(b"GET /met").unwrap();
         }
+        std::thread::sleep(Duration::from_millis(400));
         assert_eq!(ask(&server, "GET /healthz").0, 200);
+    }
+
+    #[test]
+    fn status_and_configuration_stay_inside() {
+        std::thread::spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            let up = "ip link set lo up && ip addr add 192.0.2.1/32 dev lo";
+            assert!(std::process::Command::new("sh").args(["-c", up]).status().unwrap().success());
+            let mut server = start_at("0.0.0.0:0", MAX_LIFE).0;
+            server.address.set_ip([192, 0, 2, 1].into());
+            assert_eq!(ask(&server, "GET /status").0, 403);
+            assert_eq!(ask(&server, "GET /config").0, 403);
+            assert_eq!(ask(&server, "GET /healthz").0, 200);
+            server.address.set_ip([127, 0, 0, 1].into());
+            assert_eq!(ask(&server, "GET /status").0, 200);
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]

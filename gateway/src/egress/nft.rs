@@ -137,7 +137,10 @@ impl Rules {
             )?;
         }
         // Translated already, whatever pairs are held now.
-        writeln!(o, "    iifname \"tgp\" meta mark & 0xff == {FORWARD} ct state established,related ct status snat accept")?;
+        writeln!(
+            o,
+            "    iifname \"tgp\" meta mark & 0xff == {FORWARD} ct state established,related ct status snat accept"
+        )?;
         writeln!(o, "    iifname \"tgp\" oifname \"{dev}\" meta mark & 0xffff == {FORWARD:#x} accept")?;
         for p in &self.pairs {
             let mark = FORWARD | u32::from(p.index) << 8;

@@ -147,7 +147,9 @@ async fn set_addresses(handle: &Handle, index: u32, wanted: &[IpAddr]) -> Result
 fn matches(m: &RuleMessage, rule: &Rule<'_>) -> bool {
     let has = |a: RuleAttribute| m.attributes.contains(&a);
     let target = match rule.table {
-        Some(t) => m.header.action == RuleAction::ToTable && (u32::from(m.header.table) == t || has(RuleAttribute::Table(t))),
+        Some(t) => {
+            m.header.action == RuleAction::ToTable && (u32::from(m.header.table) == t || has(RuleAttribute::Table(t)))
+        }
         None => m.header.action == RuleAction::Blackhole,
     };
     let mark = match rule.mark {
