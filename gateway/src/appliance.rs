@@ -33,11 +33,13 @@ use crate::core::{Classifier, Core, Ids, Shared, Status, ToCore};
 use crate::desired::{Compiled, Desired};
 use crate::dns_view::{CoreBinder, DnsView};
 use crate::egress::nft::{RELAY_PORTS, REPLY};
+use crate::journal::{Journal, Recovered};
+use crate::ownership::Ownership;
 use crate::push::Streams;
 use crate::relay_check::RelayCheck;
 use crate::watch::Watch;
 use crate::way::Keeper;
-use crate::{admin, audit, core, push, telemetry};
+use crate::{admin, audit, core, peers, push, telemetry};
 
 /// The port that is DNS whatever the destination; endpoints of the cluster's DNS may add others.
 const DNS_PORT: u16 = 53;
@@ -121,6 +123,7 @@ fn ledger_config(config: &Config) -> tidegate_ledger::Config {
             names: bound(config.quotas.names),
             addresses_per_name: bound(config.quotas.addresses_per_name),
         },
+        track: true,
         ..tidegate_ledger::Config::default()
     }
 }
@@ -268,6 +271,7 @@ pub fn run(path: &Path) -> Result<()> {
         world: ArcSwap::new(empty.clone()),
         view: Arc::new(ArcSwap::from_pointee(DnsView::empty(empty))),
         pairs: Arc::default(),
+        applied: Arc::default(),
         egress: ArcSwap::default(),
         nodes: Ids::default(),
         namespaces: Ids::default(),
@@ -289,6 +293,7 @@ pub fn run(path: &Path) -> Result<()> {
         flow_idle_seconds: config.flow_idle_seconds,
         flows_per_pod: u32::try_from(config.quotas.connections).unwrap_or(u32::MAX),
         pairs: shared.pairs.clone(),
+        applied: shared.applied.clone(),
         core: to_core.clone(),
         readiness: readiness.clone(),
         stop: stop.clone(),
@@ -308,6 +313,17 @@ pub fn run(path: &Path) -> Result<()> {
     let check = RelayCheck { shared: shared.clone(), bindings: bindings.clone(), desired: desired.clone(), families };
     let relay = Relay::start(relay_config, Arc::new(check), emit.clone()).context("cannot start the TLS relay")?;
 
+    let (journal, recovered, journal_thread) = match &config.journal {
+        None => (None, Recovered::default(), None),
+        Some(folder) => {
+            let (journal, recovered, thread) = Journal::open(folder, &config.name)?;
+            tracing::info!(facts = recovered.facts.len(), claims = recovered.claims.len(), "journal read");
+            (Some(journal), recovered, Some(thread))
+        }
+    };
+    let mut ownership = Ownership::new(&config.name, config.peers().map(|(name, _)| name.to_owned()), shared.now());
+    ownership.recall(recovered.claims);
+
     let core_thread = {
         let core = Core {
             rx,
@@ -320,6 +336,10 @@ pub fn run(path: &Path) -> Result<()> {
             boot_id: random(),
             gateway: config.name.clone(),
             flow_idle: Duration::from_secs(config.flow_idle_seconds),
+            ownership,
+            journal,
+            recovered: recovered.facts,
+            starting: Some(readiness.guard("peers")),
         };
         thread("core", move || core.run())?
     };
@@ -393,6 +413,11 @@ pub fn run(path: &Path) -> Result<()> {
                 // The sender's end is the news.
                 let _ = ended.await;
             }));
+        for (peer, address) in config.peers() {
+            let client =
+                peers::Client { name: config.name.clone(), peer: peer.to_owned(), address, tls: config.tls.clone() };
+            tokio::spawn(client.run(to_core.clone()));
+        }
         drop(starting);
         tokio::select! {
             r = &mut serve => r.and_then(|()| Err(anyhow!("the control server ended"))),
@@ -420,7 +445,7 @@ pub fn run(path: &Path) -> Result<()> {
     stop.store(true, Ordering::Relaxed);
     let _ = to_core.send(ToCore::Stop);
     drop((end_dns, end_events));
-    for t in [way_thread, policy_thread, core_thread, dns_thread, events_thread] {
+    for t in [way_thread, policy_thread, core_thread, dns_thread, events_thread].into_iter().chain(journal_thread) {
         if t.join().is_err() {
             tracing::error!("a thread has panicked");
         }

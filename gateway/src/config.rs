@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use tidegate_proto::Pair;
 
 /// Configuration of one gateway.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -34,6 +35,9 @@ pub struct Config {
     /// Audit log.
     #[serde(default)]
     pub audit: Audit,
+    /// Folder of the journal, in which learnt facts outlive a restart; absent: none.
+    #[serde(default)]
+    pub journal: Option<PathBuf>,
     /// Every gateway, this one included, in the same order on each.
     pub gateways: Vec<Replica>,
     /// Which gateway holds which pair; pairs that are not listed follow rendezvous order.
@@ -104,6 +108,10 @@ pub struct Replica {
     pub name: String,
     /// Its node.
     pub node: String,
+    /// Its control endpoint, for the other gateways; absent: they do not know each other's facts, and nobody takes over
+    /// from it or for it.
+    #[serde(default)]
+    pub address: Option<SocketAddr>,
 }
 
 /// A pair that is pinned to a gateway.
@@ -302,24 +310,35 @@ impl Config {
         Ok(())
     }
 
-    /// The gateway that holds a pair, by the static order.
-    pub fn owner(&self, pool: &str, ipv4: Option<Ipv4Addr>, ipv6: Option<Ipv6Addr>) -> Option<&Replica> {
+    /// The gateways that may hold a pair, in order: the one that it is pinned to, then rendezvous order (the highest
+    /// hash of gateway, pool and pair first). Gateways without an address stand alone: only the first of the order counts
+    /// then.
+    pub fn candidates(&self, pair: &Pair) -> Vec<String> {
         let pinned = self.owners.iter().find(|o| {
-            o.pool == pool
-                && (o.ipv4.is_some() && o.ipv4 == ipv4 || o.ipv4.is_none() && o.ipv6.is_some() && o.ipv6 == ipv6)
+            o.pool == pair.pool
+                && (o.ipv4.is_some() && o.ipv4 == pair.ipv4
+                    || o.ipv4.is_none() && o.ipv6.is_some() && o.ipv6 == pair.ipv6)
         });
-        if let Some(o) = pinned {
-            return self.gateways.iter().find(|g| g.name == o.gateway);
-        }
-        // Rendezvous order: the highest hash of (gateway, pool, pair) comes first.
-        self.gateways.iter().max_by_key(|g| {
-            let pair = format!("{:?}/{:?}", ipv4.map(IpAddr::from), ipv6.map(IpAddr::from));
-            tidegate_policy::key::KeyHasher::new("owner")
+        let rank = |g: &Replica| {
+            let text = format!("{:?}/{:?}", pair.ipv4.map(IpAddr::from), pair.ipv6.map(IpAddr::from));
+            let hash = tidegate_policy::key::KeyHasher::new("owner")
                 .field(g.name.as_bytes())
-                .field(pool.as_bytes())
-                .field(pair.as_bytes())
-                .finish()
-        })
+                .field(pair.pool.as_bytes())
+                .field(text.as_bytes())
+                .finish();
+            (pinned.is_some_and(|o| o.gateway == g.name), hash)
+        };
+        let mut all: Vec<&Replica> = self.gateways.iter().collect();
+        all.sort_by_key(|g| std::cmp::Reverse(rank(g)));
+        let first = all.first().map(|g| g.name.clone());
+        let takes_over = |g: &&Replica| g.address.is_some() || Some(&g.name) == first.as_ref();
+        let alone = all.first().is_some_and(|g| g.address.is_none());
+        all.iter().filter(|g| takes_over(g)).take(if alone { 1 } else { all.len() }).map(|g| g.name.clone()).collect()
+    }
+
+    /// The other gateways that have an address.
+    pub fn peers(&self) -> impl Iterator<Item = (&str, SocketAddr)> {
+        self.gateways.iter().filter(|g| g.name != self.name).filter_map(|g| Some((g.name.as_str(), g.address?)))
     }
 }
 
@@ -347,8 +366,17 @@ resolvers: [{servers: ["198.51.100.53:53"]}]
         c.check().unwrap();
         assert_eq!(c.flow_idle_seconds, 7200);
         assert_eq!(c.cluster.node_ports.first, 30000);
-        assert_eq!(c.owner("p", Some("203.0.113.10".parse().unwrap()), None).unwrap().name, "gw-b");
-        assert!(c.owner("p", Some("203.0.113.11".parse().unwrap()), None).is_some());
+        let pair = |last: u8| Pair { pool: "p".into(), ipv4: Some([203, 0, 113, last].into()), ipv6: None };
+        assert_eq!(c.candidates(&pair(10)), ["gw-b"], "without addresses nobody takes over");
+        assert_eq!(c.candidates(&pair(11)).len(), 1);
+        let mut c = c;
+        for g in &mut c.gateways {
+            g.address = Some("192.0.2.1:7443".parse().unwrap());
+        }
+        assert_eq!(c.candidates(&pair(10)), ["gw-b", "gw-a"]);
+        let firsts: BTreeSet<String> = (0..64).map(|i| c.candidates(&pair(i)).remove(0)).collect();
+        assert_eq!(firsts.len(), 2, "pairs are spread over the gateways");
+        assert_eq!(c.peers().map(|(n, _)| n).collect::<Vec<_>>(), ["gw-b"]);
     }
 
     #[test]

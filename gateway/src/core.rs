@@ -4,6 +4,8 @@
 //! one order of events and no lock. It never blocks on a node: a node whose
 //! queue is full is cut off and starts anew with a snapshot.
 
+mod failover;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -21,20 +23,32 @@ use tidegate_policy::state::{Entry, FactUpdate, NodeState};
 use tidegate_policy::world::{NodeStateParts, World};
 use tidegate_policy::{ClassKey, Name, Reason, ScopeKey};
 use tidegate_proto::wire::{FactsUpdate, PeerUpdate, StateUpdate};
-use tidegate_proto::{FactsBatch, GrantEntry, PeerMessage, Seen, StateBatch};
+use tidegate_proto::{Claim, FactsBatch, GrantEntry, PeerFact, PeerMessage, ScopeClaim, Seen, StateBatch};
 use tidegate_sni::Registry;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::admin::Guard;
 use crate::desired::{Compiled, Desired, Target};
 use crate::dns_view::DnsView;
 use crate::egress::TOWARDS_PODS;
 use crate::egress::nft::HeldPair;
+use crate::journal::Journal;
+use crate::ownership::Ownership;
 use crate::push::{Ack, StreamId};
 use crate::relay_check::still_allowed;
 use crate::telemetry::BARRIER_SECONDS;
 
-/// Nodes hear from us at least so often; a node takes two seconds of silence for our death.
-const HEARTBEAT: Duration = Duration::from_millis(500);
+/// Nodes and other gateways hear from us so often. A node asks a stand-in for names after 600 ms of silence, a gateway
+/// takes two seconds of it for our death.
+const HEARTBEAT: Duration = Duration::from_millis(200);
+/// Ownership is decided so often.
+const DECIDE: Duration = Duration::from_millis(100);
+/// What was learnt goes to the other gateways and to the journal at most so often.
+const SPREAD: Duration = Duration::from_millis(20);
+/// Counters are published so often.
+const COUNT: Duration = Duration::from_secs(1);
+/// Facts of scopes that this gateway does not know yet, kept for the next compile.
+const MAX_PENDING: usize = 65536;
 /// The foreign changes of our kernel maps are repaired at least so often.
 const FULL_PASS: Duration = Duration::from_secs(30);
 
@@ -191,6 +205,8 @@ pub struct Shared {
     pub view: Arc<ArcSwap<DnsView>>,
     /// The pairs that this gateway holds.
     pub pairs: Arc<ArcSwap<Vec<HeldPair>>>,
+    /// Those of them whose addresses and rules are in place.
+    pub applied: Arc<ArcSwap<Vec<HeldPair>>>,
     /// Every egress address of every pool.
     pub egress: ArcSwap<BTreeSet<IpAddr>>,
     /// Node ids.
@@ -234,6 +250,22 @@ pub struct Status {
     pub facts: usize,
     /// Live relayed connections.
     pub connections: usize,
+    /// Who owns which egress pair.
+    pub pairs: Vec<PairStatus>,
+}
+
+/// A pair's part of the status.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PairStatus {
+    /// Its pool and addresses.
+    pub pair: String,
+    /// The owning gateway.
+    pub owner: String,
+    /// The epoch of that.
+    pub epoch: u64,
+    /// Whether this gateway is the owner and serves it.
+    pub held: bool,
 }
 
 #[derive(Default)]
@@ -245,8 +277,6 @@ struct Node {
     held: NodeState,
     state_seq: u64,
     facts_seq: u64,
-    /// Classes whose grants this stream was sent with facts.
-    classes: BTreeSet<(ScopeKey, ClassKey)>,
     status: NodeStatus,
 }
 
@@ -277,6 +307,14 @@ pub struct Core {
     pub gateway: String,
     /// A flow without packets for so long is dead.
     pub flow_idle: Duration,
+    /// Who owns what.
+    pub ownership: Ownership,
+    /// Where facts outlive a restart.
+    pub journal: Option<Journal>,
+    /// What an earlier run left in it.
+    pub recovered: Vec<PeerFact>,
+    /// Dropped when the gateway begins to serve.
+    pub starting: Option<Guard>,
 }
 
 /// Finds classes in whatever policy holds now.
@@ -335,7 +373,23 @@ fn placed(world: &World) -> BTreeSet<(ScopeKey, Arc<str>)> {
 
 struct Run {
     core: Core,
+    /// Whether the start is over: peers were heard, or had their time.
+    settled: bool,
+    /// The compile that waits for that.
+    next: Option<Arc<Compiled>>,
+    /// Facts that wait for that, or for a compile that knows their scope, and when they came.
+    pending: Vec<(Duration, Vec<PeerFact>)>,
+    /// Other gateways that ask for what this one knows.
+    peers: BTreeMap<String, mpsc::Sender<PeerUpdate>>,
+    /// Whether the program on the pod-facing device is in place.
+    attached: bool,
+    /// Since when nodes wait to be told of new owners, until what those need is in place.
+    moved: Option<Duration>,
+    /// What the journal has of claims.
+    written: Vec<Claim>,
     placed: BTreeSet<(ScopeKey, Arc<str>)>,
+    /// Whether facts of an earlier process were removed from our kernel.
+    cleared: bool,
     compiled: Arc<Compiled>,
     classes: Classes,
     nodes: HashMap<String, Node>,
@@ -347,11 +401,20 @@ struct Run {
 
 impl Core {
     /// Runs until told to stop or until nobody can talk to it any more.
-    pub fn run(self) {
+    pub fn run(mut self) {
+        let recovered = std::mem::take(&mut self.recovered);
         let mut run = Run {
+            settled: false,
+            next: None,
+            pending: vec![(self.shared.now(), recovered)],
+            peers: BTreeMap::new(),
+            attached: false,
+            moved: None,
+            written: Vec::new(),
             compiled: Arc::new(Compiled::new(self.shared.world.load_full(), &Objects::default())),
             classes: Classes::default(),
             placed: BTreeSet::new(),
+            cleared: false,
             core: self,
             nodes: HashMap::new(),
             waiting: AHashMap::new(),
@@ -360,9 +423,15 @@ impl Core {
             out: Vec::new(),
         };
         let mut beat = Instant::now();
+        let mut decide = beat;
+        let mut count = beat;
+        let mut spread = beat;
         let mut full = Instant::now() + FULL_PASS;
         loop {
-            let mut due = beat.min(full);
+            let mut due = beat.min(full).min(decide).min(count);
+            if run.core.ledger.has_changes() {
+                due = due.min(spread);
+            }
             if let Some(d) = run.core.ledger.next_deadline() {
                 due = due.min(run.core.shared.epoch + d);
             }
@@ -375,9 +444,21 @@ impl Core {
             if run.core.ledger.next_deadline().is_some_and(|d| run.core.shared.epoch + d <= now) {
                 run.feed(Input::Tick);
             }
+            if decide <= now {
+                run.decide();
+                decide = now + if run.moved.is_some() { SPREAD } else { DECIDE };
+            }
+            if run.core.ledger.has_changes() && spread <= now {
+                spread = now + SPREAD;
+                run.spread();
+            }
             if beat <= now {
                 beat = now + HEARTBEAT;
                 run.heartbeat();
+            }
+            if count <= now {
+                count = now + COUNT;
+                run.count();
             }
             if full <= now {
                 full = now + FULL_PASS;
@@ -390,14 +471,18 @@ impl Core {
 impl Run {
     fn handle(&mut self, message: ToCore) {
         match message {
-            ToCore::World(world) => self.world(world),
+            ToCore::World(world) if self.settled => self.world(world),
+            ToCore::World(world) => self.next = Some(world),
             ToCore::Bind(bind) => self.bind(*bind),
             ToCore::StateUp { node, id, out } => {
                 let n = self.nodes.entry(node.clone()).or_default();
                 n.state = Some((id, out));
                 n.held = NodeState::default();
-                let parts = self.parts();
-                self.send_state(&node, &parts, true);
+                // An empty snapshot would take policy away from the node's pods: before there is one, nothing is said.
+                if self.settled {
+                    let parts = self.parts();
+                    self.send_state(&node, &parts, true);
+                }
             }
             ToCore::StateAck { node, id, ack } => {
                 let boot_id = self.core.boot_id;
@@ -427,7 +512,6 @@ impl Run {
             ToCore::FactsUp { node, id, boot_id, out } => {
                 let n = self.nodes.entry(node.clone()).or_default();
                 n.facts = Some((id, out));
-                n.classes.clear();
                 let same = n.agent.replace(boot_id) == Some(boot_id);
                 let node = NodeId(self.core.shared.nodes.id(&node));
                 self.feed(if same { Input::NodeUp { node } } else { Input::NodeReset { node } });
@@ -436,8 +520,10 @@ impl Run {
                 let current = self.nodes.get(&node).is_some_and(|n| n.facts.as_ref().is_some_and(|f| f.0 == id));
                 if current && ack.boot_id == self.core.boot_id {
                     if let Some(error) = &ack.error {
-                        // Not confirmed: the answers that wait for it end with barrier-timeout.
+                        // Not confirmed: the answers that wait for it end with barrier-timeout. The next stream begins
+                        // with a snapshot.
                         tracing::warn!(node, sequence = ack.sequence, error, "a node could not apply facts");
+                        self.facts_down(&node);
                         return;
                     }
                     let node = NodeId(self.core.shared.nodes.id(&node));
@@ -451,10 +537,21 @@ impl Run {
             }
             ToCore::Attach { reply } => {
                 let result = self.core.datapath.attach(Program::GatewayIngress, TOWARDS_PODS);
+                self.attached = result.is_ok();
                 // The asker waits with a limit of its own.
                 let _ = reply.try_send(result.map(drop).map_err(|e| e.to_string()));
             }
-            ToCore::Seen { .. } | ToCore::PeerUp { .. } | ToCore::Peer { .. } | ToCore::Stop => {}
+            ToCore::Seen { node, id, seen } => {
+                if self.nodes.get(&node).is_some_and(|n| n.facts.as_ref().is_some_and(|f| f.0 == id)) {
+                    let world = self.core.shared.world.load();
+                    let epoch = |c: &ScopeClaim| Some((Desired::pair(world.scope(c.scope)?)?, c.epoch));
+                    let epochs: Vec<_> = seen.claims.iter().filter_map(epoch).collect();
+                    self.core.ownership.seen(&node, seen.gateways.into_iter().collect(), epochs);
+                }
+            }
+            ToCore::PeerUp { gateway, out } => self.peer_up(gateway, out),
+            ToCore::Peer { gateway, message } => self.peer(&gateway, message),
+            ToCore::Stop => {}
         }
     }
 
@@ -462,6 +559,7 @@ impl Run {
         if let Some(n) = self.nodes.get_mut(node) {
             n.facts = None;
         }
+        self.core.ownership.agent_gone(node);
         let node = NodeId(self.core.shared.nodes.id(node));
         self.feed(Input::NodeDown { node });
     }
@@ -471,8 +569,11 @@ impl Run {
         let world = compiled.world.clone();
         let old = self.core.shared.world.swap(world.clone());
         self.core.shared.egress.store(Arc::new(compiled.egress.clone()));
+        self.core.ownership.set_pairs(self.core.desired.pairs(&world));
+        self.core.ownership.tick(self.core.shared.now());
+        self.set_claims(&world);
         self.core.shared.pairs.store(Arc::new(self.core.desired.held(&world)));
-        let view = DnsView::new(&compiled, &self.core.desired, self.core.families);
+        let view = DnsView::new(&compiled, self.core.families);
         self.core.shared.view.store(Arc::new(view));
         self.compiled = compiled;
         for scope in old.scopes().keys().filter(|k| world.scope(**k).is_none()) {
@@ -489,24 +590,54 @@ impl Run {
         for scope in world.changed_scopes(&old) {
             self.feed(Input::Reclassify { scope: Some(scope) });
         }
-        let parts = self.parts();
-        self.own = self.core.desired.state(&self.compiled, &parts, Target::Own);
-        self.apply_maps(false);
-        let names: Vec<String> = self.nodes.keys().cloned().collect();
-        for node in names {
-            self.send_state(&node, &parts, false);
+        self.import_pending();
+        self.apply_own();
+        if !std::mem::replace(&mut self.cleared, true) {
+            // Facts that an earlier process left in our kernel and the ledger does not know could outlive their rule.
+            let bindings = self.core.ledger.bindings();
+            match self.core.datapath.retain_facts(|scope, ip| bindings.class_of(scope, ip).is_some()) {
+                Ok(0) => {}
+                Ok(facts) => tracing::info!(facts, "facts of an earlier run that nobody vouches for were removed"),
+                Err(error) => tracing::error!(%error, "cannot remove facts of an earlier run"),
+            }
         }
+        self.send_states(false);
         let cut = self.core.registry.revoke(|live| !still_allowed(&world, live), Reason::Revoked);
         if cut > 0 {
             tracing::info!(connections = cut, "connections that policy no longer allows were reset");
         }
     }
 
+    fn apply_own(&mut self) {
+        let parts = self.parts();
+        self.own = self.core.desired.state(&self.compiled, &parts, Target::Own);
+        self.apply_maps(false);
+    }
+
+    /// Brings every node to what follows from policy, facts and ownership.
+    fn send_states(&mut self, snapshot: bool) {
+        let parts = self.parts();
+        let names: Vec<String> = self.nodes.keys().cloned().collect();
+        for node in names {
+            self.send_state(&node, &parts, snapshot);
+        }
+    }
+
+    /// Classes that facts have, and those that the next facts will have.
+    fn live_classes(&self) -> impl Iterator<Item = (ScopeKey, ClassKey)> {
+        self.classes.active().chain(self.compiled.ahead.iter().copied())
+    }
+
     fn parts(&self) -> NodeStateParts {
-        self.core.desired.parts(&self.compiled.world, self.classes.active())
+        self.core.desired.parts(&self.compiled.world, self.live_classes())
     }
 
     fn bind(&mut self, b: Bind) {
+        if self.compiled.world.scope(b.scope).is_none() {
+            // An edit came between: the scope must not come back to life by an answer.
+            let _ = b.reply.send(Err(Reason::NoBinding));
+            return;
+        }
         let ticket = self.next_ticket;
         self.next_ticket += 1;
         self.waiting.insert(ticket, Waiting { since: Instant::now(), reply: b.reply });
@@ -527,9 +658,15 @@ impl Run {
         let mut out = std::mem::take(&mut self.out);
         self.core.ledger.handle(input, now, &mut out);
         let mut idle = Vec::new();
+        let local = |o: &Output| if let Output::Local(update) = o { Some(update.clone()) } else { None };
+        let updates: Vec<FactUpdate> = out.iter().filter_map(local).collect();
+        if !updates.is_empty() {
+            self.local(&updates);
+        }
         for output in out.drain(..) {
             match output {
-                Output::Local(update) => self.local(update),
+                // Our own kernel has all of them already.
+                Output::Local(_) => {}
                 Output::Push { node, seq, snapshot, facts } => self.push(node, seq, snapshot, facts),
                 Output::Release { ticket, addresses } => self.answer(ticket, Ok(addresses)),
                 Output::Fail { ticket, reason } => self.answer(ticket, Err(reason)),
@@ -565,33 +702,46 @@ impl Run {
         }
     }
 
-    /// Our own kernel must hold a fact, with its class's grants, before any answer says it.
-    fn local(&mut self, update: FactUpdate) {
-        let class = update.value.map(|v| v.class);
-        if self.classes.note(update.scope, update.ip, class)
-            && let Some(class) = class
-        {
-            let grants = self.core.desired.grants(&self.compiled.world, update.scope, class, |_| true);
-            for (group, ports) in grants {
-                self.own.set(Entry::Grant(group, class, ports));
+    /// Our own kernel must hold facts, with their classes' grants, before any answer says them.
+    fn local(&mut self, updates: &[FactUpdate]) {
+        let mut new = Vec::new();
+        for update in updates {
+            let class = update.value.map(|v| v.class);
+            let first = self.classes.note(update.scope, update.ip, class);
+            let Some(class) = class.filter(|_| first) else { continue };
+            // Of scopes that another gateway owns this kernel carries nothing.
+            let scope = self.compiled.world.scope(update.scope);
+            if scope.is_none_or(|s| self.core.desired.way_out(s).is_none()) {
+                continue;
             }
-            self.apply_maps(false);
+            let missing = |(g, ports): &(_, _)| self.own.grants.get(&(*g, class)) != Some(ports);
+            let grants = self.compiled.grants(update.scope, class).into_iter().filter(missing);
+            new.extend(grants.map(|(g, ports)| (g, class, ports)));
         }
-        if let Err(error) = self.core.datapath.facts(&[update]) {
-            tracing::error!(%error, "cannot write a fact into the kernel");
+        if let Err(error) = self.core.datapath.grants(&new) {
+            tracing::error!(%error, "cannot write grants into the kernel");
+        }
+        for (group, class, ports) in new {
+            self.own.set(Entry::Grant(group, class, ports));
+        }
+        if let Err(error) = self.core.datapath.facts(updates) {
+            tracing::error!(%error, "cannot write facts into the kernel");
         }
     }
 
     fn push(&mut self, node: NodeId, seq: u64, snapshot: bool, facts: Vec<FactUpdate>) {
         let Some(name) = self.core.shared.nodes.name(node.0) else { return };
         let Some(n) = self.nodes.get_mut(&*name) else { return };
+        // What the State stream was sent but the node has not acked yet, the ack of these facts must not rely on.
+        let behind = n.state.is_none() || n.state_seq > n.status.applied;
+        let classes: BTreeSet<(ScopeKey, ClassKey)> =
+            facts.iter().filter_map(|f| Some((f.scope, f.value.as_ref()?.class))).collect();
         let mut grants = Vec::new();
-        for f in &facts {
-            let Some(v) = &f.value else { continue };
-            if n.classes.insert((f.scope, v.class)) {
-                for (group, ports) in self.core.desired.grants(&self.compiled.world, f.scope, v.class, |_| true) {
-                    n.held.set(Entry::Grant(group, v.class, ports.clone()));
-                    grants.push(GrantEntry { group, class: v.class, ports });
+        for (scope, class) in classes {
+            for (group, ports) in self.compiled.grants(scope, class) {
+                if behind || n.held.grants.get(&(group, class)) != Some(&ports) {
+                    n.held.set(Entry::Grant(group, class, ports.clone()));
+                    grants.push(GrantEntry { group, class, ports });
                 }
             }
         }
@@ -632,6 +782,9 @@ impl Run {
 
     /// Repairs what another program changed in our maps, and forgets classes that no fact has any more.
     fn full_pass(&mut self) {
+        if !self.settled {
+            return;
+        }
         let parts = self.parts();
         self.own = self.core.desired.state(&self.compiled, &parts, Target::Own);
         self.apply_maps(true);
@@ -639,7 +792,7 @@ impl Run {
         for node in names {
             self.send_state(&node, &parts, false);
         }
-        self.compiled.world.retain_classes(&self.classes.active().map(|(_, c)| c).collect());
+        self.compiled.world.retain_classes(&self.live_classes().map(|(_, c)| c).collect());
         if let Err(error) = self.core.datapath.sweep() {
             tracing::warn!(%error, "cannot sweep the kernel's tables");
         }
@@ -663,10 +816,6 @@ impl Run {
         if let Err(error) = self.core.datapath.heartbeat(&gateway) {
             tracing::error!(%error, "cannot write the heartbeat");
         }
-        match self.core.datapath.counters() {
-            Ok(counters) => tidegate_agent::events::publish(&counters),
-            Err(error) => tracing::warn!(%error, "cannot read the kernel's counters"),
-        }
         let mut down = Vec::new();
         for (name, n) in &mut self.nodes {
             n.status.connected = n.state.is_some() && n.facts.is_some();
@@ -680,7 +829,18 @@ impl Run {
         for node in down {
             self.facts_down(&node);
         }
+        self.beat_peers();
+    }
+
+    /// Publishes counters and status.
+    fn count(&mut self) {
+        match self.core.datapath.counters() {
+            Ok(counters) => tidegate_agent::events::publish(&counters),
+            Err(error) => tracing::warn!(%error, "cannot read the kernel's counters"),
+        }
+        let pair = |c: Claim| PairStatus { pair: c.pair.to_string(), owner: c.owner, epoch: c.epoch, held: c.held };
         self.core.shared.status.store(Arc::new(Status {
+            pairs: self.core.ownership.claims().into_iter().map(pair).collect(),
             nodes: self.nodes.iter().map(|(k, n)| (k.clone(), n.status.clone())).collect(),
             facts: self.core.ledger.counts().facts,
             connections: self.core.registry.len(),

@@ -6,12 +6,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tidegate_ebpf::Local;
-use tidegate_policy::model::{AddressSource, Node, Objects, Pair};
+use tidegate_policy::model::{self, AddressSource, Node, Objects};
 use tidegate_policy::state::{self, NodeState};
-use tidegate_policy::world::{NodeStateParts, Scope, World};
+use tidegate_policy::world::{Group, NodeStateParts, Scope, World};
 use tidegate_policy::{ClassKey, GroupKey, PortSet, ScopeKey};
+use tidegate_proto::Pair;
 
 use crate::config::Config;
 use crate::egress::nft::HeldPair;
@@ -24,6 +26,10 @@ pub struct Compiled {
     pub nodes: BTreeMap<String, Node>,
     /// Every egress address of every pool: never a relay's destination.
     pub egress: BTreeSet<IpAddr>,
+    /// Classes that facts will have if no prefix rule holds their addresses: their grants are pushed ahead.
+    pub ahead: BTreeSet<(ScopeKey, ClassKey)>,
+    /// The groups of each scope.
+    groups: BTreeMap<ScopeKey, Vec<Arc<Group>>>,
 }
 
 impl Compiled {
@@ -34,7 +40,19 @@ impl Compiled {
             AddressSource::PodNetwork => &[],
         });
         let egress = pairs.flat_map(|p| [p.ipv4.map(IpAddr::from), p.ipv6.map(IpAddr::from)]).flatten().collect();
-        Self { world, nodes: objects.nodes.clone(), egress }
+        let classes = |s: &Arc<Scope>| s.single_rule_classes().into_iter().map(|c| (s.key(), c)).collect::<Vec<_>>();
+        let ahead = world.scopes().values().flat_map(classes).collect();
+        let mut groups: BTreeMap<ScopeKey, Vec<Arc<Group>>> = BTreeMap::new();
+        for g in world.groups() {
+            groups.entry(g.scope().key()).or_default().push(g.clone());
+        }
+        Self { world, nodes: objects.nodes.clone(), egress, ahead, groups }
+    }
+
+    /// What a class grants to each group of its scope.
+    pub fn grants(&self, scope: ScopeKey, class: ClassKey) -> Vec<(GroupKey, PortSet)> {
+        let groups = self.groups.get(&scope).into_iter().flatten();
+        groups.filter_map(|g| Some((g.key(), g.grant(class)?))).collect()
     }
 }
 
@@ -53,14 +71,28 @@ pub struct WayOut {
     /// Index in the mark: 0 is PodNetwork.
     pub index: u8,
     /// The pair, if it is not PodNetwork.
-    pub pair: Option<Pair>,
+    pub pair: Option<model::Pair>,
 }
 
 type PairKey = (String, Option<std::net::Ipv4Addr>, Option<std::net::Ipv6Addr>);
 
+/// What this gateway knows of a pair's ownership.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ownership {
+    /// The owner.
+    pub owner: String,
+    /// Its epoch.
+    pub epoch: u64,
+    /// Whether that is this gateway, and it serves the pair.
+    pub held: bool,
+    /// Who answers DNS while the owner is silent, in this order.
+    pub standbys: Vec<String>,
+}
+
 /// Builds desired states.
 pub struct Desired {
     config: Arc<Config>,
+    claims: ArcSwap<BTreeMap<Pair, Ownership>>,
     /// Indices of pairs; an index is never given to another pair while the process lives, so that
     /// a mark that is still on its way never means another address.
     indices: Mutex<BTreeMap<PairKey, u8>>,
@@ -69,10 +101,10 @@ pub struct Desired {
 impl Desired {
     /// For this configuration.
     pub fn new(config: Arc<Config>) -> Self {
-        Self { config, indices: Mutex::default() }
+        Self { config, claims: ArcSwap::default(), indices: Mutex::default() }
     }
 
-    fn index(&self, pool: &str, pair: &Pair) -> Option<u8> {
+    fn index(&self, pool: &str, pair: &model::Pair) -> Option<u8> {
         let key = (pool.to_owned(), pair.ipv4, pair.ipv6);
         let mut indices = self.indices.lock();
         if let Some(i) = indices.get(&key) {
@@ -89,19 +121,30 @@ impl Desired {
         next
     }
 
-    /// The gateway that owns a scope; absent where every pair of its pool drains.
-    fn owner(&self, scope: &Scope) -> Option<&str> {
-        let (v4, v6) = match (scope.source(), scope.pair()) {
+    /// What the core decided of ownership.
+    pub fn set_claims(&self, claims: BTreeMap<Pair, Ownership>) {
+        self.claims.store(Arc::new(claims));
+    }
+
+    /// The pair of a scope, as gateways name it; absent where every pair of its pool drains.
+    pub fn pair(scope: &Scope) -> Option<Pair> {
+        let (ipv4, ipv6) = match (scope.source(), scope.pair()) {
             (AddressSource::PodNetwork, _) => (None, None),
             (_, Some(p)) => (p.ipv4, p.ipv6),
             (_, None) => return None,
         };
-        self.config.owner(scope.pool(), v4, v6).map(|g| g.name.as_str())
+        Some(Pair { pool: scope.pool().to_string(), ipv4, ipv6 })
+    }
+
+    /// Every pair that a scope has now, with its candidates.
+    pub fn pairs(&self, world: &World) -> BTreeMap<Pair, Vec<String>> {
+        let pairs: BTreeSet<Pair> = world.scopes().values().filter_map(|s| Self::pair(s)).collect();
+        pairs.into_iter().map(|p| (p.clone(), self.config.candidates(&p))).collect()
     }
 
     /// How a scope leaves, if this gateway owns it.
     pub fn way_out(&self, scope: &Scope) -> Option<WayOut> {
-        if self.owner(scope)? != self.config.name {
+        if !self.claims.load().get(&Self::pair(scope)?)?.held {
             return None;
         }
         match scope.pair() {
@@ -117,24 +160,12 @@ impl Desired {
         pairs.collect::<BTreeSet<_>>().into_iter().collect()
     }
 
-    /// The grants of a class for the groups of its scope that `want` names.
-    pub fn grants(
-        &self,
-        world: &World,
-        scope: ScopeKey,
-        class: ClassKey,
-        want: impl Fn(GroupKey) -> bool,
-    ) -> Vec<(GroupKey, PortSet)> {
-        let groups = world.groups().iter().filter(|g| g.scope().key() == scope && want(g.key()));
-        groups.filter_map(|g| Some((g.key(), g.grant(class)?))).collect()
-    }
-
     /// Everything that follows from policy, with the grants of these classes; to be cut by [`Desired::state`].
     pub fn parts(&self, world: &World, active: impl IntoIterator<Item = (ScopeKey, ClassKey)>) -> NodeStateParts {
         world.node_state_parts(active)
     }
 
-    /// What one machine should hold of the scopes that this gateway owns.
+    /// What one machine should hold.
     pub fn state(&self, compiled: &Compiled, parts: &NodeStateParts, target: Target<'_>) -> NodeState {
         let config = &self.config;
         let mut out = NodeState::default();
@@ -152,44 +183,56 @@ impl Desired {
         for g in &config.gateways {
             out.gateways.insert(g.name.clone(), state::Gateway { node: g.node.clone() });
         }
-        let mut owned = BTreeMap::new();
-        for (key, scope) in compiled.world.scopes() {
-            if let Some(way) = self.way_out(scope) {
-                owned.insert(*key, way);
-            }
-        }
-        // A node needs its own endpoints, untouched ones too; where this gateway runs, and in its own
-        // kernel, every endpoint whose packets it takes.
+        // A node needs its own endpoints, untouched ones too; where a gateway runs, and in our own kernel, every endpoint
+        // whose packets it may have to take. Every gateway tells all of them: nodes follow the owner's word where there is
+        // one, and a pod is never without its policy while ownership moves.
         let (everything, here) = match target {
             Target::Own => (true, None),
-            Target::Node(n) => (n == config.node, Some(n)),
+            Target::Node(n) => (config.gateways.iter().any(|g| g.node == n), Some(n)),
         };
         for (ip, e) in &parts.endpoints {
-            let ours = e.member.is_some_and(|(s, _)| owned.contains_key(&s));
             let local = here == Some(e.node.as_str());
-            // Members of other gateways' scopes come from their owners.
-            if local && e.member.is_none() || ours && (local || everything) {
+            if local || everything && e.member.is_some() {
                 out.endpoints.insert(*ip, e.clone());
             }
         }
+        let claims = self.claims.load();
         let scopes: BTreeSet<ScopeKey> = out.endpoints.values().filter_map(|e| Some(e.member?.0)).collect();
-        let groups: BTreeSet<GroupKey> = out.endpoints.values().filter_map(|e| Some(e.member?.1)).collect();
+        let groups: BTreeSet<(ScopeKey, GroupKey)> = out.endpoints.values().filter_map(|e| e.member).collect();
+        // What our own kernel may carry out: of other gateways' scopes it takes only DNS.
+        let mut carries = BTreeSet::new();
         for key in scopes {
-            if let Some(way) = owned.get(&key) {
-                let scope = state::Scope { owner: config.name.clone(), epoch: 1, pair: way.index, standbys: Vec::new() };
-                out.scopes.insert(key, scope);
+            let Some(scope) = compiled.world.scope(key) else { continue };
+            let way = self.way_out(scope);
+            if way.is_some() || here.is_some() {
+                carries.insert(key);
             }
+            let Some(claim) = Self::pair(scope).and_then(|p| claims.get(&p)) else { continue };
+            let value = state::Scope {
+                owner: claim.owner.clone(),
+                epoch: claim.epoch,
+                pair: way.map_or(u8::from(scope.pair().is_some()), |w| w.index),
+                standbys: claim.standbys.clone(),
+            };
+            out.scopes.insert(key, value);
         }
-        for key in groups {
+        let mut granted = BTreeSet::new();
+        for (scope, key) in groups {
             let Some(group) = parts.groups.get(&key) else { continue };
+            let mut group = group.clone();
+            if carries.contains(&scope) {
+                granted.insert(key);
+            } else {
+                (group.admin, group.own) = (None, None);
+            }
             for set in [group.admin, group.own].into_iter().flatten() {
                 if let Some(p) = parts.prefixes.get(&set) {
                     out.prefixes.insert(set, p.as_ref().clone());
                 }
             }
-            out.groups.insert(key, group.clone());
+            out.groups.insert(key, group);
         }
-        let grants = parts.grants.iter().filter(|((g, _), _)| out.groups.contains_key(g));
+        let grants = parts.grants.iter().filter(|((g, _), _)| granted.contains(g));
         out.grants = grants.map(|(k, v)| (*k, v.clone())).collect();
         out
     }

@@ -1,6 +1,6 @@
 //! The DNS service's view of compiled policy, and its way to the ledger.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,21 +23,23 @@ static GENERATION: AtomicU64 = AtomicU64::new(1);
 pub struct DnsView {
     generation: u64,
     world: Arc<World>,
+    egress: BTreeSet<IpAddr>,
     askers: HashMap<IpAddr, Asker, ahash::RandomState>,
 }
 
 impl DnsView {
-    /// The view of a compile. Pods of scopes that other gateways own are unknown here. `families`
-    /// says whether the pod's own network has a way out for IPv4 and IPv6.
-    pub fn new(compiled: &Compiled, desired: &Desired, families: (bool, bool)) -> Self {
+    /// The view of a compile. Pods of scopes that other gateways own are answered too: this gateway stands in while
+    /// their owner is silent. `families` says whether the pod's own network has a way out for IPv4 and IPv6.
+    pub fn new(compiled: &Compiled, families: (bool, bool)) -> Self {
         let mut askers = HashMap::default();
         for (ip, e) in compiled.world.endpoints() {
             let Some(m) = e.member else { continue };
             let Some(group) = compiled.world.group(m.index) else { continue };
-            let Some(way) = desired.way_out(group.scope()) else { continue };
-            let (v4, v6) = match way.pair {
-                Some(p) => (p.ipv4.is_some(), p.ipv6.is_some()),
-                None => families,
+            // A scope whose pool has no pair left has no way out.
+            let Some(pair) = Desired::pair(group.scope()) else { continue };
+            let (v4, v6) = match (pair.ipv4, pair.ipv6) {
+                (None, None) => families,
+                (v4, v6) => (v4.is_some(), v6.is_some()),
             };
             let mode = match (group.audit(), e.touch) {
                 (true, _) => AskMode::Audited,
@@ -57,12 +59,17 @@ impl DnsView {
             };
             askers.insert(ip, asker);
         }
-        Self { generation: GENERATION.fetch_add(1, Ordering::Relaxed), world: compiled.world.clone(), askers }
+        Self {
+            generation: GENERATION.fetch_add(1, Ordering::Relaxed),
+            world: compiled.world.clone(),
+            egress: compiled.egress.clone(),
+            askers,
+        }
     }
 
     /// A view that knows nobody.
     pub fn empty(world: Arc<World>) -> Self {
-        Self { generation: 0, world, askers: HashMap::default() }
+        Self { generation: 0, world, egress: BTreeSet::new(), askers: HashMap::default() }
     }
 }
 
@@ -96,6 +103,10 @@ impl View for DnsView {
     }
 
     fn address(&self, asker: &Asker, name: &str, ip: IpAddr) -> AddressDecision {
+        // Egress addresses are the gateways' own, and pods may live outside the configured ranges.
+        if self.egress.contains(&ip) || self.world.in_cluster(ip) {
+            return AddressDecision::Filter(Reason::Rebinding);
+        }
         let Some(group) = self.world.group(asker.group_index) else {
             return AddressDecision::Filter(Reason::NoBinding);
         };

@@ -164,7 +164,7 @@ impl Contents {
             Err(e) => return Err(e.into()),
         };
         let mut bytes = Vec::new();
-        file.by_ref().take(MAX_FILES + MAX_FRAME as u64).read_to_end(&mut bytes)?;
+        (&mut file).take(MAX_FILES + MAX_FRAME as u64).read_to_end(&mut bytes)?;
         if bytes.is_empty() {
             // Made, and the machine went down before the first octet was on the disk.
             return Ok(());
@@ -243,8 +243,13 @@ impl Journal {
             Recovered { facts: contents.facts.values().cloned().collect(), claims: contents.claims.clone() };
         let (tx, rx) = bounded(QUEUE);
         let resync = Arc::new(AtomicBool::new(false));
-        let mut writer =
-            Writer { folder: folder.to_owned(), gateway: gateway.to_owned(), resync: resync.clone(), log: None, snapshot: 0 };
+        let mut writer = Writer {
+            folder: folder.to_owned(),
+            gateway: gateway.to_owned(),
+            resync: resync.clone(),
+            log: None,
+            snapshot: 0,
+        };
         let thread = std::thread::Builder::new()
             .name("journal".into())
             .spawn(move || writer.run(&rx, contents))
@@ -332,7 +337,7 @@ impl Writer {
                     }
                 }
             }
-            let mut step = || -> io::Result<()> {
+            let step = || -> io::Result<()> {
                 if let Some(m) = message {
                     self.append(m)?;
                 }
@@ -487,7 +492,10 @@ mod tests {
         let log = dir.path().join("facts.log");
         let whole = fs::read(&log).unwrap();
         let mut longer = whole.clone();
-        longer.extend_from_slice(&encode(Clocks::now().boot_ms, PeerMessage { facts: vec![fact(2, 100)], ..PeerMessage::default() }));
+        longer.extend_from_slice(&encode(
+            Clocks::now().boot_ms,
+            PeerMessage { facts: vec![fact(2, 100)], ..PeerMessage::default() },
+        ));
         for end in whole.len()..longer.len() {
             fs::write(&log, &longer[..end]).unwrap();
             assert_eq!(read_at(dir.path(), &Clocks::now()).len(), 1, "cut at {end}");

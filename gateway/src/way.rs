@@ -16,6 +16,9 @@ use crate::egress::nft::{HeldPair, Rules};
 use crate::egress::{Way, load_rules, rules_present};
 use crate::handover::{Handover, RENEW};
 
+/// How often it is looked whether other pairs are ours: a failover waits for it.
+const LOOK: Duration = Duration::from_millis(50);
+
 /// What other programs changed in our namespace is repaired at least so often.
 const FULL_PASS: Duration = Duration::from_secs(30);
 
@@ -40,6 +43,8 @@ pub struct Keeper {
     pub flows_per_pod: u32,
     /// Pairs that this gateway holds now.
     pub pairs: Arc<ArcSwap<Vec<HeldPair>>>,
+    /// Told which of them have their addresses and rules in place.
+    pub applied: Arc<ArcSwap<Vec<HeldPair>>>,
     /// The core, which attaches the program.
     pub core: Sender<ToCore>,
     /// Not ready while it is not plugged in.
@@ -103,14 +108,21 @@ impl Keeper {
         let mut way = self.way(handover.mtu);
         way.apply().await.context("cannot set up the way out")?;
         self.attach()?;
+        self.applied.store(Arc::new(way.rules.pairs.clone()));
         tracing::info!(mtu = handover.mtu, addresses = ?way.addresses(), "plugged in");
         drop(waiting);
         let mut full = Instant::now() + FULL_PASS;
+        let mut renew = Instant::now() + RENEW;
         while !self.stop.load(Ordering::Relaxed) {
-            tokio::time::sleep(RENEW).await;
-            // The lease comes first: nothing that fails here may cost everybody's egress addresses.
-            handover.renew(&way.addresses())?;
+            tokio::time::sleep(LOOK).await;
             let wanted = self.way(handover.mtu);
+            // The lease comes first: nothing that fails here may cost everybody's egress addresses. One that is ours no
+            // more is let go at once, one that is new is held once the rules are there.
+            if renew <= Instant::now() || wanted != way {
+                renew = Instant::now() + RENEW;
+                let (ours, held) = (wanted.addresses(), way.addresses());
+                handover.renew(&held.into_iter().filter(|a| ours.contains(a)).collect::<Vec<_>>())?;
+            }
             let due = full <= Instant::now();
             if due {
                 full = Instant::now() + FULL_PASS;
@@ -124,7 +136,11 @@ impl Keeper {
                 continue;
             };
             match result {
-                Ok(()) => way = wanted,
+                Ok(()) => {
+                    way = wanted;
+                    handover.renew(&way.addresses())?;
+                    self.applied.store(Arc::new(way.rules.pairs.clone()));
+                }
                 Err(error) => {
                     tracing::error!(error = format!("{error:#}"), "cannot set up the way out; trying again");
                     // What is wanted still differs or is due again at once.

@@ -16,7 +16,7 @@ use tidegate_policy::{Carry, PortRange, PortSet, Proto, Via};
 
 use crate::wire;
 
-pub use peer::{Beat, Claim, Pair, PeerFact, PeerMessage, ScopeClaim, Seen};
+pub use peer::{Beat, Claim, Pair, PeerFact, PeerMessage, ScopeClaim, Seen, decode_peer, encode_peer};
 pub use stream::{FactsBatch, FactsUp, GrantEntry, Joiner, Part, StateBatch, Up};
 
 /// The most octets of a name of a node, gateway, namespace or pod (RFC 1123 subdomain).

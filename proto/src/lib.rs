@@ -17,7 +17,7 @@ pub mod wire;
 
 pub use convert::{
     Beat, Claim, FactsBatch, FactsUp, GrantEntry, Joiner, Pair, PeerFact, PeerMessage, Problem, ScopeClaim, Seen,
-    StateBatch, Up, WireError,
+    StateBatch, Up, WireError, decode_peer, encode_peer,
 };
 
 /// The most octets of one gRPC message; both sides set their decoding limit to it.

@@ -55,6 +55,11 @@ impl Layout {
         self.folder.join("audit").join(format!("{name}.jsonl"))
     }
 
+    /// The journal of a gateway.
+    pub fn journal(&self, name: &str) -> PathBuf {
+        self.folder.join("journal").join(name)
+    }
+
     /// The Unix socket of a node's agent.
     pub fn socket(&self, node: &str) -> PathBuf {
         self.folder.join("socket").join(format!("{node}.sock"))
@@ -184,6 +189,15 @@ fn gateway(scenario: &Scenario, layout: &Layout, name: &str, node: &str, files: 
     let prefixes: Vec<String> = ranges.flat_map(|r| scenario.ranges(r)).map(|r| r.to_string()).collect();
     let resolvers: Vec<String> =
         scenario.internet.resolvers.iter().map(|ip| SocketAddr::new(*ip, 53).to_string()).collect();
+    let gateways: Vec<Value> = scenario
+        .gateways
+        .iter()
+        .map(|g| {
+            let pod = scenario.pod(&format!("{SYSTEM_NAMESPACE}/{}", g.name)).ok();
+            let address = pod.and_then(|p| p.addresses().first().map(|ip| SocketAddr::new(*ip, CONTROL_PORT)));
+            json!({"name": g.name, "node": g.node, "address": address})
+        })
+        .collect();
     json!({
         "name": name,
         "node": node,
@@ -194,7 +208,8 @@ fn gateway(scenario: &Scenario, layout: &Layout, name: &str, node: &str, files: 
         "pins": layout.bpffs().join(name),
         "admin": format!("0.0.0.0:{GATEWAY_ADMIN}"),
         "audit": {"file": layout.audit(name)},
-        "gateways": scenario.gateways.iter().map(|g| json!({"name": g.name, "node": g.node})).collect::<Vec<_>>(),
+        "gateways": gateways,
+        "journal": layout.journal(name),
         "owners": owners,
         "cluster": {
             "prefixes": prefixes,

@@ -77,10 +77,31 @@ pub struct Ledger<C> {
     addresses: usize,
     /// Scopes whose classes are to be found anew.
     outdated: BTreeSet<u32>,
+    /// Addresses whose facts or holders changed since [`Ledger::changes`], and whether anything but an import did it.
+    changed: BTreeMap<(u32, u32), bool>,
+    pub(crate) importing: bool,
     /// What this call pushes, by node.
     pub(crate) queued: BTreeMap<NodeId, Vec<FactUpdate>>,
     pub(crate) started: Duration,
     pub(crate) now: Duration,
+}
+
+/// The facts of an address.
+fn records(scope: &Scope, table: &Table, a: &Address, now: Duration, each: &mut impl FnMut(FactRecord)) {
+    for f in &a.facts {
+        let Some(name) = table.name(f.name).and_then(|n| n.name()) else {
+            continue;
+        };
+        each(FactRecord {
+            scope: scope.key,
+            owner: scope.owner,
+            name: name.clone(),
+            ip: a.ip(),
+            remaining: f.expires.left(now),
+            ttl: f.rrset.left(now),
+            nodes: a.holders.iter().map(|h| h.node).collect(),
+        });
+    }
 }
 
 impl<C: Classify> Ledger<C> {
@@ -104,6 +125,8 @@ impl<C: Classify> Ledger<C> {
             timers: BinaryHeap::new(),
             addresses: 0,
             outdated: BTreeSet::new(),
+            changed: BTreeMap::new(),
+            importing: false,
             queued: BTreeMap::new(),
             started: now,
             now,
@@ -137,7 +160,11 @@ impl<C: Classify> Ledger<C> {
             Input::Idle { scope, ip } => self.idle(scope, ip, out),
             Input::ScopeLeft { scope, node } => self.scope_left(scope, node),
             Input::ScopeGone { scope } => self.scope_gone(scope, out),
-            Input::Import(records) => records.into_iter().for_each(|r| self.import(r, out)),
+            Input::Import(records) => {
+                self.importing = true;
+                records.into_iter().for_each(|r| self.import(r, out));
+                self.importing = false;
+            }
         }
         let mut examined = 0;
         while examined < SLICE {
@@ -182,22 +209,27 @@ impl<C: Classify> Ledger<C> {
         for scope in self.scopes.values() {
             let table = scope.table.read();
             for a in (0..table.end()).filter_map(|i| table.address(i)) {
-                for f in &a.facts {
-                    let Some(name) = table.name(f.name).and_then(|n| n.name()) else {
-                        continue;
-                    };
-                    each(FactRecord {
-                        scope: scope.key,
-                        owner: scope.owner,
-                        name: name.clone(),
-                        ip: a.ip(),
-                        remaining: f.expires.left(now),
-                        ttl: f.rrset.left(now),
-                        nodes: a.holders.iter().map(|h| h.node).collect(),
-                    });
-                }
+                records(scope, &table, a, now, &mut each);
             }
         }
+    }
+
+    /// As [`Ledger::export`], but only facts of addresses that changed since the last call: a fact is new or holds
+    /// longer, or one more node has it. The flag says whether this ledger learnt it, rather than imported it. Facts
+    /// that ended are not told: they end everywhere by themselves. Needs [`Config::track`].
+    pub fn changes(&mut self, now: Duration, mut each: impl FnMut(FactRecord, bool)) {
+        for ((number, index), own) in std::mem::take(&mut self.changed) {
+            let Some(scope) = self.scopes.get(&number) else { continue };
+            let table = scope.table.read();
+            if let Some(a) = table.address(index) {
+                records(scope, &table, a, now, &mut |r| each(r, own));
+            }
+        }
+    }
+
+    /// Whether [`Ledger::changes`] has something to tell.
+    pub fn has_changes(&self) -> bool {
+        !self.changed.is_empty()
     }
 
     pub(crate) fn tick(&self) -> Tick {
@@ -468,11 +500,16 @@ impl<C: Classify> Ledger<C> {
         }
         let kernel = expires.minus(self.config.hello_timeout);
         let kernel_update = update(kernel);
+        let mut told = extended;
         for &node in askers {
             if a.holder(node).is_none() {
                 a.hold(node);
                 self.node(node).hold(number);
+                told = true;
             }
+        }
+        if told && self.config.track {
+            *self.changed.entry((number, index)).or_default() |= !self.importing;
         }
         for h in &mut a.holders {
             let wanted = changed || (askers.contains(&h.node) && h.sent < kernel);

@@ -89,6 +89,8 @@ pub struct Config {
     pub max_waiting: usize,
     /// How many pushed facts a node may leave without ack before it gets a snapshot instead of more.
     pub max_unacked: usize,
+    /// Whether [`Ledger::changes`] is asked: what changed is kept until then.
+    pub track: bool,
 }
 
 impl Default for Config {
@@ -105,6 +107,7 @@ impl Default for Config {
             quotas: Quotas { facts: 16384, names: 8192, addresses_per_name: 64 },
             max_waiting: 65536,
             max_unacked: 65536,
+            track: false,
         }
     }
 }

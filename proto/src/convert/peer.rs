@@ -114,6 +114,20 @@ impl PeerMessage {
     }
 }
 
+/// A message's octets, in one part or several: what a gateway keeps for itself has the form of what it sends.
+pub fn encode_peer(message: PeerMessage) -> Vec<Vec<u8>> {
+    message.into_messages().iter().map(prost::Message::encode_to_vec).collect()
+}
+
+/// A message out of its octets.
+///
+/// # Errors
+/// They are not such a message.
+pub fn decode_peer(octets: &[u8]) -> Result<PeerMessage, WireError> {
+    let update: wire::PeerUpdate = prost::Message::decode(octets).map_err(|_| Problem::Missing.of("peer_update"))?;
+    PeerMessage::try_from(update)
+}
+
 impl TryFrom<wire::PeerUpdate> for PeerMessage {
     type Error = WireError;
 

@@ -315,3 +315,36 @@ fn timers_do_not_pile_up() {
     }
     assert!(s.ledger.counts().timers < 2000, "{:?}", s.ledger.counts());
 }
+
+#[test]
+fn changes_are_told_once_and_say_who_learnt_them() {
+    let changes = |s: &mut Sim| {
+        let mut v = Vec::new();
+        s.ledger.changes(s.now, |r, own| v.push((r.name.as_str().to_owned(), r.nodes, own)));
+        v
+    };
+    let mut s = Sim::with(Config { track: true, ..Config::default() });
+    s.learn(NODE, "a.example", &[1], 60);
+    assert!(s.ledger.has_changes());
+    assert_eq!(changes(&mut s), [("a.example".into(), vec![NODE], true)]);
+    // The same RRset again prolongs nothing; another node that has it is news.
+    s.learn(NODE, "a.example", &[1], 60);
+    assert_eq!(changes(&mut s), []);
+    s.learn(OTHER, "a.example", &[1], 60);
+    assert_eq!(changes(&mut s), [("a.example".into(), vec![NODE, OTHER], true)]);
+    // A peer need not hear back what it said, but the journal must.
+    let mut records = Vec::new();
+    s.ledger.export(s.now, |r| records.push(r));
+    let mut t = Sim::with(Config { track: true, ..Config::default() });
+    t.input(Input::Import(records.clone()));
+    assert_eq!(changes(&mut t), [("a.example".into(), vec![NODE, OTHER], false)]);
+    t.input(Input::Import(records));
+    assert!(!t.ledger.has_changes());
+    // A fact that is gone before it is asked for is not told, and nothing piles up where nobody asks.
+    s.learn(NODE, "b.example", &[2], 60);
+    s.input(Input::ScopeGone { scope: SCOPE });
+    assert_eq!(changes(&mut s), []);
+    let mut u = Sim::new();
+    u.learn(NODE, "a.example", &[1], 60);
+    assert!(!u.ledger.has_changes());
+}

@@ -1,0 +1,240 @@
+//! The core's part in failover: decides who owns what, and lets facts travel.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tidegate_ledger::{FactRecord, Input, NodeId, OwnerId};
+use tidegate_policy::world::World;
+use tidegate_proto::wire::PeerUpdate;
+use tidegate_proto::{Beat, PeerFact, PeerMessage};
+use tokio::sync::mpsc;
+
+use super::{MAX_PENDING, Run};
+use crate::desired;
+
+/// How long nodes wait at most to be told of a new owner.
+const PLACE: Duration = Duration::from_secs(1);
+
+impl Run {
+    /// Ends the start when its time has come, and brings everything to a new ownership.
+    pub(super) fn decide(&mut self) {
+        let now = self.core.shared.now();
+        self.core.ownership.set_able(self.attached && (self.settled || self.next.is_some()));
+        if !self.settled {
+            if !self.core.ownership.settled(now) {
+                return;
+            }
+            let Some(world) = self.next.take() else { return };
+            self.settled = true;
+            self.world(world);
+            self.send_states(true);
+            tracing::info!(facts = self.core.ledger.counts().facts, "serving");
+        }
+        if self.core.ownership.tick(now) {
+            let world = self.compiled.world.clone();
+            self.set_claims(&world);
+            let pairs = self.core.desired.held(&world);
+            if **self.core.shared.pairs.load() != pairs {
+                self.core.shared.pairs.store(Arc::new(pairs));
+            }
+            self.apply_own();
+            self.moved.get_or_insert(now);
+        }
+        // Packets that come before the addresses and rules are there would be refused: nodes are told after that.
+        let in_place = **self.core.shared.applied.load() == **self.core.shared.pairs.load();
+        if self.moved.is_some_and(|since| in_place || now.saturating_sub(since) >= PLACE) {
+            self.moved = None;
+            self.send_states(false);
+        }
+        if in_place && self.attached {
+            self.core.starting = None;
+        }
+        let claims = self.core.ownership.claims();
+        if claims != self.written {
+            for c in claims.iter().filter(|c| !self.written.contains(c)) {
+                tracing::info!(pair = %c.pair, owner = c.owner, epoch = c.epoch, held = c.held, "ownership");
+            }
+            self.written = claims.clone();
+            if let Some(journal) = &self.core.journal {
+                journal.append(Vec::new(), Some(claims));
+            }
+        }
+        if let Some(journal) = self.core.journal.as_ref().filter(|j| j.wants_all()) {
+            journal.append(self.all_facts(), Some(self.core.ownership.claims()));
+        }
+    }
+
+    /// Hands what is known of ownership to those who build states and judge connections.
+    pub(super) fn set_claims(&mut self, world: &World) {
+        let ownership = &self.core.ownership;
+        let mut out = BTreeMap::new();
+        for (pair, candidates) in self.core.desired.pairs(world) {
+            let Some(known) = ownership.owner(&pair) else { continue };
+            let claim = desired::Ownership {
+                held: ownership.holds(&pair),
+                standbys: candidates.into_iter().filter(|c| *c != known.owner).collect(),
+                owner: known.owner,
+                epoch: known.epoch,
+            };
+            out.insert(pair, claim);
+        }
+        self.core.desired.set_claims(out);
+    }
+
+    /// A record with names instead of this process's ids.
+    fn named(&self, r: FactRecord) -> Option<PeerFact> {
+        let shared = &self.core.shared;
+        Some(PeerFact {
+            scope: r.scope,
+            namespace: shared.namespaces.name(r.owner.0)?.to_string(),
+            name: r.name,
+            ip: r.ip,
+            remaining: r.remaining,
+            ttl: r.ttl,
+            nodes: r.nodes.iter().filter_map(|n| Some(shared.nodes.name(n.0)?.to_string())).collect(),
+        })
+    }
+
+    fn all_facts(&self) -> Vec<PeerFact> {
+        let mut out = Vec::new();
+        self.core.ledger.export(self.core.shared.now(), |r| out.extend(self.named(r)));
+        out
+    }
+
+    /// What was learnt since the last time goes to the journal and, unless it came from there, to the other gateways.
+    pub(super) fn spread(&mut self) {
+        let now = self.core.shared.now();
+        let mut records = Vec::new();
+        self.core.ledger.changes(now, |r, own| records.push((r, own)));
+        let mut all = Vec::with_capacity(records.len());
+        let mut own = Vec::new();
+        for (record, learnt_here) in records {
+            let Some(fact) = self.named(record) else { continue };
+            if learnt_here && !self.peers.is_empty() {
+                own.push(fact.clone());
+            }
+            all.push(fact);
+        }
+        if !own.is_empty() {
+            self.tell_peers(&PeerMessage { boot_id: self.core.boot_id, facts: own, ..PeerMessage::default() });
+        }
+        if let Some(journal) = &self.core.journal
+            && !all.is_empty()
+        {
+            journal.append(all, None);
+        }
+    }
+
+    fn tell_peers(&mut self, message: &PeerMessage) {
+        // A peer that does not keep up is cut off and comes back for a snapshot.
+        self.peers.retain(|name, out| {
+            let told = message.clone().into_messages().into_iter().all(|m| out.try_send(m).is_ok());
+            if !told {
+                tracing::info!(peer = name, "another gateway's stream ended");
+            }
+            told
+        });
+    }
+
+    fn beat(&self) -> Beat {
+        let able = self.attached && (self.settled || self.next.is_some());
+        Beat { able, claims: self.core.ownership.claims() }
+    }
+
+    pub(super) fn beat_peers(&mut self) {
+        if self.peers.is_empty() {
+            return;
+        }
+        let beat = Some(self.beat());
+        self.tell_peers(&PeerMessage { boot_id: self.core.boot_id, beat, ..PeerMessage::default() });
+    }
+
+    /// Another gateway asks: it gets all facts, those too that still wait for policy here.
+    pub(super) fn peer_up(&mut self, gateway: String, out: mpsc::Sender<PeerUpdate>) {
+        let now = self.core.shared.now();
+        let mut facts = self.all_facts();
+        for (at, waiting) in &self.pending {
+            facts.extend(waiting.iter().map(|f| aged(f.clone(), now.saturating_sub(*at))));
+        }
+        let beat = Some(self.beat());
+        let message = PeerMessage { boot_id: self.core.boot_id, snapshot: true, more: false, facts, beat };
+        if message.into_messages().into_iter().all(|m| out.try_send(m).is_ok()) {
+            self.peers.insert(gateway, out);
+        } else {
+            tracing::warn!(peer = gateway, "the snapshot for another gateway does not fit its queue");
+        }
+    }
+
+    /// Another gateway said something.
+    pub(super) fn peer(&mut self, gateway: &str, message: PeerMessage) {
+        let now = self.core.shared.now();
+        if !message.facts.is_empty() {
+            if self.settled {
+                self.import(Duration::ZERO, message.facts);
+            } else {
+                self.wait_for_policy(message.facts);
+            }
+        }
+        if let Some(beat) = &message.beat {
+            self.core.ownership.beat(gateway, beat, now);
+        }
+        if message.snapshot && !message.more {
+            self.core.ownership.synced(gateway);
+        }
+    }
+
+    fn wait_for_policy(&mut self, facts: Vec<PeerFact>) {
+        let waiting: usize = self.pending.iter().map(|(_, f)| f.len()).sum();
+        // At the start all of them count; later they are a few that came ahead of an edit.
+        if !self.settled || waiting + facts.len() <= MAX_PENDING {
+            self.pending.push((self.core.shared.now(), facts));
+        }
+    }
+
+    /// Imports what waited for policy.
+    pub(super) fn import_pending(&mut self) {
+        let now = self.core.shared.now();
+        for (at, facts) in std::mem::take(&mut self.pending) {
+            self.import(now.saturating_sub(at), facts);
+        }
+    }
+
+    fn import(&mut self, age: Duration, facts: Vec<PeerFact>) {
+        let world = self.compiled.world.clone();
+        let mut records = Vec::with_capacity(facts.len());
+        let mut unknown = Vec::new();
+        for fact in facts {
+            let fact = aged(fact, age);
+            if world.scope(fact.scope).is_none() {
+                if !fact.remaining.is_zero() {
+                    unknown.push(fact);
+                }
+                continue;
+            }
+            let shared = &self.core.shared;
+            let nodes = fact.nodes.iter().filter(|n| self.placed.contains(&(fact.scope, n.as_str().into())));
+            records.push(FactRecord {
+                scope: fact.scope,
+                owner: OwnerId(shared.namespaces.id(&fact.namespace)),
+                name: fact.name,
+                ip: fact.ip,
+                remaining: fact.remaining,
+                ttl: fact.ttl,
+                nodes: nodes.map(|n| NodeId(shared.nodes.id(n))).collect(),
+            });
+        }
+        if !unknown.is_empty() {
+            self.wait_for_policy(unknown);
+        }
+        if !records.is_empty() {
+            self.feed(Input::Import(records));
+        }
+    }
+}
+
+fn aged(mut fact: PeerFact, by: Duration) -> PeerFact {
+    fact.remaining = fact.remaining.saturating_sub(by);
+    fact.ttl = fact.ttl.saturating_sub(by);
+    fact
+}

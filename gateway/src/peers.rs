@@ -1,0 +1,83 @@
+//! The client of every other gateway: one stream each way, over mutual TLS. What comes is checked here and handed to
+//! the core; that nothing comes is for the core to judge.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use crossbeam_channel::Sender;
+use tidegate_proto::wire::PeerHello;
+use tidegate_proto::wire::control_client::ControlClient;
+use tidegate_proto::{MAX_MESSAGE, PeerMessage};
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
+
+use crate::config::Tls;
+use crate::core::ToCore;
+
+const CONNECT: Duration = Duration::from_secs(1);
+/// A stream without a message for so long is dead: beats come every 200 ms.
+const SILENCE: Duration = Duration::from_millis(1500);
+/// Time between two tries. Peers are few, and a failover waits for the first word.
+const AGAIN: Duration = Duration::from_millis(200);
+
+/// A client of one gateway.
+#[derive(Clone, Debug)]
+pub struct Client {
+    /// This gateway.
+    pub name: String,
+    /// The other one.
+    pub peer: String,
+    /// Its control endpoint.
+    pub address: SocketAddr,
+    /// This gateway's identity.
+    pub tls: Tls,
+}
+
+impl Client {
+    /// Keeps the stream until the core is gone.
+    pub async fn run(self, core: Sender<ToCore>) {
+        let mut said = String::new();
+        loop {
+            let mut spoke = false;
+            let Err(error) = self.once(&core, &mut spoke).await;
+            let text = format!("{error:#}");
+            // The same failure again and again is one line.
+            if spoke || text != said {
+                tracing::warn!(peer = self.peer, error = text, "no stream from another gateway; trying again");
+                said = text;
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    async fn once(&self, core: &Sender<ToCore>, spoke: &mut bool) -> Result<std::convert::Infallible> {
+        // Read anew each time: certificates are replaced while we run.
+        let read =
+            |path: &std::path::Path| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+        let tls = ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(read(&self.tls.ca)?))
+            .identity(Identity::from_pem(read(&self.tls.certificate)?, read(&self.tls.key)?))
+            .domain_name(format!("{}.gateway.tidegate", self.peer))
+            .timeout(CONNECT);
+        let channel = Endpoint::from_shared(format!("https://{}", self.address))?
+            .tls_config(tls)?
+            .connect_timeout(CONNECT)
+            .tcp_nodelay(true)
+            .connect()
+            .await?;
+        let mut client = ControlClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+        let mut inbound = client.peer(PeerHello { gateway: self.name.clone() }).await?.into_inner();
+        tracing::info!(peer = self.peer, "stream from another gateway is up");
+        loop {
+            let message =
+                tokio::time::timeout(SILENCE, inbound.message()).await.context("nothing came for 1.5 s")??;
+            let Some(message) = message else { bail!("it closed the stream") };
+            let message = PeerMessage::try_from(message)?;
+            *spoke = true;
+            // A core that is too far behind loses facts of a peer; the stream's next snapshot has them.
+            if core.try_send(ToCore::Peer { gateway: self.peer.clone(), message }).is_err() {
+                bail!("this gateway is overloaded");
+            }
+        }
+    }
+}
