@@ -129,6 +129,8 @@ impl Rules {
                 "    iifname \"tgp\" ct state new add @{set} {{ {l3} saddr ct count over {flows} }} counter drop"
             )?;
         }
+        // For the errors that this namespace sends back outside, below.
+        writeln!(o, "    iifname \"tgp\" ct mark set meta mark & 0xff00")?;
         // Both ends must send segments that fit the tunnel.
         for (l3, mss) in [("ipv4", mss4), ("ipv6", mss6)] {
             writeln!(
@@ -156,6 +158,14 @@ impl Rules {
         writeln!(o, "    iifname {{ \"tga\", \"{dev}\" }} oifname \"tgp\" ct state established,related accept")?;
         writeln!(o, "    counter\n  }}")?;
 
+        // An error about what came from outside, as too big for the tunnel, goes back by the flow's uplink. Errors about
+        // what pods sent have the packet's mark (fwmark_reflect) and go to them.
+        writeln!(o, "  chain errors {{\n    type route hook output priority mangle; policy accept;")?;
+        writeln!(
+            o,
+            "    meta l4proto {{ icmp, ipv6-icmp }} meta mark & 0xff == 0 ct state related ct mark & 0xff00 != 0 meta mark set ct mark & 0xff00"
+        )?;
+        writeln!(o, "  }}")?;
         writeln!(o, "  chain postrouting {{\n    type nat hook postrouting priority srcnat; policy accept;")?;
         writeln!(
             o,
