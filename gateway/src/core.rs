@@ -832,12 +832,17 @@ impl Run {
         self.beat_peers();
     }
 
-    /// Publishes counters and status.
+    /// Publishes counters, and the status.
     fn count(&mut self) {
         match self.core.datapath.counters() {
             Ok(counters) => tidegate_agent::events::publish(&counters),
             Err(error) => tracing::warn!(%error, "cannot read the kernel's counters"),
         }
+        self.publish();
+    }
+
+    /// Publishes the status.
+    fn publish(&self) {
         let pair = |c: Claim| PairStatus { pair: c.pair.to_string(), owner: c.owner, epoch: c.epoch, held: c.held };
         self.core.shared.status.store(Arc::new(Status {
             pairs: self.core.ownership.claims().into_iter().map(pair).collect(),

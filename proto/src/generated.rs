@@ -104,7 +104,7 @@ pub struct Applied {
     #[prost(string, tag = "3")]
     pub error: ::prost::alloc::string::String,
 }
-/// What an agent sees of the gateways: when that changes, and every 500 ms.
+/// What an agent sees of the gateways, at the start of a stream and when it changes.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Seen {
     /// The gateways whose Facts streams said something within the last second, by name.

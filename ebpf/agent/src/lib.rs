@@ -32,6 +32,7 @@ use std::time::Duration;
 
 use tidegate_ebpf::{Datapath, Options, Role};
 use tidegate_policy::event::Emit;
+use tidegate_proto::Seen;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
@@ -107,10 +108,11 @@ pub async fn run(
     let (state_tx, state) = mpsc::channel(64);
     let (facts_tx, facts) = mpsc::channel(256);
     let (plug_tx, plugs) = mpsc::channel(16);
+    let (seen_tx, seen) = watch::channel(Seen::default());
     let (stop_tx, stop) = oneshot::channel();
     let (started_tx, started) = oneshot::channel();
     let (ended_tx, mut ended) = oneshot::channel();
-    let inputs = node::Inputs { state, facts, plugs, stop };
+    let inputs = node::Inputs { state, facts, plugs, stop, seen: seen_tx };
     let shared = Arc::new(config.clone());
     std::thread::Builder::new()
         .name("reconciler".into())
@@ -132,6 +134,7 @@ pub async fn run(
             index,
             gateway: gateway.clone(),
             tls: config.tls.clone(),
+            seen: seen.clone(),
         };
         tasks.spawn(client.clone().state(state_tx.clone()));
         tasks.spawn(client.facts(facts_tx.clone()));

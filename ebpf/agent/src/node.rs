@@ -13,6 +13,7 @@ use std::time::Duration;
 use tidegate_ebpf::{Datapath, Program};
 use tidegate_policy::event::Emit;
 use tidegate_policy::state::NodeState;
+use tidegate_proto::{ScopeClaim, Seen};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
@@ -40,6 +41,11 @@ const GATHER: Duration = Duration::from_millis(20);
 /// nothing of a scope whose owner answers last is taken away and put back.
 const SETTLE: Duration = Duration::from_secs(1);
 
+/// A gateway that says nothing for so long is silent: heartbeats come every 200 ms.
+const QUIET: Duration = Duration::from_millis(600);
+/// A gateway that said something within this time is seen.
+const SEEN: Duration = Duration::from_secs(1);
+
 /// What the reconciler hears.
 pub struct Inputs {
     /// From the `State` streams.
@@ -50,6 +56,8 @@ pub struct Inputs {
     pub plugs: mpsc::Receiver<Request>,
     /// The end.
     pub stop: oneshot::Receiver<()>,
+    /// Where it goes what this node sees of the gateways.
+    pub seen: watch::Sender<Seen>,
 }
 
 /// The body of the reconciler's thread. `started` is told once the programs are loaded and the uplinks guarded.
@@ -96,6 +104,10 @@ struct Node {
     adopted: bool,
     /// Whether a snapshot was applied.
     ready: bool,
+    /// When each gateway's `Facts` stream last said something, and whether it ended since.
+    signs: Vec<Option<(Instant, bool)>>,
+    /// Gateways whose scopes' DNS goes to a stand-in.
+    silent: BTreeSet<String>,
     /// Acks that wait for a pass.
     pending: BTreeMap<usize, (Ack, Applied)>,
 
@@ -160,6 +172,7 @@ impl Node {
             });
         }
         let models = config.gateways.iter().map(|_| Model::default()).collect();
+        let signs = vec![None; config.gateways.len()];
         let mut node = Self {
             config,
             netlink,
@@ -173,6 +186,8 @@ impl Node {
             merged: NodeState::default(),
             told: Told::default(),
             heard: None,
+            signs,
+            silent: BTreeSet::new(),
             adopted,
             ready: false,
             pending: BTreeMap::new(),
@@ -215,6 +230,7 @@ impl Node {
                 }
                 _ = step.tick() => {
                     steps += 1;
+                    self.listen(&inputs.seen);
                     self.step(steps).await;
                 }
                 () = changed.notified(), if look.is_none() => look = Some(Instant::now() + GATHER),
@@ -231,6 +247,17 @@ impl Node {
 
     fn facts(&mut self, facts: stream::Facts) {
         let Some(name) = self.config.gateways.get(facts.gateway).map(|g| g.name.clone()) else { return };
+        if facts.away {
+            if let Some(Some((_, ended))) = self.signs.get_mut(facts.gateway) {
+                *ended = true;
+            }
+            self.stand_in();
+            return;
+        }
+        self.signs[facts.gateway] = Some((facts.at, false));
+        if self.silent.contains(&name) {
+            self.stand_in();
+        }
         // What waited too long in the queue is no sign of life any more.
         if facts.at.elapsed() < stream::SILENCE
             && let Err(e) = self.datapath.heartbeat(&name)
@@ -250,6 +277,44 @@ impl Node {
         let updates = self.told.take(facts.gateway, batch);
         let result = result.and_then(|()| self.datapath.facts(&updates));
         acknowledge_facts(&ack, applied, result.map_err(|e| e.to_string()));
+    }
+
+    /// Steers the DNS of silent gateways' scopes to those that stand in, and back.
+    fn stand_in(&mut self) {
+        let silent = |sign: &Option<(Instant, bool)>| sign.is_none_or(|(at, ended)| ended || at.elapsed() >= QUIET);
+        let gateways = self.config.gateways.iter().zip(&self.signs);
+        let now: BTreeSet<String> = gateways.filter(|(_, s)| silent(s)).map(|(g, _)| g.name.clone()).collect();
+        if now == self.silent {
+            return;
+        }
+        // While nobody speaks, nobody stands in: the one that comes back first may be any.
+        self.silent = now;
+        if self.ready {
+            let local = self.local();
+            if let Err(error) = self.datapath.apply(&self.merged, &local, false) {
+                tracing::error!(%error, "DNS cannot be steered to another gateway");
+            }
+        }
+    }
+
+    /// Notices gateways that fell silent, and tells every gateway which ones this node sees.
+    fn listen(&mut self, told: &watch::Sender<Seen>) {
+        self.stand_in();
+        let gateways = self.config.gateways.iter().zip(&self.signs);
+        let seen = Seen {
+            gateways: gateways
+                .filter(|(_, s)| s.is_some_and(|(at, _)| at.elapsed() < SEEN))
+                .map(|(g, _)| g.name.clone())
+                .collect(),
+            claims: self.merged.scopes.iter().map(|(k, s)| ScopeClaim { scope: *k, epoch: s.epoch }).collect(),
+        };
+        told.send_if_modified(|old| {
+            let new = *old != seen;
+            if new {
+                *old = seen;
+            }
+            new
+        });
     }
 
     async fn state(&mut self, all: Vec<stream::State>) {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use futures_util::{StreamExt, stream};
 use tidegate_proto::wire::control_client::ControlClient;
 use tidegate_proto::wire::{FactsAck, StateAck};
-use tidegate_proto::{FactsBatch, Joiner, MAX_MESSAGE, StateBatch, Up, WireError};
+use tidegate_proto::{FactsBatch, Joiner, MAX_MESSAGE, Seen, StateBatch, Up, WireError};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::wrappers::WatchStream;
@@ -19,7 +19,7 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 use crate::config::{GatewayAddress, Tls};
 use crate::merge::Update;
 
-/// A `Facts` stream without a message for so long is dead: gateways send a heartbeat every 500 ms.
+/// A `Facts` stream without a message for so long is dead: gateways send a heartbeat every 200 ms.
 pub const SILENCE: Duration = Duration::from_millis(1500);
 
 const CONNECT: Duration = Duration::from_secs(2);
@@ -70,6 +70,8 @@ pub struct Facts {
     pub at: Instant,
     /// The batch; absent for a heartbeat.
     pub batch: Option<(FactsBatch, Ack)>,
+    /// The stream ended: the opposite of a sign of life.
+    pub away: bool,
 }
 
 /// Why a stream ended.
@@ -144,6 +146,8 @@ pub struct Client {
     pub gateway: GatewayAddress,
     /// The agent's identity.
     pub tls: Tls,
+    /// What the node sees of the gateways, for each of them.
+    pub seen: watch::Receiver<Seen>,
 }
 
 impl Client {
@@ -168,6 +172,10 @@ impl Client {
             let started = Instant::now();
             let mut spoke = false;
             let Err(e) = self.facts_once(&out, &mut spoke).await;
+            let away = Facts { gateway: self.index, at: Instant::now(), batch: None, away: true };
+            if spoke && out.send(away).await.is_err() {
+                return;
+            }
             self.wait("Facts", &mut backoff, spoke, started, e).await;
         }
     }
@@ -213,12 +221,10 @@ impl Client {
         Up::Hello { node: self.node.clone(), boot_id: self.boot }
     }
 
-    /// Our side of a stream: the hello, then the latest ack whenever it has changed.
-    fn outbound<T: From<Up>>(&self, acks: watch::Receiver<Applied>) -> impl futures_util::Stream<Item = T> + use<T> {
-        let hello = T::from(self.hello());
-        let acks = WatchStream::from_changes(acks)
-            .map(|a| T::from(Up::Applied { boot_id: a.boot, sequence: a.sequence, error: a.error }));
-        stream::once(std::future::ready(hello)).chain(acks)
+    /// The latest ack whenever it has changed.
+    fn acks<T: From<Up>>(acks: watch::Receiver<Applied>) -> impl futures_util::Stream<Item = T> + use<T> {
+        WatchStream::from_changes(acks)
+            .map(|a| T::from(Up::Applied { boot_id: a.boot, sequence: a.sequence, error: a.error }))
     }
 
     async fn state_once(
@@ -228,7 +234,8 @@ impl Client {
     ) -> Result<std::convert::Infallible, StreamError> {
         let mut client = self.connect().await?;
         let (ack, acks) = watch::channel(Applied::default());
-        let mut inbound = client.state(self.outbound::<StateAck>(acks)).await?.into_inner();
+        let hello = stream::once(std::future::ready(StateAck::from(self.hello())));
+        let mut inbound = client.state(hello.chain(Self::acks(acks))).await?.into_inner();
         tracing::info!(gateway = self.gateway.name.as_str(), "State stream is up");
         let mut joiner = Joiner::<StateBatch>::default();
         let mut last: Option<(u64, u64)> = None;
@@ -259,7 +266,11 @@ impl Client {
     ) -> Result<std::convert::Infallible, StreamError> {
         let mut client = self.connect().await?;
         let (ack, acks) = watch::channel(Applied::default());
-        let mut inbound = client.facts(self.outbound::<FactsAck>(acks)).await?.into_inner();
+        let seen = WatchStream::new(self.seen.clone()).map(FactsAck::from);
+        // The hello comes first; of what follows, acks and news take turns.
+        let hello = stream::once(std::future::ready(FactsAck::from(self.hello())));
+        let outbound = hello.chain(stream::select(Self::acks(acks), seen));
+        let mut inbound = client.facts(outbound).await?.into_inner();
         tracing::info!(gateway = self.gateway.name.as_str(), "Facts stream is up");
         let mut joiner = Joiner::<FactsBatch>::default();
         let mut last: Option<(u64, u64)> = None;
@@ -281,7 +292,7 @@ impl Client {
             } else {
                 None
             };
-            let facts = Facts { gateway: self.index, at, batch };
+            let facts = Facts { gateway: self.index, at, batch, away: false };
             out.send(facts).await.map_err(|_| StreamError::Stopping)?;
         }
     }

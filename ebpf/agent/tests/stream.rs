@@ -13,14 +13,14 @@ use tidegate_agent::config::{GatewayAddress, Tls};
 use tidegate_agent::stream::{Applied, Client, Facts, State};
 use tidegate_policy::ScopeKey;
 use tidegate_policy::state::{Entry, Scope};
-use tidegate_proto::{FactsBatch, StateBatch, Up};
+use tidegate_proto::{FactsBatch, Seen, StateBatch, Up};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 
 const WAIT: Duration = Duration::from_secs(10);
 
 fn client(tls: Tls, address: std::net::SocketAddr) -> Client {
-    Client { node: "n1".into(), boot: 77, index: 3, gateway: GatewayAddress { name: "gw-a".into(), address }, tls }
+    Client { node: "n1".into(), boot: 77, index: 3, gateway: GatewayAddress { name: "gw-a".into(), address }, tls, seen: tokio::sync::watch::channel(Seen::default()).1 }
 }
 
 fn snapshot(sequence: u64) -> StateBatch {

@@ -4,7 +4,7 @@
 use core::net::IpAddr;
 
 /// Version of the layouts; part of the pin path, so that two versions live side by side during an upgrade.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// An IP address as sixteen octets in network order; IPv4 is mapped (`::ffff:a.b.c.d`,
 /// RFC 4291, section 2.5.5.2). The words hold the octets as they lie in memory.
@@ -169,6 +169,8 @@ pub struct Scope {
     pub owner: u32,
     /// Index of the egress pair at the owner; below 256.
     pub pair: u32,
+    /// The gateway that answers its DNS: the owner, or a stand-in while that is silent.
+    pub dns: u32,
 }
 
 /// Value of `GATEWAYS {id}`.

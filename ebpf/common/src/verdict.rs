@@ -316,7 +316,7 @@ pub fn verdict<T: Tables>(parsed: Parsed, p: &Packet, ifindex: u32, t: &T, out: 
     // Step 6.
     let transport = matches!(p.proto, proto::TCP | proto::UDP) && !later;
     if transport && (p.dport == 53 || t.cluster_dns(&DnsKey { addr: p.dst, port: p.dport as u32 })) {
-        out.owner = owner(t, ep.scope);
+        out.owner = answers(t, ep.scope);
         if T::GATEWAY || out.owner != 0 {
             out.via = via::DNS;
             return out.set(Action::Steer, Code::Allowed);
@@ -455,6 +455,15 @@ fn owner<T: Tables>(t: &T, scope: u32) -> u32 {
     match t.scope(scope) {
         Some(s) if t.gateway(s.owner) => s.owner,
         _ => 0,
+    }
+}
+
+/// The known gateway that answers the scope's DNS, 0 if there is none.
+#[inline(always)]
+fn answers<T: Tables>(t: &T, scope: u32) -> u32 {
+    match t.scope(scope) {
+        Some(s) if t.gateway(s.dns) => s.dns,
+        _ => owner(t, scope),
     }
 }
 

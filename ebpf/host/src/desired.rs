@@ -165,7 +165,7 @@ impl Datapath {
     fn desired(&mut self, state: &NodeState, local: &Local) -> Result<Desired, Error> {
         let mut want = Desired::default();
         self.places(state, local, &mut want)?;
-        self.policy(state, &mut want)?;
+        self.policy(state, local, &mut want)?;
         self.pods(state, local, &mut want)?;
         let mut flags = 0;
         if local.drop_unknown {
@@ -222,7 +222,7 @@ impl Datapath {
     }
 
     /// Prefix sets, scopes, groups, grants.
-    fn policy(&mut self, state: &NodeState, want: &mut Desired) -> Result<(), Error> {
+    fn policy(&mut self, state: &NodeState, local: &Local, want: &mut Desired) -> Result<(), Error> {
         for (key, prefixes) in &state.prefixes {
             let set = self.ids.get(Kind::Prefixes, key.0)?;
             for (net, ports) in prefixes {
@@ -233,7 +233,10 @@ impl Datapath {
         for (key, scope) in &state.scopes {
             let owner = self.ids.named(Kind::Gateway, &scope.owner)?;
             let pair = u32::from(scope.pair);
-            want.scopes.insert(self.ids.get(Kind::Scope, key.0)?, Scope { owner, pair });
+            let speaks = |g: &&String| !local.silent.contains(*g) && state.gateways.contains_key(*g);
+            let answers = std::iter::once(&scope.owner).chain(&scope.standbys).find(speaks);
+            let dns = answers.map_or(Ok(owner), |g| self.ids.named(Kind::Gateway, g))?;
+            want.scopes.insert(self.ids.get(Kind::Scope, key.0)?, Scope { owner, pair, dns });
         }
         let drain = u32::try_from(self.options.drain.as_secs()).unwrap_or(u32::MAX);
         for (key, value) in &state.groups {

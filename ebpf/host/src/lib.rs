@@ -149,6 +149,8 @@ pub struct Local {
     pub uplinks: Vec<Interface>,
     /// Whether packets of unknown pods are dropped; set only once a complete snapshot was applied.
     pub drop_unknown: bool,
+    /// Gateways that say nothing: DNS of their scopes goes to the next one that does.
+    pub silent: BTreeSet<String>,
 }
 
 /// What [`Datapath::apply`] did.

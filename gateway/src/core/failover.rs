@@ -56,6 +56,7 @@ impl Run {
                 tracing::info!(pair = %c.pair, owner = c.owner, epoch = c.epoch, held = c.held, "ownership");
             }
             self.written = claims.clone();
+            self.publish();
             if let Some(journal) = &self.core.journal {
                 journal.append(Vec::new(), Some(claims));
             }

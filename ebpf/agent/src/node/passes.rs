@@ -106,6 +106,7 @@ impl Node {
             untouched: BTreeSet::new(),
             plugged,
             uplinks: self.uplinks().iter().map(|l| Interface { ifindex: l.index, mac: l.mac }).collect(),
+            silent: self.silent.clone(),
             drop_unknown: self.config.unknown_pods == UnknownPods::Drop,
         }
     }

@@ -9,7 +9,7 @@ use futures_util::Stream;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use tidegate_agent::config::Tls;
 use tidegate_proto::wire::control_server::{Control, ControlServer};
-use tidegate_proto::wire::{FactsAck, FactsUpdate, StateAck, StateUpdate};
+use tidegate_proto::wire::{FactsAck, FactsUpdate, PeerHello, PeerUpdate, StateAck, StateUpdate};
 use tidegate_proto::{FactsBatch, StateBatch, Up};
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
@@ -44,7 +44,9 @@ where
     let mut inbound = request.into_inner();
     tokio::spawn(async move {
         while let Some(Ok(message)) = inbound.next().await {
-            if up_tx.send(Up::try_from(message).unwrap()).await.is_err() {
+            // What the node sees of gateways is not of interest here.
+            let Ok(up) = Up::try_from(message) else { continue };
+            if up_tx.send(up).await.is_err() {
                 return;
             }
         }
@@ -56,6 +58,11 @@ where
 impl Control for Service {
     type StateStream = Down<StateUpdate>;
     type FactsStream = Down<FactsUpdate>;
+    type PeerStream = Down<PeerUpdate>;
+
+    async fn peer(&self, _: Request<PeerHello>) -> Result<Response<Self::PeerStream>, Status> {
+        Err(Status::unimplemented("no agent asks for that"))
+    }
 
     async fn state(&self, request: Request<Streaming<StateAck>>) -> Result<Response<Self::StateStream>, Status> {
         let (session, down) = session(request);

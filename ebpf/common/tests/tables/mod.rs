@@ -145,7 +145,7 @@ pub fn world<const G: bool>() -> Memory<G> {
     let mut m = Memory::<G> { budget: 100, ..Memory::default() };
     m.now_ns.set(u64::from(NOW) * 1_000_000_000);
     m.gateways.insert(1, m.now_ns.get());
-    m.scopes.insert(1, Scope { owner: 1, pair: 0 });
+    m.scopes.insert(1, Scope { owner: 1, pair: 0, dns: 1 });
     let pods = [
         (ISOLATED, 1, endpoint::TOUCHED | endpoint::ISOLATED, group::ISOLATED),
         (GUARDED, 2, endpoint::TOUCHED, 0),
