@@ -147,7 +147,15 @@ struct Why {
     at: Vec<String>,
     reasons: &'static [&'static str],
     needle: String,
+    verdict: &'static str,
     mark: Mark,
+}
+
+impl Why {
+    /// The record says what would have been denied.
+    fn audited(self) -> Self {
+        Self { verdict: "audit", ..self }
+    }
 }
 
 /// Whether a step saw what it should and the router nothing of it, and what to print.
@@ -206,13 +214,13 @@ impl Story<'_> {
 
     /// Starts to look for the record that will explain a step of a pod: at its node.
     fn at_node(&self, pod: &str, reasons: &'static [&'static str], needle: impl Into<String>) -> Result<Why> {
-        Ok(Why { at: vec![self.node(pod)?], reasons, needle: needle.into(), mark: self.lab.mark() })
+        Ok(Why { at: vec![self.node(pod)?], reasons, needle: needle.into(), verdict: "deny", mark: self.lab.mark() })
     }
 
     /// As [`Story::at_node`], at any gateway.
     fn at_gateways(&self, reasons: &'static [&'static str], needle: impl Into<String>) -> Why {
         let at = self.lab.scenario().gateways.iter().map(|g| g.name.clone()).collect();
-        Why { at, reasons, needle: needle.into(), mark: self.lab.mark() }
+        Why { at, reasons, needle: needle.into(), verdict: "deny", mark: self.lab.mark() }
     }
 
     /// Finds the record of a pod: whether its reason is an expected one, and what to print.
@@ -224,7 +232,9 @@ impl Story<'_> {
         // A forged source belongs to nobody: such a record names no pod.
         let whose = |r: &Value| r["namespace"].is_null() || r["namespace"] == *pod.namespace && r["pod"] == *pod.name;
         let about = |r: &Value| whose(r) && r.to_string().contains(&why.needle);
-        let fits = |r: &Value| about(r) && r["reason"].as_str().is_some_and(|x| why.reasons.contains(&x));
+        let fits = |r: &Value| {
+            about(r) && r["verdict"] == why.verdict && r["reason"].as_str().is_some_and(|x| why.reasons.contains(&x))
+        };
         let writer = why.at.join(" or ");
         if let Some(record) = self.lab.wait_audit(&at, &why.mark, fits) {
             return (true, Some(format!("{} at {writer}", record["reason"].as_str().unwrap_or_default())));
@@ -233,9 +243,9 @@ impl Story<'_> {
             .iter()
             .flat_map(|n| self.lab.audit(n, &why.mark).unwrap_or_default())
             .filter(about)
-            .filter_map(|r| r["reason"].as_str().map(str::to_owned))
+            .map(|r| format!("{} {}", r["verdict"], r["reason"]))
             .collect();
-        let wanted = why.reasons.join(" or ");
+        let wanted = format!("{} {}", why.verdict, why.reasons.join(" or "));
         (false, Some(format!("no record {wanted} at {writer} about {}, only {others:?}", why.needle)))
     }
 

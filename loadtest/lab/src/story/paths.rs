@@ -5,17 +5,26 @@ use std::net::SocketAddr;
 use anyhow::Result;
 
 use super::{POOL_A, POOL_B, Story, bare, ip, named, of, unseen};
-use crate::probe::{self, Family};
+use crate::probe;
 use crate::world::METADATA;
 
 /// What a drop may be called when nothing was ever learnt about an address.
 const UNKNOWN: &[&str] = &["no-binding", "not-allowed"];
 
+/// The IPv6 address of AWS's metadata service. It has no server here: the drop's reason tells.
+const METADATA6: &str = "fd00:ec2::254";
+
 /// 1: the first try works, and the source is the pool's from every node.
 pub fn allowed(s: &mut Story<'_>) -> Result<()> {
     for pod in ["shop/web", "shop/worker", "shop/local"] {
         for family in s.families() {
+            let mark = s.lab.mark();
             s.fetch(pod, family, "https://api.example.com/", of(POOL_A, family))?;
+            // The answer waits for the ack of the pod's node: not even the first SYN may be lost, as TCP would hide it.
+            let to = named(family, 10, 443).ip().to_string();
+            let lost = s.lab.audit(&s.node(pod)?, &mark)?.into_iter().find(|r| r["destination"]["asked"]["ip"] == to);
+            let seen = lost.as_ref().map_or("none".into(), |r| format!("{} dropped", r["reason"]));
+            s.check(pod, &format!("packets to {to} that the node dropped"), "none", seen, lost.is_none());
         }
     }
     let family = s.any();
@@ -26,9 +35,13 @@ pub fn allowed(s: &mut Story<'_>) -> Result<()> {
 /// 3: never resolved.
 pub fn never_resolved(s: &mut Story<'_>) -> Result<()> {
     for family in s.families() {
+        // The kernel's own counter: what user space counts of the records is another one.
         let counter = |s: &Story<'_>| -> Result<f64> {
-            let metrics = s.lab.metrics(&s.node("shop/web")?)?;
-            Ok(dropped_packets(&metrics, UNKNOWN))
+            let of = |reason: &&str| {
+                let labels = ["hook=\"pod_egress\"", "outcome=\"drop\"", &format!("reason=\"{reason}\"")];
+                s.lab.metric(&s.node("shop/web")?, "tidegate_packets_total", &labels)
+            };
+            UNKNOWN.iter().map(of).sum()
         };
         let before = counter(s)?;
         s.dropped("shop/web", named(family, 14, 443), UNKNOWN)?;
@@ -40,19 +53,15 @@ pub fn never_resolved(s: &mut Story<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The sum of every counter whose labels name one of these reasons.
-fn dropped_packets(metrics: &str, reasons: &[&str]) -> f64 {
-    let samples = metrics.lines().filter(|l| !l.starts_with('#'));
-    let about = samples.filter(|l| reasons.iter().any(|r| l.contains(&format!("reason=\"{r}\""))));
-    // A sum of nothing would be -0.
-    about.filter_map(|l| l.rsplit_once(' ')?.1.parse::<f64>().ok()).fold(0.0, |sum, value| sum + value)
-}
-
 /// 4: resolved by another namespace only.
 pub fn resolved_by_another(s: &mut Story<'_>) -> Result<()> {
     for family in s.families() {
         s.fetch("billing/pay", family, "https://bank.example.com/", of(POOL_B, family))?;
         s.dropped("shop/web", named(family, 15, 443), UNKNOWN)?;
+        // One rule of the platform grants both names to both namespaces: only who resolved what tells them apart.
+        s.resolve("shop/web", family, "granted.example.com")?;
+        s.fetch("billing/pay", family, "https://lent.example.com/", of(POOL_B, family))?;
+        s.dropped("shop/web", named(family, 30, 443), UNKNOWN)?;
     }
     Ok(())
 }
@@ -128,17 +137,25 @@ pub fn ways_round(s: &mut Story<'_>) -> Result<()> {
     for family in s.families() {
         s.resolve("shop/worker", family, "tcp.example.com")?;
         s.resolve("shop/worker", family, "udp.example.com")?;
-        // An address of its own making; the pod has root in its namespace.
-        let forged = family.pick("10.244.2.99", "fd00:10:244:2::99");
-        let length = family.pick(32, 128);
-        s.place("shop/worker")?.run(&["ip", "addr", "replace", &format!("{forged}/{length}"), "dev", "lo"]);
-        let why = s.at_node("shop/worker", &["spoofed-source"], forged)?;
-        let url = format!("http://{}/", named(family, 12, 7000));
         let watch = s.lab.watch(named(family, 12, 0).ip(), "")?;
-        let seen = probe::curl(&s.place("shop/worker")?, family, &url, &["--interface", forged, "-m", "1"]);
-        let (good, text) = unseen(seen.exit == 28, &seen.text(), &watch)?;
-        s.check_why("shop/worker", &format!("curl --interface {forged} {url}"), "no answer", text, good, &why);
-        s.place("shop/worker")?.run(&["ip", "addr", "del", &format!("{forged}/{length}"), "dev", "lo"]);
+        // An address of its own making, one of another pod of its node that may do the same, and one of a pod
+        // elsewhere; the pod has root in its namespace.
+        let own = family.pick("10.244.2.99", "fd00:10:244:2::99").to_owned();
+        let ledger = s.pod_address("billing/ledger", family)?.to_string();
+        let web = s.pod_address("shop/web", family)?.to_string();
+        s.resolve("billing/ledger", family, "tcp.example.com")?;
+        for forged in [own, ledger, web] {
+            let length = family.pick(32, 128);
+            // Without `nodad` an IPv6 address may still be tentative when curl binds it.
+            let add = format!("ip addr replace {forged}/{length} dev lo {}", family.pick("", "nodad"));
+            s.place("shop/worker")?.run(&["sh", "-c", &add]);
+            let why = s.at_node("shop/worker", &["spoofed-source"], &*forged)?;
+            let url = format!("http://{}/", named(family, 12, 7000));
+            let seen = probe::curl(&s.place("shop/worker")?, family, &url, &["--interface", &forged, "-m", "1"]);
+            let (good, text) = unseen(seen.exit == 28, &seen.text(), &watch)?;
+            s.check_why("shop/worker", &format!("curl --interface {forged} {url}"), "no answer", text, good, &why);
+            s.place("shop/worker")?.run(&["ip", "addr", "del", &format!("{forged}/{length}"), "dev", "lo"]);
+        }
 
         // GRE by hand: the node must not let protocols out that nobody checks.
         let to = named(family, 12, 0).ip();
@@ -152,9 +169,12 @@ pub fn ways_round(s: &mut Story<'_>) -> Result<()> {
         s.udp_dropped("shop/worker", SocketAddr::new(node, 8475), b"vxlan", &["tunnel-port"])?;
         s.udp_dropped("shop/worker", named(family, 13, 7001), &fragmented, &["fragment"])?;
         s.dropped("shop/worker", named(family, 12, 853), &["encrypted-dns"])?;
+        // DNS over QUIC.
+        s.udp_dropped("shop/worker", named(family, 12, 853), b"quic", &["encrypted-dns"])?;
     }
-    if s.lab.scenario().has(Family::V4) {
-        s.dropped("shop/worker", SocketAddr::new(ip(METADATA), 80), &["metadata"])?;
+    for family in s.families() {
+        let to = SocketAddr::new(ip(family.pick(METADATA, METADATA6)), 80);
+        s.dropped("shop/worker", to, &["metadata"])?;
     }
     Ok(())
 }

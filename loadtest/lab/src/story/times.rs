@@ -1,6 +1,6 @@
 //! Points in which something changes.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
@@ -15,18 +15,21 @@ const EDIT: Duration = Duration::from_secs(5);
 /// 9: audit, and the flip to enforce.
 pub fn audit(s: &mut Story<'_>) -> Result<()> {
     let pod = "audited/app";
-    let managed = ("tidegate.dev/managed", "true");
+    let [managed, allow] = [("tidegate.dev/managed", "true"), ("tidegate.dev/allow", "api.example.com")];
     for family in s.families() {
         let source = s.outside(pod, family)?;
-        let name = s.at_gateways(&["name-not-allowed", "not-allowed"], "other.example.org");
-        let packet =
-            s.at_node(pod, &["name-not-allowed", "not-allowed", "no-binding"], named(family, 14, 0).ip().to_string())?;
+        // What enforcement would steer goes its own way too.
+        s.fetch(pod, family, "https://api.example.com/", source)?;
+        let name = s.at_gateways(&["name-not-allowed", "not-allowed"], "other.example.org").audited();
+        let packet = s
+            .at_node(pod, &["name-not-allowed", "not-allowed", "no-binding"], named(family, 14, 0).ip().to_string())?
+            .audited();
         let seen = s.fetch(pod, family, "https://other.example.org/", source)?;
         s.check_why(pod, "the record of the name", "what would be denied", seen.text(), seen.exit == 0, &name);
         s.check_why(pod, "the record of the packet", "what would be denied", seen.text(), seen.exit == 0, &packet);
     }
     let any = s.any();
-    s.lab.annotate("audited", &[managed, ("tidegate.dev/mode", "enforce")])?;
+    s.lab.annotate("audited", &[managed, allow, ("tidegate.dev/mode", "enforce")])?;
     let held = wait_for(EDIT, || s.resolve(pod, any, "other.example.org").ok().filter(probe::Dig::is_denied));
     let seen = held.as_ref().map_or("it stays in audit".into(), probe::Dig::text);
     s.check(pod, "the flip to enforce, dig other.example.org", "NXDOMAIN with EDE", seen, held.is_some());
@@ -43,7 +46,7 @@ pub fn audit(s: &mut Story<'_>) -> Result<()> {
         );
         s.dropped(pod, to, &["no-binding", "not-allowed"])?;
     }
-    s.lab.annotate("audited", &[managed, ("tidegate.dev/mode", "audit")])?;
+    s.lab.annotate("audited", &[managed, allow, ("tidegate.dev/mode", "audit")])?;
     let back = wait_for(EDIT, || s.resolve(pod, any, "other.example.org").ok().filter(|d| !d.answers.is_empty()));
     s.check(
         pod,
@@ -61,23 +64,36 @@ pub fn expiry(s: &mut Story<'_>) -> Result<()> {
     let mut live = Vec::new();
     for family in s.families() {
         s.resolve(pod, family, "short.example.com")?;
-        live.push((family, Echo::connect(&s.place(pod)?, named(family, 26, 7000))?));
+        let forwarded = Echo::connect(&s.place(pod)?, named(family, 26, 7000))?;
+        let url = "https://short.example.com/stream";
+        let relayed = s.place(pod)?.spawn(&["curl", "-sSN", family.flag(), url])?;
+        relayed.wait_output("tick", Duration::from_secs(5));
+        live.push(Live { family, forwarded, relayed });
     }
     // A second of TTL and a second of grace, and the kernel's clock counts whole seconds.
     std::thread::sleep(Duration::from_millis(4200));
-    for (family, echo) in &mut live {
+    for Live { family, forwarded, .. } in &mut live {
         s.dropped(pod, named(*family, 26, 7000), &["binding-expired"])?;
-        let seen = echo.say("still here\n");
+        let seen = forwarded.say("still here\n");
         let text = seen.as_ref().map_or_else(|e| format!("{e:#}"), |()| "echo".into());
         s.check(pod, &format!("the live connection to {}", named(*family, 26, 7000)), "echo", text, seen.is_ok());
         s.resolve(pod, *family, "short.example.com")?;
         s.echo(pod, named(*family, 26, 7000), of(POOL_A, *family))?;
     }
-    drop(live);
-    revocation(s)
+    // The relay's facts outlive the kernel's by the longest wait for a hello, which is 10 s.
+    let over = Instant::now() + Duration::from_millis(12_500);
+    revocation(s)?;
+    std::thread::sleep(over.saturating_duration_since(Instant::now()));
+    for Live { family, relayed, .. } in &live {
+        let before = relayed.output().len();
+        let lives = wait_for(Duration::from_secs(2), || (relayed.output().len() > before).then_some(())).is_some();
+        let text = format!("the live connection to {}", named(*family, 26, 443));
+        s.check(pod, &text, "it lives", if lives { "it lives" } else { "cut" }, lives);
+    }
+    Ok(())
 }
 
-/// A live connection of each kind to the name that will be taken away.
+/// A live connection of each kind to one name.
 struct Live {
     family: Family,
     forwarded: Echo,
