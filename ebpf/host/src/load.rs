@@ -12,7 +12,7 @@ use nix::fcntl::{Flock, FlockArg};
 use tidegate_ebpf_common::code::COUNTERS;
 use tidegate_ebpf_common::layout::{
     Addr, Budget, Config, DnsKey, Endpoint, Fact, FactKey, Flow, FlowKey, Gateway, GrantKey, Group, Iface, Node,
-    Prefix, Scope, VERSION,
+    OVERLAYS, Prefix, Scope, VERSION,
 };
 use tidegate_policy::ScopeKey;
 use tidegate_policy::state::{FactUpdate, NodeState};
@@ -201,7 +201,7 @@ impl Datapath {
     /// # Errors
     /// What the kernel refused; facts before that one hold.
     pub fn facts(&mut self, updates: &[FactUpdate]) -> Result<(), Error> {
-        let now = now_secs();
+        let now = now_ns();
         for update in updates {
             let addr = Addr::from_ip(update.ip);
             let Some(value) = &update.value else {
@@ -216,9 +216,11 @@ impl Datapath {
             };
             let key = FactKey { scope: self.ids.get(Kind::Scope, update.scope.0)?, addr };
             let class = self.ids.get(Kind::Class, value.class.0)?;
-            // Whole seconds: rounded up, so that a second is not lost with every refresh.
-            let ttl = value.ttl.as_secs().saturating_add(u64::from(value.ttl.subsec_nanos() > 0));
-            let expires = now.saturating_add(u32::try_from(ttl).unwrap_or(u32::MAX));
+            // Whole seconds of the moment itself, rounded up: an answer must not outlive its fact by a part of a second.
+            // What has expired already is so at once.
+            let ttl = u64::try_from(value.ttl.as_nanos()).unwrap_or(u64::MAX);
+            let end = if ttl == 0 { now } else { now.saturating_add(ttl).saturating_add(999_999_999) };
+            let expires = u32::try_from(end / 1_000_000_000).unwrap_or(u32::MAX);
             let seen = match self.options.role {
                 Role::Node => 0,
                 // A packet between reading and writing is noted again by the next one.
@@ -360,6 +362,8 @@ pub(crate) fn is_missing(e: &aya::maps::MapError) -> bool {
 /// Loads the object with its maps below `root`, and the role's programs into the kernel.
 pub(crate) fn load_object(options: &Options, root: &Path) -> Result<Ebpf, Error> {
     let mtu = u32::from(options.tunnel_mtu);
+    let mut overlay = [0u16; OVERLAYS];
+    overlay.iter_mut().zip(&options.overlay_ports).for_each(|(to, port)| *to = *port);
     let mut loader = EbpfLoader::new();
     for layout in layouts(&options.capacities) {
         loader.map_max_entries(layout.name, layout.entries);
@@ -368,6 +372,8 @@ pub(crate) fn load_object(options: &Options, root: &Path) -> Result<Ebpf, Error>
     let mut ebpf = loader
         .override_global("TUNNEL_PORT", &options.tunnel_port, true)
         .override_global("MARK", &options.mark, true)
+        .override_global("OVERLAY", &overlay, true)
+        .override_global("MARK_CLUSTER", &options.mark_cluster, true)
         .override_global("MARK_MASK", &options.mark_mask, true)
         .override_global("TUNNEL_MTU", &mtu, true)
         .override_global("FLOW_BUDGET", &options.flows_per_endpoint, true)
