@@ -45,7 +45,8 @@ pub fn attach(netns: &str, devices: &[String], pins: &Path) -> Result<()> {
 
 /// The ELF file: the program, its licence, names and one symbol.
 fn object() -> Vec<u8> {
-    // (name, type, flags, link, info, entry size, content); a link is a section's number.
+    /// Name, type, flags, link (a section's number), info, entry size, content.
+    type Section<'a> = (u32, u32, u64, u32, u32, u64, &'a [u8]);
     let names = b"\0classifier\0license\0.strtab\0.symtab\0foreign\0";
     let at = |name: &str| names.windows(name.len()).position(|w| w == name.as_bytes()).unwrap_or_default() as u32;
     let mut symbols = vec![0; 24];
@@ -54,7 +55,7 @@ fn object() -> Vec<u8> {
     symbols.extend([0x12, 0, 1, 0]);
     symbols.extend(0u64.to_le_bytes());
     symbols.extend((CODE.len() as u64).to_le_bytes());
-    let sections: [(u32, u32, u64, u32, u32, u64, &[u8]); 5] = [
+    let sections: [Section<'_>; 5] = [
         (0, 0, 0, 0, 0, 0, &[]),
         (at("classifier"), 1, 6, 0, 0, 0, &CODE),
         (at("license"), 1, 2, 0, 0, 0, b"GPL\0"),
