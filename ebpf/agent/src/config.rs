@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use tidegate_ebpf::OVERLAYS;
 
 /// Where the node agent finds its gateways, its pods and its kernel state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +34,9 @@ pub struct Config {
     /// The bits of the packet mark that say "the verdict let this pass".
     #[serde(default)]
     pub mark: Mark,
+    /// UDP ports at which nodes unpack the network plugin's tunnels. Pods that a policy selects send nothing there.
+    #[serde(default = "default_overlay_ports")]
+    pub overlay_ports: BTreeSet<u16>,
     /// Devices towards the rest of the network. Absent: the devices of the default routes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uplinks: Option<Vec<String>>,
@@ -72,7 +76,7 @@ pub struct Tls {
     pub ca: PathBuf,
 }
 
-/// Bits of the packet mark.
+/// Bits of the packet mark. [`Mark::cluster`] is a second value inside the mask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Mark {
@@ -80,6 +84,17 @@ pub struct Mark {
     pub value: u32,
     /// The bits that are ours.
     pub mask: u32,
+}
+
+impl Mark {
+    /// The value of packets that pass because their destination belongs to the cluster: `value` with another lowest
+    /// bit inside the mask, or with another second lowest where that would leave nothing.
+    pub fn cluster(self) -> u32 {
+        let lowest = self.mask & self.mask.wrapping_neg();
+        let rest = self.mask & !lowest;
+        let second = rest & rest.wrapping_neg();
+        if self.value == lowest { self.value | second } else { self.value ^ lowest }
+    }
 }
 
 impl Default for Mark {
@@ -126,6 +141,11 @@ fn default_pins() -> PathBuf {
 
 fn default_tunnel_port() -> u16 {
     8475
+}
+
+/// VXLAN, flannel's VXLAN, Geneve, WireGuard of Calico and flannel.
+fn default_overlay_ports() -> BTreeSet<u16> {
+    [4789, 8472, 6081, 51_820, 51_821].into()
 }
 
 /// Why a configuration is refused: the key and what is wrong with it.
@@ -191,6 +211,12 @@ impl Config {
         if self.mark.value == 0 || self.mark.value & !self.mark.mask != 0 {
             return refuse("mark", "the value must not be zero and must lie inside the mask");
         }
+        if self.mark.mask.count_ones() < 2 {
+            return refuse("mark", "the mask must have room for two values");
+        }
+        if self.overlay_ports.len() > OVERLAYS || self.overlay_ports.contains(&0) {
+            return refuse("overlayPorts", "at most 8 ports, from 1 to 65535");
+        }
         if let Some(uplinks) = &self.uplinks {
             if uplinks.is_empty() {
                 return refuse("uplinks", "must name a device, or be absent");
@@ -233,11 +259,21 @@ mod tests {
         c.validate().unwrap();
         assert_eq!(c.tunnel_port, 8475);
         assert_eq!(c.mark, Mark { value: 0x0020_0000, mask: 0x00f0_0000 });
+        assert_eq!(c.mark.cluster(), 0x0030_0000);
+        assert_eq!(c.overlay_ports, [4789, 8472, 6081, 51_820, 51_821].into());
         assert_eq!(c.interfaces, Interfaces::HostRoute);
         assert_eq!(c.unknown_pods, UnknownPods::Pass);
         assert_eq!(c.socket, PathBuf::from("/run/tidegate/agent.sock"));
         assert_eq!(c.pins, PathBuf::from("/sys/fs/bpf/tidegate"));
         assert_eq!((c.uplinks, c.admin, c.audit, c.tunnel_mtu), (None, None, None, None));
+    }
+
+    #[test]
+    fn the_two_marks_differ_whatever_the_mask() {
+        for (value, mask) in [(1, 3), (2, 3), (3, 3), (0x8000, 0xc000), (0x10, 0xf0), (0x100, 0x8100)] {
+            let second = Mark { value, mask }.cluster();
+            assert!(second != value && second != 0 && second & !mask == 0, "{value:#x} {mask:#x} {second:#x}");
+        }
     }
 
     #[test]
@@ -263,6 +299,9 @@ mod tests {
             ("tunnelMtu", |c| c.tunnel_mtu = Some(1279)),
             ("mark", |c| c.mark.value = 0),
             ("mark", |c| c.mark.value = 0x0100_0000),
+            ("mark", |c| c.mark.mask = 0x0020_0000),
+            ("overlayPorts", |c| c.overlay_ports = (1..=9).collect()),
+            ("overlayPorts", |c| c.overlay_ports = [0].into()),
             ("uplinks", |c| c.uplinks = Some(vec![])),
             ("uplinks", |c| c.uplinks = Some(vec!["a/b".into()])),
             ("pins", |c| c.pins = "pins".into()),

@@ -17,6 +17,8 @@ use nftables::helper::{NftablesError, apply_ruleset_raw, get_current_ruleset_raw
 use parking_lot::{Condvar, Mutex};
 use serde_json::{Value, json};
 
+use tidegate_ebpf::EPHEMERAL;
+
 use crate::config::Mark;
 
 const FAMILY: &str = "inet";
@@ -40,19 +42,27 @@ pub struct Desired {
     pub nodes: BTreeSet<IpAddr>,
     /// The cluster set.
     pub cluster: Vec<IpNet>,
+    /// First and last port on nodes' addresses that is outside the cluster set.
+    pub node_ports: Option<(u16, u16)>,
     /// Names of the uplinks.
     pub uplinks: Vec<String>,
-    /// Drop what leaves by an uplink from an unknown address of the cluster set.
+    /// Names of the devices by which tunnel packets of other nodes enter.
+    pub underlay: Vec<String>,
+    /// Names of the devices by which packets enter that no pod of this node sent.
+    pub foreign: Vec<String>,
+    /// Drop what leaves by an uplink from an unknown address, unless it entered by a foreign device.
     pub drop_unknown: bool,
 }
 
 /// What does not change while the agent runs.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Settings {
     /// UDP port of the tunnel.
     pub tunnel_port: u16,
-    /// The mark of what the verdict let pass.
+    /// The marks of what the verdict let pass.
     pub mark: Mark,
+    /// UDP ports at which nodes unpack the network plugin's tunnels.
+    pub overlay_ports: BTreeSet<u16>,
 }
 
 /// Why the table could not be written or read.
@@ -219,7 +229,9 @@ impl Table {
 }
 
 fn same_rules(a: &Desired, b: &Desired) -> bool {
-    (&a.cluster, &a.uplinks, a.drop_unknown) == (&b.cluster, &b.uplinks, b.drop_unknown)
+    let rules =
+        |d: &Desired| Desired { isolated: BTreeSet::new(), pods: BTreeSet::new(), nodes: BTreeSet::new(), ..d.clone() };
+    rules(a) == rules(b)
 }
 
 /// The table without what changes by itself.
@@ -264,7 +276,7 @@ fn ruleset(settings: &Settings, desired: &Desired) -> Vec<Value> {
     let table = json!({"table": {"family": FAMILY, "name": TABLE}});
     let mut out = vec![json!({"add": &table}), json!({"delete": &table}), json!({"add": &table})];
 
-    for counter in ["isolated", "unknown", "tunnel_port"] {
+    for counter in ["isolated", "translated", "unknown", "tunnel_port"] {
         out.push(object("counter", json!({"name": counter})));
     }
     for (suffix, kind) in [("4", "ipv4_addr"), ("6", "ipv6_addr")] {
@@ -273,7 +285,9 @@ fn ruleset(settings: &Settings, desired: &Desired) -> Vec<Value> {
         }
         out.push(object("set", json!({"name": format!("cluster{suffix}"), "type": kind, "flags": ["interval"]})));
     }
-    out.push(object("set", json!({"name": "uplinks", "type": "ifname"})));
+    for set in ["uplinks", "underlay", "foreign"] {
+        out.push(object("set", json!({"name": set, "type": "ifname"})));
+    }
 
     // After DNAT and after every mark, before the filter chains of others, whose accept would not end ours anyway.
     for (name, hook, prio) in [
@@ -286,29 +300,54 @@ fn ruleset(settings: &Settings, desired: &Desired) -> Vec<Value> {
         out.push(object("chain", body));
     }
 
-    let Mark { value, mask } = settings.mark;
-    let port = json!({"match": {"op": "==", "left": {"payload": {"protocol": "udp", "field": "dport"}},
-        "right": settings.tunnel_port}});
-    let unmarked = json!({"match": {"op": "!=", "left": {"&": [{"meta": {"key": "mark"}}, mask]}, "right": value}});
+    let (Mark { value, mask }, by_cluster) = (settings.mark, settings.mark.cluster());
+    let udp = |ports: Value| json!({"match": {"op": "==", "left": {"payload": {"protocol": "udp", "field": "dport"}}, "right": ports}});
+    let port = udp(json!(settings.tunnel_port));
+    let mark = |op: &str, right: Value| json!({"match": {"op": op, "left": {"&": [{"meta": {"key": "mark"}}, mask]}, "right": right}});
+    let passed = json!({"set": [value, by_cluster]});
+    let unmarked = mark("!=", passed.clone());
     let local =
         json!({"match": {"op": "==", "left": {"fib": {"result": "type", "flags": ["daddr"]}}, "right": "local"}});
-    let name = |key: &str, op: &str| json!({"match": {"op": op, "left": {"meta": {"key": key}}, "right": "@uplinks"}});
+    let name = |key: &str, op: &str, set: &str| json!({"match": {"op": op, "left": {"meta": {"key": key}}, "right": format!("@{set}")}});
     let drop = json!({ "drop": null });
     let rule = |chain: &str, expr: Vec<Value>| object("rule", json!({"chain": chain, "expr": expr}));
+    let counted = |what: &str| json!({ "counter": what });
+    let end = |mut expr: Vec<Value>, what: &str| {
+        expr.extend([counted(what), drop.clone()]);
+        expr
+    };
+
+    // The tunnel's outer packets come from other nodes; what anybody here sends would forge inner sources. In the
+    // forward and input hooks also after DNAT.
+    let inside = name("iifname", "!=", "underlay");
+    out.push(rule("prerouting", end(vec![inside.clone(), port.clone(), local], "tunnel_port")));
+    out.push(rule("input", end(vec![inside.clone(), port.clone()], "tunnel_port")));
+    // As `pod_egress` says for the overlay, after DNAT.
+    let low: Vec<u16> = settings.overlay_ports.iter().copied().filter(|p| *p < EPHEMERAL).collect();
+    let overlay = |ports: Value| vec![mark("==", passed.clone()), udp(json!({ "set": ports }))];
+    if !low.is_empty() {
+        out.push(rule("input", end(overlay(json!(low)), "tunnel_port")));
+    }
 
     for (suffix, protocol) in [("4", "ip"), ("6", "ip6")] {
         let address = |field: &str, op: &str, set: &str| {
             json!({"match": {"op": op, "left": {"payload": {"protocol": protocol, "field": field}},
                 "right": format!("@{set}{suffix}")}})
         };
-        let from_pod = address("saddr", "==", "pods");
-        // The tunnel's outer packets come from nodes; what a pod sends there would forge inner sources. In the
-        // forward and input hooks also after DNAT.
-        let counted = json!({"counter": "tunnel_port"});
-        let forge = |more: Value| vec![from_pod.clone(), more, port.clone(), counted.clone(), drop.clone()];
-        out.push(rule("prerouting", forge(local.clone())));
-        out.push(rule("input", vec![from_pod.clone(), port.clone(), counted.clone(), drop.clone()]));
-        out.push(rule("forward", forge(address("daddr", "==", "nodes"))));
+        let to_node = address("daddr", "==", "nodes");
+        out.push(rule("forward", end(vec![inside.clone(), to_node.clone(), port.clone()], "tunnel_port")));
+        let all = json!(settings.overlay_ports);
+        for (chain, to, ports) in [
+            ("input", &to_node, &all),
+            ("forward", &to_node, &all),
+            ("forward", &address("daddr", "==", "cluster"), &json!(low)),
+        ] {
+            if ports.as_array().is_some_and(|a| !a.is_empty()) {
+                let mut expr = overlay(ports.clone());
+                expr.push(to.clone());
+                out.push(rule(chain, end(expr, "tunnel_port")));
+            }
+        }
         if protocol == "ip6" {
             // Where bridged frames meet this hook (br_netfilter), neighbour discovery between pods of one bridge does
             // too. Only what was not routed has a hop limit of 255 here (RFC 4861, section 7.1).
@@ -317,23 +356,30 @@ fn ruleset(settings: &Settings, desired: &Desired) -> Vec<Value> {
             let expr = vec![is("icmpv6", "type", types), is("ip6", "hoplimit", json!(255)), json!({"accept": null})];
             out.push(rule("forward", expr));
         }
-        out.push(rule(
-            "forward",
-            vec![address("saddr", "==", "isolated"), unmarked.clone(), json!({"counter": "isolated"}), drop.clone()],
-        ));
+        // What passed because it goes to the cluster must still go there after DNAT: behind a service's address may
+        // be one outside.
+        let elsewhere =
+            vec![mark("==", json!(by_cluster)), address("daddr", "!=", "cluster"), address("daddr", "!=", "nodes")];
+        out.push(rule("forward", end(elsewhere, "translated")));
+        if let Some((lo, hi)) = desired.node_ports {
+            let expr = vec![
+                mark("==", json!(by_cluster)),
+                to_node,
+                json!({"match": {"op": "==", "left": {"meta": {"key": "l4proto"}}, "right": {"set": ["tcp", "udp"]}}}),
+                json!({"match": {"op": "==", "left": {"payload": {"protocol": "th", "field": "dport"}},
+                    "right": {"range": [lo, hi]}}}),
+            ];
+            out.push(rule("forward", end(expr, "translated")));
+        }
+        out.push(rule("forward", end(vec![address("saddr", "==", "isolated"), unmarked.clone()], "isolated")));
         if desired.drop_unknown {
-            out.push(rule(
-                "forward",
-                vec![
-                    name("iifname", "!="),
-                    name("oifname", "=="),
-                    address("saddr", "==", "cluster"),
-                    address("saddr", "!=", "pods"),
-                    unmarked.clone(),
-                    json!({"counter": "unknown"}),
-                    drop.clone(),
-                ],
-            ));
+            let expr = vec![
+                name("iifname", "!=", "foreign"),
+                name("oifname", "==", "uplinks"),
+                address("saddr", "!=", "pods"),
+                unmarked.clone(),
+            ];
+            out.push(rule("forward", end(expr, "unknown")));
         }
     }
     // Else two conntrack entries per flow and node. Port ranges of other UDP services that use the port as a source
@@ -357,8 +403,11 @@ fn ruleset(settings: &Settings, desired: &Desired) -> Vec<Value> {
             out.push(object("element", json!({"name": format!("cluster{suffix}"), "elem": nets})));
         }
     }
-    if !desired.uplinks.is_empty() {
-        out.push(object("element", json!({"name": "uplinks", "elem": desired.uplinks})));
+    for (set, names) in [("uplinks", &desired.uplinks), ("underlay", &desired.underlay), ("foreign", &desired.foreign)]
+    {
+        if !names.is_empty() {
+            out.push(object("element", json!({"name": set, "elem": names})));
+        }
     }
     out
 }
@@ -460,7 +509,7 @@ mod tests {
 
     #[test]
     fn the_transaction_replaces_our_table_and_names_no_other() {
-        let settings = Settings { tunnel_port: 8475, mark: Mark::default() };
+        let settings = Settings { tunnel_port: 8475, mark: Mark::default(), overlay_ports: [8472].into() };
         let commands = ruleset(&settings, &Desired { drop_unknown: true, ..Desired::default() });
         for c in &commands {
             let body = c.as_object().unwrap().values().next().unwrap().as_object().unwrap().values().next().unwrap();
@@ -473,7 +522,7 @@ mod tests {
 
     #[test]
     fn unknown_pods_are_dropped_only_when_armed() {
-        let settings = Settings { tunnel_port: 8475, mark: Mark::default() };
+        let settings = Settings { tunnel_port: 8475, mark: Mark::default(), overlay_ports: [8472].into() };
         let text = |drop_unknown| {
             let d = Desired { drop_unknown, ..Desired::default() };
             serde_json::to_string(&ruleset(&settings, &d)).unwrap()

@@ -155,7 +155,9 @@ fn options(config: &Config, tunnel_mtu: u16) -> Options {
     Options {
         tunnel_port: config.tunnel_port,
         mark: config.mark.value,
+        mark_cluster: config.mark.cluster(),
         mark_mask: config.mark.mask,
+        overlay_ports: config.overlay_ports.iter().copied().collect(),
         tunnel_mtu,
         ..Options::new(Role::Node, &config.pins)
     }

@@ -83,6 +83,8 @@ pub enum Kind {
         /// Whether it takes the tunnel's ends from each packet.
         external: bool,
     },
+    /// Another device that unpacks what other machines send.
+    Tunnel,
     /// A netkit device: not supported yet.
     Netkit,
     /// Anything else.
@@ -148,6 +150,18 @@ impl Topology {
             Some(names) => names.iter().filter_map(|n| self.by_name(n)).filter(ours).collect(),
             None => self.defaults.iter().filter_map(|i| self.links.get(i)).filter(ours).collect(),
         }
+    }
+
+    /// The uplinks, and the devices that have one of `addresses`, the node's: by them tunnel packets of other nodes enter.
+    pub fn underlay(&self, names: Option<&[String]>, addresses: &[IpAddr]) -> Vec<&Link> {
+        let mut out = self.uplinks(names);
+        let has = |l: &&Link| self.addresses.get(&l.index).is_some_and(|a| addresses.iter().any(|i| a.contains(i)));
+        for link in self.links.values().filter(|l| l.name != "lo").filter(has) {
+            if !out.contains(&link) {
+                out.push(link);
+            }
+        }
+        out
     }
 
     /// The host-side interface of the pod with this address.
@@ -226,6 +240,20 @@ fn kind(infos: &[LinkInfo]) -> Kind {
             LinkInfo::Kind(InfoKind::Veth) => kind = Kind::Veth,
             LinkInfo::Kind(InfoKind::Bridge) => kind = Kind::Bridge,
             LinkInfo::Kind(InfoKind::Netkit) => kind = Kind::Netkit,
+            LinkInfo::Kind(
+                InfoKind::IpIp
+                | InfoKind::Ip6Tnl
+                | InfoKind::SitTun
+                | InfoKind::GreTun
+                | InfoKind::GreTun6
+                | InfoKind::GreTap
+                | InfoKind::GreTap6
+                | InfoKind::Geneve
+                | InfoKind::Wireguard
+                | InfoKind::Xfrm
+                | InfoKind::Vti
+                | InfoKind::Vti6,
+            ) => kind = Kind::Tunnel,
             LinkInfo::Data(InfoData::Vxlan(data)) => {
                 let (mut port, mut external) = (0, false);
                 for d in data {

@@ -153,7 +153,11 @@ impl Node {
 
         let adopted = std::fs::read_dir(&config.pins).is_ok_and(|mut d| d.next().is_some());
         let mut datapath = Datapath::load(&options(&config, tunnel_mtu))?;
-        let settings = Settings { tunnel_port: config.tunnel_port, mark: config.mark };
+        let settings = Settings {
+            tunnel_port: config.tunnel_port,
+            mark: config.mark,
+            overlay_ports: config.overlay_ports.clone(),
+        };
         let keeper = Keeper::start(settings).map_err(AgentError::io("thread"))?;
         let announcer = Announcer::open().map_err(AgentError::io("packet socket"))?;
         let people = Arc::new(People::default());
@@ -162,7 +166,12 @@ impl Node {
             tokio::spawn(async move {
                 loop {
                     match events.next().await {
-                        Ok(event) => emit.emit(event.into_event(people.get(event.source.ip()))),
+                        Ok(event) => {
+                            // A forged source says nothing of who sent it: its owner must not be blamed.
+                            let forged = event.reason == tidegate_policy::Reason::SpoofedSource;
+                            let who = if forged { None } else { people.get(event.source.ip()) };
+                            emit.emit(event.into_event(who));
+                        },
                         Err(error) => {
                             tracing::error!(%error, "kernel events cannot be read");
                             return;

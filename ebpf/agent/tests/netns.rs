@@ -230,7 +230,7 @@ impl World {
 }
 
 fn settings() -> Settings {
-    Settings { tunnel_port: 8475, mark: Mark::default() }
+    Settings { tunnel_port: 8475, mark: Mark::default(), overlay_ports: [4789, 51_820].into() }
 }
 
 fn desired(isolated: &[&str]) -> Desired {
@@ -239,7 +239,10 @@ fn desired(isolated: &[&str]) -> Desired {
         pods: PODS.iter().map(|a| ip(a)).collect(),
         nodes: [ip("192.0.2.1"), ip("192.0.2.9")].into(),
         cluster: vec!["10.0.0.0/8".parse().unwrap(), "10.0.0.0/24".parse().unwrap()],
+        node_ports: Some((30_000, 32_767)),
         uplinks: vec!["up0".into()],
+        underlay: vec!["up0".into()],
+        foreign: vec!["up0".into()],
         drop_unknown: false,
     }
 }
@@ -268,6 +271,95 @@ fn the_guard_drops_what_an_isolated_pod_sends_unmarked_and_nothing_else() {
     w.node.run(|| guard::remove().unwrap());
 }
 
+/// Marks what comes from pod 0, as the verdict does.
+fn mark(w: &World, value: u32) {
+    w.node.sh(&format!(
+        "nft 'add table ip marker; delete table ip marker; add table ip marker;
+         add chain ip marker pre {{ type filter hook prerouting priority mangle; }};
+         add rule ip marker pre iifname pod0 meta mark set meta mark | {value:#x}'"
+    ));
+}
+
+/// Makes packets to one address go to another, as services do.
+fn translate(w: &World, from: &str, to: &str) {
+    w.node.sh(&format!(
+        "nft 'add table ip services; add chain ip services pre {{ type nat hook prerouting priority dstnat; }};
+         add rule ip services pre ip daddr {from} meta l4proto udp dnat to {to}'"
+    ));
+}
+
+#[test]
+fn the_guard_holds_what_passed_to_the_cluster_to_it_after_translation() {
+    let w = world();
+    for name in ["10.96.0.1", "10.96.0.2", "10.96.0.3", "10.96.0.4"] {
+        w.node.ip(&format!("route add {name}/32 via 192.0.2.9"));
+    }
+    for address in ["198.51.100.1", "10.7.7.7"] {
+        w.server.ip(&format!("addr add {address}/32 dev lo"));
+        w.node.ip(&format!("route add {address} via 192.0.2.9"));
+    }
+    translate(&w, "10.96.0.1", "198.51.100.1:5001");
+    translate(&w, "10.96.0.2", "10.7.7.7:5001");
+    translate(&w, "10.96.0.3", "192.0.2.9:5001");
+    translate(&w, "10.96.0.4", "192.0.2.9:30080");
+    w.node.run(|| Table::new(settings()).apply(&desired(&["10.0.0.2"])).unwrap());
+    let arrives = |service: &str, at: &str| {
+        let socket = w.server.run(|| UdpSocket::bind(at).unwrap());
+        socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        let pod = w.pods[0].run(|| UdpSocket::bind((PODS[0], 0)).unwrap());
+        for _ in 0..2 {
+            pod.send_to(b"x", (service, 5000)).unwrap();
+        }
+        socket.recv_from(&mut [0; 8]).is_ok()
+    };
+    // A policy's pass is one whatever is translated.
+    mark(&w, Mark::default().value);
+    assert!(arrives("10.96.0.1", "198.51.100.1:5001"));
+    mark(&w, Mark::default().cluster());
+    assert!(!arrives("10.96.0.1", "198.51.100.1:5001"), "outside");
+    assert!(!arrives("10.96.0.4", "192.0.2.9:30080"), "a node port");
+    let counters = w.node.run(|| guard::counters().unwrap());
+    assert!(counters.iter().any(|(n, packets)| n == "translated" && *packets >= 2), "{counters:?}");
+    assert!(arrives("10.96.0.2", "10.7.7.7:5001"), "another pod");
+    assert!(arrives("10.96.0.3", "192.0.2.9:5001"), "a node");
+}
+
+#[test]
+fn the_guard_keeps_translated_packets_of_touched_pods_from_overlays() {
+    let w = world();
+    for (name, to) in [
+        ("10.96.0.1", "192.0.2.9:4789"),
+        ("10.96.0.2", "192.0.2.9:51820"),
+        ("10.96.0.3", "10.7.7.7:4789"),
+        ("10.96.0.4", "192.0.2.1:4789"),
+    ] {
+        w.node.ip(&format!("route add {name}/32 via 192.0.2.9"));
+        translate(&w, name, to);
+    }
+    w.server.ip("addr add 10.7.7.7/32 dev lo");
+    w.node.ip("route add 10.7.7.7 via 192.0.2.9");
+    w.node.run(|| Table::new(settings()).apply(&desired(&[])).unwrap());
+    let arrives = |i: usize, service: &str, ns: &Ns, at: &str| {
+        let socket = ns.run(|| UdpSocket::bind(at).unwrap());
+        socket.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        let pod = w.pods[i].run(|| UdpSocket::bind((PODS[i], 0)).unwrap());
+        for _ in 0..2 {
+            pod.send_to(b"x", (service, 5000)).unwrap();
+        }
+        socket.recv_from(&mut [0; 8]).is_ok()
+    };
+    for value in [Mark::default().value, Mark::default().cluster()] {
+        mark(&w, value);
+        assert!(!arrives(0, "10.96.0.1", &w.server, "192.0.2.9:4789"));
+        assert!(!arrives(0, "10.96.0.2", &w.server, "192.0.2.9:51820"));
+        assert!(!arrives(0, "10.96.0.3", &w.server, "10.7.7.7:4789"));
+        assert!(!arrives(0, "10.96.0.4", &w.node, "192.0.2.1:4789"));
+    }
+    // Pods that no policy selects are not marked, and not kept from anything.
+    assert!(arrives(1, "10.96.0.1", &w.server, "192.0.2.9:4789"));
+    assert!(arrives(1, "10.96.0.4", &w.node, "192.0.2.1:4789"));
+}
+
 #[test]
 fn the_guard_keeps_pods_from_the_tunnel_port_of_nodes_and_leaves_it_to_others() {
     let w = world();
@@ -279,6 +371,19 @@ fn the_guard_keeps_pods_from_the_tunnel_port_of_nodes_and_leaves_it_to_others() 
     w.server.ip("addr add 198.51.100.1/32 dev lo");
     w.node.ip("route add 198.51.100.1 via 192.0.2.9");
     assert!(w.reaches(1, &w.server, "198.51.100.1:8475"), "no node: not ours");
+    // Whoever it is: what did not enter from other nodes is not from them.
+    w.pods[0].ip("addr add 192.0.2.9/32 dev lo");
+    w.node.sh("for f in all pod0 pod1; do echo 0 > /proc/sys/net/ipv4/conf/$f/rp_filter; done");
+    let socket = w.node.run(|| UdpSocket::bind("192.0.2.1:8475").unwrap());
+    socket.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    w.pods[0].run(|| UdpSocket::bind("192.0.2.9:0").unwrap()).send_to(b"x", "192.0.2.1:8475").unwrap();
+    assert!(socket.recv_from(&mut [0; 8]).is_err(), "a forged source");
+    let other = w.node.run(|| UdpSocket::bind("10.0.0.1:8475").unwrap());
+    other.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    w.pods[0].run(|| UdpSocket::bind("192.0.2.9:0").unwrap()).send_to(b"x", "10.0.0.1:8475").unwrap();
+    assert!(other.recv_from(&mut [0; 8]).is_err(), "another address of the node");
+    w.server.run(|| UdpSocket::bind("192.0.2.9:0").unwrap()).send_to(b"x", "192.0.2.1:8475").unwrap();
+    assert!(socket.recv_from(&mut [0; 8]).is_ok(), "from a node");
 }
 
 #[test]
@@ -315,6 +420,19 @@ fn unknown_pods_are_dropped_on_their_way_out_only_when_armed() {
     assert!(!w.reaches(0, &w.server, "192.0.2.9:5002"));
     assert!(w.reaches(1, &w.server, "192.0.2.9:5003"));
     assert!(w.reaches(0, &w.pods[1], "10.0.1.2:5004"), "what stays on the node is not ours");
+    // An address outside the cluster's is as unknown, unless another node or our gateway sends from it.
+    w.pods[0].ip("addr add 172.31.9.2/32 dev eth0");
+    w.node.ip("route add 172.31.9.2/32 dev pod0");
+    let odd = |port: u16| {
+        let socket = w.server.run(|| UdpSocket::bind(("192.0.2.9", port)).unwrap());
+        socket.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        w.pods[0].run(|| UdpSocket::bind("172.31.9.2:0").unwrap()).send_to(b"x", ("192.0.2.9", port)).unwrap();
+        socket.recv_from(&mut [0; 8]).is_ok()
+    };
+    assert!(!odd(5005));
+    d.foreign.push("pod0".into());
+    w.node.run(|| table.apply(&d).unwrap());
+    assert!(odd(5006));
 }
 
 #[test]

@@ -231,6 +231,9 @@ pub struct GrantKey {
     pub class: u32,
 }
 
+/// The most ports of overlays.
+pub const OVERLAYS: usize = 8;
+
 /// Ranges per entry of `PORTSETS`.
 pub const RANGES: usize = 8;
 /// Entries that one port set may chain.

@@ -24,6 +24,8 @@ pub trait Tables {
     fn now_ns(&self) -> u64;
     /// The tunnel's UDP port.
     fn tunnel_port(&self) -> u16;
+    /// Whether nodes unpack what comes to this UDP port, for the network plugin's overlay.
+    fn overlay(&self, port: u16) -> bool;
     /// [`config`] flags.
     fn flags(&self) -> u32;
     /// First and last port on node addresses that is outside the cluster set.
@@ -94,6 +96,9 @@ pub struct Decision {
     pub report: bool,
     /// Whether the packet passed although enforcement would drop it.
     pub audit: bool,
+    /// Whether it passes only because its destination belongs to the cluster set: it must still do so after
+    /// network address translation.
+    pub cluster: bool,
     /// The scope, 0 if it has none.
     pub scope: u32,
     /// The owner of the scope if the action is [`Action::Steer`], 0 at a gateway.
@@ -123,12 +128,18 @@ pub const fn seconds(ns: u64) -> u32 {
 /// Whether `addr` with `port` belongs to the cluster set (step 7).
 #[inline(always)]
 pub fn in_cluster<T: Tables>(t: &T, addr: &Addr, proto: u8, port: u16) -> bool {
-    if t.node(addr) {
-        let (lo, hi) = t.node_ports();
-        return !(matches!(proto, proto::TCP | proto::UDP) && port >= lo && port <= hi);
-    }
-    t.cluster(&prefix_key(0, *addr))
+    if t.node(addr) { is_no_node_port(t, proto, port) } else { t.cluster(&prefix_key(0, *addr)) }
 }
+
+/// Whether a port on a node belongs to the cluster set: behind node ports may be anything.
+#[inline(always)]
+fn is_no_node_port<T: Tables>(t: &T, proto: u8, port: u16) -> bool {
+    let (lo, hi) = t.node_ports();
+    !(matches!(proto, proto::TCP | proto::UDP) && port >= lo && port <= hi)
+}
+
+/// First of the ports that clients take by themselves (Linux, `ip_local_port_range`).
+pub const EPHEMERAL: u16 = 32_768;
 
 /// Whether this is neighbour discovery or listener reporting that cannot leave the link
 /// (RFC 4861, section 6.1: hop limit 255; RFC 3810). Router advertisements and redirects are a router's.
@@ -295,7 +306,8 @@ pub fn verdict<T: Tables>(parsed: Parsed, p: &Packet, ifindex: u32, t: &T, out: 
         return out.drop(Code::Malformed);
     }
     let later = p.has(mark::LATER_FRAGMENT);
-    let cluster = in_cluster(t, &p.dst, p.proto, p.dport);
+    let node = t.node(&p.dst);
+    let cluster = if node { is_no_node_port(t, p.proto, p.dport) } else { t.cluster(&prefix_key(0, p.dst)) };
     if later && !cluster && isolated && !audit {
         return out.drop(Code::Fragment);
     }
@@ -305,6 +317,20 @@ pub fn verdict<T: Tables>(parsed: Parsed, p: &Packet, ifindex: u32, t: &T, out: 
     }
     // Step 4.
     if p.proto == proto::UDP && !later && p.dport == t.tunnel_port() {
+        return out.drop(Code::TunnelPort);
+    }
+    // Nodes unpack the network plugin's tunnels, and believe what is inside. They do so at all their addresses, of
+    // which some lie in the cluster's prefixes; there a port of clients may be an answer's.
+    let ordinary = matches!(p.proto, proto::TCP | proto::UDP | proto::SCTP) || p.is_icmp();
+    if !T::GATEWAY && node && !ordinary {
+        return out.drop(Code::Protocol);
+    }
+    if !T::GATEWAY
+        && p.proto == proto::UDP
+        && !later
+        && t.overlay(p.dport)
+        && (node || (cluster && p.dport < EPHEMERAL))
+    {
         return out.drop(Code::TunnelPort);
     }
     // Step 5. Echo requests and TCP SYNs start something new, whatever was there before.
@@ -328,7 +354,20 @@ pub fn verdict<T: Tables>(parsed: Parsed, p: &Packet, ifindex: u32, t: &T, out: 
     }
     // Step 7.
     if cluster {
-        return if T::GATEWAY { out.drop(Code::NotAllowed) } else { out.set(Action::Pass, Code::Allowed) };
+        if T::GATEWAY {
+            return out.drop(Code::NotAllowed);
+        }
+        if ordinary || !isolated {
+            out.cluster = isolated && !audit;
+            return out.set(Action::Pass, Code::Allowed);
+        }
+        if !audit {
+            return out.drop(Code::Protocol);
+        }
+        out.set(Action::Pass, Code::Protocol);
+        out.audit = true;
+        out.report = true;
+        return;
     }
     policy(p, t, ep, isolated, admin, own, known, now, out);
     if out.action == Action::Drop && is_miss(out.code) && !T::GATEWAY && isolated && !audit && !later {
@@ -467,7 +506,7 @@ fn answers<T: Tables>(t: &T, scope: u32) -> u32 {
     }
 }
 
-/// Step 0: everything but UDP to a node's tunnel port goes its way.
+/// Step 0: everything goes its way but UDP to the tunnel port that a node might take for another node's.
 #[inline(always)]
 fn untouched<T: Tables>(parsed: Parsed, p: &Packet, t: &T, out: &mut Decision) {
     let tunnel = match parsed {
@@ -476,7 +515,7 @@ fn untouched<T: Tables>(parsed: Parsed, p: &Packet, t: &T, out: &mut Decision) {
         Parsed::Malformed => true,
         Parsed::Arp | Parsed::NotIp => false,
     };
-    if tunnel && t.node(&p.dst) {
+    if tunnel && (t.node(&p.dst) || t.node(&p.src) || is_link_local(&p.dst)) {
         return out.drop(if parsed == Parsed::Ip { Code::TunnelPort } else { Code::Malformed });
     }
     out.set(Action::Ignore, Code::Allowed);

@@ -243,6 +243,20 @@ fn step_7_the_cluster_set_without_node_ports() {
 }
 
 #[test]
+fn step_6_a_stand_in_answers_dns_and_takes_nothing_else() {
+    let mut m = world::<false>();
+    m.gateways.insert(2, m.now_ns.get());
+    m.scopes.insert(1, Scope { owner: 1, pair: 0, dns: 2 });
+    let d = pod(&m, &udp(ISOLATED.0, STRANGER.0, 53));
+    assert_eq!((d.via, d.owner), (via::DNS, 2));
+    let d = pod(&m, &tcp(ISOLATED.0, OUTSIDE.0, 443, true));
+    assert_eq!((d.action, d.owner), (Action::Steer, 1));
+    // One that is not known answers nothing: it goes to the owner.
+    m.gateways.remove(&2);
+    assert_eq!(pod(&m, &udp(ISOLATED.0, STRANGER.0, 53)).owner, 1);
+}
+
+#[test]
 fn step_8_metadata_and_encrypted_dns() {
     let mut m = world::<false>();
     for (s, d) in [

@@ -31,6 +31,8 @@ pub use events::{Counter, Events, PacketEvent, hook_name};
 pub use load::{Datapath, TestPacket, TestResult};
 pub use preflight::preflight;
 pub use sweep::Swept;
+pub use tidegate_ebpf_common::layout::OVERLAYS;
+pub use tidegate_ebpf_common::verdict::EPHEMERAL;
 pub use tidegate_ebpf_common::{Hook, Outcome};
 
 /// What the machine is.
@@ -53,8 +55,12 @@ pub struct Options {
     pub tunnel_port: u16,
     /// The mark of packets that passed the verdict; inside `mark_mask`.
     pub mark: u32,
-    /// The bits of the mark.
+    /// The mark of packets that passed because of the cluster set; another value inside `mark_mask`.
+    pub mark_cluster: u32,
+    /// The bits of both marks.
     pub mark_mask: u32,
+    /// UDP ports at which nodes unpack the network plugin's overlay; the first [`OVERLAYS`] count.
+    pub overlay_ports: Vec<u16>,
     /// Largest IP packet in octets that fits into the tunnel: the uplink's MTU less 50, or 70 over IPv6.
     pub tunnel_mtu: u16,
     /// How long flows that passed in audit still pass when their group leaves audit.
@@ -73,7 +79,9 @@ impl Options {
             pins: pins.into(),
             tunnel_port: 8475,
             mark: 0x0020_0000,
+            mark_cluster: 0x0030_0000,
             mark_mask: 0x00f0_0000,
+            overlay_ports: vec![4789, 8472, 6081, 51_820, 51_821],
             tunnel_mtu: 1450,
             drain: Duration::from_secs(30),
             flows_per_endpoint: 16_384,

@@ -20,6 +20,7 @@ const OK: i32 = 0;
 const SHOT: i32 = 2;
 const REDIRECT: i32 = 7;
 const MARK: u32 = 0x0020_0000;
+const BY_CLUSTER: u32 = 0x0030_0000;
 
 const SCOPE: ScopeKey = ScopeKey(1);
 const CLASS: ClassKey = ClassKey(1);
@@ -181,6 +182,8 @@ fn every_step_for_both_families() {
     // 6 to 8
     assert_eq!(egress(&f, &udp(ISOLATED.0, "10.244.1.53", 5353)), REDIRECT);
     let passed = run(&f, Program::PodEgress, &tcp(ISOLATED.0, "10.244.9.9", 80, true));
+    assert_eq!((passed.code, passed.mark), (NEXT, BY_CLUSTER));
+    let passed = run(&f, Program::PodEgress, &tcp(GUARDED.0, "10.244.9.9", 80, true));
     assert_eq!((passed.code, passed.mark), (NEXT, MARK));
     assert_eq!(egress(&f, &tcp(ISOLATED.1, "fd00:10:244::99", 80, true)), NEXT);
     assert_eq!(egress(&f, &tcp(ISOLATED.0, "192.0.2.1", 10250, true)), NEXT);
@@ -380,6 +383,43 @@ fn the_guard_drops_what_did_not_come_through_the_verdict() {
     let uplink = Local { uplinks: vec![Interface { ifindex: 1, mac: [2; 6] }], ..armed };
     f.path_mut().apply(&state(), &uplink, false).unwrap();
     assert_eq!(guard(&f, &unknown, 0, 1), NEXT);
+}
+
+#[test]
+fn the_guard_holds_what_passed_to_the_cluster_to_it() {
+    let f = world(Role::Node);
+    let guard = |to: &str, port: u16, mark: u32, from: u32| {
+        let frame = tcp(if to.contains(':') { ISOLATED.1 } else { ISOLATED.0 }, to, port, true);
+        let packet = TestPacket { frame: &frame, ifindex: 1, ingress_ifindex: from, mark, repeat: 1 };
+        f.path().test_run(Program::NodeGuard, &packet).unwrap().code
+    };
+    for to in ["10.244.9.9", "fd00:10:244::99", "192.0.2.2"] {
+        assert_eq!(guard(to, 443, BY_CLUSTER | 0x4000, 1), NEXT, "{to}");
+    }
+    // A service's address that was translated to one outside, or to a port behind which is anything.
+    for (to, port) in [(STRANGER.0, 443), (STRANGER.1, 443), ("192.0.2.2", 30_080)] {
+        let before = counted(&f, Hook::NodeGuard, Outcome::Drop, Reason::NotAllowed);
+        assert_eq!(guard(to, port, BY_CLUSTER, 1), SHOT, "{to}");
+        assert_eq!(counted(&f, Hook::NodeGuard, Outcome::Drop, Reason::NotAllowed), before + 1);
+        assert_eq!(guard(to, port, MARK, 1), NEXT, "{to}");
+        // Outer packets of the network plugin carry the mark on, and entered nowhere.
+        assert_eq!(guard(to, port, BY_CLUSTER, 0), NEXT, "{to}");
+    }
+}
+
+#[test]
+fn overlays_of_the_network_plugin_are_closed_to_touched_pods() {
+    let f = world(Role::Node);
+    for (pod, node) in [(ISOLATED.0, "192.0.2.2"), (GUARDED.0, "192.0.2.1"), (ISOLATED.1, "2001:db8:ffff::2")] {
+        for port in [4789, 8472, 6081, 51_820, 51_821] {
+            drops(&f, &udp(pod, node, port), Reason::TunnelPort);
+        }
+        assert_eq!(egress(&f, &udp(pod, node, 4790)), NEXT);
+        drops(&f, &raw(pod, node, 4, &[0; 20]), Reason::Protocol);
+        drops(&f, &raw(pod, node, 47, &[0; 20]), Reason::Protocol);
+    }
+    drops(&f, &udp(ISOLATED.0, "10.244.9.1", 8472), Reason::TunnelPort);
+    drops(&f, &raw(ISOLATED.0, "10.244.9.1", 4, &[0; 20]), Reason::Protocol);
 }
 
 #[test]

@@ -11,11 +11,6 @@ use crate::maps;
 use crate::skb::{NEXT, SHOT, Skb};
 use crate::tables::{self, Kernel, count, dropped, get, now_ns, report};
 
-#[inline(always)]
-fn marked(skb: &Skb) -> bool {
-    skb.mark() & maps::mark_mask() == maps::mark()
-}
-
 /// What a pod sends.
 #[classifier]
 pub fn pod_egress(ctx: TcContext) -> i32 {
@@ -38,7 +33,8 @@ fn pod_egress_inner(skb: &Skb) -> i32 {
             if d.report {
                 report(skb, Hook::PodEgress, outcome, d.code, &p);
             }
-            skb.set_mark(skb.mark() & !maps::mark_mask() | maps::mark());
+            let mark = if d.cluster { maps::mark_cluster() } else { maps::mark() };
+            skb.set_mark(skb.mark() & !maps::mark_mask() | mark);
             NEXT
         }
         Action::Drop => {
@@ -132,12 +128,22 @@ pub fn node_guard(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn guard(skb: &Skb) -> i32 {
     let ethertype = skb.ethertype();
-    if (ethertype != packet::IPV4 && ethertype != packet::IPV6) || marked(skb) {
+    let marked = skb.mark() & maps::mark_mask();
+    if (ethertype != packet::IPV4 && ethertype != packet::IPV6) || marked == maps::mark() {
         return NEXT;
     }
     let Some(config) = tables::config() else { return NEXT };
+    let t = Kernel::<false> { config };
     let mut p = Packet::default();
     skb.parse(&mut p);
+    if marked == maps::mark_cluster() {
+        // A service's address may have been translated to one outside. What entered nowhere is the network plugin's
+        // outer packet: unlike its pods' packets it goes to an address that may be in no set.
+        if skb.ingress_ifindex() == 0 || in_cluster(&t, &p.dst, p.proto, p.dport) {
+            return NEXT;
+        }
+        return dropped(skb, Hook::NodeGuard, Code::NotAllowed, &p);
+    }
     if let Some(ep) = get!(ENDPOINTS, &p.src) {
         if ep.flags & endpoint::ISOLATED == 0 || ep.node != config.node {
             return NEXT;
@@ -158,7 +164,6 @@ fn guard(skb: &Skb) -> i32 {
     if from == 0 || get!(IFACES, &from).is_some_and(|i| i.kind == iface::UPLINK || i.kind == iface::UNTOUCHED) {
         return NEXT;
     }
-    let t = Kernel::<false> { config };
     if !in_cluster(&t, &p.src, 0, 0) {
         return NEXT;
     }

@@ -53,6 +53,10 @@ impl<const G: bool> Tables for Kernel<G> {
         maps::tunnel_port()
     }
     #[inline(always)]
+    fn overlay(&self, port: u16) -> bool {
+        maps::overlay(port)
+    }
+    #[inline(always)]
     fn flags(&self) -> u32 {
         self.config.flags
     }

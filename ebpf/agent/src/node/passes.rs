@@ -186,12 +186,21 @@ impl Node {
             })
         };
         let pods: BTreeSet<IpAddr> = self.local_pods().collect();
+        let names = |links: &[&Link]| links.iter().map(|l| l.name.clone()).collect::<Vec<_>>();
+        let own = self.merged.nodes.get(&self.config.node).map_or(&[][..], |n| &n.addresses);
+        let underlay = self.topology.underlay(self.config.uplinks.as_deref(), own);
+        let tunnels = |l: &&Link| l.name == EGRESS_SIDE || matches!(l.kind, Kind::Vxlan { .. } | Kind::Tunnel);
+        let mut foreign = names(&underlay);
+        foreign.extend(self.topology.links.values().filter(tunnels).map(|l| l.name.clone()));
         Desired {
             isolated: pods.iter().filter(|ip| isolated(ip)).copied().collect(),
             pods,
             nodes: self.merged.nodes.values().flat_map(|n| n.addresses.iter().copied()).collect(),
             cluster: self.merged.cluster.prefixes.clone(),
-            uplinks: self.uplinks().iter().map(|l| l.name.clone()).collect(),
+            node_ports: self.merged.cluster.node_ports,
+            uplinks: names(&self.uplinks()),
+            underlay: names(&underlay),
+            foreign,
             drop_unknown: self.config.unknown_pods == UnknownPods::Drop && self.ready,
         }
     }

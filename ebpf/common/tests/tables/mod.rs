@@ -52,6 +52,9 @@ impl<const G: bool> Tables for Memory<G> {
     fn tunnel_port(&self) -> u16 {
         8475
     }
+    fn overlay(&self, port: u16) -> bool {
+        matches!(port, 4789 | 8472 | 51_820)
+    }
     fn flags(&self) -> u32 {
         self.flags
     }
