@@ -570,6 +570,7 @@ impl Run {
         let old = self.core.shared.world.swap(world.clone());
         self.core.shared.egress.store(Arc::new(compiled.egress.clone()));
         self.core.ownership.set_pairs(self.core.desired.pairs(&world));
+        self.core.ownership.set_nodes(|n| compiled.nodes.contains_key(n));
         self.core.ownership.tick(self.core.shared.now());
         self.set_claims(&world);
         self.core.shared.pairs.store(Arc::new(self.core.desired.held(&world)));

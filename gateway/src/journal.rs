@@ -18,6 +18,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
 use std::net::IpAddr;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -236,7 +237,9 @@ impl Journal {
     /// # Errors
     /// The folder cannot be made or the thread not started. Bad files are no error: they are set aside.
     pub fn open(folder: &Path, gateway: &str) -> Result<(Self, Recovered, std::thread::JoinHandle<()>)> {
-        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        // Which names pods ask for is nobody else's business.
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(folder);
+        made.with_context(|| format!("cannot make {}", folder.display()))?;
         let clocks = Clocks::now();
         let contents = recover(folder, gateway, &clocks);
         let recovered =

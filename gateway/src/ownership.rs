@@ -21,6 +21,11 @@ pub const SILENCE: Duration = Duration::from_secs(2);
 /// at different speeds, and the first of the order should be it.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// So long after a claim it still gives way to epochs that nodes report.
+const CORRECT: Duration = Duration::from_secs(5);
+/// How far above the known epoch a node's word may be.
+const MAX_STEP: u64 = 1 << 20;
+
 #[derive(Debug, Default)]
 struct Peer {
     /// When its last beat came; absent if never.
@@ -54,12 +59,15 @@ pub struct Ownership {
     started: Duration,
     peers: BTreeMap<String, Peer>,
     agents: BTreeMap<String, Agent>,
-    /// How many agents were connected at most.
-    most_agents: usize,
+    /// Every agent that was ever connected, of nodes that are part of the cluster.
+    ever: BTreeSet<String>,
     /// Pairs that policy has, with their candidates.
     pairs: BTreeMap<Pair, Vec<String>>,
     known: BTreeMap<Pair, Known>,
-    held: BTreeSet<Pair>,
+    /// The highest epochs that agents follow.
+    floors: BTreeMap<Pair, u64>,
+    /// What this gateway serves, and since when.
+    held: BTreeMap<Pair, Duration>,
     able: bool,
 }
 
@@ -71,10 +79,11 @@ impl Ownership {
             started: now,
             peers: peers.into_iter().filter(|p| p != me).map(|p| (p, Peer::default())).collect(),
             agents: BTreeMap::new(),
-            most_agents: 0,
+            ever: BTreeSet::new(),
             pairs: BTreeMap::new(),
             known: BTreeMap::new(),
-            held: BTreeSet::new(),
+            floors: BTreeMap::new(),
+            held: BTreeMap::new(),
             able: false,
         }
     }
@@ -88,8 +97,19 @@ impl Ownership {
 
     /// The pairs of policy with their candidates in order. Those that are gone are let go.
     pub fn set_pairs(&mut self, pairs: BTreeMap<Pair, Vec<String>>) {
-        self.held.retain(|p| pairs.contains_key(p));
+        self.held.retain(|p, _| pairs.contains_key(p));
+        self.floors.retain(|p, _| pairs.contains_key(p));
         self.pairs = pairs;
+    }
+
+    /// The nodes of the cluster: an agent of a node that is gone is not lost.
+    pub fn set_nodes(&mut self, is_node: impl Fn(&str) -> bool) {
+        self.ever.retain(|n| is_node(n));
+    }
+
+    /// Whether this is another gateway of the cluster.
+    pub fn is_peer(&self, name: &str) -> bool {
+        self.peers.contains_key(name)
     }
 
     /// Whether this gateway could serve a pair.
@@ -118,15 +138,12 @@ impl Ownership {
     /// An agent said which gateways it sees, and the highest epochs of the pairs that its node follows.
     pub fn seen(&mut self, node: &str, sees: BTreeSet<String>, epochs: impl IntoIterator<Item = (Pair, u64)>) {
         self.agents.insert(node.to_owned(), Agent { sees });
-        self.most_agents = self.most_agents.max(self.agents.len());
+        self.ever.insert(node.to_owned());
         for (pair, epoch) in epochs {
-            // The node follows an epoch that nobody alive may know: ours must be above it.
-            let known = self.known.entry(pair.clone()).or_insert(Known { owner: String::new(), epoch });
-            if epoch > known.epoch {
-                known.epoch = epoch;
-                known.owner = String::new();
-                self.held.remove(&pair);
-            }
+            // A node may follow an epoch that no gateway knows any more; one that lies must not use the numbers up.
+            let most = self.known.get(&pair).map_or(0, |k| k.epoch).saturating_add(MAX_STEP);
+            let floor = self.floors.entry(pair).or_default();
+            *floor = (*floor).max(epoch.min(most));
         }
     }
 
@@ -146,19 +163,25 @@ impl Ownership {
         if self.isolated(now) {
             self.held.clear();
         }
-        let held: Vec<Pair> = self.held.iter().cloned().collect();
-        for pair in held {
-            if self.known.get(&pair).is_none_or(|k| k.owner != self.me) {
-                self.held.remove(&pair);
+        let (known, me) = (&self.known, &self.me);
+        self.held.retain(|pair, _| known.get(pair).is_some_and(|k| k.owner == *me));
+        for (pair, since) in &self.held {
+            // Nodes spoke after the claim was made: they would not follow it.
+            let floor = self.floors.get(pair).copied().unwrap_or(0);
+            if let Some(k) = self.known.get_mut(pair).filter(|k| k.epoch < floor)
+                && now.saturating_sub(*since) < CORRECT
+            {
+                k.epoch = floor.saturating_add(1);
             }
         }
         if self.settled(now) && self.able && !self.isolated(now) {
             let free: Vec<Pair> =
                 self.pairs.iter().filter(|(p, c)| self.is_mine(p, c, now)).map(|(p, _)| p.clone()).collect();
             for pair in free {
-                let epoch = self.known.get(&pair).map_or(0, |k| k.epoch) + 1;
+                let known = self.known.get(&pair).map_or(0, |k| k.epoch);
+                let epoch = known.max(self.floors.get(&pair).copied().unwrap_or(0)).saturating_add(1);
                 self.known.insert(pair.clone(), Known { owner: self.me.clone(), epoch });
-                self.held.insert(pair);
+                self.held.insert(pair, now);
             }
         }
         before != (self.held.clone(), self.known.clone())
@@ -166,31 +189,24 @@ impl Ownership {
 
     /// Whether this gateway serves the pair.
     pub fn holds(&self, pair: &Pair) -> bool {
-        self.held.contains(pair)
+        self.held.contains_key(pair)
     }
 
     /// Who owns a pair: the highest claim known, else the first candidate at epoch 0.
     pub fn owner(&self, pair: &Pair) -> Option<Known> {
-        let candidates = self.pairs.get(pair)?;
-        let known = self.known.get(pair);
-        let owner = match known {
-            Some(k) if !k.owner.is_empty() => k.owner.clone(),
-            _ => candidates.first()?.clone(),
-        };
-        // A claim without a known owner is an agent's: it must not win against the owner's own word.
-        let epoch = known.filter(|k| !k.owner.is_empty()).map_or(0, |k| k.epoch);
-        Some(Known { owner, epoch })
+        let first = self.pairs.get(pair)?.first()?;
+        Some(self.known.get(pair).cloned().unwrap_or_else(|| Known { owner: first.clone(), epoch: 0 }))
     }
 
     /// Every claim known, for the beat and the journal.
     pub fn claims(&self) -> Vec<Claim> {
-        let known = self.known.iter().filter(|(p, k)| !k.owner.is_empty() && self.pairs.contains_key(*p));
+        let known = self.known.iter().filter(|(p, _)| self.pairs.contains_key(*p));
         known
             .map(|(p, k)| Claim {
                 pair: p.clone(),
                 owner: k.owner.clone(),
                 epoch: k.epoch,
-                held: k.owner == self.me && self.held.contains(p),
+                held: k.owner == self.me && self.held.contains_key(p),
             })
             .collect()
     }
@@ -199,7 +215,7 @@ impl Ownership {
     fn note(&mut self, pair: Pair, owner: String, epoch: u64) {
         let wins = match self.known.get(&pair) {
             None => true,
-            Some(k) => epoch > k.epoch || epoch == k.epoch && (k.owner.is_empty() || owner < k.owner),
+            Some(k) => epoch > k.epoch || epoch == k.epoch && owner < k.owner,
         };
         if wins {
             self.known.insert(pair, Known { owner, epoch });
@@ -222,14 +238,14 @@ impl Ownership {
 
     /// Whether a pair falls to this gateway.
     fn is_mine(&self, pair: &Pair, candidates: &[String], now: Duration) -> bool {
-        if self.held.contains(pair) {
+        if self.held.contains_key(pair) {
             return false;
         }
         // What it held when it was last heard it still holds, as long as it lives.
         if self.peers.iter().any(|(name, p)| p.holds.contains_key(pair) && self.lives(name, now)) {
             return false;
         }
-        let fresh = !self.known.contains_key(pair);
+        let fresh = !self.known.contains_key(pair) && !self.floors.contains_key(pair);
         for candidate in candidates {
             if *candidate == self.me {
                 return true;
@@ -252,7 +268,7 @@ impl Ownership {
             Some(at) => now.saturating_sub(at) >= SILENCE,
             None => now.saturating_sub(self.started) >= SILENCE,
         };
-        !self.peers.is_empty() && self.peers.values().all(silent) && self.agents.len() * 2 < self.most_agents
+        !self.peers.is_empty() && self.peers.values().all(silent) && self.agents.len() * 2 < self.ever.len()
     }
 }
 

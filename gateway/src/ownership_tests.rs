@@ -205,6 +205,38 @@ fn a_candidate_that_is_not_able_is_waited_for_and_then_passed_over() {
 }
 
 #[test]
+fn a_node_that_lies_about_epochs_moves_nothing() {
+    let mut s = two();
+    s.pass(6.0);
+    for g in ["a", "b"] {
+        let o = s.gateways.get_mut(g).unwrap();
+        for _ in 0..3 {
+            o.seen("n1", ["a", "b"].map(String::from).into(), [(pair(1), u64::MAX)]);
+            o.tick(s.now);
+        }
+        assert_eq!(o.owner(&pair(1)), Some(Known { owner: "a".into(), epoch: 1 }));
+    }
+    assert_eq!(s.holders(&pair(1)), ["a"]);
+}
+
+#[test]
+fn nodes_that_left_the_cluster_are_not_lost() {
+    let mut s = two();
+    s.pass(1.0);
+    let now = s.now + Duration::from_secs(5);
+    let a = s.gateways.get_mut("a").unwrap();
+    for node in &NODES[1..] {
+        a.agent_gone(node);
+    }
+    a.set_nodes(|n| n == "n1");
+    a.tick(now);
+    assert!(a.holds(&pair(1)));
+    a.agent_gone("n1");
+    a.tick(now);
+    assert!(!a.holds(&pair(1)));
+}
+
+#[test]
 fn pairs_that_policy_lost_are_let_go() {
     let mut s = two();
     s.pass(1.0);

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tidegate_ledger::{FactRecord, Input, NodeId, OwnerId};
+use tidegate_policy::Reason;
 use tidegate_policy::world::World;
 use tidegate_proto::wire::PeerUpdate;
 use tidegate_proto::{Beat, PeerFact, PeerMessage};
+use tidegate_sni::Live;
 use tokio::sync::mpsc;
 
 use super::{MAX_PENDING, Run};
@@ -40,6 +42,13 @@ impl Run {
             }
             self.apply_own();
             self.moved.get_or_insert(now);
+            // Connections of pairs that moved away are dead: their packets go elsewhere.
+            let desired = &self.core.desired;
+            let lost = |live: &Live| world.scope(live.scope).is_none_or(|s| desired.way_out(s).is_none());
+            let cut = self.core.registry.revoke(lost, Reason::NoGateway);
+            if cut > 0 {
+                tracing::info!(connections = cut, "connections of egress pairs that moved away were reset");
+            }
         }
         // Packets that come before the addresses and rules are there would be refused: nodes are told after that.
         let in_place = **self.core.shared.applied.load() == **self.core.shared.pairs.load();
@@ -153,6 +162,10 @@ impl Run {
 
     /// Another gateway asks: it gets all facts, those too that still wait for policy here.
     pub(super) fn peer_up(&mut self, gateway: String, out: mpsc::Sender<PeerUpdate>) {
+        if !self.core.ownership.is_peer(&gateway) {
+            tracing::warn!(peer = gateway, "a gateway that is not in the configuration, or has no address there, asks");
+            return;
+        }
         let now = self.core.shared.now();
         let mut facts = self.all_facts();
         for (at, waiting) in &self.pending {
