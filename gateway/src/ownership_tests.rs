@@ -275,8 +275,11 @@ fn random_faults_end_in_one_holder() {
                     }
                 }
                 1 | 2 if !s.gateways.contains_key(name) => {
-                    let claims =
-                        if noise(&mut seed).is_multiple_of(2) { Vec::new() } else { journals.remove(name).unwrap_or_default() };
+                    let claims = if noise(&mut seed).is_multiple_of(2) {
+                        Vec::new()
+                    } else {
+                        journals.remove(name).unwrap_or_default()
+                    };
                     s.start(name, &all, claims);
                 }
                 3 => drop(s.cut.insert((name.to_owned(), other.to_owned()))),
