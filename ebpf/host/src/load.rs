@@ -18,6 +18,7 @@ use tidegate_policy::ScopeKey;
 use tidegate_policy::state::{FactUpdate, NodeState};
 
 use crate::ids::{Ids, Kind};
+use crate::incarnation::Incarnations;
 use crate::ports::PortSets;
 use crate::table::{Hashed, Table, Trie};
 use crate::{Capacities, Error, Local, Options, Program, Role};
@@ -120,6 +121,7 @@ pub struct Datapath {
     pub(crate) spare: Option<Ebpf>,
     pub(crate) ids: Ids,
     pub(crate) tables: Tables,
+    pub(crate) incarnations: Incarnations,
     pub(crate) heartbeats: HashMap<MapData, u32, u64>,
     pub(crate) facts: HashMap<MapData, FactKey, Fact>,
     pub(crate) held: HashMap<MapData, Addr, u64>,
@@ -179,6 +181,7 @@ impl Datapath {
         Ok(Self {
             options: options.clone(),
             ids: Ids::new(table!("IDS")),
+            incarnations: Incarnations::adopt(tables.endpoints.iter()),
             tables,
             heartbeats: take(&mut ebpf, "HEARTBEATS")?,
             facts: take(&mut ebpf, "FACTS")?,
@@ -359,6 +362,14 @@ pub(crate) fn is_missing(e: &aya::maps::MapError) -> bool {
     }
 }
 
+/// How often a program's load is tried, as libbpf does.
+const ATTEMPTS: u32 = 5;
+
+fn is_again(e: &aya::programs::ProgramError) -> bool {
+    use aya::programs::ProgramError::LoadError;
+    matches!(e, LoadError { io_error, .. } if io_error.raw_os_error() == Some(libc::EAGAIN))
+}
+
 /// Loads the object with its maps below `root`, and the role's programs into the kernel.
 pub(crate) fn load_object(options: &Options, root: &Path) -> Result<Ebpf, Error> {
     let mtu = u32::from(options.tunnel_mtu);
@@ -384,7 +395,14 @@ pub(crate) fn load_object(options: &Options, root: &Path) -> Result<Ebpf, Error>
             .ok_or(Error::NotLoaded(program.name()))?
             .try_into()
             .map_err(program_error(program))?;
-        loaded.load().map_err(program_error(program))?;
+        let mut tried = 1;
+        // The verifier gives up when a signal is pending.
+        while let Err(e) = loaded.load() {
+            if tried == ATTEMPTS || !is_again(&e) {
+                return Err(program_error(program)(e));
+            }
+            tried += 1;
+        }
     }
     Ok(ebpf)
 }
