@@ -46,6 +46,10 @@ pub struct Config {
     /// What happens to packets of pods that no gateway has told of.
     #[serde(default)]
     pub unknown_pods: UnknownPods,
+    /// Flows that the kernel remembers per pod address, 16 to 262144: those from outside, audited ones, UDP. All pods
+    /// of a node share 262144.
+    #[serde(default = "default_flows_per_endpoint")]
+    pub flows_per_endpoint: u32,
     /// Address of `/metrics`, `/healthz`, `/readyz` and `/config`. Absent: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admin: Option<SocketAddr>,
@@ -143,6 +147,10 @@ fn default_tunnel_port() -> u16 {
     8475
 }
 
+fn default_flows_per_endpoint() -> u32 {
+    4_096
+}
+
 /// VXLAN, flannel's VXLAN, Geneve, WireGuard of Calico and flannel.
 fn default_overlay_ports() -> BTreeSet<u16> {
     [4789, 8472, 6081, 51_820, 51_821].into()
@@ -216,6 +224,9 @@ impl Config {
         }
         if self.overlay_ports.len() > OVERLAYS || self.overlay_ports.contains(&0) {
             return refuse("overlayPorts", "at most 8 ports, from 1 to 65535");
+        }
+        if !(16..=262_144).contains(&self.flows_per_endpoint) {
+            return refuse("flowsPerEndpoint", "must be from 16 to 262144");
         }
         if let Some(uplinks) = &self.uplinks {
             if uplinks.is_empty() {
@@ -302,6 +313,7 @@ mod tests {
             ("mark", |c| c.mark.mask = 0x0020_0000),
             ("overlayPorts", |c| c.overlay_ports = (1..=9).collect()),
             ("overlayPorts", |c| c.overlay_ports = [0].into()),
+            ("flowsPerEndpoint", |c| c.flows_per_endpoint = 0),
             ("uplinks", |c| c.uplinks = Some(vec![])),
             ("uplinks", |c| c.uplinks = Some(vec!["a/b".into()])),
             ("pins", |c| c.pins = "pins".into()),

@@ -159,6 +159,7 @@ fn options(config: &Config, tunnel_mtu: u16) -> Options {
         mark_mask: config.mark.mask,
         overlay_ports: config.overlay_ports.iter().copied().collect(),
         tunnel_mtu,
+        flows_per_endpoint: config.flows_per_endpoint,
         ..Options::new(Role::Node, &config.pins)
     }
 }

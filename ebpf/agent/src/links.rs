@@ -164,6 +164,18 @@ impl Topology {
         out
     }
 
+    /// Devices that lead to containers of this node, and the bridges of such: what enters by them was sent here.
+    /// `outward` lead to the rest of the network.
+    pub fn inside(&self, outward: &[&Link]) -> BTreeSet<u32> {
+        let ours = |l: &Link| devices::OURS.contains(&l.name.as_str());
+        let cables = self.links.values().filter(|l| l.kind == Kind::Veth && l.peer_netns.is_some() && !ours(l));
+        let all = cables.flat_map(|l| {
+            let bridge = l.master.filter(|m| self.links.get(m).is_some_and(|b| b.kind == Kind::Bridge));
+            [Some(l.index), bridge]
+        });
+        all.flatten().filter(|i| !outward.iter().any(|l| l.index == *i || l.master == Some(*i))).collect()
+    }
+
     /// The host-side interface of the pod with this address.
     pub fn interface(&self, address: IpAddr, how: Interfaces) -> Option<&Link> {
         let index = match how {

@@ -262,7 +262,7 @@ async fn lifecycle(w: &World) {
     agent.facts.say(FactsBatch { boot_id: BOOT, sequence: 1, snapshot: true, ..FactsBatch::default() }).await;
     agent.state.say(snapshot(1, &state("n2", 0))).await;
     assert_eq!(agent.state.acked(1).await, None);
-    assert_eq!(*agent.status.borrow(), Status { ready: true, conditions: vec![] });
+    eventually("ready", || *agent.status.borrow() == Status { ready: true, conditions: vec![] }).await;
 
     // Not allowed, untouched, allowed.
     send(&w.isolated, &format!("{OUTSIDE}:5001"));

@@ -173,6 +173,18 @@ fn a_pods_interface_is_found_through_its_bridge() {
     let t = read();
     assert!(t.interface(ip("10.1.0.5"), Interfaces::Bridge).is_none());
     let bridge = t.bridge(ip("10.1.0.5")).unwrap();
+    // What enters by these was sent on this node; a bridge with the node's address leads elsewhere.
+    let names = |indexes: &std::collections::BTreeSet<u32>| -> Vec<String> {
+        indexes.iter().map(|i| t.links[i].name.clone()).collect()
+    };
+    let mut inside = names(&t.inside(&t.underlay(None, &[])));
+    inside.sort();
+    assert_eq!(inside, ["br0", "veth1", "veth2"]);
+    let underlay = t.underlay(None, &[ip("10.1.0.1")]);
+    assert_eq!(underlay.iter().map(|l| l.name.as_str()).collect::<Vec<_>>(), ["br0"]);
+    let mut inside = names(&t.inside(&underlay));
+    inside.sort();
+    assert_eq!(inside, ["veth1", "veth2"]);
     node.block_on(|| async {
         let nl = Netlink::open().unwrap();
         nl.resolve(bridge, ip("10.1.0.5")).await.unwrap();

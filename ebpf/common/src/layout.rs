@@ -4,7 +4,7 @@
 use core::net::IpAddr;
 
 /// Version of the layouts; part of the pin path, so that two versions live side by side during an upgrade.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// An IP address as sixteen octets in network order; IPv4 is mapped (`::ffff:a.b.c.d`,
 /// RFC 4291, section 2.5.5.2). The words hold the octets as they lie in memory.
@@ -109,6 +109,8 @@ pub struct Endpoint {
     pub mac: [u8; 6],
     /// [`endpoint`] flags.
     pub flags: u16,
+    /// Another number for every pod that has the address after another: flows of the earlier one are not its.
+    pub incarnation: u32,
 }
 
 /// Flags of [`Endpoint`].
@@ -137,6 +139,10 @@ pub mod iface {
     pub const UNTOUCHED: u16 = 2;
     /// An uplink.
     pub const UPLINK: u16 = 3;
+    /// Another that leads to pods of this node: a bridge of theirs, a second interface.
+    pub const INSIDE: u16 = 4;
+    /// A tunnel of the network plugin: what enters by it is another node's.
+    pub const TUNNEL: u16 = 5;
 }
 
 /// Value of `GROUPS {id}`.
@@ -339,6 +345,8 @@ pub struct FlowKey {
     pub peer_port: u16,
     /// IP protocol number.
     pub proto: u32,
+    /// [`Endpoint::incarnation`] of the pod.
+    pub incarnation: u32,
 }
 
 /// Value of `FLOWS`.
@@ -446,11 +454,11 @@ mod tests {
     #[test]
     fn layouts_have_no_padding() {
         assert_eq!(size_of::<Config>(), 4 + 4 + 16);
-        assert_eq!(size_of::<Endpoint>(), 16 + 6 + 2);
+        assert_eq!(size_of::<Endpoint>(), 16 + 6 + 2 + 4);
         assert_eq!(size_of::<Iface>(), 8);
         assert_eq!(size_of::<FactKey>(), 20);
         assert_eq!(size_of::<PortSet>(), 4 + RANGES * 6);
-        assert_eq!(size_of::<FlowKey>(), 40);
+        assert_eq!(size_of::<FlowKey>(), 44);
         assert_eq!(size_of::<Event>(), 44);
         assert_eq!(size_of::<PrefixKey>(), 20);
         assert_eq!(size_of::<DnsKey>(), 20);

@@ -158,6 +158,12 @@ fn on_link<T: Tables>(p: &Packet, t: &T) -> bool {
     }
 }
 
+/// Whether an IPv6 packet is of those that a device sends by itself: from no address, or to all nodes of its link.
+#[inline(always)]
+fn stays_on_link(p: &Packet) -> bool {
+    p.src == Addr::default() || p.dst.head() == 0xff02
+}
+
 /// What a port set is asked, in one word: port, protocol, and whether any allowed port counts (ICMP).
 #[inline(always)]
 pub const fn question(p: &Packet) -> u32 {
@@ -251,8 +257,9 @@ fn accepts<T: Tables>(t: &T, set: u32, p: &Packet, metadata: bool) -> bool {
 
 /// The flow that the packet belongs to, as seen from the pod that sends it.
 #[inline(always)]
-pub fn flow_key(p: &Packet) -> FlowKey {
-    FlowKey { pod: p.src, peer: p.dst, pod_port: p.sport, peer_port: p.dport, proto: p.proto as u32 }
+pub fn flow_key(p: &Packet, incarnation: u32) -> FlowKey {
+    let (pod_port, peer_port) = (p.sport, p.dport);
+    FlowKey { pod: p.src, peer: p.dst, pod_port, peer_port, proto: p.proto as u32, incarnation }
 }
 
 /// Decides about a packet that entered by `ifindex`.
@@ -273,6 +280,12 @@ pub fn verdict<T: Tables>(parsed: Parsed, p: &Packet, ifindex: u32, t: &T, out: 
         }
         Parsed::Malformed if kind == iface::ENDPOINT => return out.drop(Code::Malformed),
         _ => return untouched(parsed, p, t, out),
+    }
+    if T::GATEWAY && p.is_v6() && stays_on_link(p) {
+        // The veth's own: nobody sent it, and nobody needs a record.
+        out.drop(Code::Protocol);
+        out.report = false;
+        return;
     }
     if !T::GATEWAY && on_link(p, t) {
         return out.set(Action::Ignore, Code::Allowed);
@@ -334,7 +347,7 @@ pub fn verdict<T: Tables>(parsed: Parsed, p: &Packet, ifindex: u32, t: &T, out: 
         return out.drop(Code::TunnelPort);
     }
     // Step 5. Echo requests and TCP SYNs start something new, whatever was there before.
-    let key = flow_key(p);
+    let key = flow_key(p, ep.incarnation);
     let known = if later || p.is_syn() || p.is_echo_request() { 0 } else { t.flow(&key, now) };
     if !T::GATEWAY && (known & flow::OUTSIDE != 0 || (known & flow::AUDIT != 0 && (audit || now < drain))) {
         return out.set(Action::Pass, Code::Allowed);
@@ -396,13 +409,14 @@ pub fn verdict<T: Tables>(parsed: Parsed, p: &Packet, ifindex: u32, t: &T, out: 
         out.action = Action::Pass;
         out.report = true;
         if (transport || p.is_echo_request()) && !t.remember(&key, flow::AUDIT, now) && !out.audit {
-            // Without a place in the table every packet would be reported.
-            out.report = p.is_syn();
+            // Without a place in the table nobody knows which packet is the first: every datagram may be one.
+            out.report = p.is_syn() || p.proto == proto::UDP;
         }
     } else if out.action == Action::Steer && p.proto == proto::UDP && known == 0 && out.via != via::NONE {
-        // A first packet; at a gateway it is worth a record.
-        let placed = t.remember(&key, flow::STEERED, now);
-        out.report = T::GATEWAY && placed;
+        // A first packet; at a gateway it is worth a record. Without a place in the table so is every one, within the
+        // budget of events: a pod that has filled its places must not go on unseen.
+        t.remember(&key, flow::STEERED, now);
+        out.report = T::GATEWAY;
     } else if out.action == Action::Steer {
         out.report = T::GATEWAY && p.is_syn();
     }

@@ -121,3 +121,25 @@ fn untouched_pods_forge_no_tunnel_packets_of_nodes() {
     drops("10.9.9.9", "169.254.1.1");
     is(decide(&m, &udp("10.9.9.9", STRANGER.0, 8475), UNTOUCHED), Action::Ignore, Code::Allowed);
 }
+
+#[test]
+fn a_full_table_hides_no_flow_at_the_gateway() {
+    let mut m = tables::world::<true>();
+    m.budget = 1;
+    let flow = |to: &str| decide(&m, &udp(ISOLATED.0, to, 4500), ISOLATED.2);
+    assert!(flow("198.51.100.1").report);
+    assert!(!flow("198.51.100.1").report);
+    m.flows.borrow_mut().clear();
+    m.flows.borrow_mut().insert(FlowKey::default(), Flow::default());
+    for _ in 0..2 {
+        let d = flow("198.51.100.1");
+        is(d, Action::Steer, Code::Allowed);
+        assert!(d.report);
+    }
+    // Nor in audit.
+    let mut m = world();
+    m.budget = 0;
+    for _ in 0..2 {
+        assert!(decide(&m, &udp(AUDITED.0, "198.51.100.1", 4500), AUDITED.2).report);
+    }
+}

@@ -168,7 +168,7 @@ fn step_4_the_tunnel_port() {
 fn remember(m: &Memory<false>, frame: &[u8], flags: u32) {
     let mut p = Packet::default();
     assert_eq!(packet::parse(&frame, ethertype(frame), &mut p), Parsed::Ip);
-    let key = tidegate_ebpf_common::verdict::flow_key(&p);
+    let key = tidegate_ebpf_common::verdict::flow_key(&p, 0);
     m.flows.borrow_mut().insert(key, Flow { seen: NOW, flags });
 }
 

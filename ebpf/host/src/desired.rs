@@ -13,7 +13,7 @@ use tidegate_policy::state::{NodeState, Touch};
 use tidegate_policy::{ClassKey, GroupKey, PortSet, ScopeKey};
 
 use crate::ids::Kind;
-use crate::load::{Datapath, is_missing, now_secs};
+use crate::load::{Datapath, is_missing, now_ns, now_secs};
 use crate::table::Lpm;
 use crate::{Applied, Error, Local};
 
@@ -272,6 +272,9 @@ impl Datapath {
 
     /// Endpoints and interfaces.
     fn pods(&mut self, state: &NodeState, local: &Local, want: &mut Desired) -> Result<(), Error> {
+        // Milliseconds; the sweep forgets flows long before they wrap.
+        let now = (now_ns() / 1_000_000) as u32;
+        let mut fresh = Vec::new();
         for ifindex in &local.untouched {
             want.ifaces.insert(*ifindex, Iface { kind: iface::UNTOUCHED, mac: [0; 6] });
         }
@@ -286,23 +289,41 @@ impl Datapath {
                 Some((s, g)) => (self.ids.get(Kind::Scope, s.0)?, self.ids.get(Kind::Group, g.0)?),
                 None => (0, 0),
             };
-            want.endpoints.insert(
-                Addr::from_ip(*ip),
-                Endpoint {
-                    scope,
-                    group,
-                    node: self.ids.named(Kind::Node, &value.node)?,
-                    ifindex: interface.map_or(0, |i| i.ifindex),
-                    mac: interface.map_or([0; 6], |i| i.mac),
-                    flags,
-                },
-            );
+            let addr = Addr::from_ip(*ip);
+            let mut endpoint = Endpoint {
+                scope,
+                group,
+                node: self.ids.named(Kind::Node, &value.node)?,
+                ifindex: interface.map_or(0, |i| i.ifindex),
+                mac: interface.map_or([0; 6], |i| i.mac),
+                flags,
+                incarnation: 0,
+            };
+            let (incarnation, new) = self.incarnations.of(addr, &endpoint, (&value.namespace, &value.pod), now);
+            endpoint.incarnation = incarnation;
+            want.endpoints.insert(addr, endpoint);
+            if new {
+                fresh.push(addr);
+            }
             let Some(interface) = interface else { continue };
             // One touched address makes the whole interface touched.
             let kind = if flags == 0 { iface::UNTOUCHED } else { iface::ENDPOINT };
             let entry = want.ifaces.entry(interface.ifindex).or_insert(Iface { kind, mac: [0; 6] });
             if kind == iface::ENDPOINT {
                 entry.kind = kind;
+            }
+        }
+        for (devices, kind) in [(&local.inside, iface::INSIDE), (&local.tunnels, iface::TUNNEL)] {
+            for ifindex in devices {
+                want.ifaces.entry(*ifindex).or_insert(Iface { kind, mac: [0; 6] });
+            }
+        }
+        fresh.extend(self.incarnations.retain(|addr| want.endpoints.contains_key(addr)));
+        for addr in fresh {
+            // The next pod's budget is its own; the sweep removes the flows.
+            match self.flow_counts.remove(&addr) {
+                Err(e) if !is_missing(&e) => return Err(Error::map("FLOW_COUNTS")(e)),
+                _ => {}
             }
         }
         for uplink in &local.uplinks {

@@ -14,6 +14,7 @@ mod desired;
 mod error;
 mod events;
 mod ids;
+mod incarnation;
 mod load;
 mod ports;
 mod preflight;
@@ -65,7 +66,8 @@ pub struct Options {
     pub tunnel_mtu: u16,
     /// How long flows that passed in audit still pass when their group leaves audit.
     pub drain: Duration,
-    /// Flows remembered per endpoint (opened from outside, audit, UDP).
+    /// Flows remembered per endpoint (opened from outside, audit, UDP); a small part of [`Capacities::flows`], so that
+    /// no pod leaves others without.
     pub flows_per_endpoint: u32,
     /// Sizes of the maps. A change makes a new set of maps.
     pub capacities: Capacities,
@@ -84,7 +86,7 @@ impl Options {
             overlay_ports: vec![4789, 8472, 6081, 51_820, 51_821],
             tunnel_mtu: 1450,
             drain: Duration::from_secs(30),
-            flows_per_endpoint: 16_384,
+            flows_per_endpoint: 4_096,
             capacities: Capacities::default(),
         }
     }
@@ -151,6 +153,10 @@ pub struct Local {
     pub interfaces: BTreeMap<IpAddr, Interface>,
     /// Interfaces that are known to be of untouched pods although the state does not list them.
     pub untouched: BTreeSet<u32>,
+    /// Other devices that lead to pods of this node: bridges, second interfaces.
+    pub inside: BTreeSet<u32>,
+    /// The network plugin's tunnels.
+    pub tunnels: BTreeSet<u32>,
     /// The plugged gateway.
     pub plugged: Option<Plugged>,
     /// The uplinks.

@@ -25,7 +25,7 @@ const EXPIRED: Duration = Duration::from_secs(24 * 3600);
 /// What [`Datapath::sweep`] removed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Swept {
-    /// Idle flows.
+    /// Idle flows, and those of pods that are gone.
     pub flows: usize,
     /// Facts that expired more than a day ago.
     pub facts: usize,
@@ -36,7 +36,8 @@ pub struct Swept {
 fn idle_limit(key: &FlowKey, value: &Flow) -> u32 {
     match u8::try_from(key.proto) {
         Ok(proto::TCP) if value.flags & (flow::ANSWERED | flow::AUDIT) != 0 => TCP,
-        Ok(proto::UDP) => UDP,
+        // Anybody outside can send a datagram; only an answer makes it a flow.
+        Ok(proto::UDP) if value.flags & (flow::ANSWERED | flow::AUDIT | flow::STEERED) != 0 => UDP,
         _ => SHORT,
     }
 }
@@ -55,7 +56,7 @@ fn gone(result: Result<(), aya::maps::MapError>, map: &'static str) -> Result<()
 }
 
 impl Datapath {
-    /// Removes idle flows and corrects the endpoints' budgets, removes facts that expired more than 24 h ago
+    /// Removes idle flows, and those of pods that are gone, corrects the endpoints' budgets, removes facts that expired more than 24 h ago
     /// and identities that neither the last applied state nor a fact names. To be called every minute or so.
     ///
     /// # Errors
@@ -65,7 +66,9 @@ impl Datapath {
         let now = now_secs();
         let mut counts: AHashMap<Addr, u32> = AHashMap::new();
         for (key, value) in entries(&self.flows, self.options.capacities.flows) {
-            if now.saturating_sub(value.seen) > idle_limit(&key, &value) {
+            let pod = self.tables.endpoints.get(&key.pod);
+            let left = pod.is_none_or(|e| e.incarnation != key.incarnation);
+            if left || now.saturating_sub(value.seen) > idle_limit(&key, &value) {
                 gone(self.flows.remove(&key), "FLOWS")?;
                 swept.flows += 1;
             } else {

@@ -263,6 +263,86 @@ fn flows_from_outside_are_recorded_within_their_budget() {
 }
 
 #[test]
+fn openings_that_this_nodes_pods_forge_are_not_remembered() {
+    let mut f = world(Role::Node);
+    let opens = |f: &Fixture, source: &str, pod: &str, from: u32| {
+        let frame = udp(source, pod, 40_000);
+        let packet = TestPacket { frame: &frame, ifindex: 1, ingress_ifindex: from, mark: 0, repeat: 1 };
+        assert_eq!(f.path().test_run(Program::PodIngress, &packet).unwrap().code, NEXT);
+        egress(f, &udp(pod, source, 40_000)) == NEXT
+    };
+    // All pods hang on interface 1: what comes from there with another source than theirs is none from outside.
+    assert!(!opens(&f, STRANGER.0, ISOLATED.0, 1));
+    assert!(!opens(&f, STRANGER.1, ISOLATED.1, 1));
+    assert!(opens(&f, STRANGER.0, ISOLATED.0, 0), "from the node");
+    assert!(opens(&f, STRANGER.1, ISOLATED.1, 0), "from the node");
+    // A pod outside the cluster's prefixes, with its own address.
+    let mut s = state();
+    let peer = s.endpoints[&ip(GUARDED.0)].clone();
+    s.endpoints.insert(ip("172.31.9.2"), peer);
+    let mut places = local();
+    places.interfaces.insert(ip("172.31.9.2"), Interface { ifindex: 1, mac: [2, 0, 0, 0, 0, 5] });
+    f.path_mut().apply(&s, &places, false).unwrap();
+    assert!(opens(&f, "172.31.9.2", ISOLATED.0, 1));
+    // A bridge of pods, or a second interface: only what is from a pod of this node.
+    for (inside, wanted) in [(true, false), (false, true)] {
+        let mut elsewhere = Local { interfaces: BTreeMap::new(), ..local() };
+        if inside {
+            elsewhere.inside.insert(1);
+        }
+        f.path_mut().apply(&state(), &elsewhere, false).unwrap();
+        run_from_one(&f, &udp("198.51.100.77", ISOLATED.0, 40_000));
+        f.path_mut().apply(&state(), &local(), false).unwrap();
+        assert_eq!(egress(&f, &udp(ISOLATED.0, "198.51.100.77", 40_000)) == NEXT, wanted);
+    }
+}
+
+fn run_from_one(f: &Fixture, frame: &[u8]) {
+    let packet = TestPacket { frame, ifindex: 1, ingress_ifindex: 1, mark: 0, repeat: 1 };
+    f.path().test_run(Program::PodIngress, &packet).unwrap();
+}
+
+#[test]
+fn flows_of_a_pod_are_not_those_of_the_next_one_with_its_address() {
+    let mut f = world(Role::Node);
+    let reply = udp(ISOLATED.0, STRANGER.0, 40_000);
+    let open = |f: &Fixture| {
+        run(f, Program::PodIngress, &udp(STRANGER.0, ISOLATED.0, 40_000));
+        assert_eq!(egress(f, &reply), NEXT);
+    };
+    let mut renamed = state();
+    renamed.endpoints.get_mut(&ip(ISOLATED.0)).unwrap().pod = "web-2".into();
+    let mut other = state();
+    other.scopes.insert(ScopeKey(2), other.scopes[&SCOPE].clone());
+    other.endpoints.get_mut(&ip(ISOLATED.0)).unwrap().member = Some((ScopeKey(2), GroupKey(1)));
+    for next in [renamed, other, state()] {
+        open(&f);
+        f.path_mut().apply(&next, &local(), false).unwrap();
+        drops(&f, &reply, Reason::NotAllowed);
+    }
+    // Gone and back, with the whole budget.
+    for host in 1..=8 {
+        run(&f, Program::PodIngress, &udp(&format!("198.51.100.{host}"), ISOLATED.0, 40_000));
+    }
+    let mut gone = state();
+    gone.endpoints.remove(&ip(ISOLATED.0));
+    f.path_mut().apply(&gone, &local(), false).unwrap();
+    f.path_mut().apply(&state(), &local(), false).unwrap();
+    open(&f);
+    // An interface that is not found for a moment, and another process, change nothing.
+    let mut lost = local();
+    lost.interfaces.remove(&ip(ISOLATED.0));
+    f.path_mut().apply(&state(), &lost, false).unwrap();
+    f.path_mut().apply(&state(), &local(), false).unwrap();
+    assert_eq!(egress(&f, &reply), NEXT);
+    f.restart();
+    f.path_mut().apply(&state(), &local(), false).unwrap();
+    assert_eq!(egress(&f, &reply), NEXT);
+    assert_eq!(f.path_mut().sweep().unwrap().flows, 8 + 3);
+    assert_eq!(egress(&f, &reply), NEXT);
+}
+
+#[test]
 fn facts_expire_are_replaced_and_deleted() {
     let mut f = world(Role::Node);
     let syn = tcp(ISOLATED.0, OUTSIDE.0, 443, true);
@@ -373,13 +453,19 @@ fn the_guard_drops_what_did_not_come_through_the_verdict() {
     assert_eq!(guard(&f, &tcp(REMOTE, STRANGER.0, 443, true), 0, 1), NEXT);
     let unknown = tcp("10.244.77.7", STRANGER.0, 443, true);
     assert_eq!(guard(&f, &unknown, 0, 1), NEXT);
-    let armed = Local { drop_unknown: true, ..local() };
+    let mut armed = Local { drop_unknown: true, ..local() };
     f.path_mut().apply(&state(), &armed, false).unwrap();
     assert_eq!(guard(&f, &unknown, 0, 1), SHOT);
     assert_eq!(counted(&f, Hook::NodeGuard, Outcome::Drop, Reason::UnknownPod), 1);
-    // This node's own packets, and addresses that are no pod's.
+    // Whatever its address is.
+    assert_eq!(guard(&f, &tcp("198.18.0.1", STRANGER.0, 443, true), 0, 1), SHOT);
+    // This node's own packets.
     assert_eq!(guard(&f, &tcp("192.0.2.1", STRANGER.0, 443, true), 0, 1), NEXT);
-    assert_eq!(guard(&f, &tcp("198.18.0.1", STRANGER.0, 443, true), 0, 1), NEXT);
+    assert_eq!(guard(&f, &tcp("198.18.0.1", STRANGER.0, 443, true), 0, 0), NEXT);
+    armed.tunnels.insert(1);
+    armed.interfaces.clear();
+    f.path_mut().apply(&state(), &armed, false).unwrap();
+    assert_eq!(guard(&f, &unknown, 0, 1), NEXT);
     let uplink = Local { uplinks: vec![Interface { ifindex: 1, mac: [2; 6] }], ..armed };
     f.path_mut().apply(&state(), &uplink, false).unwrap();
     assert_eq!(guard(&f, &unknown, 0, 1), NEXT);
@@ -457,6 +543,36 @@ fn the_gateway_marks_what_it_carries() {
     f.path_mut().facts(&[fact(OUTSIDE.0, 60)]).unwrap();
     assert!(f.path().fact_last_seen(SCOPE, ip(OUTSIDE.0)).is_some());
     assert_eq!(f.path().fact_last_seen(SCOPE, ip(STRANGER.0)), None);
+}
+
+#[test]
+fn a_gateway_reports_flows_without_a_place_and_keeps_silent_about_its_devices() {
+    let mut f = world(Role::Gateway);
+    let mut events = f.path_mut().events().unwrap();
+    let mut told = |f: &Fixture, frame: &[u8]| {
+        run(f, Program::GatewayIngress, frame);
+        std::iter::from_fn(|| events.try_next()).count()
+    };
+    // The budget is eight flows.
+    let flow = |port: u16| {
+        let mut frame = udp(ISOLATED.0, OUTSIDE.0, 4500);
+        frame[34..36].copy_from_slice(&port.to_be_bytes());
+        frame
+    };
+    for port in 1..=20 {
+        assert_eq!(told(&f, &flow(port)), 1, "{port}");
+    }
+    assert_eq!((told(&f, &flow(8)), told(&f, &flow(20))), (0, 1));
+    // Router solicitation and listener reports of the veth itself.
+    for frame in [
+        raw("fe80::7", "ff02::2", 58, &[133, 0, 0, 0, 0, 0, 0, 0]),
+        raw("::", "ff02::16", 58, &[143, 0, 0, 0, 0, 0, 0, 0]),
+        raw("::", "ff02::1:ff00:1", 58, &[135, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+    ] {
+        assert_eq!(run(&f, Program::GatewayIngress, &frame).code, SHOT);
+        assert_eq!(told(&f, &frame), 0);
+    }
+    assert_eq!(told(&f, &udp("fd00:10:244::77", OUTSIDE.1, 4500)), 1);
 }
 
 #[test]

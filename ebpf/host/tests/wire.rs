@@ -284,6 +284,28 @@ fn egress_addresses_live_as_long_as_their_lease() {
 }
 
 #[test]
+fn tunnel_packets_to_other_addresses_of_the_node_are_dropped() {
+    let w = World::new();
+    w.a.ns.ip("address add 192.0.2.201/24 dev underlay");
+    // A frame of pod 2 for the gateway, as node b would send it.
+    let mut packet = vec![8, 0, 0, 0, 0, 0, 1, 0];
+    packet.extend(packets::udp("10.244.2.5", "198.51.100.53", 53));
+    let sender = w.b.ns.enter(|| UdpSocket::bind("192.0.2.2:0").unwrap());
+    let counts = || {
+        let of = |outcome, reason| w.a.count(Hook::TunnelIngress, outcome, reason);
+        (of(Outcome::Steer, Reason::Allowed), of(Outcome::Drop, Reason::TunnelPort))
+    };
+    for (to, wanted) in [("192.0.2.1:8475", (1, 0)), ("192.0.2.201:8475", (1, 1))] {
+        sender.send_to(&packet, to).unwrap();
+        let deadline = std::time::Instant::now() + Duration::from_secs(5);
+        while counts() != wanted && std::time::Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(counts(), wanted, "{to}");
+    }
+}
+
+#[test]
 fn the_guard_stops_detours() {
     let mut w = World::new();
     // As if the pod's packets reached the stack without the verdict.

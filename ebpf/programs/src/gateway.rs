@@ -20,7 +20,9 @@ pub fn gateway_ingress(ctx: TcContext) -> i32 {
     verdict(parsed, &p, skb.ifindex(), &t, &mut d);
     if d.action != Action::Steer {
         count(Hook::GatewayIngress, Outcome::Drop, d.code);
-        report(&skb, Hook::GatewayIngress, Outcome::Drop, d.code, &p);
+        if d.report {
+            report(&skb, Hook::GatewayIngress, Outcome::Drop, d.code, &p);
+        }
         return SHOT;
     }
     count(Hook::GatewayIngress, Outcome::Steer, d.code);

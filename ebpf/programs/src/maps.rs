@@ -81,7 +81,7 @@ static MARK_MASK: u32 = 0x00f0_0000;
 static TUNNEL_MTU: u32 = 1450;
 /// Flows per endpoint.
 #[unsafe(no_mangle)]
-static FLOW_BUDGET: u32 = 16_384;
+static FLOW_BUDGET: u32 = 4_096;
 
 /// Reads a value that the loader may have overridden.
 macro_rules! global {

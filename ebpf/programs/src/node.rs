@@ -100,22 +100,35 @@ fn record(skb: &Skb) {
     if !(p.is_syn() || p.proto == proto::UDP || p.is_echo_request()) {
         return;
     }
-    match get!(ENDPOINTS, &p.dst) {
-        Some(ep) if ep.flags & endpoint::TOUCHED != 0 => {}
+    let incarnation = match get!(ENDPOINTS, &p.dst) {
+        Some(ep) if ep.flags & endpoint::TOUCHED != 0 => ep.incarnation,
         _ => return,
-    }
+    };
     let Some(config) = tables::config() else { return };
     let t = Kernel::<false> { config };
     // Answers into the cluster set pass anyway, and need no place in the table.
-    if in_cluster(&t, &p.src, p.proto, p.sport) {
+    if in_cluster(&t, &p.src, p.proto, p.sport) || forged(skb, &p.src) {
         return;
     }
     core::mem::swap(&mut p.src, &mut p.dst);
     if p.proto != proto::ICMP && p.proto != proto::ICMP6 {
         core::mem::swap(&mut p.sport, &mut p.dport);
     }
-    if !tables::remember(&flow_key(&p), flow::OUTSIDE, seconds(now_ns())) {
+    if !tables::remember(&flow_key(&p, incarnation), flow::OUTSIDE, seconds(now_ns())) {
         count(Hook::PodIngress, Outcome::Pass, Code::Quota as u8);
+    }
+}
+
+/// Whether the packet entered by an interface of this node's pods with a source that none of them has there.
+#[inline(always)]
+fn forged(skb: &Skb, src: &Addr) -> bool {
+    let from = skb.ingress_ifindex();
+    let kind = get!(IFACES, &from).map_or(0, |i| i.kind);
+    let place = || get!(ENDPOINTS, src).map_or(0, |ep| ep.ifindex);
+    match kind {
+        iface::ENDPOINT | iface::UNTOUCHED => place() != from,
+        iface::INSIDE => place() == 0,
+        _ => false,
     }
 }
 
@@ -161,10 +174,7 @@ fn guard(skb: &Skb) -> i32 {
     }
     // What entered by an uplink is another node's; what entered nowhere is this node's own.
     let from = skb.ingress_ifindex();
-    if from == 0 || get!(IFACES, &from).is_some_and(|i| i.kind == iface::UPLINK || i.kind == iface::UNTOUCHED) {
-        return NEXT;
-    }
-    if !in_cluster(&t, &p.src, 0, 0) {
+    if from == 0 || get!(IFACES, &from).is_some_and(|i| matches!(i.kind, iface::UPLINK | iface::UNTOUCHED | iface::TUNNEL)) {
         return NEXT;
     }
     dropped(skb, Hook::NodeGuard, Code::UnknownPod, &p)
@@ -180,14 +190,19 @@ pub fn tunnel_ingress(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn from_tunnel(skb: &Skb) -> i32 {
     let mut p = Packet::default();
-    let mut outer = Addr::default();
+    let (mut outer, mut here) = (Addr::default(), Addr::default());
     let Some(config) = tables::config() else { return SHOT };
     if skb.parse(&mut p) != Parsed::Ip {
         return dropped(skb, Hook::TunnelIngress, Code::Malformed, &p);
     }
-    let Some(vni) = skb.tunnel(&mut outer) else {
+    let Some(vni) = skb.tunnel(&mut outer, &mut here) else {
         return dropped(skb, Hook::TunnelIngress, Code::Malformed, &p);
     };
+    // Other nodes send to the addresses that the state has; at others a pod's packet may arrive with a node's source,
+    // masqueraded on its way.
+    if get!(NODES, &here).is_none_or(|n| n.id != config.node) {
+        return dropped(skb, Hook::TunnelIngress, Code::TunnelPort, &p);
+    }
     let Some(from) = get!(NODES, &outer) else {
         return dropped(skb, Hook::TunnelIngress, Code::SpoofedSource, &p);
     };

@@ -29,6 +29,13 @@ struct TunnelKey {
     label: u32,
 }
 
+/// A received tunnel key, with the outer destination.
+#[repr(C)]
+struct ReceivedKey {
+    key: TunnelKey,
+    local: [u32; 4],
+}
+
 /// The packet.
 pub struct Skb {
     /// The context.
@@ -188,21 +195,24 @@ impl Skb {
         }
     }
 
-    /// The virtual network identifier and the outer source of a decapsulated frame.
+    /// The virtual network identifier, the outer source and the outer destination of a decapsulated frame.
     #[inline(always)]
-    pub fn tunnel(&self, remote: &mut Addr) -> Option<u32> {
-        let mut key = TunnelKey { id: 0, remote: [0; 4], tos: 0, ttl: 0, ext: 0, label: 0 };
-        let p = (&raw mut key).cast::<bpf_tunnel_key>();
-        let size = size_of::<TunnelKey>() as u32;
-        // SAFETY: as above; the kernel refuses a family that is not the tunnel's.
+    pub fn tunnel(&self, remote: &mut Addr, local: &mut Addr) -> Option<u32> {
+        let key = TunnelKey { id: 0, remote: [0; 4], tos: 0, ttl: 0, ext: 0, label: 0 };
+        let mut got = ReceivedKey { key, local: [0; 4] };
+        let p = (&raw mut got).cast::<bpf_tunnel_key>();
+        let size = size_of::<ReceivedKey>() as u32;
+        // SAFETY: the whole structure, which the kernel fills since 5.19; it refuses a family that is not the tunnel's.
         unsafe {
             if bpf::bpf_skb_get_tunnel_key(self.ctx, p, size, 0) == 0 {
-                *remote = Addr::v4(key.remote[0].to_be());
-                return Some(key.id);
+                *remote = Addr::v4(got.key.remote[0].to_be());
+                *local = Addr::v4(got.local[0].to_be());
+                return Some(got.key.id);
             }
             if bpf::bpf_skb_get_tunnel_key(self.ctx, p, size, F_TUNINFO_IPV6) == 0 {
-                *remote = Addr(key.remote);
-                return Some(key.id);
+                *remote = Addr(got.key.remote);
+                *local = Addr(got.local);
+                return Some(got.key.id);
             }
         }
         None

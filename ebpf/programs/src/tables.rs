@@ -188,7 +188,12 @@ pub fn remember(key: &FlowKey, flags: u32, now: u32) -> bool {
     } else if maps::FLOW_COUNTS.insert(&key.pod, &1, u64::from(BPF_NOEXIST)).is_err() {
         return false;
     }
-    maps::FLOWS.insert(key, &Flow { seen: now, flags }, u64::from(BPF_NOEXIST)).is_ok()
+    let placed = maps::FLOWS.insert(key, &Flow { seen: now, flags }, u64::from(BPF_NOEXIST)).is_ok();
+    if !placed && let Some(count) = maps::FLOW_COUNTS.get_ptr_mut(&key.pod) {
+        // SAFETY: as above.
+        unsafe { *count = (*count).saturating_sub(1) };
+    }
+    placed
 }
 
 /// Counts one packet.

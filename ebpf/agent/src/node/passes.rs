@@ -104,11 +104,24 @@ impl Node {
             tunnel_ifindex: index(TUNNEL).unwrap_or(0),
             interfaces: self.interfaces.iter().map(interface).collect(),
             untouched: BTreeSet::new(),
+            inside: self.topology.inside(&self.underlay()),
+            tunnels: self.tunnels().map(|l| l.index).collect(),
             plugged,
             uplinks: self.uplinks().iter().map(|l| Interface { ifindex: l.index, mac: l.mac }).collect(),
             silent: self.silent.clone(),
             drop_unknown: self.config.unknown_pods == UnknownPods::Drop,
         }
+    }
+
+    fn underlay(&self) -> Vec<&Link> {
+        let own = self.merged.nodes.get(&self.config.node).map_or(&[][..], |n| &n.addresses);
+        self.topology.underlay(self.config.uplinks.as_deref(), own)
+    }
+
+    /// The network plugin's tunnels.
+    fn tunnels(&self) -> impl Iterator<Item = &Link> {
+        let theirs = |l: &&Link| matches!(l.kind, Kind::Vxlan { .. } | Kind::Tunnel) && l.name != TUNNEL;
+        self.topology.links.values().filter(theirs)
     }
 
     /// The gateway whose devices are on this node: after a restart of the agent, the one that the state places here.
@@ -187,11 +200,10 @@ impl Node {
         };
         let pods: BTreeSet<IpAddr> = self.local_pods().collect();
         let names = |links: &[&Link]| links.iter().map(|l| l.name.clone()).collect::<Vec<_>>();
-        let own = self.merged.nodes.get(&self.config.node).map_or(&[][..], |n| &n.addresses);
-        let underlay = self.topology.underlay(self.config.uplinks.as_deref(), own);
-        let tunnels = |l: &&Link| l.name == EGRESS_SIDE || matches!(l.kind, Kind::Vxlan { .. } | Kind::Tunnel);
+        let underlay = self.underlay();
         let mut foreign = names(&underlay);
-        foreign.extend(self.topology.links.values().filter(tunnels).map(|l| l.name.clone()));
+        foreign.extend(self.tunnels().map(|l| l.name.clone()));
+        foreign.push(EGRESS_SIDE.to_owned());
         Desired {
             isolated: pods.iter().filter(|ip| isolated(ip)).copied().collect(),
             pods,

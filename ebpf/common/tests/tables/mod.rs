@@ -156,7 +156,8 @@ pub fn world<const G: bool>() -> Memory<G> {
     ];
     for ((v4, v6, ifindex), g, flags, group_flags) in pods {
         for ip in [v4, v6] {
-            m.endpoints.insert(addr(ip), Endpoint { scope: 1, group: g, node: 1, ifindex, mac: [0; 6], flags });
+            let place = Endpoint { scope: 1, group: g, node: 1, ifindex, flags, ..Endpoint::default() };
+            m.endpoints.insert(addr(ip), place);
         }
         m.interfaces.insert(ifindex, iface::ENDPOINT);
         m.groups.insert(g, Group { flags: group_flags, admin: 1, own: 2, drain: 0 });
