@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use arc_swap::ArcSwap;
 use crossbeam_channel::{Sender, bounded};
 
 use crate::admin::{Guard, Readiness};
 use crate::core::ToCore;
 use crate::egress::nft::{HeldPair, Rules};
-use crate::egress::{Way, load_rules, rules_present};
+use crate::egress::{TOWARDS_PODS, TOWARDS_UPLINK, Way, load_rules, rules_present};
 use crate::handover::{Handover, RENEW};
 
 /// How often it is looked whether other pairs are ours: a failover waits for it.
@@ -64,9 +64,11 @@ impl Keeper {
             }
         };
         let mut said = String::new();
+        let mut waiting = self.readiness.guard("agent");
         while !self.stop.load(Ordering::Relaxed) {
-            let waiting = self.readiness.guard("agent");
             let result = runtime.block_on(self.keep(waiting));
+            // Not ready from here on, until it is plugged in again.
+            waiting = self.readiness.guard("agent");
             if let Err(error) = result {
                 // The same failure every half second is one line.
                 let text = format!("{error:#}");
@@ -122,6 +124,10 @@ impl Keeper {
                 renew = Instant::now() + RENEW;
                 let (ours, held) = (wanted.addresses(), way.addresses());
                 handover.renew(&held.into_iter().filter(|a| ours.contains(a)).collect::<Vec<_>>())?;
+                // Only the agent can make them again, and it does so for a new handover.
+                for device in [TOWARDS_PODS, TOWARDS_UPLINK] {
+                    ensure!(nix::net::if_::if_nametoindex(device).is_ok(), "the device {device} is gone");
+                }
             }
             let due = full <= Instant::now();
             if due {
@@ -143,8 +149,7 @@ impl Keeper {
                 }
                 Err(error) => {
                     tracing::error!(error = format!("{error:#}"), "cannot set up the way out; trying again");
-                    // What is wanted still differs or is due again at once.
-                    full = Instant::now();
+                    full = Instant::now() + RENEW;
                 }
             }
         }

@@ -171,7 +171,7 @@ impl Node {
                             let forged = event.reason == tidegate_policy::Reason::SpoofedSource;
                             let who = if forged { None } else { people.get(event.source.ip()) };
                             emit.emit(event.into_event(who));
-                        },
+                        }
                         Err(error) => {
                             tracing::error!(%error, "kernel events cannot be read");
                             return;
@@ -275,13 +275,17 @@ impl Node {
         }
         let Some((mut batch, ack)) = facts.batch else { return };
         let applied = Applied { boot: batch.boot_id, sequence: batch.sequence, error: None };
-        let grants = std::mem::take(&mut batch.grants).into_iter().map(|g| (g.group, g.class, g.ports)).collect();
+        let grants: Vec<_> =
+            std::mem::take(&mut batch.grants).into_iter().map(|g| (g.group, g.class, g.ports)).collect();
+        let keys: Vec<_> = grants.iter().map(|(g, c, _)| (*g, *c)).collect();
         let now = self.epoch.elapsed();
         let mut result = Ok(());
         if self.models[facts.gateway].grants(batch.boot_id, grants, now) && self.ready {
             self.merge();
-            let local = self.local();
-            result = self.datapath.apply(&self.merged, &local, false).map(drop);
+            // Only these: an answer waits for the ack, and a whole pass over the maps takes its time.
+            let fresh: Vec<_> =
+                keys.into_iter().filter_map(|k| Some((k.0, k.1, self.merged.grants.get(&k)?.clone()))).collect();
+            result = self.datapath.grants(&fresh);
         }
         let updates = self.told.take(facts.gateway, batch);
         let result = result.and_then(|()| self.datapath.facts(&updates));

@@ -414,6 +414,11 @@ impl Lab {
         self.state.processes.iter().find(|p| p.name == name).with_context(|| format!("no process is called {name:?}"))
     }
 
+    /// The product's binary.
+    pub fn tidegate(&self) -> &Path {
+        &self.tidegate
+    }
+
     /// Every recorded process.
     pub fn processes(&self) -> &[Process] {
         &self.state.processes
