@@ -20,8 +20,8 @@ build: setup
 demo: build
 	target/debug/tidegate-lab demo
 
-test: build
-	cargo test --locked --workspace --exclude tidegate-ebpf-programs
+test: setup
+	@scripts/test
 
 lint: setup
 	cargo fmt --check
