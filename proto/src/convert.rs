@@ -172,30 +172,50 @@ pub(crate) fn socket_from_wire(addr: &wire::SocketAddress, field: &'static str) 
     Ok(SocketAddr::new(ip_from_wire(&addr.ip, field)?, u16_from_wire(addr.port, field)?))
 }
 
-pub(crate) fn ports_to_wire(ports: &PortSet) -> Vec<wire::PortRange> {
-    let range = |r: &PortRange| wire::PortRange {
-        protocol: match r.proto {
-            Proto::Tcp => wire::Protocol::Tcp,
-            Proto::Udp => wire::Protocol::Udp,
-        }
-        .into(),
-        first: r.lo.into(),
-        last: r.hi.into(),
-        via: match r.via {
-            Via::Allow(Carry::Forward) => wire::Via::Forward,
-            Via::Allow(Carry::Tls) => wire::Via::Tls,
-            Via::Allow(Carry::Block) => wire::Via::Block,
-            Via::Deny => wire::Via::Deny,
-            Via::Pass => wire::Via::Pass,
-        }
-        .into(),
-    };
-    ports.ranges().iter().map(range).collect()
+fn via_to_wire(via: Via) -> wire::Via {
+    match via {
+        Via::Allow(Carry::Forward) => wire::Via::Forward,
+        Via::Allow(Carry::Tls) => wire::Via::Tls,
+        Via::Allow(Carry::Block) => wire::Via::Block,
+        Via::Deny => wire::Via::Deny,
+        Via::Pass => wire::Via::Pass,
+    }
 }
 
-pub(crate) fn ports_from_wire(ports: &[wire::PortRange]) -> Result<PortSet, WireError> {
+/// `None` for what is not specified.
+fn via_from_wire(via: i32, field: &'static str) -> Result<Option<Via>, WireError> {
+    Ok(Some(match wire::Via::try_from(via).map_err(|_| Problem::Unknown(via).of(field))? {
+        wire::Via::Unspecified => return Ok(None),
+        wire::Via::Forward => Via::Allow(Carry::Forward),
+        wire::Via::Tls => Via::Allow(Carry::Tls),
+        wire::Via::Block => Via::Allow(Carry::Block),
+        wire::Via::Deny => Via::Deny,
+        wire::Via::Pass => Via::Pass,
+    }))
+}
+
+/// Ranges of TCP and UDP, and what holds for other protocols. The latter is a field of its own, which receivers of an
+/// earlier version leave out instead of refusing all.
+pub(crate) fn ports_to_wire(ports: &PortSet) -> (Vec<wire::PortRange>, i32) {
+    let range = |r: &PortRange| {
+        let protocol = match r.proto {
+            Proto::Other => return None,
+            Proto::Tcp => wire::Protocol::Tcp,
+            Proto::Udp => wire::Protocol::Udp,
+        };
+        let (protocol, via) = (protocol.into(), via_to_wire(r.via).into());
+        Some(wire::PortRange { protocol, first: r.lo.into(), last: r.hi.into(), via })
+    };
+    let other = ports.get(Proto::Other, 0).map_or(wire::Via::Unspecified, via_to_wire);
+    (ports.ranges().iter().filter_map(range).collect(), other.into())
+}
+
+pub(crate) fn ports_from_wire(ports: &[wire::PortRange], other: i32) -> Result<PortSet, WireError> {
     bounded(ports.len(), MAX_RANGES, "port_ranges")?;
-    let mut ranges = Vec::with_capacity(ports.len());
+    let mut ranges = Vec::with_capacity(ports.len() + 1);
+    if let Some(via) = via_from_wire(other, "port_ranges.other")? {
+        ranges.push(PortRange { proto: Proto::Other, lo: 0, hi: u16::MAX, via });
+    }
     for r in ports {
         let unknown = Problem::Unknown(r.protocol).of("port_range.protocol");
         let proto = match wire::Protocol::try_from(r.protocol).unwrap_or_default() {
@@ -203,14 +223,7 @@ pub(crate) fn ports_from_wire(ports: &[wire::PortRange]) -> Result<PortSet, Wire
             wire::Protocol::Tcp => Proto::Tcp,
             wire::Protocol::Udp => Proto::Udp,
         };
-        let via = match wire::Via::try_from(r.via).unwrap_or_default() {
-            wire::Via::Unspecified => return Err(Problem::Unknown(r.via).of("port_range.via")),
-            wire::Via::Forward => Via::Allow(Carry::Forward),
-            wire::Via::Tls => Via::Allow(Carry::Tls),
-            wire::Via::Block => Via::Allow(Carry::Block),
-            wire::Via::Deny => Via::Deny,
-            wire::Via::Pass => Via::Pass,
-        };
+        let via = via_from_wire(r.via, "port_range.via")?.ok_or(Problem::Unknown(r.via).of("port_range.via"))?;
         let lo = u16_from_wire(r.first, "port_range.first")?;
         let hi = u16_from_wire(r.last, "port_range.last")?;
         if lo > hi {
@@ -218,6 +231,7 @@ pub(crate) fn ports_from_wire(ports: &[wire::PortRange]) -> Result<PortSet, Wire
         }
         ranges.push(PortRange { proto, lo, hi, via });
     }
+    bounded(ranges.len(), MAX_RANGES, "port_ranges")?;
     let set = PortSet::from_precedence(ranges.iter().copied());
     // Only a canonical list survives unchanged.
     if set.ranges() == ranges { Ok(set) } else { Err(Problem::NotCanonical.of("port_ranges")) }

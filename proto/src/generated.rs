@@ -442,6 +442,9 @@ pub struct PrefixPorts {
     pub prefix: ::core::option::Option<Prefix>,
     #[prost(message, repeated, tag = "2")]
     pub ports: ::prost::alloc::vec::Vec<PortRange>,
+    /// What holds for other protocols than TCP and UDP; unspecified: nothing.
+    #[prost(enumeration = "Via", tag = "3")]
+    pub other: i32,
 }
 /// What holds for addresses of a class.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -452,6 +455,9 @@ pub struct Grant {
     pub class: ::prost::alloc::vec::Vec<u8>,
     #[prost(message, repeated, tag = "3")]
     pub ports: ::prost::alloc::vec::Vec<PortRange>,
+    /// What holds for other protocols than TCP and UDP; unspecified: nothing.
+    #[prost(enumeration = "Via", tag = "4")]
+    pub other: i32,
 }
 /// An inclusive range of ports of one protocol. A list of them is sorted by
 /// protocol and port, does not overlap, and neighbours that mean the same are merged.

@@ -19,6 +19,7 @@ fn ports() -> PortSet {
         range(Proto::Tcp, 5432, 5439, Via::Allow(Carry::Forward)),
         range(Proto::Tcp, 0, 21, Via::Deny),
         range(Proto::Udp, 65535, 65535, Via::Pass),
+        range(Proto::Other, 0, 65535, Via::Deny),
     ])
 }
 
@@ -52,7 +53,10 @@ fn state() -> NodeState {
         ),
         Entry::Endpoint("fd00::4".parse().unwrap(), endpoint(Touch::Guarded, Some((ScopeKey(1), GroupKey(2))))),
         Entry::Endpoint("10.244.3.5".parse().unwrap(), endpoint(Touch::Untouched, None)),
-        Entry::Scope(ScopeKey(1), Scope { owner: "gw-a".into(), epoch: u64::MAX, pair: 255, standbys: vec!["gw-b".into()] }),
+        Entry::Scope(
+            ScopeKey(1),
+            Scope { owner: "gw-a".into(), epoch: u64::MAX, pair: 255, standbys: vec!["gw-b".into()] },
+        ),
         Entry::Group(GroupKey(u128::MAX), group(Some(PrefixSetKey(0)), Some(PrefixSetKey(4)))),
         Entry::Group(GroupKey(2), Group { isolated: false, audit: true, admin: None, own: None }),
         Entry::Prefixes(
@@ -198,7 +202,11 @@ fn entry(kind: wire::entry::Kind) -> Result<Entry, WireError> {
 }
 
 fn grant(ranges: Vec<wire::PortRange>) -> Result<Entry, WireError> {
-    entry(wire::entry::Kind::Grant(wire::Grant { group: vec![0; 16], class: vec![0; 16], ports: ranges }))
+    entry(wire::entry::Kind::Grant(grant_of(ranges, 0)))
+}
+
+fn grant_of(ports: Vec<wire::PortRange>, other: i32) -> wire::Grant {
+    wire::Grant { group: vec![0; 16], class: vec![0; 16], ports, other }
 }
 
 fn range(protocol: i32, first: u32, last: u32, via: i32) -> wire::PortRange {
@@ -223,6 +231,11 @@ fn bad_ports_are_refused() {
     ] {
         assert_eq!(refuse(grant(ranges)), (field, problem));
     }
+    let other = |ranges, via| entry(wire::entry::Kind::Grant(grant_of(ranges, via)));
+    assert_eq!(refuse(other(vec![], 6)), ("port_ranges.other", Problem::Unknown(6)));
+    let all: Vec<_> = (0..64).map(|i| range(1, 2 * i, 2 * i, 4)).collect();
+    assert!(other(all.clone(), 0).is_ok());
+    assert_eq!(refuse(other(all, 4)), ("port_ranges", Problem::TooMany(65)), "the kernel has no place for it");
 }
 
 #[test]
@@ -246,7 +259,7 @@ fn bad_entries_are_refused() {
     };
     let scope = |pair| wire::Scope { key: vec![0; 16], owner: "g".into(), epoch: 1, pair, standbys: vec![] };
     let set = |prefixes| entry(Kind::Prefixes(wire::PrefixSet { key: vec![0; 16], prefixes }));
-    let one = wire::PrefixPorts { prefix: Some(net(&[10, 0, 0, 0], 8)), ports: vec![] };
+    let one = wire::PrefixPorts { prefix: Some(net(&[10, 0, 0, 0], 8)), ports: vec![], other: 0 };
     let gateway = |name: &str| entry(Kind::Gateway(wire::Gateway { name: name.into(), node: "n".into() }));
     let node_ports = |first, last| {
         let node_ports = Some(wire::NodePorts { first, last });

@@ -253,7 +253,7 @@ pub struct Range {
     pub lo: u16,
     /// Last port.
     pub hi: u16,
-    /// IP protocol number.
+    /// IP protocol number, or [`crate::packet::proto::OTHER`].
     pub proto: u8,
     /// One of [`via`]; [`via::NONE`] ends the set.
     pub via: u8,

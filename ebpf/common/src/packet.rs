@@ -36,6 +36,8 @@ pub const ARP: u16 = 0x0806;
 
 /// IP protocol numbers.
 pub mod proto {
+    /// In a port set: all but TCP and UDP. It stands before them.
+    pub const OTHER: u8 = 0;
     /// ICMP.
     pub const ICMP: u8 = 1;
     /// TCP.

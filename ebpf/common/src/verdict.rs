@@ -182,6 +182,12 @@ pub fn scan<T: Tables + ?Sized>(t: &T, set: u32, question: u32) -> u8 {
             if via == via::NONE {
                 return via::NONE;
             }
+            if of == proto::OTHER {
+                if !matches!(proto, proto::TCP | proto::UDP) {
+                    return via;
+                }
+                continue;
+            }
             if icmp {
                 if via == via::PASS {
                     return via;

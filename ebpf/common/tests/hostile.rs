@@ -74,7 +74,11 @@ fn touched_pods_send_nodes_no_tunnels_of_the_network_plugin() {
             }
             is(decide(&m, &raw(pod, node, 132, &[0; 24]), ifindex), Action::Pass, Code::Allowed);
             let echo = if node.contains(':') { (58, 128) } else { (1, 8) };
-            is(decide(&m, &raw(pod, node, echo.0, &[echo.1, 0, 0, 0, 0, 1, 0, 1]), ifindex), Action::Pass, Code::Allowed);
+            is(
+                decide(&m, &raw(pod, node, echo.0, &[echo.1, 0, 0, 0, 0, 1, 0, 1]), ifindex),
+                Action::Pass,
+                Code::Allowed,
+            );
         }
     }
 }
@@ -142,4 +146,60 @@ fn a_full_table_hides_no_flow_at_the_gateway() {
     for _ in 0..2 {
         assert!(decide(&m, &udp(AUDITED.0, "198.51.100.1", 4500), AUDITED.2).report);
     }
+}
+
+#[test]
+fn a_deny_of_any_protocol_is_one() {
+    let own = |m: &mut Memory<false>| {
+        m.portsets.insert(3, set(&[range(6, 1, 65_535, via::FORWARD), range(17, 1, 65_535, via::FORWARD)]));
+        m.prefixes.push((2, STRANGER.0.parse().unwrap(), 32, Prefix { ports: 3, len: 32 }));
+        m.prefixes.push((2, STRANGER.1.parse().unwrap(), 128, Prefix { ports: 3, len: 128 }));
+    };
+    let admin = |m: &mut Memory<false>, ranges: &[Range]| {
+        m.portsets.insert(2, set(ranges));
+        m.prefixes.push((1, "198.51.100.0".parse().unwrap(), 24, Prefix { ports: 2, len: 24 }));
+        m.prefixes.push((1, "2001:db8::".parse().unwrap(), 64, Prefix { ports: 2, len: 64 }));
+    };
+    let any = [range(0, 0, 65_535, via::DENY), range(6, 0, 65_535, via::DENY), range(17, 0, 65_535, via::DENY)];
+    for (pod, to, echo) in [
+        (ISOLATED.0, STRANGER.0, raw(ISOLATED.0, STRANGER.0, 1, &[8, 0, 0, 0, 0, 1, 0, 1])),
+        (ISOLATED.1, STRANGER.1, raw(ISOLATED.1, STRANGER.1, 58, &[128, 0, 0, 0, 0, 1, 0, 1])),
+    ] {
+        let mut m = world();
+        m.flags = config::PING;
+        own(&mut m);
+        is(decide(&m, &echo, ISOLATED.2), Action::Steer, Code::Allowed);
+        // All of TCP is not everything.
+        admin(&mut m, &any[1..2]);
+        is(decide(&m, &echo, ISOLATED.2), Action::Steer, Code::Allowed);
+        m.prefixes.retain(|p| p.0 != 1);
+        admin(&mut m, &any);
+        is(decide(&m, &echo, ISOLATED.2), Action::Drop, Code::DeniedByPolicy);
+        is(decide(&m, &tcp(pod, to, 443, true), ISOLATED.2), Action::Drop, Code::DeniedByPolicy);
+    }
+    // Guarded pods, whom nothing else keeps from other protocols, and a port that is accepted ahead of the deny.
+    let mut m = world();
+    let accepted = [
+        any[0],
+        range(6, 0, 442, via::DENY),
+        range(6, 443, 443, via::PASS),
+        range(6, 444, 65_535, via::DENY),
+        range(17, 0, 65_535, via::DENY),
+    ];
+    for (pod, to, ifindex) in families(GUARDED, STRANGER) {
+        is(decide(&m, &raw(pod, to, 47, &[0; 24]), ifindex), Action::Pass, Code::Allowed);
+    }
+    admin(&mut m, &accepted);
+    for (pod, to, ifindex) in families(GUARDED, STRANGER) {
+        for proto in [47, 50, 132] {
+            is(decide(&m, &raw(pod, to, proto, &[0; 24]), ifindex), Action::Drop, Code::DeniedByPolicy);
+        }
+        is(decide(&m, &tcp(pod, to, 443, true), ifindex), Action::Pass, Code::Allowed);
+        is(decide(&m, &udp(pod, to, 443), ifindex), Action::Drop, Code::DeniedByPolicy);
+    }
+    let echo = raw(GUARDED.0, STRANGER.0, 1, &[8, 0, 0, 0, 0, 1, 0, 1]);
+    is(decide(&m, &echo, GUARDED.2), Action::Drop, Code::DeniedByPolicy);
+    // By name.
+    m.portsets.insert(1, set(&any));
+    is(decide(&m, &raw(GUARDED.0, "198.51.100.1", 47, &[0; 24]), GUARDED.2), Action::Drop, Code::DeniedByPolicy);
 }

@@ -6,8 +6,8 @@ use ahash::AHashMap;
 use ipnet::IpNet;
 use tidegate_ebpf_common::Addr;
 use tidegate_ebpf_common::layout::{
-    Config, DnsKey, Endpoint, FactKey, Gateway, GrantKey, Group, Iface, Node, Prefix, Scope, config, endpoint, group, iface,
-    node, prefix_bits, prefix_key,
+    Config, DnsKey, Endpoint, FactKey, Gateway, GrantKey, Group, Iface, Node, Prefix, Scope, config, endpoint, group,
+    iface, node, prefix_bits, prefix_key,
 };
 use tidegate_policy::state::{NodeState, Touch};
 use tidegate_policy::{ClassKey, GroupKey, PortSet, ScopeKey};

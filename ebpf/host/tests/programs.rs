@@ -207,6 +207,27 @@ fn step_0_untouched_interfaces() {
 }
 
 #[test]
+fn a_deny_of_any_protocol_holds_for_all() {
+    let mut f = world(Role::Node);
+    let mut s = state();
+    s.cluster.ping = true;
+    let net = "203.0.0.0/16".parse().unwrap();
+    let echo = raw(ISOLATED.0, "203.0.9.9", 1, &[8, 0, 0, 0, 0, 1, 0, 1]);
+    let gre = raw(GUARDED.0, "203.0.9.9", 47, &[0; 24]);
+    f.path_mut().apply(&s, &local(), false).unwrap();
+    assert_eq!((egress(&f, &echo), egress(&f, &gre)), (REDIRECT, NEXT));
+    let any = [Proto::Other, Proto::Tcp, Proto::Udp].map(|p| range(p, 0, 65_535, Via::Deny));
+    s.prefixes.get_mut(&PrefixSetKey(1)).unwrap().insert(net, ports(&any));
+    f.path_mut().apply(&s, &local(), false).unwrap();
+    drops(&f, &echo, Reason::DeniedByPolicy);
+    drops(&f, &gre, Reason::DeniedByPolicy);
+    // It outlives the process.
+    f.restart();
+    f.path_mut().apply(&s, &local(), false).unwrap();
+    drops(&f, &echo, Reason::DeniedByPolicy);
+}
+
+#[test]
 fn malformed_packets() {
     let f = world(Role::Node);
     let good = tcp(ISOLATED.0, OUTSIDE.0, 443, true);

@@ -4,8 +4,8 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf};
 use tidegate_ebpf_common::code::COUNTERS as COUNTER_ENTRIES;
 use tidegate_ebpf_common::layout::{
-    Addr, Budget, Config, OVERLAYS, DnsKey, Endpoint, Fact, FactKey, Flow, FlowKey, Gateway, GrantKey, Group, IdKey, Iface, Node,
-    PortSet, Prefix, PrefixKey, Scope,
+    Addr, Budget, Config, DnsKey, Endpoint, Fact, FactKey, Flow, FlowKey, Gateway, GrantKey, Group, IdKey, Iface, Node,
+    OVERLAYS, PortSet, Prefix, PrefixKey, Scope,
 };
 
 /// `BPF_F_NO_PREALLOC`: maps that may be large take memory as they fill.

@@ -174,7 +174,9 @@ fn guard(skb: &Skb) -> i32 {
     }
     // What entered by an uplink is another node's; what entered nowhere is this node's own.
     let from = skb.ingress_ifindex();
-    if from == 0 || get!(IFACES, &from).is_some_and(|i| matches!(i.kind, iface::UPLINK | iface::UNTOUCHED | iface::TUNNEL)) {
+    if from == 0
+        || get!(IFACES, &from).is_some_and(|i| matches!(i.kind, iface::UPLINK | iface::UNTOUCHED | iface::TUNNEL))
+    {
         return NEXT;
     }
     dropped(skb, Hook::NodeGuard, Code::UnknownPod, &p)

@@ -285,9 +285,10 @@ impl<'a> Rules<'a> {
         let inspected = |r: &&CRule| match proto {
             Proto::Tcp => r.by_name && !(r.sni == SniMode::Unchecked && self.permitted(r, Permit::SniUnchecked)),
             Proto::Udp => r.by_name && port == 443,
+            Proto::Other => false,
         };
         match (rules.iter().any(inspected), proto) {
-            (false, _) => Carry::Forward,
+            (false, _) | (true, Proto::Other) => Carry::Forward,
             (true, Proto::Tcp) => Carry::Tls,
             (true, Proto::Udp) => Carry::Block,
         }
@@ -309,6 +310,7 @@ impl<'a> Rules<'a> {
     /// The first ports of the intervals on which nothing changes, for these hits.
     pub fn cuts(&self, hits: &[&Hits]) -> BTreeSet<(Proto, u16)> {
         let mut cuts = BTreeSet::from([
+            (Proto::Other, 0),
             (Proto::Tcp, 0),
             (Proto::Tcp, 1),
             (Proto::Udp, 0),

@@ -65,8 +65,12 @@ impl CRule {
     }
 }
 
-/// Whether a list of ports has this one.
+/// Whether a list of ports has this one. Other protocols than TCP and UDP are in it where it has all ports of any.
 pub(crate) fn has_port(ports: &[Ports], proto: Proto, port: u16) -> bool {
+    if proto == Proto::Other {
+        // Port 0 is nobody's.
+        return ports.iter().any(|p| p.proto.is_none() && p.lo <= 1 && p.hi == u16::MAX);
+    }
     ports.iter().any(|p| p.proto.is_none_or(|x| x == proto) && p.lo <= port && port <= p.hi)
 }
 

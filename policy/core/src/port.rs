@@ -1,9 +1,12 @@
 //! Transport protocols, port ranges and how an allowed packet is carried.
 
-/// A transport protocol that rules can name, with its IANA number.
+/// A transport protocol that rules can name, with its IANA number, or all others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum Proto {
+    /// Any protocol but TCP and UDP, ICMP among them. It has no ports: what holds for one holds for all. Only denies
+    /// reach so far.
+    Other = 0,
     /// TCP.
     Tcp = 6,
     /// UDP.

@@ -282,6 +282,16 @@ fn guarded_pods_feel_denies_only() {
     assert_eq!(g.a("good.paste.com"), Answer::Bind, "denied on a part of its ports only");
     let (_, set) = g.admin_prefixes().unwrap();
     assert_eq!(set[&"198.51.100.7/32".parse().unwrap()].get(Proto::Tcp, 443), Some(Via::Pass));
+    // Any protocol: what has no ports is denied, also where a port is accepted ahead of it.
+    for net in ["198.51.100.0/24", "198.51.100.7/32"] {
+        assert_eq!(set[&net.parse().unwrap()].get(Proto::Other, 0), Some(Via::Deny), "{net}");
+    }
+    let part = |ports: &[&str]| {
+        let g = shop().clustered("c", admin(1, Action::Deny, rule("no", &["198.51.100.0/24"], ports))).group();
+        let (_, set) = g.admin_prefixes().unwrap();
+        set[&"198.51.100.0/24".parse().unwrap()].get(Proto::Other, 0)
+    };
+    assert_eq!(part(&["0-65535", "0-65535/udp"]), None, "TCP and UDP are named");
     let total = shop().clustered("c", admin(1, Action::Deny, rule("no", &["paste.com"], &["any"]))).group();
     assert_eq!(total.a("paste.com"), Answer::NoData, "what is below resolves");
     assert_eq!((total.a("other.com"), total.name("other.com", 15).answer), (Answer::Resolve, Answer::Resolve));
@@ -290,6 +300,8 @@ fn guarded_pods_feel_denies_only() {
         g.grant(g.scope().class(ip("192.0.2.1"), &names)).unwrap().get(Proto::Tcp, 80)
     };
     assert_eq!(grant(&g, &["x.paste.com"]), Some(Via::Deny));
+    let class = g.scope().class(ip("192.0.2.1"), &[name("x.paste.com")]);
+    assert_eq!(g.grant(class).unwrap().get(Proto::Other, 0), Some(Via::Deny));
     assert_eq!(grant(&g, &["x.paste.com", "other.com"]), None, "not only denied names");
 }
 

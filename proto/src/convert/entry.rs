@@ -6,23 +6,24 @@ use tidegate_policy::state::{Cluster, Endpoint, Entry, EntryKey, Gateway, Group,
 use tidegate_policy::{ClassKey, GroupKey, PortSet, PrefixSetKey, ScopeKey};
 
 use super::{
-    MAX_DNS, MAX_GATEWAYS, MAX_NODE_ADDRESSES, MAX_PREFIXES, Problem, WireError, bounded, ip_from_wire, ip_to_wire, key_from_wire,
-    key_to_wire, name_from_wire, names_from_wire, ports_from_wire, ports_to_wire, prefix_from_wire, prefix_to_wire, socket_from_wire,
-    socket_to_wire, u16_from_wire,
+    MAX_DNS, MAX_GATEWAYS, MAX_NODE_ADDRESSES, MAX_PREFIXES, Problem, WireError, bounded, ip_from_wire, ip_to_wire,
+    key_from_wire, key_to_wire, name_from_wire, names_from_wire, ports_from_wire, ports_to_wire, prefix_from_wire,
+    prefix_to_wire, socket_from_wire, socket_to_wire, u16_from_wire,
 };
 use crate::wire;
 use wire::entry::Kind;
 use wire::entry_key::Kind as KeyKind;
 
 pub(super) fn grant_to_wire(group: GroupKey, class: ClassKey, ports: &PortSet) -> wire::Grant {
-    wire::Grant { group: key_to_wire(group.0), class: key_to_wire(class.0), ports: ports_to_wire(ports) }
+    let (ports, other) = ports_to_wire(ports);
+    wire::Grant { group: key_to_wire(group.0), class: key_to_wire(class.0), ports, other }
 }
 
 pub(super) fn grant_from_wire(grant: &wire::Grant) -> Result<(GroupKey, ClassKey, PortSet), WireError> {
     Ok((
         GroupKey(key_from_wire(&grant.group, "grant.group")?),
         ClassKey(key_from_wire(&grant.class, "grant.class")?),
-        ports_from_wire(&grant.ports)?,
+        ports_from_wire(&grant.ports, grant.other)?,
     ))
 }
 
@@ -59,9 +60,9 @@ impl From<&Entry> for wire::Entry {
                 key: key_to_wire(key.0),
                 prefixes: set
                     .iter()
-                    .map(|(net, ports)| wire::PrefixPorts {
-                        prefix: Some(prefix_to_wire(*net)),
-                        ports: ports_to_wire(ports),
+                    .map(|(net, ports)| {
+                        let (ports, other) = ports_to_wire(ports);
+                        wire::PrefixPorts { prefix: Some(prefix_to_wire(*net)), ports, other }
                     })
                     .collect(),
             }),
@@ -193,7 +194,7 @@ fn prefixes_from_wire(set: &wire::PrefixSet) -> Result<Prefixes, WireError> {
     for p in &set.prefixes {
         let prefix = p.prefix.as_ref().ok_or(Problem::Missing.of("prefix_ports.prefix"))?;
         let net = prefix_from_wire(prefix, "prefix_ports.prefix")?;
-        if out.insert(net, ports_from_wire(&p.ports)?).is_some() {
+        if out.insert(net, ports_from_wire(&p.ports, p.other)?).is_some() {
             return Err(Problem::Duplicate.of("prefix_ports.prefix"));
         }
     }
