@@ -10,6 +10,7 @@ pub mod cluster;
 pub mod family;
 pub mod foreign;
 pub mod lab;
+pub mod liar;
 pub mod netns;
 pub mod observe;
 pub mod place;
