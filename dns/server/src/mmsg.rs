@@ -29,6 +29,15 @@ pub struct Batch {
     data: Box<[[u8; DATAGRAM]]>,
     names: Box<[libc::sockaddr_storage]>,
     controls: Box<[Control]>,
+    /// What recvmmsg fills, pointing to the buffers above: made once, for at low rates a batch is one
+    /// datagram, and writing [`BATCH`] headers for it costs more than answering it.
+    incoming: Box<[libc::mmsghdr]>,
+    /// The pieces that `incoming` points to.
+    _pieces: Box<[libc::iovec]>,
+    /// How many of `incoming` the kernel may have written since they were set.
+    touched: usize,
+    outgoing: Box<[libc::mmsghdr]>,
+    out_pieces: Box<[libc::iovec]>,
     received: Vec<Received>,
     replies: Vec<Reply>,
     used: usize,
@@ -47,12 +56,27 @@ fn zeroed<T: Copy>(value: T) -> Box<[T]> {
 impl Batch {
     /// Buffers for [`BATCH`] datagrams each way.
     pub fn new() -> Self {
-        // SAFETY: all-zero bytes are a valid sockaddr_storage, a plain C struct.
-        let name: libc::sockaddr_storage = unsafe { mem::zeroed() };
+        // SAFETY: all-zero bytes are valid for these plain C structs: null pointers and zero lengths.
+        let (name, header, piece): (libc::sockaddr_storage, libc::mmsghdr, libc::iovec) = unsafe { mem::zeroed() };
+        let (mut data, mut names, mut controls) = (zeroed([0; DATAGRAM]), zeroed(name), zeroed([0; 32]));
+        let (mut incoming, mut pieces) = (zeroed(header), zeroed(piece));
+        for i in 0..BATCH {
+            pieces[i] = libc::iovec { iov_base: data[i].as_mut_ptr().cast(), iov_len: DATAGRAM };
+            let h = &mut incoming[i].msg_hdr;
+            h.msg_name = (&raw mut names[i]).cast();
+            h.msg_iov = &raw mut pieces[i];
+            h.msg_iovlen = 1;
+            h.msg_control = controls[i].as_mut_ptr().cast();
+        }
         Self {
-            data: zeroed([0; DATAGRAM]),
-            names: zeroed(name),
-            controls: zeroed([0; 32]),
+            data,
+            names,
+            controls,
+            incoming,
+            _pieces: pieces,
+            touched: BATCH,
+            outgoing: zeroed(header),
+            out_pieces: zeroed(piece),
             received: Vec::with_capacity(BATCH),
             replies: Vec::with_capacity(BATCH),
             used: 0,
@@ -63,30 +87,27 @@ impl Batch {
     pub fn receive(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         self.received.clear();
         self.used = 0;
-        let mut iovecs: [libc::iovec; BATCH] =
-            std::array::from_fn(|i| libc::iovec { iov_base: self.data[i].as_mut_ptr().cast(), iov_len: DATAGRAM });
-        // SAFETY: all-zero bytes are a valid mmsghdr: null pointers and zero lengths.
-        let mut headers: [libc::mmsghdr; BATCH] = unsafe { mem::zeroed() };
-        for (i, h) in headers.iter_mut().enumerate() {
-            h.msg_hdr.msg_name = (&raw mut self.names[i]).cast();
+        for h in &mut self.incoming[..self.touched] {
             h.msg_hdr.msg_namelen = size_of::<libc::sockaddr_storage>() as u32;
-            h.msg_hdr.msg_iov = &raw mut iovecs[i];
-            h.msg_hdr.msg_iovlen = 1;
-            h.msg_hdr.msg_control = self.controls[i].as_mut_ptr().cast();
             h.msg_hdr.msg_controllen = size_of::<Control>() as _;
+            h.msg_hdr.msg_flags = 0;
         }
-        // SAFETY: every header points to buffers of self and of this frame that outlive the call, with their true lengths.
+        // SAFETY: every header points to buffers of self, which are on the heap and stay where they are as long as
+        // self lives, with their true lengths: `new` set the fixed ones, the loop those that the kernel changes.
         let n = unsafe {
             libc::recvmmsg(
                 fd.as_raw_fd(),
-                headers.as_mut_ptr(),
+                self.incoming.as_mut_ptr(),
                 BATCH as u32,
                 libc::MSG_WAITFORONE as _,
                 std::ptr::null_mut(),
             )
         };
-        let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
-        for (i, h) in headers.iter().enumerate().take(n) {
+        let n = usize::try_from(n).map_err(|_| io::Error::last_os_error());
+        // The one after the last may have been begun.
+        self.touched = (*n.as_ref().unwrap_or(&0) + 1).min(BATCH);
+        let n = n?;
+        for (i, h) in self.incoming.iter().enumerate().take(n) {
             let len = (h.msg_len as usize).min(DATAGRAM);
             let unspecified = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
             let client = address(&self.names[i]).unwrap_or(unspecified);
@@ -123,25 +144,22 @@ impl Batch {
     pub fn send(&mut self, fd: BorrowedFd<'_>, v6: bool) -> usize {
         let mut failed = 0;
         let used = self.used.min(BATCH);
-        // SAFETY: all-zero bytes are valid for these plain C structs.
-        let (mut headers, mut iovecs): ([libc::mmsghdr; BATCH], [libc::iovec; BATCH]) =
-            unsafe { (mem::zeroed(), mem::zeroed()) };
         for (i, r) in self.replies.iter().take(used).enumerate() {
             let control = &mut self.controls[i];
             let name_len = write_address(&mut self.names[i], r.client, v6);
             let control_len = write_source(control, r.server.ip());
-            iovecs[i] = libc::iovec { iov_base: r.data.as_ptr().cast_mut().cast(), iov_len: r.data.len() };
-            let h = &mut headers[i].msg_hdr;
+            self.out_pieces[i] = libc::iovec { iov_base: r.data.as_ptr().cast_mut().cast(), iov_len: r.data.len() };
+            let h = &mut self.outgoing[i].msg_hdr;
             h.msg_name = (&raw mut self.names[i]).cast();
             h.msg_namelen = name_len;
-            h.msg_iov = &raw mut iovecs[i];
+            h.msg_iov = &raw mut self.out_pieces[i];
             h.msg_iovlen = 1;
             h.msg_control = control.as_mut_ptr().cast();
             h.msg_controllen = control_len as _;
         }
         let mut at = 0;
         while at < used {
-            let rest = &mut headers[at..used];
+            let rest = &mut self.outgoing[at..used];
             // SAFETY: every header of the slice points to buffers that outlive the call; the kernel only reads them.
             let n = unsafe { libc::sendmmsg(fd.as_raw_fd(), rest.as_mut_ptr(), rest.len() as u32, 0) };
             match usize::try_from(n) {
