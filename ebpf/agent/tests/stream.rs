@@ -20,7 +20,14 @@ use tokio::time::{Instant, timeout};
 const WAIT: Duration = Duration::from_secs(10);
 
 fn client(tls: Tls, address: std::net::SocketAddr) -> Client {
-    Client { node: "n1".into(), boot: 77, index: 3, gateway: GatewayAddress { name: "gw-a".into(), address }, tls, seen: tokio::sync::watch::channel(Seen::default()).1 }
+    Client {
+        node: "n1".into(),
+        boot: 77,
+        index: 3,
+        gateway: GatewayAddress { name: "gw-a".into(), address },
+        tls,
+        seen: tokio::sync::watch::channel(Seen::default()).1,
+    }
 }
 
 fn snapshot(sequence: u64) -> StateBatch {

@@ -2,7 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use std::sync::{Barrier, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,9 +13,9 @@ use tidegate_lab::family::FAMILIES;
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::liar::query;
 use tidegate_lab::observe::sum_metric;
-use tidegate_lab::probe::{Knock, dig, knock};
-use tidegate_lab::scenario::{Listen, NameSpec, Pod};
-use tidegate_lab::{Lab, Options, Place, Scenario};
+use tidegate_lab::probe::{Echo, Knock, dig, knock};
+use tidegate_lab::scenario::{Listen, NameSpec, Namespace, Pod};
+use tidegate_lab::{Lab, Mark, Options, Place, Scenario};
 
 static ONE: Mutex<()> = Mutex::new(());
 const GATEWAYS: [&str; 2] = ["gw-a", "gw-b"];
@@ -386,4 +387,187 @@ fn a_dead_first_address_costs_less_than_a_second() {
             assert!(dead_first, "{host} {tcp}: nobody asked for the dead address");
         }
     }
+}
+
+/// One window of a tenant's day: 150 cached names and 150 connections; the p99 of each.
+fn window(from: &Place<'_>, server: SocketAddr, to: SocketAddr) -> [Duration; 2] {
+    from.within(|| {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.connect(server).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        let mut times = [Vec::new(), Vec::new()];
+        for id in 0..150u16 {
+            let started = Instant::now();
+            socket.send(&query(id, "tcp.example.com", A)).unwrap();
+            let mut reply = [0; 512];
+            // A late reply to an earlier query is not this one's.
+            while socket.recv(&mut reply).is_ok_and(|_| reply[..2] != id.to_be_bytes()) {}
+            times[0].push(started.elapsed());
+            let started = Instant::now();
+            let stream = TcpStream::connect_timeout(&to, Duration::from_secs(3));
+            times[1].push(started.elapsed());
+            stream.expect("a tenant that keeps quiet connects");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        times.map(|mut t| {
+            t.sort_unstable();
+            percentile(&t, 0.99)
+        })
+    })
+    .unwrap()
+}
+
+/// The median of three windows.
+fn windows(from: &Place<'_>, server: SocketAddr, to: SocketAddr) -> [Duration; 2] {
+    let all = [(); 3].map(|()| window(from, server, to));
+    [0, 1].map(|of| {
+        let mut of = all.map(|w| w[of]);
+        of.sort_unstable();
+        of[1]
+    })
+}
+
+/// Names that nobody resolves, names below a wildcard that nobody asked before, names whose authority is silent,
+/// addresses that nobody allows: about a thousand of each in a second, from the calling thread's namespace.
+fn flood(server: SocketAddr, end: &AtomicBool) {
+    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+    socket.connect(server).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    let denied = UdpSocket::bind("0.0.0.0:0").unwrap();
+    for n in 0u64.. {
+        if end.load(Ordering::Relaxed) {
+            return;
+        }
+        for name in [format!("n{n}.example.org"), format!("n{n}.many.example.net"), format!("n{n}.slow.example.net")] {
+            // What the socket does not take now is dropped, as a flood does.
+            let _ = socket.send(&query(n as u16, &name, A));
+        }
+        let _ = denied.send_to(b"x", SocketAddr::from(([198, 51, 100, (n % 200) as u8], 4000 + (n % 1000) as u16)));
+        let mut reply = [0; 1500];
+        while socket.recv(&mut reply).is_ok() {}
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// One namespace floods: its own quotas stop it, and another namespace of the same node and gateway hardly feels it.
+#[test]
+fn a_flood_of_one_namespace_is_its_own() {
+    const FACTS: usize = 150;
+    const NAMES: usize = 100;
+    const IN_FLIGHT: usize = 64;
+    const CONNECTIONS: usize = 200;
+    let mut scenario = scenario();
+    // Both tenants share a gateway, and a node.
+    let pair = scenario.pools.iter_mut().find(|p| p.name == "partner-b").unwrap();
+    pair.addresses[0].owner = Some("gw-a".into());
+    for (n, of) in ["names", "facts"].into_iter().enumerate() {
+        scenario.namespaces.push(Namespace {
+            name: of.into(),
+            labels: BTreeMap::default(),
+            annotations: BTreeMap::default(),
+        });
+        scenario.pods.push(pod(of, of, n as u8));
+    }
+    scenario.internet.names.push(NameSpec { silent: true, ..name("*.slow.example.net".into(), vec![], vec![]) });
+    for n in 0..6 {
+        let many = (0..60).map(|a| Ipv4Addr::new(192, 0, 2, 10 + a)).collect();
+        scenario.internet.names.push(name(format!("wide{n}.example.net"), many, vec![]));
+    }
+    let gateway = &mut scenario.tidegate.as_mut().unwrap().gateway;
+    let quotas = json!({"facts": FACTS, "names": NAMES, "queriesInFlight": IN_FLIGHT, "connections": CONNECTIONS});
+    gateway.insert("quotas".into(), quotas);
+    // Facts outlast the flood: what is gone was evicted.
+    gateway.insert("dns".into(), json!({"ttlMinSeconds": 600, "barrierMillis": 2000}));
+    let (_one, lab) = up("flood", scenario);
+    let slow = policy("shop", Some("partner-a"), &[json!({"matchPattern": "*.slow.example.net"})], 443);
+    let names = policy("names", None, &[json!({"matchPattern": "**.many.example.net"})], 7000);
+    let facts = policy("facts", None, &[json!({"matchPattern": "*.example.net"})], 7000);
+    lab.edit_manifest("load.yaml", &[slow, names, facts].join("---\n")).unwrap();
+    let server = dns(&lab);
+    let victim = lab.pod("billing/pay");
+    let tcp = SocketAddr::from(([198, 51, 100, 12], 7000));
+    assert!(!dig(&victim, "tcp.example.com", "A", &[]).answers.is_empty());
+    let bank = SocketAddr::from(([198, 51, 100, 15], 443));
+    assert!(!dig(&victim, "bank.example.com", "A", &[]).answers.is_empty());
+    let mut live = Echo::connect(&victim, tcp).unwrap();
+    let known = wait_for(Duration::from_secs(15), || {
+        (!dig(&lab.pod("names/names"), "n.many.example.net", "A", &[]).answers.is_empty()).then_some(())
+    });
+    assert!(known.is_some(), "the policy is in force");
+
+    // Names and facts stop at the quota, with the reason.
+    let refused = |namespace: &str, kind: &str, mark: &Mark| {
+        let fits = |r: &serde_json::Value| r["reason"] == "quota" && r["namespace"] == namespace && r["kind"] == kind;
+        lab.wait_audit(&["gw-a", "gw-b"], mark, fits).is_some()
+    };
+    let mark = lab.mark();
+    let status = || -> usize {
+        let text = lab.admin("gw-a", "/status").unwrap().1;
+        let status: serde_json::Value = serde_json::from_str(&text).unwrap();
+        status["core"]["facts"].as_u64().unwrap() as usize
+    };
+    let others = status();
+    let asks = |from: &str, names: Vec<String>| -> Vec<u8> {
+        let all = names.iter().map(|n| (dig(&lab.pod(from), n, "A", &[]).status == "NOERROR") as u8);
+        all.collect()
+    };
+    let wide = asks("facts/facts", (0..6).map(|n| format!("wide{n}.example.net")).collect());
+    assert_eq!(wide[..2], [1, 1], "below the quota names resolve: {wide:?}");
+    assert_eq!(wide[3..], [0, 0, 0], "above it none does: {wide:?}");
+    assert!(refused("facts", "dns", &mark), "facts stop with quota");
+    let asked: Vec<_> = (0..NAMES + 40).map(|n| (format!("q{n}.many.example.net"), A)).collect();
+    // Fewer at once than may be in flight.
+    let few = asked.chunks(IN_FLIGHT / 2).map(|few| burst(&lab.pod("names/names"), server, few).0);
+    let took: Vec<Took> = few.collect::<Vec<_>>().concat();
+    let unresolved = took.iter().filter(|t| t.as_ref().is_err_and(|e| e.contains("code 2"))).count();
+    assert!((40..=45).contains(&unresolved), "{unresolved} names were refused: {:?}", took.iter().find(|t| t.is_err()));
+    assert!(refused("names", "dns", &mark), "names stop with quota");
+    let learnt = status() - others;
+    assert!(learnt <= FACTS + NAMES, "{learnt} facts");
+
+    // Connections, relayed and forwarded.
+    let web = lab.pod("shop/web");
+    for name in ["api.example.com", "tcp.example.com"] {
+        assert!(!dig(&web, name, "A", &[]).answers.is_empty());
+    }
+    let hold = |to: SocketAddr| {
+        let connect = || {
+            (0..CONNECTIONS + 60)
+                .filter_map(|_| TcpStream::connect_timeout(&to, Duration::from_millis(200)).ok())
+                .collect::<Vec<_>>()
+        };
+        web.within(connect).unwrap()
+    };
+    let quiet = windows(&victim, server, tcp);
+    let mark = lab.mark();
+    let relayed = hold(SocketAddr::from(([198, 51, 100, 10], 443)));
+    assert!(refused("shop", "open", &mark), "relayed connections stop with quota");
+    let forwarded = hold(tcp);
+    // The bound is the namespace rules', which drop; they write no record.
+    assert!(forwarded.len() <= CONNECTIONS, "{} forwarded connections", forwarded.len());
+
+    let mark = lab.mark();
+    let end = AtomicBool::new(false);
+    let loud = std::thread::scope(|scope| {
+        for place in ["shop/web", "shop/worker"] {
+            let (lab, end) = (&lab, &end);
+            scope.spawn(move || lab.pod(place).within(|| flood(server, end)).unwrap());
+        }
+        std::thread::sleep(Duration::from_secs(1));
+        let loud = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| windows(&victim, server, tcp)));
+        end.store(true, Ordering::Relaxed);
+        loud.unwrap()
+    });
+    println!("p99 of DNS and of connecting: quiet {quiet:?}, under the flood {loud:?}");
+    assert!(refused("shop", "dns", &mark), "queries in flight stop with quota");
+    for (what, quiet, loud) in [("DNS", quiet[0], loud[0]), ("connect", quiet[1], loud[1])] {
+        // Two cores run the flood, the servers and everything else.
+        assert!(loud <= quiet * 2 + Duration::from_millis(25), "{what}: quiet {quiet:?}, loud {loud:?}");
+    }
+    let counted = lab.metric("gw-a", "tidegate_decisions_total", &["reason=\"quota\""]).unwrap();
+    assert!(counted > 0.0, "and the metrics say so");
+    drop((relayed, forwarded));
+    // Nothing of the quiet tenant is gone: what it resolved before the flood still opens, and what lived lives.
+    assert_eq!(knock(&victim, bank).unwrap(), Knock::Open);
+    live.say("still here\n").unwrap();
 }
