@@ -506,7 +506,6 @@ fn a_flood_of_one_namespace_is_its_own() {
         let status: serde_json::Value = serde_json::from_str(&text).unwrap();
         status["core"]["facts"].as_u64().unwrap() as usize
     };
-    let others = status();
     let asks = |from: &str, names: Vec<String>| -> Vec<u8> {
         let all = names.iter().map(|n| (dig(&lab.pod(from), n, "A", &[]).status == "NOERROR") as u8);
         all.collect()
@@ -522,8 +521,9 @@ fn a_flood_of_one_namespace_is_its_own() {
     let unresolved = took.iter().filter(|t| t.as_ref().is_err_and(|e| e.contains("code 2"))).count();
     assert!((40..=45).contains(&unresolved), "{unresolved} names were refused: {:?}", took.iter().find(|t| t.is_err()));
     assert!(refused("names", "dns", &mark), "names stop with quota");
-    let learnt = status() - others;
-    assert!(learnt <= FACTS + NAMES, "{learnt} facts");
+    // The victim's two beside them.
+    let learnt = status();
+    assert!(learnt <= FACTS + NAMES + 2, "{learnt} facts");
 
     // Connections, relayed and forwarded.
     let web = lab.pod("shop/web");
@@ -562,7 +562,7 @@ fn a_flood_of_one_namespace_is_its_own() {
     assert!(refused("shop", "dns", &mark), "queries in flight stop with quota");
     for (what, quiet, loud) in [("DNS", quiet[0], loud[0]), ("connect", quiet[1], loud[1])] {
         // Two cores run the flood, the servers and everything else.
-        assert!(loud <= quiet * 2 + Duration::from_millis(25), "{what}: quiet {quiet:?}, loud {loud:?}");
+        assert!(loud <= quiet * 2 + Duration::from_millis(10), "{what}: quiet {quiet:?}, loud {loud:?}");
     }
     let counted = lab.metric("gw-a", "tidegate_decisions_total", &["reason=\"quota\""]).unwrap();
     assert!(counted > 0.0, "and the metrics say so");
