@@ -149,13 +149,16 @@ impl PolicyThread {
             .ok();
         let mut world: Option<Arc<World>> = None;
         let mut objects = Objects::default();
+        let mut said: Vec<String> = Vec::new();
         while !self.stop.load(Ordering::Relaxed) {
             let loaded = reader.reload();
             let texts: Vec<String> = loaded.problems.iter().map(ToString::to_string).collect();
-            if **self.problems.load() != texts {
+            let news = texts != said;
+            if news {
                 for text in &texts {
                     tracing::warn!("{text}");
                 }
+                said.clone_from(&texts);
             }
             let changed = loaded.changed;
             if changed {
@@ -165,9 +168,6 @@ impl PolicyThread {
             let due = world.as_ref().is_some_and(|w| w.next_change().is_some_and(|t| t <= now()));
             if changed || due || world.is_none() {
                 let compiled = Arc::new(World::compile(&objects, now(), world.as_deref()));
-                let mut all = texts.clone();
-                all.extend(compiled.issues().iter().map(ToString::to_string));
-                self.problems.store(Arc::new(all));
                 tracing::info!(
                     namespaces = objects.namespaces.len(),
                     pods = objects.pods.len(),
@@ -182,6 +182,10 @@ impl PolicyThread {
                     return;
                 }
                 self.waiting = None;
+            }
+            if let Some(world) = world.as_ref().filter(|_| news || changed || due) {
+                let issues = world.issues().iter().map(ToString::to_string);
+                self.problems.store(Arc::new(texts.into_iter().chain(issues).collect()));
             }
             self.wait(watch.as_mut(), world.as_deref());
         }

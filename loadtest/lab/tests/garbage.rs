@@ -453,6 +453,9 @@ fn bad_manifests_among_good_ones() {
             let log = || std::fs::read_to_string(lab.layout().log(gateway)).unwrap();
             let named = wait_for(Duration::from_secs(15), || log().contains(name).then_some(()));
             assert!(named.is_some(), "{gateway} names {name} in its log");
+            let status =
+                wait_for(Duration::from_secs(5), || lab.admin(gateway, "/status").ok()?.1.contains(name).then_some(()));
+            assert!(status.is_some(), "{gateway} names {name} in its status");
         }
     }
     unaffected(&lab, &before, "bad manifests");
