@@ -1,0 +1,33 @@
+//! Fuzz targets: each takes any bytes, and panics when a promise about hostile input is broken.
+//!
+//! `cargo test` replays `corpus/` and what comes of damaging it a little. `fuzz/` hands the same functions to
+//! libFuzzer: `cargo +nightly fuzz run --fuzz-dir loadtest/fuzz/fuzz TARGET loadtest/fuzz/corpus/TARGET`.
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a fuzz target fails by panicking")]
+
+mod dns;
+mod manifests;
+mod messages;
+mod packets;
+mod tls;
+
+pub use dns::{dns_answer, dns_query};
+pub use manifests::{annotation, manifest};
+pub use messages::message;
+pub use packets::{kernel_event, packet};
+pub use tls::tls;
+
+/// A target's name, which is also its corpus's, and the target.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// Every target.
+pub const TARGETS: &[Target] = &[
+    ("annotation", annotation),
+    ("dns_answer", dns_answer),
+    ("dns_query", dns_query),
+    ("kernel_event", kernel_event),
+    ("manifest", manifest),
+    ("message", message),
+    ("packet", packet),
+    ("tls", tls),
+];
