@@ -211,8 +211,17 @@ impl Lab {
             self.attach_foreign("foreign")?;
         }
         if self.state.scenario.tidegate.is_some() {
-            for name in self.product_names() {
-                self.start(&name)?;
+            // Gateways first and together: a pair goes to the first of its candidates that lives when the others look for
+            // it, and on a busy machine one that starts seconds later than its peer comes too late.
+            let gateways: Vec<String> = self.state.scenario.gateways.iter().map(|g| g.name.clone()).collect();
+            for name in &gateways {
+                self.start(name)?;
+            }
+            for name in &gateways {
+                wait_for(READY_LIMIT, || self.admin(name, "/healthz").is_ok().then_some(()));
+            }
+            for name in self.product_names().iter().filter(|n| !gateways.contains(n)) {
+                self.start(name)?;
             }
             for name in self.product_names() {
                 self.wait_ready(&name, READY_LIMIT)?;

@@ -117,9 +117,9 @@ impl Lab {
         whole.lines().map(|l| serde_json::from_str(l).with_context(|| format!("audit of {name}: {l}"))).collect()
     }
 
-    /// Waits up to 3 s for a record that fits, at any of the named processes.
+    /// Waits up to 5 s for a record that fits, at any of the named processes.
     pub fn wait_audit(&self, names: &[&str], since: &Mark, fits: impl Fn(&Value) -> bool) -> Option<Value> {
-        wait_for(Duration::from_secs(3), || {
+        wait_for(Duration::from_secs(5), || {
             names.iter().find_map(|n| self.audit(n, since).unwrap_or_default().into_iter().find(|r| fits(r)))
         })
     }
