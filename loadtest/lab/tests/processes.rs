@@ -85,7 +85,7 @@ fn what_does_not_start_is_named_and_nothing_stays() {
     let script = "echo 'the kernel has no tcx' >&2; exit 1";
     let options = options(stand_in(folder.path(), script));
     let error = format!("{:#}", Lab::up(Scenario::load(DEMO.as_ref()).unwrap(), &options).unwrap_err());
-    assert!(error.contains("node-") && error.contains("the kernel has no tcx"), "{error}");
+    assert!(error.contains("gw-") && error.contains("the kernel has no tcx"), "{error}");
     assert!(!Path::new("/run/tidegate-lab").join(&options.name).exists());
 
     let options = Options { tidegate: Some(folder.path().join("nothing")), ..options };
