@@ -133,6 +133,16 @@ pub fn config() -> RelayConfig {
 }
 
 impl Lab {
+    /// Waits until `live` connections are left: a connection's event comes a moment before its place is free.
+    pub async fn left(&self, live: usize) {
+        let wait = async {
+            while self.relay.registry().len() != live {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(5), wait).await.expect("connections stay in the registry");
+    }
+
     pub fn new() -> Self {
         Self::with(config())
     }

@@ -63,6 +63,7 @@ async fn an_allowed_name_goes_through_and_is_told() {
     assert!(egress.is_some());
     let close = lab.close().await;
     assert_eq!((close.verdict, close.reason), (Verdict::Allow, Reason::Allowed));
+    lab.left(0).await;
     assert_eq!(lab.relay.registry().live(SCOPE, server.ip()), 0);
 }
 
@@ -76,7 +77,7 @@ async fn a_name_that_is_not_bound_to_the_address_is_reset() {
     assert_eq!((event.verdict, event.reason), (Verdict::Deny, Reason::SniMismatch));
     let What::Open { actual, sni, .. } = event.what else { unreachable!() };
     assert_eq!((actual, sni.as_deref()), (None, Some("b.example")));
-    assert!(lab.relay.registry().is_empty());
+    lab.left(0).await;
 }
 
 #[tokio::test]
