@@ -100,8 +100,8 @@ struct Drive {
     facts: BTreeMap<(Scope, String, IpAddr), Fact>,
     /// Facts that some kernel may still know.
     had: BTreeSet<(Scope, String, IpAddr)>,
-    /// Facts that ended while an agent or the gateway was new: a node's kernel may keep them, expired, for a day. What
-    /// they denied they go on denying there.
+    /// Facts that ended while an agent or the gateway was new: a node's kernel may keep them, expired, for a day, and
+    /// what their class denied then it goes on denying there.
     stale: BTreeSet<(Scope, String, IpAddr)>,
     waiting: BTreeMap<u64, Waiting>,
     /// Until when which name's address was promised to pods of a node.
@@ -310,7 +310,8 @@ impl Drive {
             }
             _ => {
                 let binds = matches!(result, Asked::Binds(..) | Asked::Denied(_));
-                let none = !ips.iter().any(|ip| good(&ip));
+                // An address that no port leads to needs no binding.
+                let none = !ips.iter().any(|ip| good(&ip) && s.passes(asked, *ip));
                 assert!(binds || none || !s.denies(asked), "a deny of {asked} cannot hold: {result:?}");
             }
         }
@@ -361,11 +362,23 @@ impl Drive {
                 if !self.flows.iter().any(|f| f.scope == scope && f.ip == ip) {
                     let now = self.now;
                     self.tell(|| format!("{ip} is idle in {scope:?}"));
-                    self.facts.retain(|k, f| k.0 != scope || k.2 != ip || f.expires > now);
+                    self.end_facts(|k, f| k.0 == scope && k.2 == ip && f.expires <= now);
                     self.gateway.idle(key, ip, self.time());
                 }
             }
         }
+    }
+
+    /// Facts end; until all is delivered, kernels may still know them.
+    fn end_facts(&mut self, over: impl Fn(&(Scope, String, IpAddr), &Fact) -> bool) {
+        let had = &mut self.had;
+        self.facts.retain(|k, f| {
+            let over = over(k, f);
+            if over {
+                had.insert(k.clone());
+            }
+            !over
+        });
     }
 
     fn scope_of(&self, key: ScopeKey) -> Option<Scope> {
@@ -403,7 +416,7 @@ impl Drive {
         let live: BTreeSet<(Scope, usize)> =
             subjects.iter().filter(|s| s.touched() != Touched::No).map(|s| (s.scope(), node_at(s.node()))).collect();
         let scopes: BTreeSet<Scope> = live.iter().map(|(s, _)| s.clone()).collect();
-        self.facts.retain(|k, _| scopes.contains(&k.0));
+        self.end_facts(|k, _| !scopes.contains(&k.0));
         self.promised.retain(|k, _| live.contains(&(k.0.clone(), node_at(k.1))));
         let objects = std::mem::take(&mut self.objects);
         let wall = self.wall();
@@ -471,7 +484,7 @@ impl Drive {
     /// The ledger's sweep of what expired a day ago.
     fn sweep(&mut self) {
         let now = self.now;
-        self.facts.retain(|_, f| f.expires + 24 * 3600 * 1000 > now);
+        self.end_facts(|_, f| f.expires + 24 * 3600 * 1000 <= now);
         self.flows.retain(|f| f.since + OLD_FLOW > now);
     }
 
@@ -607,12 +620,8 @@ impl Drive {
                 sets.extend(with);
             }
         }
-        let of_here = |k: &&(Scope, String, IpAddr)| k.0 == scope && k.2 == ip && !names.contains(&k.1);
-        let stale: BTreeSet<String> = self.stale.iter().filter(of_here).map(|k| k.1.clone()).collect();
-        if !stale.is_empty() {
-            let with: Vec<BTreeSet<String>> = sets.iter().map(|s| s.union(&stale).cloned().collect()).collect();
-            sets.extend(with);
-        }
+        let of_here = |k: &(Scope, String, IpAddr)| k.0 == scope && k.2 == ip && !names.contains(&k.1);
+        let stale = self.stale.iter().any(of_here);
         let ended: &[bool] = match (flow || !least.is_empty(), last + ROUNDING <= self.now) {
             (true, _) => &[false],
             (_, true) => &[true],
@@ -633,7 +642,7 @@ impl Drive {
         fates.dedup();
         // While an edit of what concerns the pod is on its way by two streams, the old group may meet the new class or
         // the other way round: then a packet is dropped, and never let through.
-        (fates.len() == 1 && (!edited || fates[0] == Fate::Denied)).then(|| fates[0])
+        (fates.len() == 1 && (!(edited || stale) || fates[0] == Fate::Denied)).then(|| fates[0])
     }
 
     /// Names that were promised to a pod for an address and still are.

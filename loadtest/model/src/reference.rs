@@ -383,6 +383,11 @@ impl<'o> Subject<'o> {
         self.ports().into_iter().any(|p| p.1 != 853 && matches!(self.say(Said::Bound(name), ip, p), Say::Allow(_)))
     }
 
+    /// Whether some port of an address that has this name is open.
+    pub fn passes(&self, name: &str, ip: IpAddr) -> bool {
+        self.ports().into_iter().any(|p| p.1 != 0 && self.may(Said::Bound(name), ip, p))
+    }
+
     /// As [`Self::say`] for an address that no prefix holds.
     fn say_by_name(&self, name: &str, ip: IpAddr, to: Port) -> Say {
         let bare = |r: &Rule| Rule { cidrs: vec![], ..r.clone() };
