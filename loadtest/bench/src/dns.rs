@@ -130,7 +130,7 @@ fn run(server: &Server, port: u16, check: bool, rate: u64, seconds: f64) -> Resu
     let mut asked: Vec<Option<(u64, u32)>> = vec![None; 1 << 16];
     let mut latencies = Vec::with_capacity(schedule.total() as usize);
     let mut lateness = Vec::with_capacity(schedule.total() as usize);
-    let (mut wrong, mut sent, mut spins, mut worked) = (0u64, 0u64, 0u64, 0u64);
+    let (mut wrong, mut sent, mut idle, mut turn) = (0u64, 0u64, 0u64, 0u64);
     let mut seed = 0x9e37_79b9_7f4a_7c15u64;
     let before = server.cpu();
     let start = Instant::now();
@@ -165,8 +165,11 @@ fn run(server: &Server, port: u16, check: bool, rate: u64, seconds: f64) -> Resu
                 _ => wrong += 1,
             }
         }
-        spins += u64::from(due == 0 && n == 0);
-        worked += u64::from(due > 0 || n > 0);
+        // A turn that sent and received nothing was waiting.
+        if due == 0 && n == 0 {
+            idle += at.saturating_sub(turn);
+        }
+        turn = at;
         if sent == schedule.total() && (latencies.len() as u64 + wrong >= sent || at > end) {
             break;
         }
@@ -183,7 +186,7 @@ fn run(server: &Server, port: u16, check: bool, rate: u64, seconds: f64) -> Resu
         p99: percentile(&latencies, 0.99) / 1e3,
         lost: 1.0 - good / sent as f64,
         late: percentile(&lateness, 0.99) / 1e3,
-        idle: spins as f64 / (spins + worked) as f64,
+        idle: idle as f64 / 1e9 / took,
     })
 }
 
@@ -224,7 +227,7 @@ pub fn measure(peers: &Path, rates: &[u64], seconds: f64, runs: usize) -> Result
         let how = format!(
             "{NAMES} names, all cached, one worker thread on one CPU, {rate} queries a second evenly spaced for \
              {seconds} s, median of {runs} interleaved runs. Latency counts from when a query was due. \
-             “late” is how late the generator sent (p99), “idle” how often it found nothing to do."
+             “late” is how late the generator sent (p99), “idle” the share of its time in which it had nothing to do; the bare echo shows what it can do."
         );
         let head = ["server", "CPU µs/query", "p50 µs", "p99 µs", "answered/s", "lost %", "late µs", "idle %"];
         let mut table = Table::new(&format!("Cached DNS queries, {rate} a second"), how, &head);
