@@ -36,7 +36,8 @@ impl Server {
     /// Starts a command on a CPU. Its errors go to ours.
     pub fn start(name: &'static str, command: &mut Command, cpu: usize) -> Result<Self> {
         let set_up = move || {
-            set_pdeathsig(Signal::SIGKILL)?;
+            // Not SIGKILL: a master would leave its workers behind.
+            set_pdeathsig(Signal::SIGTERM)?;
             pin(cpu)
         };
         // SAFETY: between fork and exec only two system calls run, on values that were there before.
