@@ -46,10 +46,36 @@ impl Ticker {
         timer.set(Expiration::Interval(TimeSpec::from_duration(interval)), TimerSetTimeFlags::empty())?;
         Ok(Self(timer))
     }
+
+    /// Takes note of a tick: the kernel sets the next one only then.
+    pub fn ticked(&self) {
+        // Fails when there was no tick, which is as well.
+        let _ = self.0.wait();
+    }
 }
 
 impl AsFd for Ticker {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn a_ticker_goes_on() {
+        let mut poll = Poll::new().unwrap();
+        let ticker = Ticker::new(Duration::from_millis(1)).unwrap();
+        poll.add(ticker.as_fd(), 7).unwrap();
+        let start = Instant::now();
+        for _ in 0..20 {
+            assert_eq!(poll.wait(Some(Duration::from_secs(5))), [7]);
+            ticker.ticked();
+        }
+        assert!(start.elapsed() < Duration::from_secs(4), "no wait ran into its limit");
     }
 }

@@ -127,6 +127,7 @@ impl Relays {
         let now = || u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let end = schedule.due(schedule.total()) + TAIL.as_nanos() as u64;
         while started < schedule.total() || !live.is_empty() && now() < end {
+            ticker.ticked();
             for token in poll.wait(Some(Duration::from_millis(10))) {
                 let Some(a) = live.get_mut(&token) else { continue };
                 match a.step(&self.hellos, self.flight, &mut buffer) {
