@@ -91,8 +91,8 @@ impl Relays {
             "{NAMES} names; connect, ClientHello with SNI ({} octets), the answer of a TLS 1.3 server ({} octets), \
              close by the client. One worker thread on one CPU, {rate} connections a second evenly spaced for \
              {seconds} s, median of {runs} interleaved runs. Latency counts from when a connection was due to its \
-             last octet. “backend” is the generator and the backend with no relay between them, which share a CPU: they \
-             are not the limit.",
+             last octet. “backend” is the generator and the backend with no relay between them: \
+             what the load takes by itself.",
             self.hellos[0].len(),
             self.flight
         );
