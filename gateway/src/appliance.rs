@@ -29,7 +29,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::{Admin, Guard, Readiness};
 use crate::config::{self, Config};
-use crate::core::{Classifier, Core, Ids, Shared, Status, ToCore};
+use crate::core::{Classifier, Clock, Core, Ids, Shared, Status, ToCore};
 use crate::desired::{Compiled, Desired};
 use crate::dns_view::{CoreBinder, DnsView};
 use crate::egress::nft::{RELAY_PORTS, REPLY};
@@ -279,7 +279,7 @@ pub fn run(path: &Path) -> Result<()> {
         egress: ArcSwap::default(),
         nodes: Ids::default(),
         namespaces: Ids::default(),
-        epoch: Instant::now(),
+        clock: Clock::start(),
         status: ArcSwap::from_pointee(Status::default()),
     });
     let seeds: [u64; 4] = std::array::from_fn(|_| random());

@@ -213,8 +213,8 @@ pub struct Shared {
     pub nodes: Ids,
     /// Namespace ids.
     pub namespaces: Ids,
-    /// Zero of the monotonic clock that the ledger counts on.
-    pub epoch: Instant,
+    /// The monotonic clock that the ledger counts on.
+    pub clock: Clock,
     /// What `tidegate status` shows.
     pub status: ArcSwap<Status>,
 }
@@ -222,7 +222,34 @@ pub struct Shared {
 impl Shared {
     /// Now, on the ledger's clock.
     pub fn now(&self) -> Duration {
-        self.epoch.elapsed()
+        self.clock.now()
+    }
+}
+
+/// A monotonic clock that starts with the process.
+pub struct Clock {
+    zero: Instant,
+    /// What a test says that it shows, in milliseconds.
+    #[cfg(test)]
+    set: std::sync::atomic::AtomicU64,
+}
+
+impl Clock {
+    /// One that shows zero.
+    pub fn start() -> Self {
+        Self {
+            zero: Instant::now(),
+            #[cfg(test)]
+            set: Default::default(),
+        }
+    }
+
+    fn now(&self) -> Duration {
+        #[cfg(test)]
+        if let ms @ 1.. = self.set.load(std::sync::atomic::Ordering::Relaxed) {
+            return Duration::from_millis(ms);
+        }
+        self.zero.elapsed()
     }
 }
 
@@ -373,6 +400,7 @@ fn placed(world: &World) -> BTreeSet<(ScopeKey, Arc<str>)> {
 
 struct Run {
     core: Core,
+    due: Due,
     /// Whether the start is over: peers were heard, or had their time.
     settled: bool,
     /// The compile that waits for that.
@@ -401,69 +429,88 @@ struct Run {
 
 impl Core {
     /// Runs until told to stop or until nobody can talk to it any more.
-    pub fn run(mut self) {
-        let recovered = std::mem::take(&mut self.recovered);
-        let mut run = Run {
+    pub fn run(self) {
+        let mut run = Run::new(self);
+        loop {
+            let wait = run.due().saturating_sub(run.core.shared.now());
+            match run.core.rx.recv_timeout(wait) {
+                Ok(ToCore::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+                Ok(message) => run.handle(message),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            run.timers();
+        }
+    }
+}
+
+/// When what comes again and again is due.
+struct Due {
+    beat: Duration,
+    decide: Duration,
+    count: Duration,
+    spread: Duration,
+    full: Duration,
+}
+
+impl Run {
+    fn new(mut core: Core) -> Self {
+        let recovered = std::mem::take(&mut core.recovered);
+        let now = core.shared.now();
+        Self {
+            due: Due { beat: now, decide: now, count: now, spread: now, full: now + FULL_PASS },
             settled: false,
             next: None,
-            pending: vec![(self.shared.now(), recovered)],
+            pending: vec![(now, recovered)],
             peers: BTreeMap::new(),
             attached: false,
             moved: None,
             written: Vec::new(),
-            compiled: Arc::new(Compiled::new(self.shared.world.load_full(), &Objects::default())),
+            compiled: Arc::new(Compiled::new(core.shared.world.load_full(), &Objects::default())),
             classes: Classes::default(),
             placed: BTreeSet::new(),
             cleared: false,
-            core: self,
+            core,
             nodes: HashMap::new(),
             waiting: AHashMap::new(),
             own: NodeState::default(),
             next_ticket: 1,
             out: Vec::new(),
-        };
-        let mut beat = Instant::now();
-        let mut decide = beat;
-        let mut count = beat;
-        let mut spread = beat;
-        let mut full = Instant::now() + FULL_PASS;
-        loop {
-            let mut due = beat.min(full).min(decide).min(count);
-            if run.core.ledger.has_changes() {
-                due = due.min(spread);
-            }
-            if let Some(d) = run.core.ledger.next_deadline() {
-                due = due.min(run.core.shared.epoch + d);
-            }
-            match run.core.rx.recv_timeout(due.saturating_duration_since(Instant::now())) {
-                Ok(ToCore::Stop) | Err(RecvTimeoutError::Disconnected) => return,
-                Ok(message) => run.handle(message),
-                Err(RecvTimeoutError::Timeout) => {}
-            }
-            let now = Instant::now();
-            if run.core.ledger.next_deadline().is_some_and(|d| run.core.shared.epoch + d <= now) {
-                run.feed(Input::Tick);
-            }
-            if decide <= now {
-                run.decide();
-                decide = now + if run.moved.is_some() { SPREAD } else { DECIDE };
-            }
-            if run.core.ledger.has_changes() && spread <= now {
-                spread = now + SPREAD;
-                run.spread();
-            }
-            if beat <= now {
-                beat = now + HEARTBEAT;
-                run.heartbeat();
-            }
-            if count <= now {
-                count = now + COUNT;
-                run.count();
-            }
-            if full <= now {
-                full = now + FULL_PASS;
-                run.full_pass();
-            }
+        }
+    }
+
+    /// When there is something to do at the latest.
+    fn due(&self) -> Duration {
+        let d = &self.due;
+        let spread = self.core.ledger.has_changes().then_some(d.spread);
+        let others = spread.into_iter().chain(self.core.ledger.next_deadline());
+        others.chain([d.full, d.decide, d.count]).fold(d.beat, Duration::min)
+    }
+
+    /// Does what is due.
+    fn timers(&mut self) {
+        let now = self.core.shared.now();
+        if self.core.ledger.next_deadline().is_some_and(|d| d <= now) {
+            self.feed(Input::Tick);
+        }
+        if self.due.decide <= now {
+            self.decide();
+            self.due.decide = now + if self.moved.is_some() { SPREAD } else { DECIDE };
+        }
+        if self.core.ledger.has_changes() && self.due.spread <= now {
+            self.due.spread = now + SPREAD;
+            self.spread();
+        }
+        if self.due.beat <= now {
+            self.due.beat = now + HEARTBEAT;
+            self.heartbeat();
+        }
+        if self.due.count <= now {
+            self.due.count = now + COUNT;
+            self.count();
+        }
+        if self.due.full <= now {
+            self.due.full = now + FULL_PASS;
+            self.full_pass();
         }
     }
 }
