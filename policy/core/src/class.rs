@@ -135,7 +135,7 @@ impl Scope {
     /// The rules that match a canonical name, and whether one of them names it exactly.
     /// What is no [`Name`] (an escaped octet, the root) is matched by nothing.
     pub(crate) fn name_hits(&self, name: &str) -> (Hits, bool) {
-        if name.is_empty() || name == "." || name.contains('\\') {
+        if name.is_empty() || name == "." || name.bytes().any(|b| b == b'\\') {
             return (Hits::default(), false);
         }
         let (own, a) = self.own.names(name, |_| true);

@@ -428,10 +428,14 @@ impl Group {
             return AddressDecision::Filter(Reason::Rebinding);
         }
         let by_prefix = self.cidr_hits(ip);
-        let (named, _) = self.scope.name_hits(name);
         let s = &self.scope;
         let denies = by_prefix.own.iter().any(|id| s.own.rule(*id).says == Says::Deny)
             || by_prefix.cluster.iter().any(|id| s.cluster.rule(*id).says == Says::Deny);
+        // Every address of every answer comes here: the name is only looked up for those about which it can say something.
+        if !denies && !s.own.private.contains(ip) && !s.cluster.private.contains(ip) {
+            return AddressDecision::Default;
+        }
+        let (named, _) = s.name_hits(name);
         if denies {
             let out = self.outcome(named.and(&by_prefix));
             if self.refuses(&out) {

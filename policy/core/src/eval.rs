@@ -367,7 +367,6 @@ impl<'a> Rules<'a> {
     /// The rules that hold all of a prefix. For isolated groups an accept of more than the special range
     /// that a prefix lies in does not reach into it.
     pub fn cidr_hits(&self, net: IpNet, relevant: impl Fn(u32) -> bool) -> Hits {
-        let special = if self.isolated { metadata_range(&net) } else { None };
         let mut hits = Hits::default();
         self.own.cidrs.containing(net, |r, _| hits.own.push(r));
         let mut narrow = Ids::new();
@@ -375,7 +374,8 @@ impl<'a> Rules<'a> {
             if !relevant(r) {
                 return;
             }
-            if self.cluster.rule(r).says == Says::Accept && special.is_some_and(|s| !s.contains(&by)) {
+            let narrowed = self.isolated && self.cluster.rule(r).says == Says::Accept;
+            if narrowed && metadata_range(&net).is_some_and(|s| !s.contains(&by)) {
                 return;
             }
             hits.cluster.push(r);

@@ -19,6 +19,7 @@ use crate::model::{
     Action, Cidr, ClusterPolicy, Fqdn, OnRevoke, Permit, Policy, PolicyMode, Ports, Rule, SniMode, UnixSeconds,
 };
 use crate::pattern::Pattern;
+use crate::ranges::Ranges;
 
 /// Sorted dense rule ids.
 pub(crate) type Ids = SmallVec<[u32; 8]>;
@@ -121,6 +122,8 @@ pub(crate) struct Layer {
     pub rules: Vec<CRule>,
     pub matcher: Matcher,
     pub cidrs: CidrIndex,
+    /// What some rule's `privateAddresses` holds.
+    pub private: Ranges,
     pub by_key: HashMap<u128, u32, ahash::RandomState>,
     pub issues: Vec<Issue>,
     /// When it was compiled, and the next end of a rule after that.
@@ -352,12 +355,14 @@ impl Builder {
         for (i, r) in self.rules.iter().enumerate() {
             r.cidrs.iter().for_each(|c| cidrs.insert(c, i as u32));
         }
+        let private = self.rules.iter().flat_map(|r| r.private.iter().copied()).collect();
         Layer {
             source,
             policies: self.policies,
             rules: self.rules,
             matcher,
             cidrs,
+            private,
             by_key: self.keys.into_iter().collect(),
             issues,
             valid: (self.now, self.next),

@@ -20,6 +20,7 @@ pub mod name;
 pub mod pattern;
 pub mod port;
 pub mod prefix;
+mod ranges;
 pub mod reason;
 pub mod special;
 pub mod state;

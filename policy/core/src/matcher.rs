@@ -62,10 +62,24 @@ pub struct Matcher {
     anchors: HashMap<Arc<str>, Anchor, ahash::RandomState>,
     /// Bit d: some anchor has d labels. Bit 0 is the root.
     depths: u128,
+    /// Those of them at which a whole name is written.
+    exact: u128,
+    /// Those of them at which a pattern is anchored.
+    wild: u128,
 }
 
 fn depth(suffix: &str) -> usize {
     if suffix.is_empty() { 0 } else { suffix.bytes().filter(|b| *b == b'.').count() + 1 }
+}
+
+/// The bit of a depth; none for a name deeper than any.
+fn bit(depth: usize) -> u128 {
+    if depth <= MAX_DEPTH { 1 << depth } else { 0 }
+}
+
+/// A suffix without its first label.
+fn parent(suffix: &str) -> &str {
+    suffix.bytes().position(|b| b == b'.').map_or("", |dot| &suffix[dot + 1..])
 }
 
 fn insert(list: &mut Vec<u32>, id: u32) {
@@ -91,12 +105,13 @@ impl Matcher {
     }
 
     fn anchor(&mut self, suffix: &str) -> &mut Anchor {
-        self.depths |= 1 << depth(suffix).min(MAX_DEPTH);
+        self.depths |= bit(depth(suffix));
         self.anchors.entry(suffix.into()).or_default()
     }
 
     fn add_exact(&mut self, name: &str, t: Target) {
         insert(&mut self.anchor(name).exact, t.rule);
+        self.exact |= bit(depth(name));
         if let Some((_, parent)) = name.split_once('.') {
             self.open_above(parent, t);
         }
@@ -143,31 +158,37 @@ impl Matcher {
             }
             _ => a.globs.push((p.clone(), t)),
         }
+        self.wild |= bit(depth(suffix));
         self.open_above(suffix, t);
     }
 
-    /// The suffixes of a name at which something is anchored, the longest first,
-    /// each with how many labels are in front of it.
-    fn walk<'m>(&'m self, name: &str, mut f: impl FnMut(&'m Anchor, usize) -> bool) {
+    /// The suffixes of a name at which something is anchored, the longest first, each with how many labels are in
+    /// front of it. `whole` and `above` are the depths at which the name itself and its suffixes are looked up.
+    fn walk<'m>(&'m self, name: &str, whole: u128, above: u128, mut f: impl FnMut(&'m Anchor, usize) -> bool) {
         let total = depth(name);
         let mut suffix = name;
+        let mut depths = whole;
         for front in 0..=total {
-            let d = total - front;
-            if d <= MAX_DEPTH
-                && self.depths & (1 << d) != 0
+            let here = bit(total - front);
+            if depths & here != 0
                 && let Some(a) = self.anchors.get(suffix)
                 && !f(a, front)
             {
                 return;
             }
-            suffix = suffix.split_once('.').map_or("", |(_, rest)| rest);
+            // Nothing further up: the rest of the name need not be walked.
+            if here != 0 && above & (here - 1) == 0 {
+                return;
+            }
+            suffix = parent(suffix);
+            depths = above;
         }
     }
 
     /// Calls `found` for every rule that matches a canonical name; a rule may come
     /// more than once when several of its patterns match.
     pub fn matches(&self, name: &str, mut found: impl FnMut(Hit)) {
-        self.walk(name, |a, front| {
+        self.walk(name, self.exact, self.wild, |a, front| {
             match front {
                 0 => a.exact.iter().for_each(|r| found(Hit { rule: *r, exact: true })),
                 1 => a.child.iter().for_each(|r| found(Hit { rule: *r, exact: false })),
@@ -188,7 +209,7 @@ impl Matcher {
     /// Whether an opening rule of a policy that `of` accepts could match a name strictly below `name`.
     pub fn below(&self, name: &str, of: impl Fn(u32) -> bool) -> bool {
         let mut yes = false;
-        self.walk(name, |a, front| {
+        self.walk(name, self.depths, self.depths, |a, front| {
             yes = (front == 0 && a.below.iter().any(|p| of(*p)))
                 || a.all_below.iter().any(|p| of(*p))
                 || (front > 0 && a.globs.iter().any(|(p, t)| t.opens && of(t.policy) && p.could_match_below(name)));
@@ -200,7 +221,7 @@ impl Matcher {
     /// Number of suffix look-ups and glob comparisons that a name costs: what the bound on work is tested by.
     pub fn comparisons(&self, name: &str) -> usize {
         let mut n = 0;
-        self.walk(name, |a, front| {
+        self.walk(name, self.exact, self.wild, |a, front| {
             n += 1 + if front > 0 { a.globs.len() } else { 0 };
             true
         });

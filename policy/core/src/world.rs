@@ -37,6 +37,7 @@ use crate::event::Who;
 pub use crate::issue::{Issue, IssueKind, IssueReason, PolicyRef};
 use crate::layer::Layer;
 use crate::model::{DnsFilter, Objects, Pair, UnixSeconds};
+use crate::ranges::Ranges;
 use crate::state::{self, Prefixes, Touch};
 use crate::{ClassKey, GroupKey, PortSet, PrefixSetKey, ScopeKey};
 
@@ -63,47 +64,23 @@ pub struct Member {
 }
 
 /// Facts about the cluster that decisions need.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Context {
     pub dns_filter: DnsFilter,
-    nets: BTreeSet<IpNet>,
-    lens: [u128; 3],
-}
-
-impl PartialEq for Context {
-    fn eq(&self, other: &Self) -> bool {
-        self.dns_filter == other.dns_filter && self.nets == other.nets
-    }
+    nets: Ranges,
 }
 
 impl Context {
     pub fn new(o: &Objects) -> Self {
-        let mut c = Self { dns_filter: o.settings.dns_filter, ..Self::default() };
         let nodes = o.nodes.values();
         let nodes =
             nodes.flat_map(|n| n.pod_prefixes.iter().copied().chain(n.addresses.iter().map(|a| IpNet::from(*a))));
-        for net in o.settings.cluster_prefixes.iter().copied().chain(nodes) {
-            c.lens[Self::word(net.addr(), net.prefix_len())] |= 1 << (net.prefix_len() % 128);
-            c.nets.insert(net.trunc());
-        }
-        c
-    }
-
-    /// One word for IPv4 lengths, one for IPv6 lengths below 128, one for 128.
-    fn word(ip: IpAddr, len: u8) -> usize {
-        match (ip, len) {
-            (IpAddr::V4(_), _) => 0,
-            (IpAddr::V6(_), 128) => 2,
-            (IpAddr::V6(_), _) => 1,
-        }
+        let nets = o.settings.cluster_prefixes.iter().copied().chain(nodes).collect();
+        Self { dns_filter: o.settings.dns_filter, nets }
     }
 
     pub fn in_cluster(&self, ip: IpAddr) -> bool {
-        let bits = if ip.is_ipv4() { 32 } else { 128 };
-        (0..=bits).any(|len| {
-            self.lens[Self::word(ip, len)] & (1 << (len % 128)) != 0
-                && IpNet::new(ip, len).is_ok_and(|n| self.nets.contains(&n.trunc()))
-        })
+        self.nets.contains(ip)
     }
 }
 
