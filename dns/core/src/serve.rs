@@ -247,6 +247,8 @@ fn filtered<V: View + ?Sized>(asker: &Asker, name: &str, view: &V, ip: IpAddr) -
         return Some(Reason::EncryptedDns);
     }
     match (view.address(asker, name, ip), class) {
+        // A guarded pod is sent it whatever we say, and only a bound address is denied for its name in the kernel.
+        (AddressDecision::Filter(Reason::DeniedByPolicy), Special::Public) if asker.mode == AskMode::Guarded => None,
         (AddressDecision::Filter(reason), _) => Some(reason),
         (AddressDecision::Default, Special::Private) => Some(Reason::Rebinding),
         _ => None,

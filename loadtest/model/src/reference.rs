@@ -383,11 +383,6 @@ impl<'o> Subject<'o> {
         self.ports().into_iter().any(|p| p.1 != 853 && matches!(self.say(Said::Bound(name), ip, p), Say::Allow(_)))
     }
 
-    /// Whether some port of an address that has this name is open.
-    pub fn passes(&self, name: &str, ip: IpAddr) -> bool {
-        self.ports().into_iter().any(|p| p.1 != 0 && self.may(Said::Bound(name), ip, p))
-    }
-
     /// As [`Self::say`] for an address that no prefix holds.
     fn say_by_name(&self, name: &str, ip: IpAddr, to: Port) -> Say {
         let bare = |r: &Rule| Rule { cidrs: vec![], ..r.clone() };
@@ -424,7 +419,8 @@ impl<'o> Subject<'o> {
     /// Private addresses that a name may resolve to: some rule that lets it through says so.
     pub fn may_be_private(&self, name: &str, ip: IpAddr) -> bool {
         let own = self.policies().into_iter().flat_map(|(_, p)| &p.egress).chain(&self.ns.allow).map(|r| (r, true));
-        let cluster = self.cluster().flat_map(|p| p.rules.iter().map(|(_, r)| (r, false)));
+        let accepts = self.cluster().flat_map(|p| p.rules.iter().filter(|(action, _)| *action == Action::Accept));
+        let cluster = accepts.map(|(_, r)| (r, false));
         own.chain(cluster).any(|(r, own)| {
             r.fqdns.iter().any(|f| named(f, name))
                 && r.private_addresses.iter().any(|p| p.contains(&ip))
