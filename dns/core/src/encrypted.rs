@@ -177,22 +177,49 @@ fn is_listed(name: &str) -> bool {
 
 /// Whether `name` (canonical) is or lies below a name of [`NAMES`].
 pub fn is_resolver_name(name: &str) -> bool {
-    let mut rest = name;
+    let dot = |b: &u8| *b == b'.';
+    // A listed name has two labels at least, so the last label is not looked up.
+    let Some(last) = name.as_bytes().iter().rposition(dot) else { return false };
+    let mut at = 0;
     loop {
-        if is_listed(rest) {
+        if is_listed(&name[at..]) {
             return true;
         }
-        match rest.split_once('.') {
-            // A listed name has two labels at least, so the last label is not looked up.
-            Some((_, parent)) if parent.contains('.') => rest = parent,
-            _ => return false,
+        match name.as_bytes()[at..last].iter().position(dot) {
+            Some(len) => at += len + 1,
+            None => return false,
         }
     }
 }
 
+/// A bit of [`LIKELY_ADDRESSES`].
+const fn likely_address_bit(ip: IpAddr) -> usize {
+    let (high, low) = match ip {
+        IpAddr::V4(ip) => {
+            let [a, b, c, d] = ip.octets();
+            (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]))
+        }
+        IpAddr::V6(ip) => (ip.segments()[0], ip.segments()[7]),
+    };
+    (high as usize * 37 + low as usize) % 1024
+}
+
+/// The bits of [`ADDRESSES`], as [`LIKELY`] has those of names.
+const LIKELY_ADDRESSES: [u64; 16] = {
+    let mut bits = [0; 16];
+    let mut i = 0;
+    while i < ADDRESSES.len() {
+        let bit = likely_address_bit(ADDRESSES[i]);
+        bits[bit / 64] |= 1 << (bit % 64);
+        i += 1;
+    }
+    bits
+};
+
 /// Whether `ip` is one of [`ADDRESSES`].
 pub fn is_resolver_address(ip: IpAddr) -> bool {
-    ADDRESSES.binary_search(&ip).is_ok()
+    let bit = likely_address_bit(ip);
+    LIKELY_ADDRESSES[bit / 64] >> (bit % 64) & 1 != 0 && ADDRESSES.binary_search(&ip).is_ok()
 }
 
 #[cfg(test)]
@@ -219,7 +246,7 @@ mod tests {
             assert!(n.contains('.'));
             assert!(is_resolver_name(n));
         }
-        assert!(is_resolver_address("8.8.8.8".parse().unwrap()));
+        assert!(ADDRESSES.iter().all(|a| is_resolver_address(*a)));
         assert!(!is_resolver_address("192.0.2.1".parse().unwrap()));
     }
 }

@@ -401,14 +401,14 @@ fn svcb_stays<V: View + ?Sized>(
 pub fn render(
     query: &Query<'_>,
     stored: &Stored,
-    plan: &Plan,
+    plan: Plan,
     ttl: u32,
     limit: usize,
     scratch: &mut Scratch,
 ) -> Outcome {
     let Scratch { out, bind, sent, .. } = scratch;
     sent.clear();
-    let mut outcome = plan.outcome.clone();
+    let Plan { keep, ech, mut outcome, .. } = plan;
     reply::begin(query, stored.rcode(), out);
     let room = limit.saturating_sub(reply::opt_size(query));
     let address = matches!(query.qtype, rtype::A | rtype::AAAA);
@@ -449,10 +449,10 @@ pub fn render(
     let turn = if address && stored.len() > 1 { usize::from(query.id) % stored.len() } else { 0 };
     let turned = stored.rrset().enumerate().skip(turn).chain(stored.rrset().enumerate().take(turn));
     for (i, s) in turned {
-        match plan.keep {
+        match keep {
             Keep::All | Keep::Listed => {
                 let ip = if address { svcb::address(s.rdata) } else { None };
-                if plan.keep == Keep::Listed && !ip.is_some_and(|ip| bind.contains(&ip)) {
+                if keep == Keep::Listed && !ip.is_some_and(|ip| bind.contains(&ip)) {
                     continue;
                 }
                 if put(
@@ -471,7 +471,7 @@ pub fn render(
                     continue;
                 }
                 let Some(record) = Svcb::parse(s.rdata) else { continue };
-                if put(s.head, &mut |o| record.write(plan.ech, |ip| bind.contains(&ip), o), out) {
+                if put(s.head, &mut |o| record.write(ech, |ip| bind.contains(&ip), o), out) {
                     sent.extend(record.hints().filter(|ip| bind.contains(ip)));
                 }
             }
@@ -537,7 +537,7 @@ pub fn serve<V: View + ?Sized, B: Binder>(
             if plan.bind && !binder.standing(asker, plan.bind_name(query, scratch), &scratch.bind, ttl) {
                 return Served::Miss;
             }
-            let outcome = render(query, &stored, &plan, ttl, limit, scratch);
+            let outcome = render(query, &stored, plan, ttl, limit, scratch);
             Served::Reply { outcome, cached: true }
         }
     }

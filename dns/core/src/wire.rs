@@ -172,15 +172,25 @@ pub(crate) fn be32(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 
+/// Whether an octet of a label stands in the canonical text as it is.
+fn is_plain(b: u8) -> bool {
+    matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_')
+}
+
 /// Appends a label to a canonical text. A dot or backslash inside a label is escaped, so that labels stay apart.
 fn push_label(text: &mut Text, label: &[u8]) {
     if !text.is_empty() {
         text.push(b'.');
     }
+    // Nearly all are copied as they are; octet by octet it shows on the hit path.
+    if label.iter().all(|b| is_plain(*b)) {
+        text.extend_from_slice(label);
+        return;
+    }
     for &b in label {
         match b {
             b'A'..=b'Z' => text.push(b.to_ascii_lowercase()),
-            b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' => text.push(b),
+            _ if is_plain(b) => text.push(b),
             _ => text.extend_from_slice(&[b'\\', b'0' + b / 100, b'0' + b / 10 % 10, b'0' + b % 10]),
         }
     }
@@ -302,8 +312,9 @@ pub fn parse(bytes: &[u8]) -> Parsed<'_> {
     let mut key = Key::new();
     key.extend_from_slice(&qtype.to_be_bytes());
     // Length octets are at most 63, so lower-casing leaves them alone.
-    key.extend(wire.iter().map(u8::to_ascii_lowercase));
-    Parsed::Query(Query { id, flags, question, qtype, edns, text: text_of(wire), key })
+    key.extend_from_slice(wire);
+    key[2..].make_ascii_lowercase();
+    Parsed::Query(Query { id, flags, question, qtype, edns, text: text_of(&key[2..]), key })
 }
 
 /// Reads the additional section: at most one OPT; other records (TSIG, SIG(0)) are stepped over.

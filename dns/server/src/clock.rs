@@ -14,6 +14,12 @@ impl Clock {
 
     /// Now, in milliseconds.
     pub fn now(&self) -> u64 {
-        u64::try_from(self.0.elapsed().as_millis()).unwrap_or(u64::MAX)
+        self.at(Instant::now())
+    }
+
+    /// A time that was taken since, in milliseconds.
+    pub fn at(&self, at: Instant) -> u64 {
+        let since = at.saturating_duration_since(self.0);
+        since.as_secs().saturating_mul(1000) + u64::from(since.subsec_millis())
     }
 }

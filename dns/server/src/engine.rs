@@ -28,11 +28,13 @@ const ROUNDS: usize = 4;
 /// Failures that are remembered, all scopes together.
 const FAILURES: u64 = 16_384;
 
-/// Who asked whom.
+/// Who asked whom, and how.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Flow {
     pub client: SocketAddr,
     pub server: SocketAddr,
+    /// Whether replies are bounded by what the client takes over UDP.
+    pub udp: bool,
 }
 
 /// What the first look at a query came to.
@@ -133,13 +135,18 @@ impl<V: View, B: Binder> Engine<V, B> {
         }
     }
 
-    /// The hit path. `udp` bounds the reply by what the client takes.
+    /// The time `at` on the clock of the store, in milliseconds.
+    pub fn millis(&self, at: Instant) -> u64 {
+        self.clock.at(at)
+    }
+
+    /// The hit path. `now` is in milliseconds.
     pub fn first(
         &self,
         request: &[u8],
         flow: Flow,
         view: &V,
-        udp: bool,
+        now: u64,
         scratch: &mut Scratch,
         mut repeats: Option<&mut Repeats>,
     ) -> Step {
@@ -168,8 +175,7 @@ impl<V: View, B: Binder> Engine<V, B> {
         let Some(asker) = asker else {
             return fail(Reason::UnknownPod, scratch, repeats);
         };
-        let limit = if udp { query.udp_limit() } else { usize::from(u16::MAX) };
-        let now = self.clock.now();
+        let limit = if flow.udp { query.udp_limit() } else { usize::from(u16::MAX) };
         match serve::serve(&query, asker, view, &*self.binder, &self.store, &self.rules, now, limit, scratch) {
             Served::Reply { outcome, cached } => {
                 self.record(flow, view, Some(&query), Some(asker), &outcome, cached, scratch, repeats);
@@ -183,10 +189,10 @@ impl<V: View, B: Binder> Engine<V, B> {
     }
 
     /// The slow path: fetches, binds, and leaves the reply in the scratch.
-    pub async fn resolve(&self, request: &[u8], flow: Flow, udp: bool, scratch: &mut Scratch) {
+    pub async fn resolve(&self, request: &[u8], flow: Flow, scratch: &mut Scratch) {
         let started = Instant::now();
         let Parsed::Query(query) = parse(request) else { return };
-        let limit = if udp { query.udp_limit() } else { usize::from(u16::MAX) };
+        let limit = if flow.udp { query.udp_limit() } else { usize::from(u16::MAX) };
         let mut fetched = None;
         for round in 0..ROUNDS {
             let view = self.view.load_full();
@@ -268,7 +274,7 @@ impl<V: View, B: Binder> Engine<V, B> {
             }
         }
         let ttl = stored.ttl_or_zero(self.clock.now());
-        Some(render(query, &stored, &plan, ttl, limit, scratch))
+        Some(render(query, &stored, plan, ttl, limit, scratch))
     }
 
     /// Asks upstream, once for all that ask the same at the same time.

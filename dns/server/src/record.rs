@@ -22,13 +22,21 @@ pub const DROPS: &str = "tidegate_dns_drops_total";
 const HELD: usize = 4096;
 /// How often repeats are emitted.
 const FLUSH: Duration = Duration::from_secs(1);
+/// How many repeats are emitted after one batch: all at once would keep queries waiting.
+const SLICE: usize = 8;
 /// After how many flushes without a repeat a decision counts as new again.
-const STALE: u8 = 60;
+const STALE: u64 = 60;
+/// Every so many flushes those are forgotten.
+const SWEEP: u64 = 10;
+/// Of so many hits one goes into the histogram, which keeps every sample until it is folded.
+const SAMPLE: usize = 64;
+/// A hit that is the first for so long goes into it, too.
+const SAMPLE_AFTER: Duration = Duration::from_millis(10);
 
 /// Handles of the metrics. Made once, after the recorder was installed.
 pub struct Metrics {
     queries: Vec<OnceLock<Counter>>,
-    /// Latency of the hit path.
+    /// Latency of the hit path; over UDP by way of [`Repeats::answered`].
     pub hit: Histogram,
     /// Latency of the slow path.
     pub miss: Histogram,
@@ -39,7 +47,11 @@ const VERDICTS: usize = 3;
 impl Metrics {
     /// Describes and registers.
     pub fn new() -> Self {
-        metrics::describe_histogram!(SECONDS, metrics::Unit::Seconds, "Time from a DNS query to its reply");
+        metrics::describe_histogram!(
+            SECONDS,
+            metrics::Unit::Seconds,
+            "Time from a DNS query to its reply; of many hits, a sample"
+        );
         metrics::describe_counter!(QUERIES, "DNS queries by what was decided");
         metrics::describe_counter!(DROPS, "DNS datagrams that got no reply");
         Self {
@@ -131,22 +143,42 @@ impl Recorder {
 
 struct Repeat {
     event: Event,
+    /// Repeats since it was emitted.
     pending: u64,
-    idle: u8,
+    /// The flush after which it came last.
+    last: u64,
 }
 
 /// What one worker holds back: repeats of an unchanged allowed answer from the store.
 pub struct Repeats {
     hasher: RandomState,
     held: HashMap<u64, Repeat, RandomState>,
+    /// Keys of those that have repeats.
+    pending: Vec<u64>,
+    /// Keys of those that are being emitted, a few at a time.
+    due: Vec<u64>,
+    flushes: u64,
     flushed: Instant,
+    /// Hits since one went into the histogram, and when that was.
+    unsampled: usize,
+    sampled: Instant,
 }
 
 impl Repeats {
     /// Nothing held.
     pub fn new() -> Self {
         let hasher = RandomState::new();
-        Self { held: HashMap::with_hasher(hasher.clone()), hasher, flushed: Instant::now() }
+        let now = Instant::now();
+        Self {
+            held: HashMap::with_hasher(hasher.clone()),
+            hasher,
+            pending: Vec::new(),
+            due: Vec::new(),
+            flushes: 0,
+            flushed: now,
+            unsampled: 0,
+            sampled: now,
+        }
     }
 
     /// Counts, and emits what is new, changed or denied.
@@ -159,41 +191,71 @@ impl Repeats {
         recorder.metrics.count(*reason, *verdict);
         // Answers take turns: their order is no change, so they are hashed without it.
         let answers = decided.sent.iter().fold(0u64, |h, ip| h.wrapping_add(self.hasher.hash_one(ip)));
+        // Within a generation of the policy a rule is where it is.
+        let rule = rule.as_ref().map(|r| (Arc::as_ptr(&r.policy).addr(), Arc::as_ptr(&r.rule).addr()));
         let key = self.hasher.hash_one((
             (decided.client, decided.server, decided.name, decided.qtype),
             (*reason as u8, rcode, rule, answers, decided.generation),
         ));
         if let Some(r) = self.held.get_mut(&key) {
+            if r.pending == 0 {
+                self.pending.push(key);
+            }
             r.pending += 1;
+            r.last = self.flushes;
             return;
         }
         let event = decided.event();
         if self.held.len() < HELD {
-            self.held.insert(key, Repeat { event: event.clone(), pending: 0, idle: 0 });
+            self.held.insert(key, Repeat { event: event.clone(), pending: 0, last: self.flushes });
         }
         recorder.emit.emit(event);
     }
 
-    /// Emits what is held, once a second.
-    pub fn tick(&mut self, recorder: &Recorder) {
-        if self.flushed.elapsed() >= FLUSH {
-            self.flush(recorder);
+    /// Takes note of `hits` queries that came together and were answered after `took`.
+    pub fn answered(&mut self, recorder: &Recorder, hits: usize, now: Instant, took: Duration) {
+        self.unsampled += hits;
+        if self.unsampled >= SAMPLE || now - self.sampled >= SAMPLE_AFTER {
+            recorder.metrics.hit.record(took.as_secs_f64());
+            (self.unsampled, self.sampled) = (0, now);
+        }
+    }
+
+    /// After each batch at `now`: emits what was held for a second, some of it if there are `queries`.
+    pub fn tick(&mut self, recorder: &Recorder, now: Instant, queries: bool) {
+        if now - self.flushed >= FLUSH {
+            self.begin(recorder, now);
+        }
+        if !self.due.is_empty() {
+            self.emit(recorder, if queries { SLICE } else { usize::MAX });
         }
     }
 
     /// Emits what is held.
     pub fn flush(&mut self, recorder: &Recorder) {
-        self.flushed = Instant::now();
-        self.held.retain(|_, r| {
-            if r.pending == 0 {
-                r.idle += 1;
-                return r.idle < STALE;
+        self.begin(recorder, Instant::now());
+        self.emit(recorder, usize::MAX);
+    }
+
+    fn begin(&mut self, recorder: &Recorder, now: Instant) {
+        // Batches so few that a second was not enough: the rest goes now.
+        self.emit(recorder, usize::MAX);
+        std::mem::swap(&mut self.pending, &mut self.due);
+        self.flushed = now;
+        self.flushes += 1;
+        if self.flushes.is_multiple_of(SWEEP) {
+            self.held.retain(|_, r| r.pending > 0 || self.flushes - r.last < STALE);
+        }
+    }
+
+    fn emit(&mut self, recorder: &Recorder, most: usize) {
+        let from = self.due.len().saturating_sub(most);
+        for key in self.due.drain(from..) {
+            if let Some(r) = self.held.get_mut(&key) {
+                let count = std::mem::take(&mut r.pending);
+                recorder.emit.emit(Event { count, ..r.event.clone() });
             }
-            let count = std::mem::take(&mut r.pending);
-            r.idle = 0;
-            recorder.emit.emit(Event { count, ..r.event.clone() });
-            true
-        });
+        }
     }
 }
 
@@ -241,9 +303,50 @@ mod tests {
         repeats.flush(&recorder);
         assert_eq!(seen.lock().len(), 6);
         assert_eq!(seen.lock().iter().map(|e| e.count).sum::<u64>(), 7);
-        for _ in 0..=STALE {
+        for _ in 0..STALE + SWEEP {
             repeats.flush(&recorder);
         }
         assert!(repeats.held.is_empty());
+        assert_eq!(seen.lock().len(), 6, "nothing is emitted without a repeat");
+    }
+
+    #[test]
+    fn repeats_go_out_a_few_at_a_time_while_queries_come() {
+        let seen = Arc::new(Mutex::new(0));
+        let sink = Arc::clone(&seen);
+        let recorder = Recorder::new(Arc::new(move |e: Event| *sink.lock() += e.count));
+        let mut repeats = Repeats::new();
+        let outcome = Outcome { verdict: Verdict::Allow, reason: Reason::Allowed, rule: None, rcode: 0 };
+        let names: Vec<String> = (0..3 * SLICE).map(|i| format!("n{i}.example")).collect();
+        let mut ask = |repeats: &mut Repeats| {
+            for name in &names {
+                let d = Decided {
+                    who: None,
+                    client: [10, 0, 0, 1].into(),
+                    server: ([10, 0, 0, 53], 53).into(),
+                    name,
+                    qtype: 1,
+                    outcome: &outcome,
+                    sent: &[],
+                    cached: true,
+                    generation: 1,
+                };
+                repeats.record(&recorder, &d);
+            }
+        };
+        let all = names.len() as u64;
+        ask(&mut repeats);
+        ask(&mut repeats);
+        let start = repeats.flushed;
+        repeats.tick(&recorder, start, true);
+        assert_eq!(*seen.lock(), all, "first sights only");
+        repeats.tick(&recorder, start + FLUSH, true);
+        assert_eq!(*seen.lock(), all + SLICE as u64);
+        ask(&mut repeats);
+        repeats.tick(&recorder, start + FLUSH, true);
+        repeats.tick(&recorder, start + FLUSH, false);
+        assert_eq!(*seen.lock(), 3 * all - SLICE as u64, "what was emitted before it was asked again waits a second more");
+        repeats.tick(&recorder, start + 2 * FLUSH, false);
+        assert_eq!(*seen.lock(), 3 * all);
     }
 }

@@ -57,7 +57,7 @@ pub(crate) async fn run<V: View, B: Binder>(
             }
         };
         let Ok(server) = stream.local_addr() else { continue };
-        let flow = Flow { client: canonical(client), server: canonical(server) };
+        let flow = Flow { client: canonical(client), server: canonical(server), udp: false };
         // A pod that is not known has no quota to hold the connection.
         let namespace = engine.view().asker(flow.client.ip()).map(|a| Arc::clone(&a.who.namespace));
         let Some(permit) = namespace.and_then(|n| engine.connections.take(&n)) else {
@@ -118,7 +118,7 @@ async fn serve<V: View, B: Binder>(
             break;
         }
         let started = Instant::now();
-        let step = engine.first(&request, flow, &engine.view(), false, &mut scratch, None);
+        let step = engine.first(&request, flow, &engine.view(), engine.millis(started), &mut scratch, None);
         match step {
             Step::Reply => {
                 engine.recorder.metrics.hit.record(started.elapsed().as_secs_f64());
@@ -130,7 +130,7 @@ async fn serve<V: View, B: Binder>(
                 let (engine, replies, request) = (Arc::clone(&engine), replies.clone(), request.clone());
                 tokio::spawn(async move {
                     let mut scratch = Scratch::new();
-                    engine.resolve(&request, flow, false, &mut scratch).await;
+                    engine.resolve(&request, flow, &mut scratch).await;
                     // A client that left meanwhile needs no answer.
                     let _ = replies.send(scratch.out).await;
                     drop((permit, place));

@@ -47,6 +47,7 @@ pub(crate) fn run<V: View, B: Binder>(
             }
         };
         let started = Instant::now();
+        let now = engine.millis(started);
         let view = engine.view();
         let mut hits = 0;
         for i in 0..n {
@@ -60,8 +61,8 @@ pub(crate) fn run<V: View, B: Binder>(
                 metrics.dropped("port");
                 continue;
             }
-            let flow = Flow { client: received.client, server };
-            match engine.first(request, flow, &view, true, &mut scratch, Some(&mut repeats)) {
+            let flow = Flow { client: received.client, server, udp: true };
+            match engine.first(request, flow, &view, now, &mut scratch, Some(&mut repeats)) {
                 Step::Reply => {
                     batch.push(&scratch.out, flow.client, flow.server);
                     hits += 1;
@@ -71,7 +72,7 @@ pub(crate) fn run<V: View, B: Binder>(
                     // Bounded: every task holds a permit of its namespace's quota.
                     runtime.spawn(async move {
                         let mut scratch = Scratch::new();
-                        engine.resolve(&request, flow, true, &mut scratch).await;
+                        engine.resolve(&request, flow, &mut scratch).await;
                         if let Err(error) = send_one(socket.as_fd(), &scratch.out, flow.client, flow.server, v6) {
                             engine.recorder.metrics.dropped("send");
                             tracing::debug!(%error, client = %flow.client, "sending a DNS reply");
@@ -86,9 +87,9 @@ pub(crate) fn run<V: View, B: Binder>(
             for _ in 0..batch.send(socket.as_fd(), v6) {
                 metrics.dropped("send");
             }
-            metrics.hit.record_many(started.elapsed().as_secs_f64(), hits);
+            repeats.answered(&engine.recorder, hits, started, started.elapsed());
         }
-        repeats.tick(&engine.recorder);
+        repeats.tick(&engine.recorder, started, n > 0);
     }
     repeats.flush(&engine.recorder);
 }
