@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use tidegate_ebpf::OVERLAYS;
+use tidegate_ebpf::{Capacities, OVERLAYS};
 
 /// Where the node agent finds its gateways, its pods and its kernel state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,9 +47,15 @@ pub struct Config {
     #[serde(default)]
     pub unknown_pods: UnknownPods,
     /// Flows that the kernel remembers per pod address, 16 to 262144: those from outside, audited ones, UDP. All pods
-    /// of a node share 262144.
+    /// of a node share `capacities.flows`.
     #[serde(default = "default_flows_per_endpoint")]
     pub flows_per_endpoint: u32,
+    /// Sizes of the kernel's maps. A change makes a new set of maps, and the agent moves over to it.
+    #[serde(default)]
+    pub capacities: Capacities,
+    /// How often everything in the kernel is compared with what should be there, in seconds, 1 to 3600.
+    #[serde(default = "default_full_pass_seconds")]
+    pub full_pass_seconds: u32,
     /// Address of `/metrics`, `/healthz`, `/readyz` and `/config`. Absent: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub admin: Option<SocketAddr>,
@@ -151,6 +157,10 @@ fn default_flows_per_endpoint() -> u32 {
     4_096
 }
 
+fn default_full_pass_seconds() -> u32 {
+    30
+}
+
 /// VXLAN, flannel's VXLAN, Geneve, WireGuard of Calico and flannel.
 fn default_overlay_ports() -> BTreeSet<u16> {
     [4789, 8472, 6081, 51_820, 51_821].into()
@@ -228,6 +238,12 @@ impl Config {
         if !(16..=262_144).contains(&self.flows_per_endpoint) {
             return refuse("flowsPerEndpoint", "must be from 16 to 262144");
         }
+        if let Err(problem) = self.capacities.validate() {
+            return refuse("capacities", problem);
+        }
+        if !(1..=3600).contains(&self.full_pass_seconds) {
+            return refuse("fullPassSeconds", "must be from 1 to 3600");
+        }
         if let Some(uplinks) = &self.uplinks {
             if uplinks.is_empty() {
                 return refuse("uplinks", "must name a device, or be absent");
@@ -276,6 +292,7 @@ mod tests {
         assert_eq!(c.unknown_pods, UnknownPods::Pass);
         assert_eq!(c.socket, PathBuf::from("/run/tidegate/agent.sock"));
         assert_eq!(c.pins, PathBuf::from("/sys/fs/bpf/tidegate"));
+        assert_eq!((c.full_pass_seconds, c.capacities), (30, Capacities::default()));
         assert_eq!((c.uplinks, c.admin, c.audit, c.tunnel_mtu), (None, None, None, None));
     }
 
@@ -314,6 +331,10 @@ mod tests {
             ("overlayPorts", |c| c.overlay_ports = (1..=9).collect()),
             ("overlayPorts", |c| c.overlay_ports = [0].into()),
             ("flowsPerEndpoint", |c| c.flows_per_endpoint = 0),
+            ("capacities", |c| c.capacities.flows = 1023),
+            ("capacities", |c| c.capacities.facts = (1 << 24) + 1),
+            ("fullPassSeconds", |c| c.full_pass_seconds = 0),
+            ("fullPassSeconds", |c| c.full_pass_seconds = 3601),
             ("uplinks", |c| c.uplinks = Some(vec![])),
             ("uplinks", |c| c.uplinks = Some(vec!["a/b".into()])),
             ("pins", |c| c.pins = "pins".into()),

@@ -54,28 +54,34 @@ fn mac() -> Result<Vec<u8>, LinkError> {
 
 /// Sets a per-device sysctl in the namespace of the calling thread, if it is not so already. A kernel without IPv6
 /// has no such file; that is no error.
-fn sysctl(family: &str, device: &str, key: &str, value: &str) -> Result<(), LinkError> {
+/// Returns whether it was not.
+fn sysctl(family: &str, device: &str, key: &str, value: &str) -> Result<bool, LinkError> {
     let path = format!("/proc/sys/net/{family}/conf/{device}/{key}");
     match fs::read_to_string(&path) {
-        Ok(now) if now.trim() == value => Ok(()),
-        Ok(_) => fs::write(&path, value).map_err(LinkError::io(format!("write {path}"))),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Ok(now) if now.trim() == value => Ok(false),
+        Ok(_) => fs::write(&path, value).map(|()| true).map_err(LinkError::io(format!("write {path}"))),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(LinkError::io(format!("read {path}"))(e)),
     }
 }
 
-/// Our devices carry no addresses and speak to nobody by themselves.
-fn quiet(device: &str, forwards: bool) -> Result<(), LinkError> {
-    sysctl("ipv4", device, "rp_filter", "0")?;
-    sysctl("ipv4", device, "arp_ignore", "8")?;
-    sysctl("ipv6", device, "addr_gen_mode", "1")?;
-    sysctl("ipv6", device, "accept_ra", "0")?;
-    if forwards {
+/// Our devices carry no addresses and speak to nobody by themselves. Returns how many sysctls were otherwise.
+fn quiet(device: &str) -> Result<usize, LinkError> {
+    let mut wanted = vec![
+        ("ipv4", "rp_filter", "0"),
+        ("ipv4", "arp_ignore", "8"),
+        ("ipv6", "addr_gen_mode", "1"),
+        ("ipv6", "accept_ra", "0"),
+    ];
+    if device == EGRESS_SIDE {
         // `bpf_fib_lookup` answers FWD_DISABLED for a device that does not forward.
-        sysctl("ipv4", device, "forwarding", "1")?;
-        sysctl("ipv6", device, "forwarding", "1")?;
+        wanted.extend([("ipv4", "forwarding", "1"), ("ipv6", "forwarding", "1")]);
     }
-    Ok(())
+    let mut n = 0;
+    for (family, key, value) in wanted {
+        n += usize::from(sysctl(family, device, key, value)?);
+    }
+    Ok(n)
 }
 
 impl Netlink {
@@ -103,16 +109,35 @@ impl Netlink {
             self.handle.link().add(message).execute().await.map_err(LinkError::netlink(what))?;
         }
         // Before it is up, so that no router solicitation or duplicate address detection is ever sent.
-        quiet(TUNNEL, false)?;
-        self.adjust(TUNNEL, TUNNEL_DEVICE_MTU, false).await
+        quiet(TUNNEL)?;
+        Ok(self.adjust(TUNNEL, TUNNEL_DEVICE_MTU, false).await?.0)
     }
 
-    /// Sets what is not as it should be, brings the device up and returns it.
-    async fn adjust(&self, name: &str, mtu: u32, noarp: bool) -> Result<Link, LinkError> {
+    /// Puts right what others changed of our devices that are there: flags, MTU, sysctls. `pairs` are the MTUs of
+    /// [`POD_SIDE`] and of [`EGRESS_SIDE`], where a gateway is plugged in. Returns how many devices and how many sysctls
+    /// were otherwise.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub async fn restore(&self, pairs: Option<(u32, u32)>) -> Result<(usize, usize), LinkError> {
+        let (mut devices, mut sysctls) = (0, 0);
+        let mut ours = vec![(TUNNEL, TUNNEL_DEVICE_MTU, false)];
+        ours.extend(pairs.into_iter().flat_map(|(pods, egress)| [(POD_SIDE, pods, true), (EGRESS_SIDE, egress, true)]));
+        for (name, mtu, noarp) in ours {
+            if self.link(name).await?.is_some() {
+                sysctls += quiet(name)?;
+                devices += usize::from(self.adjust(name, mtu, noarp).await?.1);
+            }
+        }
+        Ok((devices, sysctls))
+    }
+
+    /// Sets what is not as it should be and brings the device up; returns it, and whether something was otherwise.
+    async fn adjust(&self, name: &str, mtu: u32, noarp: bool) -> Result<(Link, bool), LinkError> {
         let gone = || LinkError::State(format!("device {name} is gone"));
         let link = self.link(name).await?.ok_or_else(gone)?;
         if link.up && link.mtu == mtu && (link.noarp || !noarp) {
-            return Ok(link);
+            return Ok((link, false));
         }
         let mut message = LinkUnspec::new_with_index(link.index).up().mtu(mtu);
         if noarp {
@@ -120,7 +145,7 @@ impl Netlink {
         }
         let what = format!("set up device {name}");
         self.handle.link().change(message.build()).execute().await.map_err(LinkError::netlink(what))?;
-        self.link(name).await?.ok_or_else(gone)
+        Ok((self.link(name).await?.ok_or_else(gone)?, true))
     }
 
     /// Plugs a gateway's network namespace in: two veth pairs. Pairs that are already plugged into that namespace stay
@@ -131,11 +156,11 @@ impl Netlink {
     pub async fn plug(&self, netns: BorrowedFd<'_>, pod_mtu: u16, egress_mtu: u32) -> Result<Plugged, LinkError> {
         refuse_own(netns)?;
         self.pair(netns, POD_SIDE, POD_SIDE_INNER, pod_mtu.into()).await?;
-        quiet(POD_SIDE, false)?;
-        let pod_side = self.adjust(POD_SIDE, pod_mtu.into(), true).await?;
+        quiet(POD_SIDE)?;
+        let (pod_side, _) = self.adjust(POD_SIDE, pod_mtu.into(), true).await?;
         self.pair(netns, EGRESS_SIDE, EGRESS_SIDE_INNER, egress_mtu).await?;
-        quiet(EGRESS_SIDE, true)?;
-        let egress_side = self.adjust(EGRESS_SIDE, egress_mtu, true).await?;
+        quiet(EGRESS_SIDE)?;
+        let (egress_side, _) = self.adjust(EGRESS_SIDE, egress_mtu, true).await?;
         Ok(Plugged { pod_side, egress_side })
     }
 

@@ -19,8 +19,11 @@ pub const GUARD_PACKETS: &str = "tidegate_guard_packets_total";
 pub const ENDPOINTS: &str = "tidegate_endpoints";
 /// Whether a gateway's `State` stream is in sync, by `gateway`.
 pub const GATEWAY_UP: &str = "tidegate_gateway_up";
-/// Attachments that another program had displaced from the head of a hook.
-pub const DISPLACED: &str = "tidegate_displaced_total";
+/// What other programs had changed or taken away and was put right, by `kind`, one of [`KINDS`].
+pub const REPAIRS: &str = "tidegate_repairs_total";
+/// What can be put right: programs on hooks and their place there, entries of kernel maps, pins of maps, nftables
+/// tables, devices, addresses, policy rules, routes, sysctls.
+pub const KINDS: [&str; 9] = ["program", "map", "pin", "table", "device", "address", "rule", "route", "sysctl"];
 /// Egress addresses that this node holds.
 pub const HELD: &str = "tidegate_held_addresses";
 /// Passes of the reconciler, by `result`.
@@ -35,10 +38,23 @@ pub fn describe() {
     metrics::describe_counter!(GUARD_PACKETS, "Packets that the nftables table dropped");
     metrics::describe_gauge!(ENDPOINTS, "Endpoints of this node");
     metrics::describe_gauge!(GATEWAY_UP, "1 if the gateway's State stream is in sync");
-    metrics::describe_counter!(DISPLACED, "Programs that were displaced from the head of a hook and put back");
+    describe_repairs();
     metrics::describe_gauge!(HELD, "Egress addresses that this node holds");
     metrics::describe_counter!(PASSES, "Passes of the reconciler");
     metrics::describe_counter!(SUPPRESSED, "Kernel events that were counted but not reported one by one");
+}
+
+/// Says what [`REPAIRS`] means, and publishes it from the start.
+pub fn describe_repairs() {
+    metrics::describe_counter!(REPAIRS, "What other programs had changed or taken away and was put right");
+    for kind in KINDS {
+        repaired(kind, 0);
+    }
+}
+
+/// Counts what was put right; `kind` is one of [`KINDS`].
+pub fn repaired(kind: &'static str, n: usize) {
+    metrics::counter!(REPAIRS, "kind" => kind).increment(n as u64);
 }
 
 /// The published text of an outcome.

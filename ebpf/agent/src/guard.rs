@@ -26,8 +26,6 @@ const TABLE: &str = "tidegate";
 
 /// How long changes are gathered before `nft` runs.
 const DEBOUNCE: Duration = Duration::from_millis(100);
-/// How often the table is compared with what was written.
-const CHECK: Duration = Duration::from_secs(30);
 /// How long to wait after a failure.
 const RETRY: Duration = Duration::from_secs(2);
 
@@ -173,6 +171,8 @@ pub enum Done {
     Elements,
     /// The table was replaced in one transaction.
     Replaced,
+    /// The same, because somebody else had changed it.
+    Repaired,
 }
 
 impl Table {
@@ -198,8 +198,13 @@ impl Table {
                     change(&mut commands, "delete", name, old.difference(new).copied().collect());
                     change(&mut commands, "add", name, new.difference(old).copied().collect());
                 }
-                // Somebody may have deleted the table meanwhile: then it is written anew.
-                run(commands).map(|()| Done::Elements).or_else(|_| self.replace(desired))?
+                // Elements may be all that is left of a table that somebody flushed.
+                if self.is_changed()? {
+                    self.replace(desired)?;
+                    Done::Repaired
+                } else {
+                    run(commands).map(|()| Done::Elements).or_else(|_| self.replace(desired))?
+                }
             }
             _ => self.replace(desired)?,
         };
@@ -214,12 +219,25 @@ impl Table {
     /// `nft` failed.
     pub fn check(&mut self) -> Result<Done, GuardError> {
         let Some(written) = self.written.clone() else { return Ok(Done::Unchanged) };
-        if table_exists()? && canonical()? == self.listing {
+        if !self.is_changed()? {
             return Ok(Done::Unchanged);
         }
-        tracing::warn!("the nftables table {FAMILY} {TABLE} was changed by somebody else; writing it anew");
         self.written = None;
-        self.apply(&written)
+        self.apply(&written).map(|_| Done::Repaired)
+    }
+
+    /// Whether it was written, and not found to be changed since.
+    fn is_written(&self) -> bool {
+        self.written.is_some()
+    }
+
+    /// Whether the kernel's table is not as it was after it was written.
+    fn is_changed(&self) -> Result<bool, GuardError> {
+        let changed = !table_exists()? || canonical()? != self.listing;
+        if changed {
+            tracing::warn!("the nftables table {FAMILY} {TABLE} was changed by somebody else; writing it anew");
+        }
+        Ok(changed)
     }
 
     fn replace(&self, desired: &Desired) -> Result<Done, GuardError> {
@@ -429,14 +447,14 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Starts the thread.
+    /// Starts the thread, which compares the table with what was written at least so often.
     ///
     /// # Errors
     /// The thread could not be started.
-    pub fn start(settings: Settings) -> std::io::Result<Self> {
+    pub fn start(settings: Settings, check: Duration) -> std::io::Result<Self> {
         let wish = Arc::new((Mutex::new(Wish::default()), Condvar::new()));
         let theirs = Arc::clone(&wish);
-        std::thread::Builder::new().name("guard".into()).spawn(move || keep(&theirs, Table::new(settings)))?;
+        std::thread::Builder::new().name("guard".into()).spawn(move || keep(&theirs, Table::new(settings), check))?;
         Ok(Self { wish })
     }
 
@@ -465,10 +483,10 @@ impl Drop for Keeper {
     }
 }
 
-fn keep(shared: &(Mutex<Wish>, Condvar), mut table: Table) {
+fn keep(shared: &(Mutex<Wish>, Condvar), mut table: Table, check: Duration) {
     let (wish, changed) = shared;
     let up = metrics::gauge!(crate::events::GUARD_OK);
-    let mut wait = CHECK;
+    let mut wait = check;
     loop {
         let until = Instant::now() + wait;
         {
@@ -484,12 +502,16 @@ fn keep(shared: &(Mutex<Wish>, Condvar), mut table: Table) {
             (wish.desired.clone(), std::mem::take(&mut wish.fresh))
         };
         let Some(desired) = desired else { continue };
-        let outcome = if fresh { table.apply(&desired) } else { table.check().and_then(|_| table.apply(&desired)) };
+        // After a failure the table may hold nothing that was asked for.
+        let outcome = if fresh || !table.is_written() { table.apply(&desired) } else { table.check() };
+        if matches!(outcome, Ok(Done::Repaired)) {
+            crate::events::repaired("table", 1);
+        }
         match outcome.and_then(|_| counters()) {
             Ok(counters) => {
                 up.set(1.0);
                 wish.lock().held = true;
-                wait = CHECK;
+                wait = check;
                 for (rule, packets) in counters {
                     metrics::counter!(crate::events::GUARD_PACKETS, "rule" => rule).absolute(packets);
                 }

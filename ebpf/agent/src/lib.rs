@@ -30,7 +30,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tidegate_ebpf::{Datapath, Options, Role};
+use tidegate_ebpf::{Options, Role};
 use tidegate_policy::event::Emit;
 use tidegate_proto::Seen;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -160,27 +160,19 @@ fn options(config: &Config, tunnel_mtu: u16) -> Options {
         overlay_ports: config.overlay_ports.iter().copied().collect(),
         tunnel_mtu,
         flows_per_endpoint: config.flows_per_endpoint,
+        capacities: config.capacities,
         ..Options::new(Role::Node, &config.pins)
     }
 }
 
 /// Removes everything of Tidegate from this node: programs, maps, the nftables table, devices, the socket. What is
-/// not there is no error.
+/// not there is no error, so that it can be called again.
 ///
 /// # Errors
 /// The agent still runs, or the kernel refused; what could be removed before that is gone.
 pub fn cleanup(config: &Config) -> Result<(), AgentError> {
     config.validate()?;
-    if config.pins.exists() {
-        match Datapath::load(&options(config, 1450)) {
-            Ok(datapath) => datapath.cleanup()?,
-            Err(e @ tidegate_ebpf::Error::Busy(_)) => return Err(e.into()),
-            // Pins of another version: the folder is ours alone.
-            Err(_) => {
-                std::fs::remove_dir_all(&config.pins).map_err(AgentError::io(config.pins.display().to_string()))?;
-            }
-        }
-    }
+    tidegate_ebpf::remove_pins(&config.pins)?;
     guard::remove()?;
     // On a thread of its own: the caller may be inside a runtime.
     std::thread::scope(|s| {

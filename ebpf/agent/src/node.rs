@@ -13,7 +13,7 @@ use std::time::Duration;
 use tidegate_ebpf::{Datapath, Program};
 use tidegate_policy::event::Emit;
 use tidegate_policy::state::NodeState;
-use tidegate_proto::{ScopeClaim, Seen};
+use tidegate_proto::{FactsBatch, ScopeClaim, Seen};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
@@ -32,9 +32,6 @@ use crate::{AgentError, Status, options};
 /// One step of the cheap checks; a tenth of the attachments is verified in each.
 const STEP: Duration = Duration::from_millis(100);
 const STEPS_PER_SECOND: u64 = 10;
-/// Steps between full passes, and between sweeps.
-const FULL: u64 = 30 * STEPS_PER_SECOND;
-const SWEEP: u64 = 60 * STEPS_PER_SECOND;
 /// How long changes of devices and routes are gathered.
 const GATHER: Duration = Duration::from_millis(20);
 /// After a restart the kernel holds the old state: so long it may wait for the other gateways, so that
@@ -83,6 +80,8 @@ struct Gateway {
     name: String,
     /// The connection that renews its leases, while there is one.
     connection: Option<u64>,
+    /// The MTUs of its two pairs, in octets.
+    mtu: (u32, u32),
 }
 
 struct Node {
@@ -158,7 +157,8 @@ impl Node {
             mark: config.mark,
             overlay_ports: config.overlay_ports.clone(),
         };
-        let keeper = Keeper::start(settings).map_err(AgentError::io("thread"))?;
+        let check = Duration::from_secs(config.full_pass_seconds.into());
+        let keeper = Keeper::start(settings, check).map_err(AgentError::io("thread"))?;
         let announcer = Announcer::open().map_err(AgentError::io("packet socket"))?;
         let people = Arc::new(People::default());
         if let Some(mut events) = datapath.events() {
@@ -212,7 +212,9 @@ impl Node {
             misplaced: BTreeSet::new(),
             problems: BTreeMap::new(),
         };
-        node.attach_missing();
+        if !node.datapath.is_upgrade() {
+            node.attach_missing();
+        }
         node.tell();
         Ok(node)
     }
@@ -267,29 +269,38 @@ impl Node {
         if self.silent.contains(&name) {
             self.stand_in();
         }
-        // What waited too long in the queue is no sign of life any more.
-        if facts.at.elapsed() < stream::SILENCE
+        let (batch, alive) = (facts.batch, facts.at.elapsed() < stream::SILENCE);
+        let told = batch.is_none_or(|(batch, ack)| self.batch(facts.gateway, batch, &ack));
+        // Last, since from then on what is not known here is dropped and not steered. What waited too long in the queue is
+        // no sign of life any more.
+        if told
+            && alive
             && let Err(e) = self.datapath.heartbeat(&name)
         {
             tracing::error!(gateway = name, error = %e, "heartbeat");
         }
-        let Some((mut batch, ack)) = facts.batch else { return };
+    }
+
+    /// Writes facts with the grants that they need; returns whether the kernel holds all of them.
+    fn batch(&mut self, gateway: usize, mut batch: FactsBatch, ack: &Ack) -> bool {
         let applied = Applied { boot: batch.boot_id, sequence: batch.sequence, error: None };
         let grants: Vec<_> =
             std::mem::take(&mut batch.grants).into_iter().map(|g| (g.group, g.class, g.ports)).collect();
         let keys: Vec<_> = grants.iter().map(|(g, c, _)| (*g, *c)).collect();
         let now = self.epoch.elapsed();
         let mut result = Ok(());
-        if self.models[facts.gateway].grants(batch.boot_id, grants, now) && self.ready {
+        if self.models[gateway].grants(batch.boot_id, grants, now) && self.ready {
             self.merge();
             // Only these: an answer waits for the ack, and a whole pass over the maps takes its time.
             let fresh: Vec<_> =
                 keys.into_iter().filter_map(|k| Some((k.0, k.1, self.merged.grants.get(&k)?.clone()))).collect();
             result = self.datapath.grants(&fresh);
         }
-        let updates = self.told.take(facts.gateway, batch);
+        let updates = self.told.take(gateway, batch);
         let result = result.and_then(|()| self.datapath.facts(&updates));
-        acknowledge_facts(&ack, applied, result.map_err(|e| e.to_string()));
+        let held = result.is_ok();
+        acknowledge_facts(ack, applied, result.map_err(|e| e.to_string()));
+        held
     }
 
     /// Steers the DNS of silent gateways' scopes to those that stand in, and back.
@@ -396,7 +407,8 @@ impl Node {
         let uplinks = self.topology.uplinks(self.config.uplinks.as_deref());
         let egress_mtu = uplinks.iter().map(|l| l.mtu).min().unwrap_or(1500).clamp(1280, 65_535);
         let plugged = self.netlink.plug(netns.as_fd(), mtu, egress_mtu).await.map_err(|e| e.to_string())?;
-        self.gateway = Some(Gateway { name: hello.gateway.clone(), connection: Some(connection) });
+        self.gateway =
+            Some(Gateway { name: hello.gateway.clone(), connection: Some(connection), mtu: (mtu.into(), egress_mtu) });
         self.refresh().await;
         self.reconcile(false).await;
         for (program, link) in
@@ -474,15 +486,8 @@ impl Node {
             return;
         }
         self.count();
-        if steps.is_multiple_of(SWEEP)
-            && let Err(error) = self.datapath.sweep()
-        {
-            tracing::warn!(%error, "idle flows and old facts cannot be swept");
-        }
-        if steps.is_multiple_of(FULL) {
-            self.pod_macs.clear();
-            self.refresh().await;
-            self.reconcile(true).await;
+        if steps.is_multiple_of(u64::from(self.config.full_pass_seconds) * STEPS_PER_SECOND) {
+            self.full_pass().await;
         } else if !self.problems.is_empty() {
             self.refresh().await;
             self.reconcile(false).await;

@@ -464,15 +464,21 @@ fn the_guard_is_idempotent_and_repairs_what_others_change() {
         "nft delete table inet tidegate",
     ] {
         node.sh(damage);
-        assert_eq!(node.run(|| table.check().unwrap()), Done::Replaced, "{damage}");
+        assert_eq!(node.run(|| table.check().unwrap()), Done::Repaired, "{damage}");
         assert_eq!(node.sh("nft list table inet tidegate"), before, "{damage}");
     }
     // A restart knows nothing and writes the same.
     assert_eq!(node.run(|| Table::new(settings()).apply(&d).unwrap()), Done::Replaced);
     assert_eq!(node.sh("nft list table inet tidegate"), before);
-    // A deleted table is no obstacle for a change of members.
-    node.sh("nft delete table inet tidegate");
-    assert_eq!(node.run(|| table.apply(&desired(&["10.0.0.2"])).unwrap()), Done::Replaced);
+    // A change of members finds what others changed, too: else it would be taken for what was written.
+    let changed = Desired { isolated: desired(&["10.0.0.2"]).isolated, ..d.clone() };
+    for (damage, d) in [("nft flush chain inet tidegate forward", &changed), ("nft delete table inet tidegate", &d)] {
+        node.run(|| table.check().unwrap());
+        node.sh(damage);
+        assert_eq!(node.run(|| table.apply(d).unwrap()), Done::Repaired, "{damage}");
+        assert_eq!(node.run(|| table.check().unwrap()), Done::Unchanged, "{damage}");
+        assert!(node.sh("nft list chain inet tidegate forward").contains("@isolated4"), "{damage}");
+    }
 }
 
 #[test]

@@ -6,6 +6,10 @@ use core::net::IpAddr;
 /// Version of the layouts; part of the pin path, so that two versions live side by side during an upgrade.
 pub const VERSION: u32 = 3;
 
+/// Version of what an upgrade takes over from the maps before it: [`Addr`], [`Endpoint`], [`FactKey`], [`Fact`],
+/// [`FlowKey`], [`Flow`] and [`IdKey`]. A change of one of these is a new one, and flows do not survive that upgrade.
+pub const CARRIED: u32 = 1;
+
 /// An IP address as sixteen octets in network order; IPv4 is mapped (`::ffff:a.b.c.d`,
 /// RFC 4291, section 2.5.5.2). The words hold the octets as they lie in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]

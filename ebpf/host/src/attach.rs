@@ -13,8 +13,8 @@ use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use nix::net::if_::if_nametoindex;
 
-use crate::load::{Datapath, load_object, program_error};
-use crate::{Error, Program};
+use crate::load::{Datapath, load_object, lock, program_error};
+use crate::{Error, Program, carry};
 
 /// How an attachment came about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,6 +99,9 @@ impl Datapath {
                 Err(e) => return Err(program_error(program)(e)),
             }
         }
+        // Others may have removed the folder with its pins.
+        let folder = self.root.join("links");
+        fs::create_dir_all(&folder).map_err(Error::io(format!("cannot make {}", folder.display())))?;
         let link = attach_first(&mut self.ebpf, program, interface, &pin)?;
         link.pin(&pin).map_err(|e| Error::Link { path: pin.clone(), message: e.to_string() })?;
         Ok(Attached::New)
@@ -187,31 +190,62 @@ impl Datapath {
         Ok(n)
     }
 
-    /// Removes the pins of other layouts below the same folder: an earlier or later version's, once
-    /// this version's programs are attached. Returns how many pins went.
+    /// Whether programs of another layout were here before this one's, an earlier or a later version's. They go on
+    /// until a state is applied, this version's are attached and [`Datapath::retire_others`] is called.
+    pub fn is_upgrade(&self) -> bool {
+        !self.others.is_empty()
+    }
+
+    /// Takes over the flows that the programs of another layout remembered since this one was loaded. To be called when
+    /// [`Program::PodIngress`] is attached, which remembers them from then on, and before what judges by them is.
+    ///
+    /// # Errors
+    /// A map cannot be read or written.
+    pub fn carry_flows(&mut self) -> Result<usize, Error> {
+        carry::source(&self.others).map_or(Ok(0), |source| carry::flows(&source, &self.root))
+    }
+
+    /// Detaches the programs of other layouts below the same folder and removes their pins, once a state was applied
+    /// and this version's programs are attached. Returns how many pins went.
     ///
     /// # Errors
     /// A pin cannot be removed.
     pub fn retire_others(&mut self) -> Result<usize, Error> {
         let mut n = 0;
-        for path in entries(&self.options.pins)? {
-            if path != self.root && file_name(&path).starts_with('v') && path.is_dir() {
-                n += remove_all(&path)?;
-            }
+        while let Some(path) = self.others.last() {
+            n += remove_all(path)?;
+            self.others.pop();
         }
         Ok(n)
     }
 
-    /// Detaches everything and removes all pins: nothing of Tidegate stays in the kernel once the value is dropped.
+    /// Detaches everything and removes all pins: nothing of Tidegate stays in the kernel.
     ///
     /// # Errors
     /// A pin cannot be removed.
     pub fn cleanup(self) -> Result<(), Error> {
-        remove_all(&self.root)?;
-        // Fails while another layout lives there, and then it shall.
-        let _ = fs::remove_dir(&self.options.pins);
-        Ok(())
+        let pins = self.options.pins.clone();
+        drop(self);
+        remove_pins(&pins)
     }
+}
+
+/// Detaches the programs of every layout below a folder of pins and removes all pins. That there is no such folder is no
+/// error.
+///
+/// # Errors
+/// [`Error::Busy`] while a process works with them; a pin cannot be removed.
+pub fn remove_pins(pins: &Path) -> Result<(), Error> {
+    if !pins.exists() {
+        return Ok(());
+    }
+    let _lock = lock(pins)?;
+    for path in carry::others(pins, Path::new("")) {
+        remove_all(&path)?;
+    }
+    // Fails if somebody else keeps something there, and then it shall.
+    let _ = fs::remove_dir(pins);
+    Ok(())
 }
 
 fn file_name(path: &Path) -> &str {

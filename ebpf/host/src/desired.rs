@@ -54,6 +54,7 @@ impl Datapath {
         }
         let mut applied = Applied::default();
         if full {
+            applied.pinned = self.restore_pins()?;
             applied.repaired = self.reload()?;
         }
         self.last = None;
@@ -83,10 +84,13 @@ impl Datapath {
             + try_all(t.endpoints.fill(&want.endpoints))
             + try_all(t.ifaces.fill(&want.ifaces));
         let held = t.config.get(&0, 0).map_err(Error::map("CONFIG"))?;
+        // As others left it, not as it is to change.
+        applied.repaired += usize::from(full && self.config.is_some_and(|c| c != held));
         if held != want.config {
             t.config.set(0, want.config, 0).map_err(Error::map("CONFIG"))?;
             applied.updated += 1;
         }
+        self.config = Some(want.config);
         // What refers goes first.
         applied.deleted += try_all(t.ifaces.prune(&want.ifaces))
             + try_all(t.endpoints.prune(&want.endpoints))
@@ -137,6 +141,7 @@ impl Datapath {
             .filter(|k| !scopes.get(&k.scope).is_some_and(|s| keep(*s, k.addr.to_ip())))
             .collect();
         for key in &gone {
+            self.told.remove(key);
             match self.facts.remove(key) {
                 Ok(()) => {}
                 Err(e) if is_missing(&e) => {}
@@ -144,6 +149,23 @@ impl Datapath {
             }
         }
         Ok(gone.len())
+    }
+
+    /// Pins that others removed: without them an agent that restarts would begin with empty maps.
+    fn restore_pins(&mut self) -> Result<usize, Error> {
+        let folder = self.root.join("maps");
+        let mut n = 0;
+        for (name, map) in &self.pinned {
+            let path = folder.join(name);
+            if path.exists() {
+                continue;
+            }
+            std::fs::create_dir_all(&folder).map_err(Error::io(format!("cannot make {}", folder.display())))?;
+            map.pin(&path)
+                .map_err(|e| Error::io(format!("cannot pin {}", path.display()))(std::io::Error::other(e)))?;
+            n += 1;
+        }
+        Ok(n)
     }
 
     fn reload(&mut self) -> Result<usize, Error> {

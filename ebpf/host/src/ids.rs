@@ -26,6 +26,11 @@ pub(crate) struct Ids {
     table: Hashed<IdKey, u32>,
 }
 
+/// Whether the entry counts the ids that were given, and names none.
+pub(crate) fn is_counter(key: &IdKey) -> bool {
+    key.kind & NEXT != 0
+}
+
 fn key(kind: u32, key: u128) -> IdKey {
     let b = key.to_ne_bytes();
     let word = |i: usize| u32::from_ne_bytes([b[i], b[i + 1], b[i + 2], b[i + 3]]);
@@ -80,8 +85,13 @@ impl Ids {
     /// Forgets identities whose id `used` does not name. Ids of forgotten identities are not used again.
     pub fn retain(&mut self, used: impl Fn(u32, u32) -> bool) -> Result<usize, Error> {
         let gone: Vec<IdKey> =
-            self.table.iter().filter(|(k, id)| k.kind & NEXT == 0 && !used(k.kind, **id)).map(|(k, _)| *k).collect();
+            self.table.iter().filter(|(k, id)| !is_counter(k) && !used(k.kind, **id)).map(|(k, _)| *k).collect();
         for k in &gone {
+    /// Writes back what others changed or deleted; returns in how many entries.
+    pub fn restore(&mut self) -> Result<usize, Error> {
+        self.table.restore()
+    }
+
             self.table.delete(k)?;
         }
         Ok(gone.len())

@@ -10,6 +10,7 @@
 //! All calls do their kernel work in the calling thread, and so in its network namespace.
 
 mod attach;
+mod carry;
 mod desired;
 mod error;
 mod events;
@@ -26,7 +27,9 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use attach::{Attached, Place};
+use serde::{Deserialize, Serialize};
+
+pub use attach::{Attached, Place, remove_pins};
 pub use error::Error;
 pub use events::{Counter, Events, PacketEvent, hook_name};
 pub use load::{Datapath, TestPacket, TestResult};
@@ -92,8 +95,9 @@ impl Options {
     }
 }
 
-/// The most entries of the maps that grow with the cluster.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The most entries of the maps that grow with the cluster, each 1,024 to 16,777,216.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase", default)]
 pub struct Capacities {
     /// Endpoints.
     pub endpoints: u32,
@@ -110,6 +114,27 @@ pub struct Capacities {
 }
 
 impl Default for Capacities {
+impl Capacities {
+    /// Checks the bounds that hold in configuration files.
+    ///
+    /// # Errors
+    /// The first key outside of them, and what is wrong.
+    pub fn validate(&self) -> Result<(), String> {
+        let all = [
+            ("endpoints", self.endpoints),
+            ("facts", self.facts),
+            ("grants", self.grants),
+            ("portsets", self.portsets),
+            ("prefixes", self.prefixes),
+            ("flows", self.flows),
+        ];
+        match all.into_iter().find(|(_, n)| !(1 << 10..=1 << 24).contains(n)) {
+            Some((key, n)) => Err(format!("{key} is {n}; it must be from 1024 to 16777216")),
+            None => Ok(()),
+        }
+    }
+}
+
     fn default() -> Self {
         Self {
             endpoints: 65_536,
@@ -177,6 +202,8 @@ pub struct Applied {
     /// Entries that the kernel did not hold as it should have (full passes).
     pub repaired: usize,
 }
+    /// Pins that were put back (full passes).
+    pub pinned: usize,
 
 /// A kernel program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

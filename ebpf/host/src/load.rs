@@ -5,14 +5,15 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ahash::AHashMap;
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapInfo, MapType, PerCpuArray, RingBuf};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use nix::fcntl::{Flock, FlockArg};
 use tidegate_ebpf_common::code::COUNTERS;
 use tidegate_ebpf_common::layout::{
-    Addr, Budget, Config, DnsKey, Endpoint, Fact, FactKey, Flow, FlowKey, Gateway, GrantKey, Group, Iface, Node,
-    OVERLAYS, Prefix, Scope, VERSION,
+    Addr, Budget, CARRIED, Config, DnsKey, Endpoint, Fact, FactKey, Flow, FlowKey, Gateway, GrantKey, Group, Iface,
+    Node, OVERLAYS, Prefix, Scope, VERSION,
 };
 use tidegate_policy::ScopeKey;
 use tidegate_policy::state::{FactUpdate, NodeState};
@@ -21,7 +22,7 @@ use crate::ids::{Ids, Kind};
 use crate::incarnation::Incarnations;
 use crate::ports::PortSets;
 use crate::table::{Hashed, Table, Trie};
-use crate::{Capacities, Error, Local, Options, Program, Role};
+use crate::{Capacities, Error, Local, Options, Program, Role, carry};
 
 /// The object, aligned as its parser needs it.
 #[repr(C, align(8))]
@@ -124,6 +125,9 @@ pub struct Datapath {
     pub(crate) incarnations: Incarnations,
     pub(crate) heartbeats: HashMap<MapData, u32, u64>,
     pub(crate) facts: HashMap<MapData, FactKey, Fact>,
+    /// Class and expiry of every fact: nobody tells a fact again as long as it holds, so that one which another
+    /// program deleted could not come back.
+    pub(crate) told: AHashMap<FactKey, (u32, u32)>,
     pub(crate) held: HashMap<MapData, Addr, u64>,
     pub(crate) flows: HashMap<MapData, FlowKey, Flow>,
     pub(crate) flow_counts: HashMap<MapData, Addr, u32>,
@@ -131,6 +135,12 @@ pub struct Datapath {
     pub(crate) budgets: PerCpuArray<MapData, Budget>,
     pub(crate) ring: Option<RingBuf<MapData>>,
     pub(crate) last: Option<(NodeState, Local)>,
+    /// `CONFIG` as it was written.
+    pub(crate) config: Option<Config>,
+    /// Every map by its pin, which others may remove.
+    pub(crate) pinned: Vec<(&'static str, MapData)>,
+    /// Layouts whose programs were there before this one's.
+    pub(crate) others: Vec<PathBuf>,
     /// Held for the life of the value: one process at a time works with the pins.
     _lock: Flock<File>,
 }
@@ -139,18 +149,28 @@ impl Datapath {
     /// Loads the programs, and makes the pinned maps or adopts those of an earlier process.
     ///
     /// # Errors
-    /// [`Error::Busy`] while another process works with the same pins; [`Error::Layout`] if a pinned map is not
+    /// [`Error::Busy`] while another process works below the same folder, with whatever layout; [`Error::Layout`] if a pinned map is not
     /// what this version made; otherwise what the kernel refused.
     pub fn load(options: &Options) -> Result<Self, Error> {
-        let root = options.pins.join(format!("v{VERSION}-{:08x}", fingerprint(&options.capacities)));
+        let root = options.pins.join(format!("v{VERSION}-{CARRIED}-{:08x}", fingerprint(&options.capacities)));
         for folder in ["maps", "links"] {
             let path = root.join(folder);
             fs::create_dir_all(&path).map_err(Error::io(format!("cannot make {}", path.display())))?;
         }
-        let folder = File::open(&root).map_err(Error::io(format!("cannot open {}", root.display())))?;
-        let lock = Flock::lock(folder, FlockArg::LockExclusiveNonblock).map_err(|_| Error::Busy(root.clone()))?;
+        let lock = lock(&options.pins)?;
         check_layouts(&root.join("maps"), &options.capacities)?;
         let mut ebpf = load_object(options, &root)?;
+        let others = carry::others(&options.pins, &root);
+        if let Some(source) = carry::source(&others)
+            && let Err(error) = carry::fill(&source, &root)
+        {
+            // Policy comes from the gateways, and enforcement must not wait for flows.
+            tracing::error!(%error, "what another layout knows cannot be taken over");
+        }
+        let mut pinned = Vec::new();
+        for l in layouts(&options.capacities) {
+            pinned.push((l.name, MapData::from_pin(root.join("maps").join(l.name)).map_err(Error::map(l.name))?));
+        }
         fn take<T: TryFrom<Map, Error = aya::maps::MapError>>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, Error> {
             let map = ebpf.take_map(name).ok_or(Error::Layout { map: name, what: "it is not in the object".into() })?;
             T::try_from(map).map_err(Error::map(name))
@@ -178,13 +198,15 @@ impl Datapath {
             cluster: table!("CLUSTER"),
             cluster_dns: table!("CLUSTER_DNS"),
         };
+        let facts: HashMap<MapData, FactKey, Fact> = take(&mut ebpf, "FACTS")?;
         Ok(Self {
             options: options.clone(),
+            told: facts.iter().flatten().map(|(k, f): (FactKey, Fact)| (k, (f.class, f.expires))).collect(),
             ids: Ids::new(table!("IDS")),
             incarnations: Incarnations::adopt(tables.endpoints.iter()),
             tables,
             heartbeats: take(&mut ebpf, "HEARTBEATS")?,
-            facts: take(&mut ebpf, "FACTS")?,
+            facts,
             held: take(&mut ebpf, "HELD")?,
             flows: take(&mut ebpf, "FLOWS")?,
             flow_counts: take(&mut ebpf, "FLOW_COUNTS")?,
@@ -195,6 +217,9 @@ impl Datapath {
             ebpf,
             spare: None,
             last: None,
+            config: None,
+            pinned,
+            others,
             _lock: lock,
         })
     }
@@ -209,6 +234,7 @@ impl Datapath {
             let addr = Addr::from_ip(update.ip);
             let Some(value) = &update.value else {
                 if let Some(scope) = self.ids.find(Kind::Scope, update.scope.0) {
+                    self.told.remove(&FactKey { scope, addr });
                     match self.facts.remove(&FactKey { scope, addr }) {
                         Ok(()) => {}
                         Err(e) if is_missing(&e) => {}
@@ -230,6 +256,7 @@ impl Datapath {
                 Role::Gateway => self.facts.get(&key, 0).map_or(0, |f| f.seen),
             };
             self.facts.insert(key, Fact { class, expires, seen }, 0).map_err(Error::map("FACTS"))?;
+            self.told.insert(key, (class, expires));
         }
         Ok(())
     }
@@ -405,6 +432,12 @@ pub(crate) fn load_object(options: &Options, root: &Path) -> Result<Ebpf, Error>
         }
     }
     Ok(ebpf)
+}
+
+/// One process at a time works below a folder of pins.
+pub(crate) fn lock(pins: &Path) -> Result<Flock<File>, Error> {
+    let folder = File::open(pins).map_err(Error::io(format!("cannot open {}", pins.display())))?;
+    Flock::lock(folder, FlockArg::LockExclusiveNonblock).map_err(|_| Error::Busy(pins.to_owned()))
 }
 
 /// FNV-1a over all that the layouts say, so that another size has another folder.

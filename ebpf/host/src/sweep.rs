@@ -6,7 +6,7 @@ use ahash::{AHashMap, AHashSet};
 use aya::Pod;
 use aya::maps::{HashMap, MapData};
 use tidegate_ebpf_common::Addr;
-use tidegate_ebpf_common::layout::{FactKey, Flow, FlowKey, flow};
+use tidegate_ebpf_common::layout::{Fact, FactKey, Flow, FlowKey, flow};
 use tidegate_ebpf_common::packet::proto;
 
 use crate::Error;
@@ -31,6 +31,8 @@ pub struct Swept {
     pub facts: usize,
     /// Identities that nothing names any more.
     pub ids: usize,
+    /// Facts and identities that others had changed, deleted or added, and that were put right.
+    pub repaired: usize,
 }
 
 fn idle_limit(key: &FlowKey, value: &Flow) -> u32 {
@@ -57,7 +59,8 @@ fn gone(result: Result<(), aya::maps::MapError>, map: &'static str) -> Result<()
 
 impl Datapath {
     /// Removes idle flows, and those of pods that are gone, corrects the endpoints' budgets, removes facts that expired more than 24 h ago
-    /// and identities that neither the last applied state nor a fact names. To be called every minute or so.
+    /// and identities that neither the last applied state nor a fact names, and puts right what others changed of the
+    /// rest. To be called in every full pass.
     ///
     /// # Errors
     /// What the kernel refused.
@@ -82,17 +85,39 @@ impl Datapath {
                 None => gone(self.flow_counts.remove(&addr), "FLOW_COUNTS")?,
             }
         }
+        swept.repaired = self.ids.restore()?;
         let (mut scopes, mut classes) = (AHashSet::new(), AHashSet::new());
         let limit = u32::try_from(EXPIRED.as_secs()).unwrap_or(u32::MAX);
-        for (key, value) in entries::<FactKey, _>(&self.facts, self.options.capacities.facts) {
+        let mut there = AHashSet::new();
+        for (key, mut value) in entries::<FactKey, Fact>(&self.facts, self.options.capacities.facts) {
+            let Some((class, expires)) = self.told.get(&key).copied() else {
+                // Somebody else's word.
+                gone(self.facts.remove(&key), "FACTS")?;
+                swept.repaired += 1;
+                continue;
+            };
+            if (value.class, value.expires) != (class, expires) {
+                (value.class, value.expires) = (class, expires);
+                self.facts.insert(key, value, 0).map_err(Error::map("FACTS"))?;
+                swept.repaired += 1;
+            }
+            there.insert(key);
             let idle_since = value.expires.max(value.seen);
             if now.saturating_sub(idle_since) > limit {
                 gone(self.facts.remove(&key), "FACTS")?;
+                self.told.remove(&key);
                 swept.facts += 1;
             } else {
                 scopes.insert(key.scope);
                 classes.insert(value.class);
             }
+        }
+        for (key, (class, expires)) in self.told.iter().filter(|(k, _)| !there.contains(k)) {
+            let value = Fact { class: *class, expires: *expires, seen: 0 };
+            self.facts.insert(key, value, 0).map_err(Error::map("FACTS"))?;
+            scopes.insert(key.scope);
+            classes.insert(*class);
+            swept.repaired += 1;
         }
         let Some((state, local)) = &self.last else {
             return Ok(swept);

@@ -68,6 +68,16 @@ impl<K: Copy + Eq + Hash, V: Copy + PartialEq, S: Store<K, V>> Table<K, V, S> {
         Ok(wrong)
     }
 
+    /// Writes back what others changed or deleted, and deletes what they added; returns in how many entries.
+    pub fn restore(&mut self) -> Result<usize, Error> {
+        let held = self.shadow.clone();
+        self.reload()?;
+        let done = self.fill(&held).and_then(|n| Ok(n + self.prune(&held)?));
+        // What could not be written now is still wanted, and the next call finds it missing.
+        self.shadow = held;
+        done
+    }
+
     pub fn get(&self, key: &K) -> Option<&V> {
         self.shadow.get(key)
     }

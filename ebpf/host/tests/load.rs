@@ -51,10 +51,40 @@ fn capacities_are_the_maps_sizes_and_another_size_is_another_set() {
     assert_eq!(MapInfo::from_pin(&before).unwrap().max_entries(), 256);
     f.options.capacities.facts = 512;
     f.restart();
-    assert!(before.exists());
+    assert!(before.exists() && f.path().is_upgrade());
     f.path_mut().retire_others().unwrap();
-    assert!(!before.exists());
+    assert!(!before.exists() && !f.path().is_upgrade());
     assert_eq!(MapInfo::from_pin(f.pin("FACTS")).unwrap().max_entries(), 512);
+}
+
+#[test]
+fn pins_that_others_removed_are_back_with_the_same_maps() {
+    let mut f = Fixture::new(Role::Node);
+    let local = Local { node: "n".into(), ..Local::default() };
+    f.path_mut().apply(&networks(), &local, false).unwrap();
+    let id = |f: &Fixture, map| MapInfo::from_pin(f.pin(map)).unwrap().id();
+    let (cluster, facts) = (id(&f, "CLUSTER"), id(&f, "FACTS"));
+    for map in ["CLUSTER", "FACTS"] {
+        std::fs::remove_file(f.pin(map)).unwrap();
+    }
+    assert_eq!(f.path_mut().apply(&networks(), &local, true).unwrap().pinned, 2);
+    assert_eq!((id(&f, "CLUSTER"), id(&f, "FACTS")), (cluster, facts));
+    assert_eq!(f.path_mut().apply(&networks(), &local, true).unwrap().pinned, 0);
+}
+
+#[test]
+fn what_is_left_of_any_layout_is_removed_but_not_under_a_process() {
+    let mut f = Fixture::new(Role::Node);
+    let pins = f.options.pins.clone();
+    f.options.capacities.facts = 512;
+    f.restart();
+    assert!(matches!(tidegate_ebpf::remove_pins(&pins), Err(Error::Busy(_))));
+    assert_eq!(std::fs::read_dir(&pins).unwrap().count(), 2);
+    f.stop();
+    for _ in 0..2 {
+        tidegate_ebpf::remove_pins(&pins).unwrap();
+        assert!(!pins.exists());
+    }
 }
 
 #[test]
@@ -72,8 +102,11 @@ fn both_roles_load_and_stay_cheap_to_verify() {
 #[test]
 fn one_process_at_a_time() {
     let fixture = Fixture::new(Role::Node);
-    let again = tidegate_ebpf::Datapath::load(&fixture.options);
-    assert!(matches!(again, Err(Error::Busy(_))));
+    let mut options = fixture.options.clone();
+    assert!(matches!(Datapath::load(&options), Err(Error::Busy(_))));
+    // Also with maps of another layout: both would work on the same devices.
+    options.capacities.facts = 512;
+    assert!(matches!(Datapath::load(&options), Err(Error::Busy(_))));
 }
 
 #[test]

@@ -30,6 +30,7 @@ impl Node {
             if now != Some((wanted, true)) {
                 if tunnel.is_some() {
                     tracing::warn!("device {TUNNEL} was changed by somebody else; putting it back");
+                    events::repaired("device", 1);
                 }
                 self.netlink.ensure_tunnel(self.config.tunnel_port).await?;
                 topology = self.netlink.topology(self.config.interfaces).await?;
@@ -143,9 +144,47 @@ impl Node {
                 .is_some_and(|at| !self.adopted || at.elapsed() >= SETTLE || self.models.iter().all(Model::live))
     }
 
+    /// Compares everything with what should be there, and puts right what others changed.
+    pub(super) async fn full_pass(&mut self) {
+        match self.netlink.restore(self.gateway.as_ref().map(|g| g.mtu)).await {
+            Ok((devices, sysctls)) => {
+                events::repaired("device", devices);
+                events::repaired("sysctl", sysctls);
+            }
+            Err(error) => tracing::warn!(%error, "our devices cannot be put right"),
+        }
+        self.pod_macs.clear();
+        self.refresh().await;
+        self.reconcile(true).await;
+        match self.datapath.sweep() {
+            Ok(swept) => events::repaired("map", swept.repaired),
+            Err(error) => tracing::warn!(%error, "idle flows and old facts cannot be swept"),
+        }
+    }
+
+    /// Moves over from the programs and maps of another layout, an earlier or later version's. They enforce until the
+    /// new programs run before them, so that no packet meets none, and none meets maps that are empty.
+    fn take_over(&mut self) {
+        // What remembers flows comes first, then the flows that the old programs saw until that moment.
+        self.attach_where(|program| program == Program::PodIngress);
+        if let Err(error) = self.datapath.carry_flows() {
+            tracing::error!(%error, "flows of another layout cannot be taken over");
+        }
+        self.attach_missing();
+        if self.problems.contains_key("attach") {
+            return;
+        }
+        match self.datapath.retire_others() {
+            Ok(pins) => tracing::info!(pins, "moved over from the kernel maps of another layout"),
+            Err(error) => tracing::error!(%error, "programs of another layout are still attached"),
+        }
+    }
+
     /// Makes the kernel hold what it should. With `full` the kernel's truth is read again.
     pub(super) async fn reconcile(&mut self, full: bool) {
-        self.attach_missing();
+        if !self.datapath.is_upgrade() {
+            self.attach_missing();
+        }
         if self.settled() {
             self.find_pods().await;
             if !self.ready && self.adopted && self.config.interfaces == Interfaces::Bridge {
@@ -154,13 +193,20 @@ impl Node {
             let local = self.local();
             let applied = self.datapath.apply(&self.merged, &local, full);
             // Programs after maps: on an interface that the maps do not know they would let everything pass anyway.
-            self.attach_missing();
+            if !self.datapath.is_upgrade() {
+                self.attach_missing();
+            } else if applied.is_ok() {
+                self.take_over();
+            }
             self.detach_left();
             let result = match applied {
                 Ok(done) => {
-                    if done.repaired > 0 {
-                        tracing::warn!(entries = done.repaired, "kernel maps were changed by somebody else; put right");
+                    if done.repaired + done.pinned > 0 {
+                        let (entries, pins) = (done.repaired, done.pinned);
+                        tracing::warn!(entries, pins, "kernel maps were changed by somebody else; put right");
                     }
+                    events::repaired("map", done.repaired);
+                    events::repaired("pin", done.pinned);
                     self.problems.remove("maps");
                     self.ready = true;
                     Ok(())
@@ -243,9 +289,13 @@ impl Node {
 
     /// Attaches what is not attached yet.
     pub(super) fn attach_missing(&mut self) {
+        self.attach_where(|_| true);
+    }
+
+    fn attach_where(&mut self, which: impl Fn(Program) -> bool) {
         let wanted = self.wanted();
         let mut failed = None;
-        for ((program, index), name) in &wanted {
+        for ((program, index), name) in wanted.iter().filter(|((program, _), _)| which(*program)) {
             // A device that was renamed keeps its index, its programs and its pins.
             if let Some(old) = self.attached.get_mut(&(*program, *index)) {
                 old.clone_from(name);
@@ -343,10 +393,11 @@ impl Node {
                 }
                 Err(e) => Err(e),
             };
-            metrics::counter!(events::DISPLACED).increment(1);
             if let Err(error) = repaired {
                 tracing::warn!(program = program.name(), device = name, %error, "not at its place");
                 self.misplaced.insert((*program, name.clone()));
+            } else {
+                events::repaired("program", 1);
             }
         }
         let text = self.misplaced.first().map(|(program, name)| {

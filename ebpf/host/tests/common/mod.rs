@@ -51,9 +51,14 @@ impl Fixture {
 
     /// Ends the process, as it were, and tries to start another one.
     pub fn reload(&mut self) -> Result<(), tidegate_ebpf::Error> {
-        self.datapath = None;
+        self.stop();
         self.datapath = Some(Datapath::load(&self.options)?);
         Ok(())
+    }
+
+    /// Ends the process, as it were.
+    pub fn stop(&mut self) {
+        self.datapath = None;
     }
 
     /// As when the process ends and another one starts.
@@ -66,7 +71,7 @@ impl Drop for Fixture {
     fn drop(&mut self) {
         match self.datapath.take() {
             Some(datapath) => datapath.cleanup().expect("pins are removed"),
-            // It did not load; only maps can be pinned.
+            // It did not load, or was stopped; only maps can be pinned.
             None => drop(std::fs::remove_dir_all(&self.options.pins)),
         }
     }

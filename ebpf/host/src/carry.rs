@@ -1,0 +1,95 @@
+//! What the kernel knows in maps of another layout, taken over into a new set.
+//!
+//! An upgrade, or other sizes, makes a new set of maps beside the old one, whose programs go on until the new ones are
+//! attached before them. Policy comes anew from the gateways; what only the kernel knows would be lost: flows that were
+//! opened from outside, which facts are in use, and the ids and incarnations by which both are named.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use aya::Pod;
+use aya::maps::{HashMap, Map, MapData, MapError};
+use tidegate_ebpf_common::Addr;
+use tidegate_ebpf_common::layout::{CARRIED, Endpoint, Fact, FactKey, Flow, FlowKey, IdKey};
+
+use crate::Error;
+use crate::ids;
+
+/// Refuse to write over an entry (`BPF_NOEXIST`).
+const NO_EXIST: u64 = 1;
+
+/// Other layouts below the folder of all pins.
+pub(crate) fn others(pins: &Path, own: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(pins) else { return Vec::new() };
+    let theirs = |p: &PathBuf| p != own && p.is_dir() && name(p).starts_with('v');
+    entries.flatten().map(|e| e.path()).filter(theirs).collect()
+}
+
+fn name(path: &Path) -> &str {
+    path.file_name().and_then(|n| n.to_str()).unwrap_or_default()
+}
+
+/// The layout whose programs run now, if what it knows is written as this version writes it: the one with the most
+/// links, since one that a crash left unfinished has fewer.
+pub(crate) fn source(others: &[PathBuf]) -> Option<PathBuf> {
+    let same = |p: &&PathBuf| name(p).split('-').nth(1) == Some(CARRIED.to_string().as_str());
+    let links = |p: &&PathBuf| fs::read_dir(p.join("links")).map_or(0, Iterator::count);
+    others.iter().filter(same).max_by_key(links).cloned()
+}
+
+fn open<K: Pod, V: Pod>(root: &Path, map: &'static str) -> Result<HashMap<MapData, K, V>, Error> {
+    let data = MapData::from_pin(root.join("maps").join(map)).map_err(Error::map(map))?;
+    Map::from_map_data(data).and_then(HashMap::try_from).map_err(Error::map(map))
+}
+
+fn is(e: &MapError, code: i32) -> bool {
+    matches!(e, MapError::SyscallError(e) if e.io_error.raw_os_error() == Some(code))
+}
+
+/// Copies the entries that the new map does not have, as far as they fit. Returns how many.
+fn copy<K: Pod, V: Pod>(from: &Path, to: &Path, map: &'static str, which: impl Fn(&K) -> bool) -> Result<usize, Error> {
+    let (old, mut new) = (open::<K, V>(from, map)?, open::<K, V>(to, map)?);
+    // The kernel may write meanwhile, and an iteration that loses its place starts over.
+    let most = MapData::from_pin(from.join("maps").join(map)).and_then(|m| m.info()).map_err(Error::map(map))?;
+    let mut n = 0;
+    for (key, value) in old.iter().flatten().take(most.max_entries() as usize) {
+        if !which(&key) {
+            continue;
+        }
+        match new.insert(key, value, NO_EXIST) {
+            Ok(()) => n += 1,
+            Err(e) if is(&e, libc::EEXIST) => {}
+            Err(e) if is(&e, libc::E2BIG) => {
+                tracing::warn!(map, "the new map is smaller than what the old one holds; the rest is not taken over");
+                break;
+            }
+            Err(e) => return Err(Error::map(map)(e)),
+        }
+    }
+    Ok(n)
+}
+
+/// Fills a new set of maps, unless it was filled before: ids that it gave since must not be given to others.
+pub(crate) fn fill(from: &Path, to: &Path) -> Result<(), Error> {
+    let filled: BTreeSet<bool> =
+        open::<IdKey, u32>(to, "IDS")?.keys().flatten().map(|k| ids::is_counter(&k)).take(1 << 20).collect();
+    if filled.contains(&true) {
+        return Ok(());
+    }
+    copy::<Addr, Endpoint>(from, to, "ENDPOINTS", |_| true)?;
+    let facts = copy::<FactKey, Fact>(from, to, "FACTS", |_| true)?;
+    let seen = flows(from, to)?;
+    copy::<IdKey, u32>(from, to, "IDS", |k| !ids::is_counter(k))?;
+    // Last: they say that the set is filled.
+    copy::<IdKey, u32>(from, to, "IDS", ids::is_counter)?;
+    tracing::info!(from = %from.display(), facts, flows = seen, "took over what another layout knows");
+    Ok(())
+}
+
+/// What the old programs remembered since: flows, and the addresses that they hold.
+pub(crate) fn flows(from: &Path, to: &Path) -> Result<usize, Error> {
+    copy::<Addr, u64>(from, to, "HELD", |_| true)?;
+    copy::<Addr, u32>(from, to, "FLOW_COUNTS", |_| true)?;
+    copy::<FlowKey, Flow>(from, to, "FLOWS", |_| true)
+}
