@@ -431,9 +431,18 @@ pub fn run(path: &Path) -> Result<()> {
         let _draining = readiness.guard("draining");
         tracing::info!(seconds = config.drain_seconds, "draining");
         let drain = Duration::from_secs(config.drain_seconds);
+        let ending = async {
+            // Other gateways first take over what this one holds. Where there is none, what lives has its time to end.
+            let (reply, left) = tokio::sync::oneshot::channel();
+            if to_core.send(ToCore::Leave { reply }).is_ok() {
+                // An error says that the core has ended, and holds nothing.
+                let _ = left.await;
+            }
+            relay.drain(drain).await
+        };
         // Nodes stay connected while connections end: their facts must not go stale under them.
         let (reset, served) = tokio::select! {
-            reset = relay.drain(drain) => (reset, false),
+            reset = ending => (reset, false),
             _ = &mut serve => (0, true),
         };
         tracing::info!(reset, "relay drained");

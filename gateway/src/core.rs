@@ -158,6 +158,13 @@ pub enum ToCore {
         /// Told how it went.
         reply: Sender<Result<(), String>>,
     },
+    /// The node's agent is gone: nothing is held there any more.
+    Unplugged,
+    /// This gateway is about to end: others take over what it holds.
+    Leave {
+        /// Told when they have, or cannot.
+        reply: oneshot::Sender<()>,
+    },
     /// End the thread.
     Stop,
 }
@@ -413,6 +420,8 @@ struct Run {
     attached: bool,
     /// Since when nodes wait to be told of new owners, until what those need is in place.
     moved: Option<Duration>,
+    /// Whether this gateway is about to end.
+    leaving: Option<failover::Leaving>,
     /// What the journal has of claims.
     written: Vec<Claim>,
     placed: BTreeSet<(ScopeKey, Arc<str>)>,
@@ -464,6 +473,7 @@ impl Run {
             peers: BTreeMap::new(),
             attached: false,
             moved: None,
+            leaving: None,
             written: Vec::new(),
             compiled: Arc::new(Compiled::new(core.shared.world.load_full(), &Objects::default())),
             classes: Classes::default(),
@@ -596,6 +606,8 @@ impl Run {
                     self.core.ownership.seen(&node, seen.gateways.into_iter().collect(), epochs);
                 }
             }
+            ToCore::Unplugged => self.attached = false,
+            ToCore::Leave { reply } => self.leave(reply),
             ToCore::PeerUp { gateway, out } => self.peer_up(gateway, out),
             ToCore::Peer { gateway, message } => self.peer(&gateway, message),
             ToCore::Stop => {}

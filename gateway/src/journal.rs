@@ -262,7 +262,7 @@ impl Journal {
 
     /// Appends facts, and claims if there are any. Never waits.
     pub fn append(&self, facts: Vec<PeerFact>, claims: Option<Vec<Claim>>) {
-        let beat = claims.map(|claims| Beat { able: false, claims });
+        let beat = claims.map(|claims| Beat { claims, ..Beat::default() });
         if self.tx.try_send(PeerMessage { facts, beat, ..PeerMessage::default() }).is_err() {
             self.resync.store(true, Ordering::Relaxed);
         }
@@ -381,7 +381,7 @@ impl Writer {
         let clocks = Clocks::now();
         let (file, _) = self.open("facts.snapshot.new", &clocks)?;
         let mut out = BufWriter::new(file);
-        let claims = Some(Beat { able: false, claims: contents.claims });
+        let claims = Some(Beat { claims: contents.claims, ..Beat::default() });
         let facts: Vec<PeerFact> = contents.facts.into_values().collect();
         out.write_all(&encode(clocks.boot_ms, PeerMessage { facts, beat: claims, ..PeerMessage::default() }))?;
         let file = out.into_inner().map_err(io::IntoInnerError::into_error)?;

@@ -8,7 +8,11 @@
 //!   only one of the two holds, nothing moves: two gateways that cannot see each other are not two owners.
 //! - A pair that no live gateway holds goes to the first candidate that lives and is able, with the highest epoch that
 //!   anybody knows plus one.
-//! - A gateway that has lost its peers and most of its agents lets go: whoever is with the agents takes over.
+//! - A gateway that has lost its peers and most of its agents lets go: whoever is with the agents takes over. When some
+//!   of them are back it takes nothing until a peer has spoken, or had the time to: the first agent that returns knows
+//!   no more than that there is a higher epoch.
+//! - A gateway that cannot serve for 2 s, as one whose node's agent is dead cannot, lets go if another one can.
+//! - One that is told to end says so, takes nothing more, and carries on until another one has its pairs in place.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -32,6 +36,8 @@ struct Peer {
     heard: Option<Duration>,
     /// Since when it lives without being able.
     unable: Option<Duration>,
+    /// Whether it is about to end.
+    leaving: bool,
     /// What it serves.
     holds: BTreeMap<Pair, u64>,
     /// Whether its facts' snapshot has come.
@@ -41,6 +47,8 @@ struct Peer {
 #[derive(Debug)]
 struct Agent {
     sees: BTreeSet<String>,
+    /// The lowest epoch that its node follows, of each pair.
+    follows: BTreeMap<Pair, u64>,
 }
 
 /// Who owns a pair, as far as this gateway knows.
@@ -69,6 +77,12 @@ pub struct Ownership {
     /// What this gateway serves, and since when.
     held: BTreeMap<Pair, Duration>,
     able: bool,
+    /// Since when this gateway has not been able.
+    unable: Option<Duration>,
+    /// When this gateway last saw neither a peer nor most of its agents.
+    cut_off: Option<Duration>,
+    /// Whether it is about to end.
+    leaving: bool,
 }
 
 impl Ownership {
@@ -85,6 +99,9 @@ impl Ownership {
             floors: BTreeMap::new(),
             held: BTreeMap::new(),
             able: false,
+            unable: None,
+            cut_off: None,
+            leaving: false,
         }
     }
 
@@ -117,14 +134,36 @@ impl Ownership {
         self.able = able;
     }
 
+    /// This gateway is about to end: it takes nothing any more, and others may take what it holds.
+    pub fn leave(&mut self) {
+        self.leaving = true;
+    }
+
+    /// Whether it is about to end.
+    pub fn leaving(&self) -> bool {
+        self.leaving
+    }
+
+    /// Whether a gateway that is about to end has nothing more to wait for: no other one could take over, or all is
+    /// taken and every connected node follows.
+    pub fn left(&self, now: Duration) -> bool {
+        let follows =
+            |a: &Agent| a.follows.iter().all(|(p, epoch)| self.known.get(p).is_none_or(|k| *epoch >= k.epoch));
+        !self.has_heir(now) || self.held.is_empty() && self.agents.values().all(follows)
+    }
+
     /// A beat of another gateway came.
     pub fn beat(&mut self, peer: &str, beat: &Beat, now: Duration) {
         let Some(p) = self.peers.get_mut(peer) else { return };
         p.heard = Some(now);
         p.unable = if beat.able { None } else { p.unable.or(Some(now)) };
+        p.leaving = beat.leaving;
         p.holds = beat.claims.iter().filter(|c| c.held && c.owner == peer).map(|c| (c.pair.clone(), c.epoch)).collect();
         for c in &beat.claims {
-            self.note(c.pair.clone(), c.owner.clone(), c.epoch);
+            // What it takes over from one that leaves it says again once it is in place.
+            if !(self.leaving && beat.placing && self.held.contains_key(&c.pair)) {
+                self.note(c.pair.clone(), c.owner.clone(), c.epoch);
+            }
         }
     }
 
@@ -137,14 +176,17 @@ impl Ownership {
 
     /// An agent said which gateways it sees, and the highest epochs of the pairs that its node follows.
     pub fn seen(&mut self, node: &str, sees: BTreeSet<String>, epochs: impl IntoIterator<Item = (Pair, u64)>) {
-        self.agents.insert(node.to_owned(), Agent { sees });
         self.ever.insert(node.to_owned());
+        let mut follows = BTreeMap::new();
         for (pair, epoch) in epochs {
+            let lowest = follows.entry(pair.clone()).or_insert(epoch);
+            *lowest = epoch.min(*lowest);
             // A node may follow an epoch that no gateway knows any more; one that lies must not use the numbers up.
             let most = self.known.get(&pair).map_or(0, |k| k.epoch).saturating_add(MAX_STEP);
             let floor = self.floors.entry(pair).or_default();
             *floor = (*floor).max(epoch.min(most));
         }
+        self.agents.insert(node.to_owned(), Agent { sees, follows });
     }
 
     /// An agent's stream ended.
@@ -162,6 +204,11 @@ impl Ownership {
         let before = (self.held.clone(), self.known.clone());
         if self.isolated(now) {
             self.held.clear();
+            self.cut_off = Some(now);
+        }
+        self.unable = if self.able { None } else { self.unable.or(Some(now)) };
+        if self.unable.is_some_and(|since| now.saturating_sub(since) >= SILENCE) && self.has_heir(now) {
+            self.held.clear();
         }
         let (known, me) = (&self.known, &self.me);
         self.held.retain(|pair, _| known.get(pair).is_some_and(|k| k.owner == *me));
@@ -174,7 +221,7 @@ impl Ownership {
                 k.epoch = floor.saturating_add(1);
             }
         }
-        if self.settled(now) && self.able && !self.isolated(now) {
+        if self.settled(now) && self.able && !self.leaving && self.is_back(now) {
             let free: Vec<Pair> =
                 self.pairs.iter().filter(|(p, c)| self.is_mine(p, c, now)).map(|(p, _)| p.clone()).collect();
             for pair in free {
@@ -241,8 +288,8 @@ impl Ownership {
         if self.held.contains_key(pair) {
             return false;
         }
-        // What it held when it was last heard it still holds, as long as it lives.
-        if self.peers.iter().any(|(name, p)| p.holds.contains_key(pair) && self.lives(name, now)) {
+        // What it held when it was last heard it still holds, as long as it lives and does not offer it.
+        if self.peers.iter().any(|(name, p)| p.holds.contains_key(pair) && !p.leaving && self.lives(name, now)) {
             return false;
         }
         let fresh = !self.known.contains_key(pair) && !self.floors.contains_key(pair);
@@ -251,7 +298,7 @@ impl Ownership {
                 return true;
             }
             let Some(p) = self.peers.get(candidate) else { continue };
-            if !self.lives(candidate, now) {
+            if p.leaving || !self.lives(candidate, now) {
                 continue;
             }
             let patience = if fresh { PATIENCE } else { SILENCE };
@@ -260,6 +307,18 @@ impl Ownership {
             }
         }
         false
+    }
+
+    /// Whether another gateway could take over now.
+    fn has_heir(&self, now: Duration) -> bool {
+        let able = |p: &Peer| !p.leaving && p.unable.is_none();
+        self.peers.values().any(|p| able(p) && p.heard.is_some_and(|at| now.saturating_sub(at) < SILENCE))
+    }
+
+    /// Whether this gateway is among others, and has been for long enough to know what they claim.
+    fn is_back(&self, now: Duration) -> bool {
+        let Some(cut_off) = self.cut_off else { return true };
+        now.saturating_sub(cut_off) >= SILENCE || self.peers.values().any(|p| p.heard.is_some_and(|at| at > cut_off))
     }
 
     /// Whether this gateway has lost every peer and most of its agents.

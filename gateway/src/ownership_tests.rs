@@ -46,12 +46,16 @@ impl Sim {
         self.gateways.insert(name.to_owned(), o);
     }
 
+    /// What a gateway says; what it claims is in place at once.
+    fn beat(&self, o: &Ownership) -> Beat {
+        Beat { able: o.able, claims: o.claims(), leaving: o.leaving, placing: false }
+    }
+
     /// Lets 100 ms pass: beats, agents' words, decisions.
     fn step(&mut self) {
         self.now += Duration::from_millis(100);
         let names: Vec<String> = self.gateways.keys().cloned().collect();
-        let beats: Vec<(String, Beat)> =
-            self.gateways.iter().map(|(n, o)| (n.clone(), Beat { able: true, claims: o.claims() })).collect();
+        let beats: Vec<(String, Beat)> = self.gateways.iter().map(|(n, o)| (n.clone(), self.beat(o))).collect();
         for (from, beat) in &beats {
             for to in names.iter().filter(|t| *t != from && !self.cut.contains(&((*t).clone(), from.clone()))) {
                 if let Some(o) = self.gateways.get_mut(to) {
@@ -162,6 +166,99 @@ fn an_owner_that_is_cut_off_from_all_lets_go_and_loses() {
     s.pass(3.0);
     assert_eq!(s.holders(&pair(1)), ["b"], "it does not preempt");
     assert_eq!(s.gateways["a"].owner(&pair(1)).unwrap().owner, "b");
+}
+
+#[test]
+fn one_that_was_cut_off_waits_for_its_peers_before_it_takes_anything() {
+    let mut s = two();
+    s.pass(1.0);
+    s.cut = [("a", "b"), ("b", "a")].map(|(x, y)| (x.to_owned(), y.to_owned())).into();
+    s.deaf = NODES.iter().map(|n| ((*n).to_owned(), "a".to_owned())).collect();
+    s.pass(4.0);
+    assert_eq!(s.holders(&pair(1)), ["b"]);
+    // Agents are back first, and the first of them see too little of the other gateway to say that it lives.
+    let now = s.now;
+    let a = s.gateways.get_mut("a").unwrap();
+    let epochs = || [(pair(1), 2)];
+    a.seen("n1", ["a"].map(String::from).into(), epochs());
+    a.seen("n2", ["a", "b"].map(String::from).into(), epochs());
+    a.tick(now + Duration::from_millis(100));
+    assert!(!a.holds(&pair(1)));
+    let beat = s.beat(&s.gateways["b"]);
+    let a = s.gateways.get_mut("a").unwrap();
+    a.beat("b", &beat, now + Duration::from_millis(200));
+    a.tick(now + Duration::from_millis(200));
+    assert_eq!((a.holds(&pair(1)), a.owner(&pair(1)).unwrap().owner), (false, "b".to_owned()));
+    // But not for ever: the other one may have died meanwhile.
+    s.gateways.remove("b");
+    s.cut.clear();
+    s.deaf.clear();
+    s.pass(2.5);
+    assert_eq!(s.holders(&pair(1)), ["a"]);
+}
+
+#[test]
+fn one_that_leaves_carries_on_until_another_is_in_place() {
+    let mut s = two();
+    s.pass(1.0);
+    s.gateways.get_mut("a").unwrap().leave();
+    let (now, beat) = (s.now, s.beat(&s.gateways["a"]));
+    assert!(beat.leaving && !s.gateways["a"].left(now));
+    let b = s.gateways.get_mut("b").unwrap();
+    b.beat("a", &beat, now);
+    b.tick(now);
+    assert!(b.holds(&pair(1)));
+    let claims = b.claims();
+    let a = s.gateways.get_mut("a").unwrap();
+    a.beat("b", &Beat { able: true, claims: claims.clone(), placing: true, ..Beat::default() }, now);
+    a.tick(now);
+    assert!(a.holds(&pair(1)), "the other one is not in place yet");
+    a.beat("b", &Beat { able: true, claims, ..Beat::default() }, now);
+    a.tick(now);
+    assert!(!a.holds(&pair(1)) && !a.left(now), "the nodes still follow this one");
+    s.pass(0.3);
+    assert!(s.gateways["a"].left(s.now));
+    assert_eq!((s.holders(&pair(1)), s.holders(&pair(2)), s.epoch("b", &pair(1))), (vec!["b"], vec!["b"], 2));
+    // It takes nothing again, whatever happens, and a new process does.
+    s.gateways.remove("b");
+    s.pass(4.0);
+    assert!(s.holders(&pair(1)).is_empty() && s.gateways["a"].left(s.now));
+    s.gateways.remove("a");
+    s.start("a", &["a", "b"], Vec::new());
+    s.pass(3.0);
+    assert_eq!(s.holders(&pair(1)), ["a"]);
+}
+
+#[test]
+fn the_only_one_that_could_serve_has_nobody_to_wait_for() {
+    let mut s = two();
+    s.pass(1.0);
+    s.gateways.get_mut("b").unwrap().set_able(false);
+    s.pass(0.3);
+    s.gateways.get_mut("a").unwrap().leave();
+    assert!(s.gateways["a"].left(s.now));
+    s.pass(1.0);
+    assert_eq!(s.holders(&pair(1)), ["a"]);
+}
+
+#[test]
+fn an_owner_that_is_not_able_any_more_yields_to_one_that_is() {
+    let mut s = two();
+    s.pass(1.0);
+    s.gateways.get_mut("a").unwrap().set_able(false);
+    s.pass(1.8);
+    assert_eq!(s.holders(&pair(1)), ["a"], "its agent may come back");
+    s.pass(0.6);
+    assert_eq!((s.holders(&pair(1)), s.epoch("b", &pair(1))), (vec!["b"], 2));
+    s.gateways.get_mut("a").unwrap().set_able(true);
+    s.pass(5.0);
+    assert_eq!(s.holders(&pair(1)), ["b"], "it does not preempt");
+    // Where nobody else could, it keeps what it has.
+    s.gateways.get_mut("a").unwrap().set_able(false);
+    s.pass(1.0);
+    s.gateways.get_mut("b").unwrap().set_able(false);
+    s.pass(5.0);
+    assert_eq!(s.holders(&pair(1)), ["b"]);
 }
 
 #[test]

@@ -69,6 +69,8 @@ impl Keeper {
             let result = runtime.block_on(self.keep(waiting));
             // Not ready from here on, until it is plugged in again.
             waiting = self.readiness.guard("agent");
+            // Whoever holds the pairs must be able to hold their addresses. A core that has ended holds none.
+            let _ = self.core.send(ToCore::Unplugged);
             if let Err(error) = result {
                 // The same failure every half second is one line.
                 let text = format!("{error:#}");

@@ -34,6 +34,12 @@ pub struct Beat {
     /// The highest claim that it knows of each pair.
     #[prost(message, repeated, tag = "2")]
     pub claims: ::prost::alloc::vec::Vec<Claim>,
+    /// It is about to end: others take its pairs over, and it takes none.
+    #[prost(bool, tag = "3")]
+    pub leaving: bool,
+    /// Not all that it claims is in place yet: a gateway that is about to end carries on meanwhile.
+    #[prost(bool, tag = "4")]
+    pub placing: bool,
 }
 /// Who owns an egress pair.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

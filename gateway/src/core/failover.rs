@@ -10,19 +10,29 @@ use tidegate_policy::world::World;
 use tidegate_proto::wire::PeerUpdate;
 use tidegate_proto::{Beat, PeerFact, PeerMessage};
 use tidegate_sni::Live;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::{MAX_PENDING, Run};
 use crate::desired;
 
 /// How long nodes wait at most to be told of a new owner.
 const PLACE: Duration = Duration::from_secs(1);
+/// How long a gateway that is told to end waits at most until others have its pairs.
+const LEAVE: Duration = Duration::from_secs(4);
+
+/// A gateway that is about to end.
+pub(super) struct Leaving {
+    /// Told when it may.
+    reply: oneshot::Sender<()>,
+    /// When it ends all the same.
+    until: Duration,
+}
 
 impl Run {
     /// Ends the start when its time has come, and brings everything to a new ownership.
     pub(super) fn decide(&mut self) {
         let now = self.core.shared.now();
-        self.core.ownership.set_able(self.attached && (self.settled || self.next.is_some()));
+        self.core.ownership.set_able(self.able());
         if !self.settled {
             if !self.core.ownership.settled(now) {
                 return;
@@ -55,6 +65,8 @@ impl Run {
         if self.moved.is_some_and(|since| in_place || now.saturating_sub(since) >= PLACE) {
             self.moved = None;
             self.send_states(false);
+            // One that waits for this to end holds the same addresses until it hears of it.
+            self.beat_peers();
         }
         if in_place && self.attached {
             self.core.starting = None;
@@ -73,6 +85,28 @@ impl Run {
         if let Some(journal) = self.core.journal.as_ref().filter(|j| j.wants_all()) {
             journal.append(self.all_facts(), Some(self.core.ownership.claims()));
         }
+        if self.leaving.as_ref().is_some_and(|l| self.core.ownership.left(now) || l.until <= now)
+            && let Some(leaving) = self.leaving.take()
+        {
+            // Nobody waits any more only if the process ends anyway.
+            let _ = leaving.reply.send(());
+        }
+    }
+
+    /// Offers what this gateway holds to the others, which take it over while it carries on.
+    pub(super) fn leave(&mut self, reply: oneshot::Sender<()>) {
+        self.core.ownership.leave();
+        self.leaving = Some(Leaving { reply, until: self.core.shared.now() + LEAVE });
+        self.beat_peers();
+    }
+
+    /// Whether this gateway could serve: it has policy, its program is in place, and its node's agent is there, without
+    /// which it holds no address. One that never came is not missed.
+    fn able(&self) -> bool {
+        let node = self.core.desired.local().node;
+        self.attached
+            && (self.settled || self.next.is_some())
+            && self.nodes.get(&node).is_none_or(|n| n.facts.is_some())
     }
 
     /// Hands what is known of ownership to those who build states and judge connections.
@@ -148,8 +182,13 @@ impl Run {
     }
 
     fn beat(&self) -> Beat {
-        let able = self.attached && (self.settled || self.next.is_some());
-        Beat { able, claims: self.core.ownership.claims() }
+        let ownership = &self.core.ownership;
+        Beat {
+            able: self.able(),
+            claims: ownership.claims(),
+            leaving: ownership.leaving(),
+            placing: self.moved.is_some(),
+        }
     }
 
     pub(super) fn beat_peers(&mut self) {

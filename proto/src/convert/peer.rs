@@ -58,6 +58,10 @@ pub struct Beat {
     pub able: bool,
     /// The highest claim that it knows of each pair.
     pub claims: Vec<Claim>,
+    /// It is about to end: others take its pairs over, and it takes none.
+    pub leaving: bool,
+    /// Not all that it claims is in place yet: a gateway that is about to end carries on meanwhile.
+    pub placing: bool,
 }
 
 /// A fact that another gateway, or this one before its restart, has learnt.
@@ -145,7 +149,12 @@ impl TryFrom<wire::PeerUpdate> for PeerMessage {
 
 impl From<Beat> for wire::Beat {
     fn from(b: Beat) -> Self {
-        Self { able: b.able, claims: b.claims.into_iter().map(Into::into).collect() }
+        Self {
+            able: b.able,
+            claims: b.claims.into_iter().map(Into::into).collect(),
+            leaving: b.leaving,
+            placing: b.placing,
+        }
     }
 }
 
@@ -155,7 +164,7 @@ impl TryFrom<wire::Beat> for Beat {
     fn try_from(b: wire::Beat) -> Result<Self, WireError> {
         bounded(b.claims.len(), MAX_CLAIMS, "beat.claims")?;
         let claims = b.claims.into_iter().map(Claim::try_from).collect::<Result<_, _>>()?;
-        Ok(Self { able: b.able, claims })
+        Ok(Self { able: b.able, claims, leaving: b.leaving, placing: b.placing })
     }
 }
 
@@ -307,7 +316,7 @@ mod tests {
         let pair = Pair { pool: "p".into(), ipv4: Some([203, 0, 113, 10].into()), ipv6: None };
         let claim = Claim { pair, owner: "gw-a".into(), epoch: u64::MAX, held: true };
         let none = Claim { pair: Pair { pool: "q".into(), ipv4: None, ipv6: None }, held: false, ..claim.clone() };
-        let beat = Some(Beat { able: true, claims: vec![claim, none] });
+        let beat = Some(Beat { able: true, claims: vec![claim, none], leaving: true, placing: true });
         let m = PeerMessage { boot_id: 3, snapshot: true, more: false, facts: vec![fact(1), fact(2)], beat };
         let messages = m.clone().into_messages();
         assert_eq!(messages.len(), 1);
