@@ -3,13 +3,12 @@
 use std::io;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
-use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use tidegate_sni_core::Egress;
 use tokio::net::TcpStream;
-use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep_until};
 
 use crate::socket;
 
@@ -30,21 +29,20 @@ pub(crate) struct Target {
 /// The last failure when all failed, or `TimedOut` after `limit`.
 pub(crate) async fn race(
     targets: &[Target],
-    ports: Option<&Arc<RangeInclusive<u16>>>,
+    ports: Option<&RangeInclusive<u16>>,
     delay: Duration,
     limit: Duration,
 ) -> io::Result<(TcpStream, SocketAddr)> {
     let deadline = Instant::now() + limit;
     let mut waiting = targets.iter().copied();
-    let mut tries = JoinSet::new();
+    let mut tries = FuturesUnordered::new();
     let mut error = io::Error::from(io::ErrorKind::AddrNotAvailable);
     let mut next = Instant::now();
     loop {
         if tries.is_empty() || Instant::now() >= next {
             match waiting.next() {
                 Some(target) => {
-                    let ports = ports.cloned();
-                    tries.spawn(async move { dial(target, ports.as_deref()).await.map(|s| (s, target.address)) });
+                    tries.push(async move { dial(target, ports).await.map(|s| (s, target.address)) });
                     next = Instant::now() + delay;
                 }
                 None if tries.is_empty() => return Err(error),
@@ -52,17 +50,20 @@ pub(crate) async fn race(
             }
         }
         tokio::select! {
-            joined = timeout_at(deadline, tries.join_next()) => match joined {
-                Err(_) => return Err(io::ErrorKind::TimedOut.into()),
-                Ok(Some(Ok(Ok(connected)))) => return Ok(connected),
-                Ok(Some(Ok(Err(e)))) => {
+            biased;
+            done = tries.next() => match done {
+                Some(Ok(connected)) => return Ok(connected),
+                Some(Err(e)) => {
                     error = e;
                     next = Instant::now();
                 }
-                // No task is aborted or panics while its set is waited for.
-                Ok(Some(Err(_)) | None) => {}
+                None => {}
             },
-            () = sleep_until(next) => {}
+            () = sleep_until(next.min(deadline)) => {
+                if Instant::now() >= deadline {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+            }
         }
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use metrics::Counter;
 use parking_lot::Mutex;
+use rustix::net::{RecvFlags, recv};
 use socket2::SockRef;
 use tidegate_policy::Reason;
 use tidegate_sni_core::Gate;
@@ -36,8 +37,18 @@ thread_local! {
 /// Those of the read, `WouldBlock` included.
 pub(crate) fn read<R>(from: &TcpStream, f: impl FnOnce(&[u8]) -> R) -> io::Result<R> {
     SCRATCH.with_borrow_mut(|buffer| {
-        let n = from.try_read(buffer)?;
-        Ok(f(&buffer[..n]))
+        let mut read = None;
+        let tried = from.try_io(Interest::READABLE, || {
+            let (n, _) = recv(from, &mut buffer[..], RecvFlags::empty())?;
+            read = Some(n);
+            // Less than there was room for: the socket is drained, and what comes next is announced (edge-triggered).
+            // Saying so spares the call that would find nothing.
+            if n > 0 && n < BUFFER { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+        });
+        match read {
+            Some(n) => Ok(f(&buffer[..n])),
+            None => Err(tried.err().unwrap_or_else(|| io::ErrorKind::WouldBlock.into())),
+        }
     })
 }
 
@@ -231,6 +242,9 @@ impl<'a> Flow<'a> {
                 if gate.is_retry() && !before {
                     self.retry.notify_one();
                 }
+            }
+            if bytes.is_empty() {
+                return Ok(0);
             }
             let taken = match way.to.try_write(bytes) {
                 Ok(n) => n,

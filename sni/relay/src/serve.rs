@@ -23,7 +23,7 @@ use crate::socket::canonical;
 /// What all connections of a relay share.
 pub(crate) struct Shared<C> {
     pub config: RelayConfig,
-    pub ports: Option<Arc<RangeInclusive<u16>>>,
+    pub ports: Option<RangeInclusive<u16>>,
     pub check: Arc<C>,
     pub emit: Arc<dyn Emit>,
     pub registry: Arc<Registry>,
