@@ -33,7 +33,7 @@ use crate::core::{Classifier, Clock, Core, Ids, Shared, Status, ToCore};
 use crate::desired::{Compiled, Desired};
 use crate::dns_view::{CoreBinder, DnsView};
 use crate::egress::nft::{RELAY_PORTS, REPLY};
-use crate::journal::{Journal, Recovered};
+use crate::journal::{Clocks, Journal, Recovered};
 use crate::ownership::Ownership;
 use crate::push::Streams;
 use crate::relay_check::RelayCheck;
@@ -320,7 +320,7 @@ pub fn run(path: &Path) -> Result<()> {
     let (journal, recovered, journal_thread) = match &config.journal {
         None => (None, Recovered::default(), None),
         Some(folder) => {
-            let (journal, recovered, thread) = Journal::open(folder, &config.name)?;
+            let (journal, recovered, thread) = Journal::open(folder, &config.name, Clocks::now)?;
             tracing::info!(facts = recovered.facts.len(), claims = recovered.claims.len(), "journal read");
             (Some(journal), recovered, Some(thread))
         }

@@ -5,6 +5,8 @@
 //! queue is full is cut off and starts anew with a snapshot.
 
 mod failover;
+#[cfg(test)]
+mod soak;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -17,7 +19,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use parking_lot::RwLock;
 use serde::Serialize;
 use tidegate_ebpf::{Datapath, Program};
-use tidegate_ledger::{Answer, Classify, Input, Ledger, NodeId, Output, OwnerId};
+use tidegate_ledger::{Answer, Classify, Input, Ledger, NodeId, Output, OwnerId, Usage};
 use tidegate_policy::model::Objects;
 use tidegate_policy::state::{Entry, FactUpdate, NodeState};
 use tidegate_policy::world::{NodeStateParts, World};
@@ -169,14 +171,15 @@ pub enum ToCore {
     Stop,
 }
 
-/// Dense ids of nodes and namespaces by name; ids are never used again.
+/// Dense ids of nodes and namespaces by name; ids are never used again, also not those of names that were forgotten.
 #[derive(Debug, Default)]
 pub struct Ids(RwLock<IdTable>);
 
 #[derive(Debug, Default)]
 struct IdTable {
     ids: AHashMap<Arc<str>, u32>,
-    names: Vec<Arc<str>>,
+    names: AHashMap<u32, Arc<str>>,
+    next: u32,
 }
 
 impl Ids {
@@ -186,21 +189,35 @@ impl Ids {
             return *id;
         }
         let mut guard = self.0.write();
-        let IdTable { ids, names } = &mut *guard;
+        let IdTable { ids, names, next } = &mut *guard;
         if let Some(id) = ids.get(name) {
             return *id;
         }
-        // Nodes and namespaces come from the administrator: their number is bounded by the cluster's.
-        let id = u32::try_from(names.len()).unwrap_or(u32::MAX);
+        let id = *next;
+        // A new node or namespace every second would take a century.
+        *next = next.wrapping_add(1);
         let name: Arc<str> = name.into();
         ids.insert(name.clone(), id);
-        names.push(name);
+        names.insert(id, name);
         id
+    }
+
+    #[cfg(test)]
+    fn len(&self) -> usize {
+        self.0.read().names.len()
     }
 
     /// The name of an id.
     fn name(&self, id: u32) -> Option<Arc<str>> {
-        self.0.read().names.get(id as usize).cloned()
+        self.0.read().names.get(&id).cloned()
+    }
+
+    /// Forgets names that `keep` does not want.
+    fn retain(&self, keep: impl Fn(u32, &str) -> bool) {
+        let mut guard = self.0.write();
+        let IdTable { ids, names, .. } = &mut *guard;
+        names.retain(|id, name| keep(*id, name));
+        ids.retain(|_, id| names.contains_key(id));
     }
 }
 
@@ -309,6 +326,8 @@ struct Node {
     agent: Option<u64>,
     /// What the State stream was sent, grants of the Facts stream included.
     held: NodeState,
+    /// Whether the stream has begun with a snapshot, as each must.
+    begun: bool,
     state_seq: u64,
     facts_seq: u64,
     status: NodeStatus,
@@ -534,11 +553,11 @@ impl Run {
             ToCore::StateUp { node, id, out } => {
                 let n = self.nodes.entry(node.clone()).or_default();
                 n.state = Some((id, out));
-                n.held = NodeState::default();
+                (n.held, n.begun) = (NodeState::default(), false);
                 // An empty snapshot would take policy away from the node's pods: before there is one, nothing is said.
                 if self.settled {
                     let parts = self.parts();
-                    self.send_state(&node, &parts, true);
+                    self.send_state(&node, &parts);
                 }
             }
             ToCore::StateAck { node, id, ack } => {
@@ -661,7 +680,7 @@ impl Run {
                 Err(error) => tracing::error!(%error, "cannot remove facts of an earlier run"),
             }
         }
-        self.send_states(false);
+        self.send_states();
         let cut = self.core.registry.revoke(|live| !still_allowed(&world, live), Reason::Revoked);
         if cut > 0 {
             tracing::info!(connections = cut, "connections that policy no longer allows were reset");
@@ -675,11 +694,11 @@ impl Run {
     }
 
     /// Brings every node to what follows from policy, facts and ownership.
-    fn send_states(&mut self, snapshot: bool) {
+    fn send_states(&mut self) {
         let parts = self.parts();
         let names: Vec<String> = self.nodes.keys().cloned().collect();
         for node in names {
-            self.send_state(&node, &parts, snapshot);
+            self.send_state(&node, &parts);
         }
     }
 
@@ -814,10 +833,11 @@ impl Run {
         }
     }
 
-    fn send_state(&mut self, node: &str, parts: &NodeStateParts, snapshot: bool) {
+    fn send_state(&mut self, node: &str, parts: &NodeStateParts) {
         let Some(n) = self.nodes.get_mut(node) else { return };
         let Some((_, out)) = &n.state else { return };
         let wanted = self.core.desired.state(&self.compiled, parts, Target::Node(node));
+        let snapshot = !std::mem::replace(&mut n.begun, true);
         let (set, delete) = if snapshot { (wanted.entries(), Vec::new()) } else { n.held.diff(&wanted) };
         if !snapshot && set.is_empty() && delete.is_empty() {
             return;
@@ -840,17 +860,36 @@ impl Run {
         }
     }
 
-    /// Repairs what another program changed in our maps, and forgets classes that no fact has any more.
+    /// Forgets nodes that are no part of the cluster any more, and namespaces that are gone with all of their facts.
+    fn forget(&mut self) {
+        let compiled = self.compiled.clone();
+        let placed: BTreeSet<&str> = self.placed.iter().map(|(_, node)| &**node).collect();
+        let stays = |name: &str| compiled.nodes.contains_key(name) || placed.contains(name);
+        self.nodes.retain(|name, n| stays(name) || n.state.is_some() || n.facts.is_some());
+        let names = &self.core.shared.nodes;
+        names.retain(|_, name| stays(name) || self.nodes.contains_key(name));
+        let gone: Vec<NodeId> = self.core.ledger.nodes().filter(|n| names.name(n.0).is_none()).collect();
+        for node in gone {
+            self.feed(Input::NodeGone { node });
+        }
+        let known: BTreeSet<&str> = compiled.world.scopes().values().map(|s| &**s.namespace()).collect();
+        let ledger = &self.core.ledger;
+        let used = |id| ledger.usage(OwnerId(id)) != Usage::default();
+        self.core.shared.namespaces.retain(|id, name| known.contains(name) || used(id));
+    }
+
+    /// Repairs what another program changed in our maps, and forgets what nothing names any more.
     fn full_pass(&mut self) {
         if !self.settled {
             return;
         }
+        self.forget();
         let parts = self.parts();
         self.own = self.core.desired.state(&self.compiled, &parts, Target::Own);
         self.apply_maps(true);
         let names: Vec<String> = self.nodes.keys().cloned().collect();
         for node in names {
-            self.send_state(&node, &parts, false);
+            self.send_state(&node, &parts);
         }
         self.compiled.world.retain_classes(&self.live_classes().map(|(_, c)| c).collect());
         if let Err(error) = self.core.datapath.sweep() {

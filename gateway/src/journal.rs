@@ -232,16 +232,20 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Reads what an earlier run left and starts the thread, which ends when the journal is dropped.
+    /// Reads what an earlier run left and starts the thread, which ends when the journal is dropped. `clocks` is
+    /// [`Clocks::now`] but in a test.
     ///
     /// # Errors
     /// The folder cannot be made or the thread not started. Bad files are no error: they are set aside.
-    pub fn open(folder: &Path, gateway: &str) -> Result<(Self, Recovered, std::thread::JoinHandle<()>)> {
+    pub fn open(
+        folder: &Path,
+        gateway: &str,
+        clocks: fn() -> Clocks,
+    ) -> Result<(Self, Recovered, std::thread::JoinHandle<()>)> {
         // Which names pods ask for is nobody else's business.
         let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(folder);
         made.with_context(|| format!("cannot make {}", folder.display()))?;
-        let clocks = Clocks::now();
-        let contents = recover(folder, gateway, &clocks);
+        let contents = recover(folder, gateway, &clocks());
         let recovered =
             Recovered { facts: contents.facts.values().cloned().collect(), claims: contents.claims.clone() };
         let (tx, rx) = bounded(QUEUE);
@@ -249,6 +253,7 @@ impl Journal {
         let mut writer = Writer {
             folder: folder.to_owned(),
             gateway: gateway.to_owned(),
+            clocks,
             resync: resync.clone(),
             log: None,
             snapshot: 0,
@@ -302,6 +307,7 @@ struct Log {
 struct Writer {
     folder: PathBuf,
     gateway: String,
+    clocks: fn() -> Clocks,
     resync: Arc<AtomicBool>,
     log: Option<Log>,
     /// Octets of the snapshot.
@@ -327,7 +333,7 @@ impl Writer {
                     continue;
                 }
                 // What was written before the failure still counts; the core sends the rest again.
-                let contents = recover(&self.folder, &self.gateway, &Clocks::now());
+                let contents = recover(&self.folder, &self.gateway, &(self.clocks)());
                 match self.begin(contents) {
                     Ok(()) => {
                         tracing::info!("the journal is written again");
@@ -378,7 +384,7 @@ impl Writer {
     /// Writes a snapshot of what is known and begins a new log.
     fn begin(&mut self, contents: Contents) -> io::Result<()> {
         self.log = None;
-        let clocks = Clocks::now();
+        let clocks = (self.clocks)();
         let (file, _) = self.open("facts.snapshot.new", &clocks)?;
         let mut out = BufWriter::new(file);
         let claims = Some(Beat { claims: contents.claims, ..Beat::default() });
@@ -396,7 +402,7 @@ impl Writer {
     }
 
     fn append(&mut self, message: PeerMessage) -> io::Result<()> {
-        let bytes = encode(Clocks::now().boot_ms, message);
+        let bytes = encode((self.clocks)().boot_ms, message);
         let Some(log) = &mut self.log else { return Ok(()) };
         if log.octets + self.snapshot + bytes.len() as u64 <= MAX_FILES {
             log.file.write_all(&bytes)?;
@@ -405,7 +411,7 @@ impl Writer {
         }
         if log.octets > SMALL_LOG.max(2 * self.snapshot) {
             let mut contents = Contents::default();
-            let clocks = Clocks::now();
+            let clocks = (self.clocks)();
             for name in ["facts.snapshot", "facts.log"] {
                 contents.read(&self.folder.join(name), &self.gateway, &clocks).map_err(io::Error::other)?;
             }
@@ -448,7 +454,7 @@ mod tests {
 
     /// Writes facts and ends the journal in order.
     fn write(folder: &Path, facts: Vec<PeerFact>, claims: Option<Vec<Claim>>) -> Recovered {
-        let (journal, recovered, thread) = Journal::open(folder, "gw-a").unwrap();
+        let (journal, recovered, thread) = Journal::open(folder, "gw-a", Clocks::now).unwrap();
         journal.append(facts, claims);
         drop(journal);
         thread.join().unwrap();
@@ -544,7 +550,7 @@ mod tests {
     #[test]
     fn a_log_that_outgrew_its_snapshot_is_folded_into_it() {
         let dir = tempfile::tempdir().unwrap();
-        let (journal, _, thread) = Journal::open(dir.path(), "gw-a").unwrap();
+        let (journal, _, thread) = Journal::open(dir.path(), "gw-a", Clocks::now).unwrap();
         let mut sent = 0;
         while sent < 6 << 20 {
             let facts: Vec<_> = (0..100).map(|i| fact(i, 1000)).collect();

@@ -47,6 +47,11 @@ impl Ids {
         self.table.get(&key(kind as u32, identity)).copied()
     }
 
+    /// How many entries it has, the counters among them.
+    pub fn len(&self) -> usize {
+        self.table.iter().count()
+    }
+
     /// All ids of a kind with their identities.
     pub fn all(&self, kind: Kind) -> impl Iterator<Item = (u32, u128)> {
         self.table.iter().filter(move |(k, _)| k.kind == kind as u32).map(|(k, id)| {

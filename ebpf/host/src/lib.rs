@@ -12,6 +12,7 @@
 mod attach;
 mod carry;
 mod desired;
+mod entries;
 mod error;
 mod events;
 mod ids;

@@ -79,6 +79,11 @@ impl PortSets {
         Ok((content, entries))
     }
 
+    /// How many entries are in use, resting ones included.
+    pub fn taken(&self) -> usize {
+        self.next as usize - 1 - self.free.len()
+    }
+
     /// Rereads every set; those whose entries were changed by others are written again.
     pub fn repair(&mut self) -> Result<usize, Error> {
         let mut wrong = 0;

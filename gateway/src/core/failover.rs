@@ -40,7 +40,6 @@ impl Run {
             let Some(world) = self.next.take() else { return };
             self.settled = true;
             self.world(world);
-            self.send_states(true);
             tracing::info!(facts = self.core.ledger.counts().facts, "serving");
         }
         if self.core.ownership.tick(now) {
@@ -64,7 +63,7 @@ impl Run {
         let in_place = **self.core.shared.applied.load() == **self.core.shared.pairs.load();
         if self.moved.is_some_and(|since| in_place || now.saturating_sub(since) >= PLACE) {
             self.moved = None;
-            self.send_states(false);
+            self.send_states();
             // One that waits for this to end holds the same addresses until it hears of it.
             self.beat_peers();
         }

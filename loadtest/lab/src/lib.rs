@@ -9,6 +9,7 @@ pub mod certs;
 pub mod cluster;
 pub mod family;
 pub mod foreign;
+pub mod forge;
 pub mod lab;
 pub mod liar;
 pub mod netns;

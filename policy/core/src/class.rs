@@ -60,6 +60,10 @@ impl Registry {
         key
     }
 
+    pub fn len(&self) -> usize {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
     pub fn retain(&self, live: &BTreeSet<ClassKey>) {
         self.0.write().unwrap_or_else(PoisonError::into_inner).retain(|k, _| live.contains(k));
     }

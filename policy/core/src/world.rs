@@ -209,6 +209,11 @@ impl World {
         self.registry.retain(live);
     }
 
+    /// How many classes are known.
+    pub fn class_count(&self) -> usize {
+        self.registry.len()
+    }
+
     /// What is pushed to machines. `active` says which classes the facts of a scope have; each
     /// group of the scope gets a grant for each. A class that nobody has registered has no grant: a fact of it allows nothing.
     pub fn node_state_parts(&self, active: impl IntoIterator<Item = (ScopeKey, ClassKey)>) -> NodeStateParts {

@@ -199,6 +199,11 @@ impl<C: Classify> Ledger<C> {
         }
     }
 
+    /// The known nodes.
+    pub fn nodes(&self) -> impl Iterator<Item = NodeId> {
+        self.nodes.keys().copied()
+    }
+
     /// What a namespace holds now.
     pub fn usage(&self, owner: OwnerId) -> Usage {
         self.owners.get(&owner).copied().unwrap_or_default()
