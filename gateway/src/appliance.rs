@@ -285,7 +285,11 @@ pub fn run(path: &Path) -> Result<()> {
     let seeds: [u64; 4] = std::array::from_fn(|_| random());
     let ledger = Ledger::new(ledger_config(&config), seeds, Classifier(shared.clone()), shared.now());
     let bindings = ledger.bindings();
-    let options = Options { tunnel_port: config.tunnel_port, ..Options::new(Role::Gateway, &config.pins) };
+    let options = Options {
+        tunnel_port: config.tunnel_port,
+        capacities: config.capacities,
+        ..Options::new(Role::Gateway, &config.pins)
+    };
     let (to_core, rx) = core::channel();
     let stop = Arc::new(AtomicBool::new(false));
     let keeper = Keeper {
@@ -325,8 +329,10 @@ pub fn run(path: &Path) -> Result<()> {
             (Some(journal), recovered, Some(thread))
         }
     };
+        full_pass: desired.full_pass(),
     let mut ownership = Ownership::new(&config.name, config.peers().map(|(name, _)| name.to_owned()), shared.now());
     ownership.recall(recovered.claims);
+    tidegate_agent::events::describe_repairs();
 
     let core_thread = {
         let core = Core {

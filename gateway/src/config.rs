@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use tidegate_ebpf::Capacities;
 use tidegate_proto::Pair;
 
 /// Configuration of one gateway.
@@ -79,6 +80,12 @@ pub struct Config {
     pub quotas: Quotas,
 }
 
+    /// Sizes of the kernel's maps. A change makes a new set of maps, and the gateway moves over to it.
+    #[serde(default)]
+    pub capacities: Capacities,
+    /// How often everything in the kernel is compared with what should be there. Seconds, 1 to 3600, default 30.
+    #[serde(default = "default_full_pass")]
+    pub full_pass_seconds: u64,
 /// Certificate files in PEM.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -265,6 +272,9 @@ fn default_drain() -> u64 {
 fn default_tunnel_port() -> u16 {
     8475
 }
+fn default_full_pass() -> u64 {
+    30
+}
 fn default_device() -> String {
     "eth0".into()
 }
@@ -306,6 +316,8 @@ impl Config {
         ensure!(self.drain_seconds <= 3600, "drainSeconds: 0 to 3600");
         ensure!(self.dns.ttl_min_seconds <= self.dns.ttl_max_seconds, "dns.ttlMinSeconds is above dns.ttlMaxSeconds");
         ensure!((1..=5000).contains(&self.dns.barrier_millis), "dns.barrierMillis: 1 to 5000");
+        self.capacities.validate().map_err(|e| anyhow::anyhow!("capacities: {e}"))?;
+        ensure!((1..=3600).contains(&self.full_pass_seconds), "fullPassSeconds: 1 to 3600");
         ensure!(!self.device.is_empty() && self.device.len() < 16, "device: 1 to 15 characters");
         Ok(())
     }

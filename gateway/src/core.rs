@@ -18,7 +18,7 @@ use arc_swap::ArcSwap;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use parking_lot::RwLock;
 use serde::Serialize;
-use tidegate_ebpf::{Datapath, Program};
+use tidegate_ebpf::{Datapath, Place, Program};
 use tidegate_ledger::{Answer, Classify, Input, Ledger, NodeId, Output, OwnerId, Usage};
 use tidegate_policy::model::Objects;
 use tidegate_policy::state::{Entry, FactUpdate, NodeState};
@@ -51,8 +51,6 @@ const SPREAD: Duration = Duration::from_millis(20);
 const COUNT: Duration = Duration::from_secs(1);
 /// Facts of scopes that this gateway does not know yet, kept for the next compile.
 const MAX_PENDING: usize = 65536;
-/// The foreign changes of our kernel maps are repaired at least so often.
-const FULL_PASS: Duration = Duration::from_secs(30);
 
 /// What a DNS answer waits for.
 pub struct Bind {
@@ -485,7 +483,7 @@ impl Run {
         let recovered = std::mem::take(&mut core.recovered);
         let now = core.shared.now();
         Self {
-            due: Due { beat: now, decide: now, count: now, spread: now, full: now + FULL_PASS },
+            due: Due { beat: now, decide: now, count: now, spread: now, full },
             settled: false,
             next: None,
             pending: vec![(now, recovered)],
@@ -498,6 +496,7 @@ impl Run {
             classes: Classes::default(),
             placed: BTreeSet::new(),
             cleared: false,
+        let full = now + core.desired.full_pass();
             core,
             nodes: HashMap::new(),
             waiting: AHashMap::new(),
@@ -538,7 +537,7 @@ impl Run {
             self.count();
         }
         if self.due.full <= now {
-            self.due.full = now + FULL_PASS;
+            self.due.full = now + self.core.desired.full_pass();
             self.full_pass();
         }
     }
@@ -612,10 +611,10 @@ impl Run {
                 }
             }
             ToCore::Attach { reply } => {
-                let result = self.core.datapath.attach(Program::GatewayIngress, TOWARDS_PODS);
+                let result = self.attach();
                 self.attached = result.is_ok();
                 // The asker waits with a limit of its own.
-                let _ = reply.try_send(result.map(drop).map_err(|e| e.to_string()));
+                let _ = reply.try_send(result.map_err(|e| e.to_string()));
             }
             ToCore::Seen { node, id, seen } => {
                 if self.nodes.get(&node).is_some_and(|n| n.facts.as_ref().is_some_and(|f| f.0 == id)) {
@@ -651,6 +650,35 @@ impl Run {
         self.core.ownership.set_nodes(|n| compiled.nodes.contains_key(n));
         self.core.ownership.tick(self.core.shared.now());
         self.set_claims(&world);
+    /// Puts our program first on the pod-facing device.
+    fn attach(&mut self) -> Result<(), tidegate_ebpf::Error> {
+        const OURS: Program = Program::GatewayIngress;
+        let datapath = &mut self.core.datapath;
+        if datapath.is_upgrade() {
+            // The program of another layout goes on until policy is there.
+            if !self.settled {
+                return Ok(());
+            }
+            if let Err(error) = datapath.carry_flows() {
+                tracing::error!(%error, "flows of another layout cannot be taken over");
+            }
+        }
+        let place = datapath.place(OURS, TOWARDS_PODS)?;
+        if self.attached && place != Place::First && !datapath.is_upgrade() {
+            tracing::warn!(?place, "another program had changed who sees packets first on {TOWARDS_PODS}: repaired");
+            tidegate_agent::events::repaired("program", 1);
+        }
+        match place {
+            Place::Behind(_) => datapath.reclaim(OURS, TOWARDS_PODS)?,
+            Place::First | Place::Missing => drop(datapath.attach(OURS, TOWARDS_PODS)?),
+        }
+        if datapath.is_upgrade() {
+            let pins = datapath.retire_others()?;
+            tracing::info!(pins, "moved over from the kernel maps of another layout");
+        }
+        Ok(())
+    }
+
         self.core.shared.pairs.store(Arc::new(self.core.desired.held(&world)));
         let view = DnsView::new(&compiled, self.core.families);
         self.core.shared.view.store(Arc::new(view));
@@ -892,16 +920,20 @@ impl Run {
             self.send_state(&node, &parts);
         }
         self.compiled.world.retain_classes(&self.live_classes().map(|(_, c)| c).collect());
-        if let Err(error) = self.core.datapath.sweep() {
-            tracing::warn!(%error, "cannot sweep the kernel's tables");
+        match self.core.datapath.sweep() {
+            Ok(swept) => tidegate_agent::events::repaired("map", swept.repaired),
+            Err(error) => tracing::warn!(%error, "cannot sweep the kernel's tables"),
         }
     }
 
     fn apply_maps(&mut self, full: bool) {
         let local = self.core.desired.local();
         match self.core.datapath.apply(&self.own, &local, full) {
-            Ok(applied) if applied.repaired > 0 => {
-                tracing::warn!(entries = applied.repaired, "another program had changed our kernel maps: repaired");
+            Ok(applied) if applied.repaired + applied.pinned > 0 => {
+                let (entries, pins) = (applied.repaired, applied.pinned);
+                tracing::warn!(entries, pins, "another program had changed our kernel maps: repaired");
+                tidegate_agent::events::repaired("map", entries);
+                tidegate_agent::events::repaired("pin", pins);
             }
             Ok(_) => {}
             Err(error) => tracing::error!(%error, "cannot bring the kernel's maps up to date"),

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
@@ -102,6 +103,11 @@ impl Desired {
     /// For this configuration.
     pub fn new(config: Arc<Config>) -> Self {
         Self { config, claims: ArcSwap::default(), indices: Mutex::default() }
+    }
+
+    /// How often the kernel's maps are compared with what should be there.
+    pub fn full_pass(&self) -> Duration {
+        Duration::from_secs(self.config.full_pass_seconds)
     }
 
     fn index(&self, pool: &str, pair: &model::Pair) -> Option<u8> {

@@ -6,21 +6,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use arc_swap::ArcSwap;
 use crossbeam_channel::{Sender, bounded};
+use tidegate_agent::events::repaired;
 
 use crate::admin::{Guard, Readiness};
 use crate::core::ToCore;
 use crate::egress::nft::{HeldPair, Rules};
-use crate::egress::{TOWARDS_PODS, TOWARDS_UPLINK, Way, load_rules, rules_present};
+use crate::egress::{TOWARDS_PODS, TOWARDS_UPLINK, Way, load_rules, loaded_rules};
 use crate::handover::{Handover, RENEW};
 
 /// How often it is looked whether other pairs are ours: a failover waits for it.
 const LOOK: Duration = Duration::from_millis(50);
-
-/// What other programs changed in our namespace is repaired at least so often.
-const FULL_PASS: Duration = Duration::from_secs(30);
 
 /// MTU towards pods that is proposed to the agent: the largest, as only the agent knows its uplinks and takes what fits.
 const TUNNEL_MTU: u16 = 9000;
@@ -49,6 +47,8 @@ pub struct Keeper {
     pub core: Sender<ToCore>,
     /// Not ready while it is not plugged in.
     pub readiness: Readiness,
+    /// What other programs changed in our namespace is repaired at least so often.
+    pub full_pass: Duration,
     /// Set when the gateway stops.
     pub stop: Arc<AtomicBool>,
 }
@@ -115,7 +115,8 @@ impl Keeper {
         self.applied.store(Arc::new(way.rules.pairs.clone()));
         tracing::info!(mtu = handover.mtu, addresses = ?way.addresses(), "plugged in");
         drop(waiting);
-        let mut full = Instant::now() + FULL_PASS;
+        let mut loaded = loaded_rules();
+        let mut full = Instant::now() + self.full_pass;
         let mut renew = Instant::now() + RENEW;
         while !self.stop.load(Ordering::Relaxed) {
             tokio::time::sleep(LOOK).await;
@@ -128,15 +129,19 @@ impl Keeper {
                 handover.renew(&held.into_iter().filter(|a| ours.contains(a)).collect::<Vec<_>>())?;
                 // Only the agent can make them again, and it does so for a new handover.
                 for device in [TOWARDS_PODS, TOWARDS_UPLINK] {
-                    ensure!(nix::net::if_::if_nametoindex(device).is_ok(), "the device {device} is gone");
+                    if nix::net::if_::if_nametoindex(device).is_err() {
+                        repaired("device", 1);
+                        bail!("another program has removed the device {device}");
+                    }
                 }
             }
             let due = full <= Instant::now();
             if due {
-                full = Instant::now() + FULL_PASS;
+                full = Instant::now() + self.full_pass;
             }
-            let result = if wanted != way || due && !rules_present() {
-                tracing::info!(addresses = ?wanted.addresses(), "setting up the way out anew");
+            let damaged = due && loaded_rules() != loaded;
+            let result = if wanted != way || damaged {
+                tracing::info!(addresses = ?wanted.addresses(), damaged, "setting up the way out anew");
                 wanted.apply().await
             } else if due {
                 way.repair().await.and_then(|()| self.attach())
@@ -145,6 +150,10 @@ impl Keeper {
             };
             match result {
                 Ok(()) => {
+                    if damaged || wanted != way {
+                        loaded = loaded_rules();
+                        repaired("table", usize::from(damaged));
+                    }
                     way = wanted;
                     handover.renew(&way.addresses())?;
                     self.applied.store(Arc::new(way.rules.pairs.clone()));

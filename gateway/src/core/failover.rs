@@ -40,6 +40,12 @@ impl Run {
             let Some(world) = self.next.take() else { return };
             self.settled = true;
             self.world(world);
+            if self.attached
+                && self.core.datapath.is_upgrade()
+                && let Err(error) = self.attach()
+            {
+                tracing::error!(%error, "cannot move over from the kernel maps of another layout; trying again");
+            }
             tracing::info!(facts = self.core.ledger.counts().facts, "serving");
         }
         if self.core.ownership.tick(now) {

@@ -15,6 +15,7 @@ use anyhow::{Context, Result, bail};
 
 use nft::Rules;
 
+use tidegate_agent::events::repaired;
 /// The device towards pods, plugged in by the agent.
 pub const TOWARDS_PODS: &str = "tgp";
 /// The device towards the uplink, plugged in by the agent.
@@ -41,16 +42,26 @@ impl Way {
         // The rules come first: until they hold, nothing may be forwarded.
         let text = self.rules.render();
         tokio::task::spawn_blocking(move || load_rules(&text)).await.context("the nft thread died")??;
-        routes::apply(&self.rules.device, self.rules.mtu, &self.addresses()).await
+        routes::apply(&self.rules.device, self.rules.mtu, &self.addresses()).await.map(drop)
     }
 
     /// Repairs what another program may have changed, without loading the rules anew (their counters would start again).
     pub async fn repair(&self) -> Result<()> {
-        self.sysctls()?;
-        routes::apply(&self.rules.device, self.rules.mtu, &self.addresses()).await
+        repaired("sysctl", self.sysctls()?);
+        let changed = routes::apply(&self.rules.device, self.rules.mtu, &self.addresses()).await?;
+        for (kind, n) in [
+            ("device", changed.devices),
+            ("address", changed.addresses),
+            ("rule", changed.rules),
+            ("route", changed.routes),
+        ] {
+            repaired(kind, n);
+        }
+        Ok(())
     }
 
-    fn sysctls(&self) -> Result<()> {
+    /// Returns how many were otherwise.
+    fn sysctls(&self) -> Result<usize> {
         let idle = self.flow_idle_seconds.to_string();
         let dev = &self.rules.device;
         let mut wanted: Vec<(String, &str)> = vec![
@@ -75,12 +86,14 @@ impl Way {
         }
         wanted.retain(|(key, _)| has_ipv6() || !key.starts_with("net/ipv6/"));
         for (key, value) in &wanted {
-            write_sysctl(key, value)?;
+        let mut n = 0;
+            n += usize::from(write_sysctl(key, value)?);
         }
         // The conntrack module shows its keys only once a rule of ours has loaded it.
-        let _ = write_sysctl("net/netfilter/nf_conntrack_tcp_timeout_established", &idle);
-        let _ = write_sysctl("net/netfilter/nf_conntrack_tcp_be_liberal", "0");
-        Ok(())
+        for (key, value) in [("timeout_established", idle.as_str()), ("be_liberal", "0")] {
+            n += usize::from(write_sysctl(&format!("net/netfilter/nf_conntrack_tcp_{key}"), value).unwrap_or(false));
+        }
+        Ok(n)
     }
 }
 
@@ -90,7 +103,8 @@ fn has_ipv6() -> bool {
 }
 
 /// Sets a sysctl of this thread's network namespace, if it does not hold already (a read-only /proc/sys is fine then).
-fn write_sysctl(key: &str, value: &str) -> Result<()> {
+/// Returns whether it did not.
+fn write_sysctl(key: &str, value: &str) -> Result<bool> {
     let path = format!("/proc/sys/{key}");
     let now = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
     if now.trim() != value {
@@ -98,7 +112,8 @@ fn write_sysctl(key: &str, value: &str) -> Result<()> {
             format!("cannot set {path} to {value}: the gateway needs NET_ADMIN and a writable /proc/sys/net")
         })?;
     }
-    Ok(())
+        return Ok(true);
+    Ok(false)
 }
 
 /// Loads a text as one nftables transaction. Called at start, on a change and in the full pass; never per packet.
@@ -120,13 +135,10 @@ pub fn load_rules(text: &str) -> Result<()> {
     Ok(())
 }
 
-/// Whether our table is still there: another program may have flushed it.
-pub fn rules_present() -> bool {
-    Command::new("nft")
-        .args(["list", "chain", "inet", "tidegate", "leave"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .is_ok_and(|s| s.success())
+/// Our table as the kernel has it, without counters and without elements that packets add; `None` if it is not there.
+/// Compared with what it was after loading, it says whether another program changed it.
+pub fn loaded_rules() -> Option<String> {
+    let list = ["--stateless", "--terse", "list", "table", "inet", "tidegate"];
+    let out = Command::new("nft").args(list).stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
+    out.status.success().then(|| String::from_utf8_lossy(&out.stdout).into_owned())
 }

@@ -15,7 +15,8 @@ use anyhow::{Context, Result};
 use futures_util::TryStreamExt;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags};
-use netlink_packet_route::route::{RouteProtocol, RouteScope, RouteType};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags};
+use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 use rtnetlink::{Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
 
@@ -76,8 +77,21 @@ fn wanted<'a>(device: &'a str, addresses: &[IpAddr]) -> Vec<Rule<'a>> {
     rules
 }
 
-/// Makes links, addresses, rules and routes so.
-pub async fn apply(device: &str, mtu: u16, addresses: &[IpAddr]) -> Result<()> {
+/// What was not as it should be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Changed {
+    /// Devices that were down or had another MTU.
+    pub devices: usize,
+    /// Addresses of `tga` that were missing or too many.
+    pub addresses: usize,
+    /// Policy rules, likewise.
+    pub rules: usize,
+    /// Routes that were missing.
+    pub routes: usize,
+}
+
+/// Makes links, addresses, rules and routes so, and says what was otherwise.
+pub async fn apply(device: &str, mtu: u16, addresses: &[IpAddr]) -> Result<Changed> {
     let (connection, handle, _) = rtnetlink::new_connection().context("cannot open a netlink socket")?;
     let task = tokio::spawn(connection);
     let result = apply_with(&handle, device, mtu, addresses).await;
@@ -85,40 +99,80 @@ pub async fn apply(device: &str, mtu: u16, addresses: &[IpAddr]) -> Result<()> {
     result
 }
 
-async fn apply_with(handle: &Handle, device: &str, mtu: u16, addresses: &[IpAddr]) -> Result<()> {
-    let lo = link(handle, "lo").await?;
-    let tgp = link(handle, TOWARDS_PODS).await?;
-    let tga = link(handle, TOWARDS_UPLINK).await?;
-    for (index, mtu) in [(lo, None), (tgp, Some(mtu)), (tga, None)] {
-        let mut m = LinkUnspec::new_with_index(index).up();
-        if let Some(mtu) = mtu {
-            m = m.mtu(u32::from(mtu));
-        }
-        handle.link().set(m.build()).execute().await.context("cannot set a link up")?;
-    }
-    set_addresses(handle, tga, addresses).await?;
+async fn apply_with(handle: &Handle, device: &str, mtu: u16, addresses: &[IpAddr]) -> Result<Changed> {
+    let mut changed = Changed::default();
+    let lo = set_link(handle, "lo", None, &mut changed).await?;
+    let tgp = set_link(handle, TOWARDS_PODS, Some(mtu.into()), &mut changed).await?;
+    let tga = set_link(handle, TOWARDS_UPLINK, None, &mut changed).await?;
+    changed.addresses = set_addresses(handle, tga, addresses).await?;
     let families: &[bool] = if super::has_ipv6() { &[false, true] } else { &[false] };
     for &v6 in families {
-        set_rules(handle, v6, &wanted(device, addresses)).await?;
+        changed.rules += set_rules(handle, v6, &wanted(device, addresses)).await?;
+        let present = defaults(handle, v6).await?;
         for (table, index, kind) in
             [(LOCAL, lo, RouteType::Local), (PODS, tgp, RouteType::Unicast), (UPLINK, tga, RouteType::Unicast)]
         {
+            if present.contains(&(table, index)) {
+                continue;
+            }
             set_default(handle, v6, table, index, kind)
                 .await
                 .with_context(|| format!("cannot set the default route of table {table}"))?;
+            changed.routes += 1;
         }
     }
-    Ok(())
+    Ok(changed)
 }
 
-async fn link(handle: &Handle, name: &str) -> Result<u32> {
+/// Brings a device up and gives its index.
+async fn set_link(handle: &Handle, name: &str, mtu: Option<u32>, changed: &mut Changed) -> Result<u32> {
     let mut links = handle.link().get().match_name(name.to_owned()).execute();
     let link = links.try_next().await.with_context(|| format!("the device {name} is not there"))?;
-    Ok(link.with_context(|| format!("the device {name} is not there"))?.header.index)
+    let link = link.with_context(|| format!("the device {name} is not there"))?;
+    let index = link.header.index;
+    let right = mtu.is_none_or(|mtu| link.attributes.contains(&LinkAttribute::Mtu(mtu)));
+    if link.header.flags.contains(LinkFlags::Up) && right {
+        return Ok(index);
+    }
+    let mut m = LinkUnspec::new_with_index(index).up();
+    if let Some(mtu) = mtu {
+        m = m.mtu(mtu);
+    }
+    handle.link().set(m.build()).execute().await.with_context(|| format!("cannot set the device {name} up"))?;
+    changed.devices += 1;
+    Ok(index)
 }
 
-async fn set_addresses(handle: &Handle, index: u32, wanted: &[IpAddr]) -> Result<()> {
+/// The default routes of our tables: (table, device).
+async fn defaults(handle: &Handle, v6: bool) -> Result<BTreeSet<(u32, u32)>> {
+    let mut request = RouteMessage::default();
+    request.header.address_family = if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
+    let mut routes = Box::pin(handle.route().get(request).execute());
+    let mut out = BTreeSet::new();
+    while let Some(route) = routes.try_next().await.context("cannot list routes")? {
+        let (mut table, mut device) = (u32::from(route.header.table), None);
+        for attribute in &route.attributes {
+            match attribute {
+                RouteAttribute::Table(t) => table = *t,
+                RouteAttribute::Oif(i) => device = Some(*i),
+                _ => {}
+            }
+        }
+        let kind = if table == LOCAL { RouteType::Local } else { RouteType::Unicast };
+        if let Some(device) = device
+            && (LOCAL..=UPLINK).contains(&table)
+            && route.header.destination_prefix_length == 0
+            && route.header.kind == kind
+        {
+            out.insert((table, device));
+        }
+    }
+    Ok(out)
+}
+
+async fn set_addresses(handle: &Handle, index: u32, wanted: &[IpAddr]) -> Result<usize> {
     let mut have = BTreeSet::new();
+    let mut changed = 0;
     let mut stream = handle.address().get().set_link_index_filter(index).execute();
     while let Some(m) = stream.try_next().await.context("cannot list addresses")? {
         let address = m.attributes.iter().find_map(|a| match a {
@@ -130,7 +184,10 @@ async fn set_addresses(handle: &Handle, index: u32, wanted: &[IpAddr]) -> Result
             Some(ip) if wanted.contains(&ip) => {
                 have.insert(ip);
             }
-            _ => handle.address().del(m).execute().await.context("cannot remove an address of tga")?,
+            _ => {
+                handle.address().del(m).execute().await.context("cannot remove an address of tga")?;
+                changed += 1;
+            }
         }
     }
     for ip in wanted.iter().filter(|ip| !have.contains(ip)) {
@@ -140,8 +197,9 @@ async fn set_addresses(handle: &Handle, index: u32, wanted: &[IpAddr]) -> Result
             add.message_mut().attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
         }
         add.execute().await.with_context(|| format!("cannot add {ip} to tga"))?;
+        changed += 1;
     }
-    Ok(())
+    Ok(changed)
 }
 
 fn matches(m: &RuleMessage, rule: &Rule<'_>) -> bool {
@@ -165,11 +223,12 @@ fn matches(m: &RuleMessage, rule: &Rule<'_>) -> bool {
     target && mark && from && source && m.header.flags.contains(RuleFlags::Invert) == rule.invert
 }
 
-async fn set_rules(handle: &Handle, v6: bool, rules: &[Rule<'_>]) -> Result<()> {
+async fn set_rules(handle: &Handle, v6: bool, rules: &[Rule<'_>]) -> Result<usize> {
     let version = if v6 { IpVersion::V6 } else { IpVersion::V4 };
     let rules: Vec<(u32, &Rule<'_>)> =
         (FIRST..=LAST).zip(rules).filter(|(_, r)| r.source.is_none_or(|s| s.is_ipv6() == v6)).collect();
     let mut present = BTreeSet::new();
+    let mut changed = 0;
     let mut stream = handle.rule().get(version).execute();
     while let Some(m) = stream.try_next().await.context("cannot list rules")? {
         let priority = m.attributes.iter().find_map(|a| match a {
@@ -181,6 +240,7 @@ async fn set_rules(handle: &Handle, v6: bool, rules: &[Rule<'_>]) -> Result<()> 
         // Stale ones of an earlier version, and doubles.
         if !ours || !present.insert(priority) {
             handle.rule().del(m).execute().await.context("cannot remove a stale rule")?;
+            changed += 1;
         }
     }
     for (priority, rule) in rules.iter().filter(|(p, _)| !present.contains(p)) {
@@ -204,8 +264,9 @@ async fn set_rules(handle: &Handle, v6: bool, rules: &[Rule<'_>]) -> Result<()> 
         }
         m.header.family = if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
         add.execute().await.with_context(|| format!("cannot add the rule with priority {priority}"))?;
+        changed += 1;
     }
-    Ok(())
+    Ok(changed)
 }
 
 async fn set_default(handle: &Handle, v6: bool, table: u32, index: u32, kind: RouteType) -> Result<()> {
@@ -256,10 +317,13 @@ mod tests {
             rt.block_on(apply("eth0", 1450, &[a, b])).unwrap();
             let again = sh("ip rule; ip -6 rule; ip route show table all; ip -6 route show table 101; ip addr show tga | grep inet");
             assert_eq!(before, again, "a second run changes nothing");
+            assert_eq!(rt.block_on(apply("eth0", 1450, &[a, b])).unwrap(), Changed::default());
             assert!(before.contains("not from all fwmark 0/0xff00 lookup 102"), "{before}");
             assert!(before.contains("203.0.113.10/32") && before.contains("2001:db8::10/128"));
             sh("ip rule del pref 20101; ip route flush table 101; ip addr del 203.0.113.10/32 dev tga; ip addr add 203.0.113.99/32 dev tga");
-            rt.block_on(apply("eth0", 1450, &[a, b])).unwrap();
+            sh("ip link set tgp mtu 1400; ip -6 route del default table 100; ip -6 rule del pref 20100");
+            let changed = rt.block_on(apply("eth0", 1450, &[a, b])).unwrap();
+            assert_eq!(changed, Changed { devices: 1, addresses: 2, rules: 2, routes: 2 });
             let repaired = sh("ip rule; ip -6 rule; ip route show table all; ip -6 route show table 101");
             assert!(repaired.contains("iif tgp fwmark 0x2/0xff lookup 100") || repaired.contains("fwmark 0x2/0xff iif tgp lookup 100"), "{repaired}");
             assert!(repaired.contains("0/0x20000") && repaired.contains("blackhole"), "{repaired}");
