@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context as Task, Poll};
@@ -27,6 +27,8 @@ use parking_lot::Mutex;
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+
+use crate::places::{Place, Places};
 
 /// The most connections at a time.
 const MAX_CONNECTIONS: usize = 64;
@@ -139,7 +141,7 @@ fn run(listener: TcpListener, admin: Admin, life: Duration) -> Result<Server> {
                     Ok(l) => Bounded {
                         listener: l,
                         permits: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
-                        sources: Arc::default(),
+                        places: Places::new(MAX_PER_SOURCE),
                         life,
                     },
                     Err(e) => return tracing::error!("the admin port cannot be served: {e}"),
@@ -208,38 +210,8 @@ async fn only_local(ConnectInfo(Peer(peer)): ConnectInfo<Peer>, request: Request
 struct Bounded {
     listener: tokio::net::TcpListener,
     permits: Arc<Semaphore>,
-    sources: Arc<Mutex<BTreeMap<IpAddr, usize>>>,
+    places: Places,
     life: Duration,
-}
-
-/// One source's place.
-struct Place {
-    sources: Arc<Mutex<BTreeMap<IpAddr, usize>>>,
-    source: IpAddr,
-}
-
-impl Place {
-    fn take(sources: &Arc<Mutex<BTreeMap<IpAddr, usize>>>, source: IpAddr) -> Option<Self> {
-        let mut guard = sources.lock();
-        let n = guard.entry(source).or_default();
-        if *n >= MAX_PER_SOURCE {
-            return None;
-        }
-        *n += 1;
-        Some(Self { sources: sources.clone(), source })
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut guard = self.sources.lock();
-        if let Some(n) = guard.get_mut(&self.source) {
-            *n -= 1;
-            if *n == 0 {
-                guard.remove(&self.source);
-            }
-        }
-    }
 }
 
 impl axum::serve::Listener for Bounded {
@@ -250,7 +222,7 @@ impl axum::serve::Listener for Bounded {
         loop {
             let (stream, peer) = axum::serve::Listener::accept(&mut self.listener).await;
             // Beyond the limits a connection is closed at once: waiting would hold up everybody behind it.
-            let Some(place) = Place::take(&self.sources, peer.ip().to_canonical()) else { continue };
+            let Some(place) = self.places.take(peer.ip()) else { continue };
             let Ok(permit) = self.permits.clone().try_acquire_owned() else { continue };
             let end = Box::pin(tokio::time::sleep(self.life));
             return (Connection { stream, end, _permit: permit, _place: place }, peer);

@@ -30,6 +30,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::admin::{Admin, Guard, Readiness};
 use crate::config::{self, Config};
 use crate::core::{Classifier, Clock, Core, Ids, Shared, Status, ToCore};
+use crate::descriptors::{Shares, of_one};
 use crate::desired::{Compiled, Desired};
 use crate::dns_view::{CoreBinder, DnsView};
 use crate::egress::nft::{RELAY_PORTS, REPLY};
@@ -39,7 +40,7 @@ use crate::push::Streams;
 use crate::relay_check::RelayCheck;
 use crate::watch::Watch;
 use crate::way::Keeper;
-use crate::{admin, audit, core, peers, push, telemetry};
+use crate::{admin, audit, core, descriptors, peers, push, telemetry};
 
 /// The port that is DNS whatever the destination; endpoints of the cluster's DNS may add others.
 const DNS_PORT: u16 = 53;
@@ -86,7 +87,8 @@ fn dns_ports(config: &Config) -> Vec<u16> {
     ports
 }
 
-fn dns_config(config: &Config) -> DnsConfig {
+fn dns_config(config: &Config, shares: &Shares) -> DnsConfig {
+    let default = DnsConfig::default();
     DnsConfig {
         listen: dns_ports(config).into_iter().map(|port| (Ipv6Addr::UNSPECIFIED, port).into()).collect(),
         transparent: true,
@@ -106,8 +108,11 @@ fn dns_config(config: &Config) -> DnsConfig {
             .collect(),
         ttl_max_seconds: u32::try_from(config.dns.ttl_max_seconds).unwrap_or(u32::MAX),
         addresses_per_name: config.quotas.addresses_per_name.clamp(1, 64),
-        in_flight_per_namespace: config.quotas.queries_in_flight,
-        ..DnsConfig::default()
+        in_flight_per_namespace: config.quotas.queries_in_flight.min(of_one(shares.queries)),
+        in_flight: default.in_flight.min(shares.queries),
+        connections_per_namespace: default.connections_per_namespace.min(of_one(shares.dns_connections)),
+        connections: default.connections.min(shares.dns_connections),
+        ..default
     }
 }
 
@@ -268,6 +273,19 @@ pub fn run(path: &Path) -> Result<()> {
     );
     let emit: Arc<dyn Emit> = writer.clone();
 
+    let limit = descriptors::raise();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let shares = descriptors::share(limit, threads);
+    let quota = config.quotas.connections.min(of_one(shares.relayed));
+    if quota < config.quotas.connections {
+        tracing::warn!(
+            limit,
+            quota,
+            configured = config.quotas.connections,
+            "the limit of file descriptors is too low for quotas.connections, which is lowered: raise LimitNOFILE or `ulimit -Hn`"
+        );
+    }
+
     let families = families();
     let desired = Arc::new(Desired::new(config.clone()));
     let empty = Arc::new(World::compile(&Objects::default(), now(), None));
@@ -315,7 +333,10 @@ pub fn run(path: &Path) -> Result<()> {
         reply_mark: REPLY,
         ports: Some(RELAY_PORTS.0..=RELAY_PORTS.1),
         idle: Duration::from_secs(config.flow_idle_seconds),
-        quota: config.quotas.connections,
+        quota,
+        total: shares.relayed,
+        threads,
+        pipes: shares.pipes.min(1024),
         ..RelayConfig::default()
     };
     let check = RelayCheck { shared: shared.clone(), bindings: bindings.clone(), desired: desired.clone(), families };
@@ -372,7 +393,7 @@ pub fn run(path: &Path) -> Result<()> {
     let dns_runtime = runtime()?;
     let binder = CoreBinder { shared: shared.clone(), bindings, core: to_core.clone() };
     let dns = tidegate_dns::Server::start(
-        dns_config(&config),
+        dns_config(&config, &shares),
         shared.view.clone(),
         Arc::new(binder),
         emit.clone(),
@@ -419,10 +440,16 @@ pub fn run(path: &Path) -> Result<()> {
         let mut int = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
         let (end, ended) = tokio::sync::oneshot::channel::<()>();
         let mut serve =
-            std::pin::pin!(push::serve(config.control, &config.tls, Streams::new(to_core.clone()), async {
-                // The sender's end is the news.
-                let _ = ended.await;
-            }));
+            std::pin::pin!(push::serve(
+                config.control,
+                &config.tls,
+                shares.handshakes,
+                Streams::new(to_core.clone()),
+                async {
+                    // The sender's end is the news.
+                    let _ = ended.await;
+                }
+            ));
         for (peer, address) in config.peers() {
             let client =
                 peers::Client { name: config.name.clone(), peer: peer.to_owned(), address, tls: config.tls.clone() };

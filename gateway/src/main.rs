@@ -1,11 +1,13 @@
 //! The `tidegate` binary: the gateway, the node agent, and tools for people who write policy.
 
+mod accept;
 mod admin;
 mod agent_cmd;
 mod appliance;
 mod audit;
 mod config;
 mod core;
+mod descriptors;
 mod desired;
 mod dns_view;
 mod egress;
@@ -13,6 +15,7 @@ mod handover;
 mod journal;
 mod ownership;
 mod peers;
+mod places;
 mod policy_cmd;
 mod push;
 mod relay_check;

@@ -3,19 +3,22 @@
 
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use crossbeam_channel::{Sender, TrySendError};
 use futures_util::Stream;
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tidegate_proto::wire::control_server::{Control, ControlServer};
 use tidegate_proto::wire::{FactsAck, FactsUpdate, PeerHello, PeerUpdate, StateAck, StateUpdate};
 use tidegate_proto::{FactsUp, MAX_MESSAGE, Up};
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::config::Tls;
@@ -175,25 +178,46 @@ impl Control for Streams {
     }
 }
 
-/// Serves until `stop` resolves.
-pub async fn serve(address: SocketAddr, tls: &Tls, streams: Streams, stop: impl Future<Output = ()>) -> Result<()> {
-    let read = |path: &std::path::Path| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
-    let identity = Identity::from_pem(read(&tls.certificate)?, read(&tls.key)?);
-    let config = ServerTlsConfig::new()
-        .identity(identity)
-        .client_ca_root(Certificate::from_pem(read(&tls.ca)?))
-        .client_auth_optional(false);
+/// Who may speak: nodes and gateways with a certificate of the cluster's authority.
+fn tls_config(tls: &Tls) -> Result<rustls::ServerConfig> {
+    let certificates = |path: &std::path::Path| -> Result<Vec<CertificateDer<'static>>> {
+        let read = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
+        read.with_context(|| format!("cannot read {}", path.display()))
+    };
+    let key = PrivateKeyDer::from_pem_file(&tls.key).with_context(|| format!("cannot read {}", tls.key.display()))?;
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add_parsable_certificates(certificates(&tls.ca)?);
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let clients =
+        rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build()?;
+    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_client_cert_verifier(clients)
+        .with_single_cert(certificates(&tls.certificate)?, key)?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(config)
+}
+
+/// Serves until `stop` resolves, with at most so many handshakes at a time.
+pub async fn serve(
+    address: SocketAddr,
+    tls: &Tls,
+    handshakes: usize,
+    streams: Streams,
+    stop: impl Future<Output = ()>,
+) -> Result<()> {
+    let config = tls_config(tls).context("the certificates are not usable")?;
+    let said = || format!("cannot serve agents on {address}");
+    let listener = tokio::net::TcpListener::bind(address).await.with_context(said)?;
+    let incoming = crate::accept::incoming(listener, Arc::new(config), handshakes);
     let service =
         ControlServer::new(streams).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
     Server::builder()
-        .tls_config(config)
-        .context("the certificates are not usable")?
-        .tcp_nodelay(true)
         .http2_keepalive_interval(Some(Duration::from_millis(500)))
         .http2_keepalive_timeout(Some(Duration::from_millis(1500)))
         .concurrency_limit_per_connection(16)
         .add_service(service)
-        .serve_with_shutdown(address, stop)
+        .serve_with_incoming_shutdown(incoming, stop)
         .await
-        .with_context(|| format!("cannot serve agents on {address}"))
+        .with_context(said)
 }

@@ -52,6 +52,8 @@ pub struct RelayConfig {
     pub idle: Duration,
     /// The most connections per namespace, those without a hello included.
     pub quota: usize,
+    /// The most connections of all namespaces. Each takes two descriptors.
+    pub total: usize,
     /// The most pipes per thread; 0 moves all bytes through the thread's buffer. A pipe takes two
     /// descriptors and, while it carries data, up to 256 KiB.
     pub pipes: usize,
@@ -72,6 +74,7 @@ impl Default for RelayConfig {
             race_delay: Duration::from_millis(250),
             idle: Duration::from_secs(7200),
             quota: 8192,
+            total: 65_536,
             pipes: 1024,
         }
     }

@@ -111,11 +111,18 @@ struct Inner {
 pub struct Registry {
     inner: Mutex<Inner>,
     quota: usize,
+    total: usize,
 }
 
 impl Registry {
-    pub(crate) fn new(quota: usize) -> Self {
-        Self { inner: Mutex::default(), quota }
+    /// An empty one that lets a namespace have `quota` connections.
+    pub fn new(quota: usize) -> Self {
+        Self { inner: Mutex::default(), quota, total: usize::MAX }
+    }
+
+    /// With room for so many connections of all namespaces together.
+    pub(crate) fn with_total(self, total: usize) -> Self {
+        Self { total, ..self }
     }
 
     /// Resets the connections for which `pred` holds, each with a close event (or, before the
@@ -150,9 +157,12 @@ impl Registry {
         self.len() == 0
     }
 
-    /// Takes a place for a connection, unless its namespace has used up its quota.
+    /// Takes a place for a connection, unless its namespace has used up its quota or there is no room left.
     pub(crate) fn admit(self: &Arc<Self>, peer: SocketAddr, client: Client, asked: SocketAddr) -> Option<Ticket> {
         let mut inner = self.inner.lock();
+        if inner.entries.len() >= self.total {
+            return None;
+        }
         let namespace = inner.namespaces.entry(client.who.namespace.clone()).or_default();
         if *namespace >= self.quota {
             if *namespace == 0 {
@@ -217,13 +227,15 @@ mod tests {
 
     #[test]
     fn quota_is_per_namespace_and_comes_back() {
-        let registry = Arc::new(Registry::new(2));
+        let registry = Arc::new(Registry::new(2).with_total(3));
         let peer: SocketAddr = "10.0.0.1:1000".parse().unwrap();
         let asked: SocketAddr = "192.0.2.1:443".parse().unwrap();
         let a = registry.admit(peer, client("a", 1), asked).unwrap();
         let _b = registry.admit(peer, client("a", 2), asked).unwrap();
         assert!(registry.admit(peer, client("a", 1), asked).is_none());
-        assert!(registry.admit(peer, client("b", 3), asked).is_some());
+        let c = registry.admit(peer, client("b", 3), asked).unwrap();
+        assert!(registry.admit(peer, client("c", 4), asked).is_none(), "in total");
+        drop(c);
         assert_eq!(registry.live(ScopeKey(1), asked.ip()), 1);
         drop(a);
         assert_eq!(registry.live(ScopeKey(1), asked.ip()), 0);

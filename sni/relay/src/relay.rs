@@ -74,7 +74,7 @@ impl Relay {
             }
             can
         });
-        let registry = Arc::new(Registry::new(config.quota));
+        let registry = Arc::new(Registry::new(config.quota).with_total(config.total));
         let shared = Arc::new(Shared {
             ports,
             check,

@@ -1,0 +1,87 @@
+//! Connections to the control port until their handshakes are over.
+//!
+//! The port is on the pod network, so anybody may knock. Who shows no certificate of the cluster's authority holds
+//! little, for a short time, and cannot keep nodes and other gateways out; a process that has no file descriptor
+//! left waits for one instead of giving up.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::ServerConfig;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+
+use crate::places::Places;
+
+/// The longest that a handshake may take.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+/// The most handshakes of one address at a time.
+const PER_SOURCE: usize = 8;
+/// How long accept waits after it failed, for want of descriptors most likely.
+const BREATHER: Duration = Duration::from_millis(100);
+
+/// Connections whose handshakes are done, as long as the stream is there. Must run in a tokio runtime. Of more than
+/// `most` handshakes the oldest is given up: an honest one takes milliseconds.
+pub fn incoming(
+    listener: TcpListener,
+    tls: Arc<ServerConfig>,
+    most: usize,
+) -> ReceiverStream<io::Result<TlsStream<TcpStream>>> {
+    let (out, done) = mpsc::channel(1);
+    tokio::spawn(accept(listener, TlsAcceptor::from(tls), most.max(1), out));
+    ReceiverStream::new(done)
+}
+
+async fn accept(
+    listener: TcpListener,
+    tls: TlsAcceptor,
+    most: usize,
+    out: mpsc::Sender<io::Result<TlsStream<TcpStream>>>,
+) {
+    let places = Places::new(PER_SOURCE);
+    let mut pending: VecDeque<AbortHandle> = VecDeque::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = out.closed() => return,
+        };
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept on the control port; trying again");
+                sleep(BREATHER).await;
+                continue;
+            }
+        };
+        // Beyond its limit a source's connection is closed at once.
+        let Some(place) = places.take(peer.ip()) else { continue };
+        pending.retain(|p| !p.is_finished());
+        if pending.len() >= most
+            && let Some(oldest) = pending.pop_front()
+        {
+            oldest.abort();
+        }
+        let (tls, out) = (tls.clone(), out.clone());
+        let handshake = tokio::spawn(async move {
+            let shaken = async {
+                stream.set_nodelay(true)?;
+                tls.accept(stream).await
+            };
+            match timeout(HANDSHAKE, shaken).await {
+                // The receiver is gone when the port closes.
+                Ok(Ok(stream)) => drop(out.send(Ok(stream)).await),
+                Ok(Err(error)) => tracing::debug!(%peer, %error, "no handshake on the control port"),
+                Err(_) => tracing::debug!(%peer, "a handshake on the control port took too long"),
+            }
+            drop(place);
+        });
+        pending.push_back(handshake.abort_handle());
+    }
+}
