@@ -173,8 +173,36 @@ pub(crate) fn be32(bytes: &[u8], at: usize) -> Option<u32> {
 }
 
 /// Whether an octet of a label stands in the canonical text as it is.
-fn is_plain(b: u8) -> bool {
-    matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_')
+static PLAIN: [bool; 256] = {
+    let mut plain = [false; 256];
+    let mut b = 0;
+    while b < 256 {
+        plain[b] = matches!(b as u8, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_');
+        b += 1;
+    }
+    plain
+};
+
+/// [`text_of`] a whole name in lower case without odd octets, as nearly all are: copied at once.
+fn plain_text(wire: &[u8]) -> Option<Text> {
+    let (&[first], labels, &[0]) = (wire.first_chunk()?, wire.get(1..wire.len() - 1)?, wire.last_chunk()?) else {
+        return None;
+    };
+    let mut text = Text::from_slice(labels);
+    let mut at = 0;
+    let mut len = usize::from(first);
+    loop {
+        let label = text.get(at..at + len).filter(|l| !l.is_empty())?;
+        if !label.iter().all(|b| PLAIN[usize::from(*b)]) {
+            return None;
+        }
+        at += len;
+        match text.get_mut(at) {
+            None => return Some(text),
+            Some(b) => len = usize::from(std::mem::replace(b, b'.')),
+        }
+        at += 1;
+    }
 }
 
 /// Appends a label to a canonical text. A dot or backslash inside a label is escaped, so that labels stay apart.
@@ -182,15 +210,10 @@ fn push_label(text: &mut Text, label: &[u8]) {
     if !text.is_empty() {
         text.push(b'.');
     }
-    // Nearly all are copied as they are; octet by octet it shows on the hit path.
-    if label.iter().all(|b| is_plain(*b)) {
-        text.extend_from_slice(label);
-        return;
-    }
     for &b in label {
         match b {
             b'A'..=b'Z' => text.push(b.to_ascii_lowercase()),
-            _ if is_plain(b) => text.push(b),
+            _ if PLAIN[usize::from(b)] => text.push(b),
             _ => text.extend_from_slice(&[b'\\', b'0' + b / 100, b'0' + b / 10 % 10, b'0' + b % 10]),
         }
     }
@@ -198,6 +221,9 @@ fn push_label(text: &mut Text, label: &[u8]) {
 
 /// The canonical text of an uncompressed name on the wire; stops at its end or at what is malformed.
 pub(crate) fn text_of(wire: &[u8]) -> Text {
+    if let Some(text) = plain_text(wire) {
+        return text;
+    }
     let mut text = Text::new();
     let mut rest = wire;
     while let Some((&len, tail)) = rest.split_first() {
@@ -406,6 +432,23 @@ mod tests {
         m[HEADER + 1..HEADER + 5].copy_from_slice(b"a.\\\xff");
         let Parsed::Query(q) = parse(&m) else { panic!() };
         assert_eq!(q.name(), "a\\046\\092\\255.x");
+    }
+
+    #[test]
+    fn a_text_ends_where_the_name_does() {
+        for (wire, text) in [
+            (&b"\x01a\x02bc\0"[..], "a.bc"),
+            (b"\x01a\x02bc", "a.bc"),
+            (b"\x01a\0\x02bc\0", "a"),
+            (b"\x01a\x40bc\0", "a"),
+            (b"\x01a\x05bc\0", "a"),
+            (b"\x01A\x02b.\0", "a.b\\046"),
+            (b"\0", "."),
+            (b"\0\0", "."),
+            (b"", "."),
+        ] {
+            assert_eq!(as_str(&text_of(wire)), text, "{wire:?}");
+        }
     }
 
     #[test]

@@ -158,10 +158,10 @@ pub struct Repeats {
     /// Keys of those that are being emitted, a few at a time.
     due: Vec<u64>,
     flushes: u64,
-    flushed: Instant,
-    /// Hits since one went into the histogram, and when that was.
+    next_flush: Instant,
+    /// Hits since one went into the histogram, and when the next one does in any case.
     unsampled: usize,
-    sampled: Instant,
+    next_sample: Instant,
 }
 
 impl Repeats {
@@ -175,9 +175,9 @@ impl Repeats {
             pending: Vec::new(),
             due: Vec::new(),
             flushes: 0,
-            flushed: now,
+            next_flush: now + FLUSH,
             unsampled: 0,
-            sampled: now,
+            next_sample: now,
         }
     }
 
@@ -215,15 +215,15 @@ impl Repeats {
     /// Takes note of `hits` queries that came together and were answered after `took`.
     pub fn answered(&mut self, recorder: &Recorder, hits: usize, now: Instant, took: Duration) {
         self.unsampled += hits;
-        if self.unsampled >= SAMPLE || now - self.sampled >= SAMPLE_AFTER {
+        if self.unsampled >= SAMPLE || now >= self.next_sample {
             recorder.metrics.hit.record(took.as_secs_f64());
-            (self.unsampled, self.sampled) = (0, now);
+            (self.unsampled, self.next_sample) = (0, now + SAMPLE_AFTER);
         }
     }
 
     /// After each batch at `now`: emits what was held for a second, some of it if there are `queries`.
     pub fn tick(&mut self, recorder: &Recorder, now: Instant, queries: bool) {
-        if now - self.flushed >= FLUSH {
+        if now >= self.next_flush {
             self.begin(recorder, now);
         }
         if !self.due.is_empty() {
@@ -241,7 +241,7 @@ impl Repeats {
         // Batches so few that a second was not enough: the rest goes now.
         self.emit(recorder, usize::MAX);
         std::mem::swap(&mut self.pending, &mut self.due);
-        self.flushed = now;
+        self.next_flush = now + FLUSH;
         self.flushes += 1;
         if self.flushes.is_multiple_of(SWEEP) {
             self.held.retain(|_, r| r.pending > 0 || self.flushes - r.last < STALE);
@@ -318,7 +318,7 @@ mod tests {
         let mut repeats = Repeats::new();
         let outcome = Outcome { verdict: Verdict::Allow, reason: Reason::Allowed, rule: None, rcode: 0 };
         let names: Vec<String> = (0..3 * SLICE).map(|i| format!("n{i}.example")).collect();
-        let mut ask = |repeats: &mut Repeats| {
+        let ask = |repeats: &mut Repeats| {
             for name in &names {
                 let d = Decided {
                     who: None,
@@ -337,7 +337,7 @@ mod tests {
         let all = names.len() as u64;
         ask(&mut repeats);
         ask(&mut repeats);
-        let start = repeats.flushed;
+        let start = repeats.next_flush - FLUSH;
         repeats.tick(&recorder, start, true);
         assert_eq!(*seen.lock(), all, "first sights only");
         repeats.tick(&recorder, start + FLUSH, true);
