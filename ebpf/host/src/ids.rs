@@ -87,16 +87,16 @@ impl Ids {
         self.find(kind, named(kind, name))
     }
 
-    /// Forgets identities whose id `used` does not name. Ids of forgotten identities are not used again.
-    pub fn retain(&mut self, used: impl Fn(u32, u32) -> bool) -> Result<usize, Error> {
-        let gone: Vec<IdKey> =
-            self.table.iter().filter(|(k, id)| !is_counter(k) && !used(k.kind, **id)).map(|(k, _)| *k).collect();
-        for k in &gone {
     /// Writes back what others changed or deleted; returns in how many entries.
     pub fn restore(&mut self) -> Result<usize, Error> {
         self.table.restore()
     }
 
+    /// Forgets identities whose id `used` does not name. Ids of forgotten identities are not used again.
+    pub fn retain(&mut self, used: impl Fn(u32, u32) -> bool) -> Result<usize, Error> {
+        let gone: Vec<IdKey> =
+            self.table.iter().filter(|(k, id)| !is_counter(k) && !used(k.kind, **id)).map(|(k, _)| *k).collect();
+        for k in &gone {
             self.table.delete(k)?;
         }
         Ok(gone.len())

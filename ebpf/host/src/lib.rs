@@ -114,7 +114,6 @@ pub struct Capacities {
     pub flows: u32,
 }
 
-impl Default for Capacities {
 impl Capacities {
     /// Checks the bounds that hold in configuration files.
     ///
@@ -136,6 +135,7 @@ impl Capacities {
     }
 }
 
+impl Default for Capacities {
     fn default() -> Self {
         Self {
             endpoints: 65_536,
@@ -202,9 +202,9 @@ pub struct Applied {
     pub deleted: usize,
     /// Entries that the kernel did not hold as it should have (full passes).
     pub repaired: usize,
-}
     /// Pins that were put back (full passes).
     pub pinned: usize,
+}
 
 /// A kernel program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
