@@ -317,13 +317,22 @@ pub fn run(path: &Path) -> Result<()> {
         dns_ports: dns_ports(&config),
         relay_port: RELAY_PORT,
         flow_idle_seconds: config.flow_idle_seconds,
-        flows_per_pod: u32::try_from(config.quotas.connections).unwrap_or(u32::MAX),
+        flows_per_scope: u32::try_from(config.quotas.connections).unwrap_or(u32::MAX),
+        refused: {
+            let (shared, emit) = (shared.clone(), emit.clone());
+            Box::new(move |r| {
+                let who = shared.world.load().endpoint(r.source).map(|p| p.who.clone());
+                emit.emit(r.into_event(who));
+            })
+        },
         pairs: shared.pairs.clone(),
         applied: shared.applied.clone(),
         core: to_core.clone(),
         readiness: readiness.clone(),
+        full_pass: desired.full_pass(),
         stop: stop.clone(),
     };
+    tidegate_agent::events::describe_repairs();
     keeper.close().context("cannot close the gateway's namespace")?;
     let mut datapath = Datapath::load(&options).context("cannot load the kernel program")?;
     let events = datapath.events().context("the kernel's events are taken already")?;
@@ -350,10 +359,8 @@ pub fn run(path: &Path) -> Result<()> {
             (Some(journal), recovered, Some(thread))
         }
     };
-        full_pass: desired.full_pass(),
     let mut ownership = Ownership::new(&config.name, config.peers().map(|(name, _)| name.to_owned()), shared.now());
     ownership.recall(recovered.claims);
-    tidegate_agent::events::describe_repairs();
 
     let core_thread = {
         let core = Core {
@@ -439,17 +446,16 @@ pub fn run(path: &Path) -> Result<()> {
         let mut term = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
         let mut int = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
         let (end, ended) = tokio::sync::oneshot::channel::<()>();
-        let mut serve =
-            std::pin::pin!(push::serve(
-                config.control,
-                &config.tls,
-                shares.handshakes,
-                Streams::new(to_core.clone()),
-                async {
-                    // The sender's end is the news.
-                    let _ = ended.await;
-                }
-            ));
+        let mut serve = std::pin::pin!(push::serve(
+            config.control,
+            &config.tls,
+            shares.handshakes,
+            Streams::new(to_core.clone()),
+            async {
+                // The sender's end is the news.
+                let _ = ended.await;
+            }
+        ));
         for (peer, address) in config.peers() {
             let client =
                 peers::Client { name: config.name.clone(), peer: peer.to_owned(), address, tls: config.tls.clone() };

@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 use tidegate_ebpf::Capacities;
 use tidegate_proto::Pair;
 
+use crate::egress::nft::MAX_CONNECTIONS;
+
 /// Configuration of one gateway.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -78,14 +80,14 @@ pub struct Config {
     /// Bounds per namespace.
     #[serde(default)]
     pub quotas: Quotas,
-}
-
     /// Sizes of the kernel's maps. A change makes a new set of maps, and the gateway moves over to it.
     #[serde(default)]
     pub capacities: Capacities,
     /// How often everything in the kernel is compared with what should be there. Seconds, 1 to 3600, default 30.
     #[serde(default = "default_full_pass")]
     pub full_pass_seconds: u64,
+}
+
 /// Certificate files in PEM.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -247,7 +249,8 @@ pub struct Quotas {
     pub addresses_per_name: usize,
     /// DNS queries waiting for an upstream or a node. Default 512.
     pub queries_in_flight: usize,
-    /// Relayed connections. Default 8192.
+    /// Relayed connections, and as many forwarded flows for each pool. Default 8192, at most
+    /// [`MAX_CONNECTIONS`](crate::egress::nft::MAX_CONNECTIONS).
     pub connections: usize,
 }
 
@@ -269,11 +272,11 @@ fn default_idle() -> u64 {
 fn default_drain() -> u64 {
     30
 }
-fn default_tunnel_port() -> u16 {
-    8475
-}
 fn default_full_pass() -> u64 {
     30
+}
+fn default_tunnel_port() -> u16 {
+    8475
 }
 fn default_device() -> String {
     "eth0".into()
@@ -313,11 +316,15 @@ impl Config {
             "cluster.nodePorts: first is above last"
         );
         ensure!((60..=86400).contains(&self.flow_idle_seconds), "flowIdleSeconds: 60 to 86400");
+        self.capacities.validate().map_err(|e| anyhow::anyhow!("capacities: {e}"))?;
+        ensure!((1..=3600).contains(&self.full_pass_seconds), "fullPassSeconds: 1 to 3600");
         ensure!(self.drain_seconds <= 3600, "drainSeconds: 0 to 3600");
         ensure!(self.dns.ttl_min_seconds <= self.dns.ttl_max_seconds, "dns.ttlMinSeconds is above dns.ttlMaxSeconds");
         ensure!((1..=5000).contains(&self.dns.barrier_millis), "dns.barrierMillis: 1 to 5000");
-        self.capacities.validate().map_err(|e| anyhow::anyhow!("capacities: {e}"))?;
-        ensure!((1..=3600).contains(&self.full_pass_seconds), "fullPassSeconds: 1 to 3600");
+        ensure!(
+            (1..=MAX_CONNECTIONS).contains(&self.quotas.connections),
+            "quotas.connections: 1 to {MAX_CONNECTIONS}, half of an egress address's ports"
+        );
         ensure!(!self.device.is_empty() && self.device.len() < 16, "device: 1 to 15 characters");
         Ok(())
     }
@@ -399,6 +406,10 @@ resolvers: [{servers: ["198.51.100.53:53"]}]
         c.owners[0].gateway = "gw-x".into();
         assert!(c.check().unwrap_err().to_string().contains("owners[0].gateway"));
         c.owners.clear();
+        let over = Quotas { connections: MAX_CONNECTIONS + 1, ..c.quotas };
+        let quotas = std::mem::replace(&mut c.quotas, over);
+        assert!(c.check().unwrap_err().to_string().contains("quotas.connections"));
+        c.quotas = quotas;
         c.node = "n9".into();
         assert!(c.check().unwrap_err().to_string().contains("gateways"));
     }

@@ -14,6 +14,7 @@ use tidegate_agent::events::repaired;
 use crate::admin::{Guard, Readiness};
 use crate::core::ToCore;
 use crate::egress::nft::{HeldPair, Rules};
+use crate::egress::refused::{Reader, Refused};
 use crate::egress::{TOWARDS_PODS, TOWARDS_UPLINK, Way, load_rules, loaded_rules};
 use crate::handover::{Handover, RENEW};
 
@@ -37,12 +38,14 @@ pub struct Keeper {
     pub relay_port: u16,
     /// Idle seconds after which a flow is dead.
     pub flow_idle_seconds: u64,
-    /// Forwarded flows that one pod may have at the same time.
-    pub flows_per_pod: u32,
+    /// Forwarded flows that one scope may have at the same time.
+    pub flows_per_scope: u32,
     /// Pairs that this gateway holds now.
     pub pairs: Arc<ArcSwap<Vec<HeldPair>>>,
     /// Told which of them have their addresses and rules in place.
     pub applied: Arc<ArcSwap<Vec<HeldPair>>>,
+    /// Told of each flow that the rules refused.
+    pub refused: Box<dyn Fn(Refused) + Send>,
     /// The core, which attaches the program.
     pub core: Sender<ToCore>,
     /// Not ready while it is not plugged in.
@@ -64,9 +67,10 @@ impl Keeper {
             }
         };
         let mut said = String::new();
+        let mut refused = Reader::default();
         let mut waiting = self.readiness.guard("agent");
         while !self.stop.load(Ordering::Relaxed) {
-            let result = runtime.block_on(self.keep(waiting));
+            let result = runtime.block_on(self.keep(waiting, &mut refused));
             // Not ready from here on, until it is plugged in again.
             waiting = self.readiness.guard("agent");
             // Whoever holds the pairs must be able to hold their addresses. A core that has ended holds none.
@@ -100,13 +104,13 @@ impl Keeper {
                 dns_ports: self.dns_ports.clone(),
                 relay_port: self.relay_port,
                 pairs: self.pairs.load().as_ref().clone(),
-                flows_per_pod: self.flows_per_pod,
+                flows_per_scope: self.flows_per_scope,
             },
             flow_idle_seconds: self.flow_idle_seconds,
         }
     }
 
-    async fn keep(&self, waiting: Guard) -> Result<()> {
+    async fn keep(&self, waiting: Guard, refused: &mut Reader) -> Result<()> {
         let mut handover =
             Handover::connect(&self.socket, &self.gateway, TUNNEL_MTU, &self.way(TUNNEL_MTU).addresses())?;
         let mut way = self.way(handover.mtu);
@@ -125,6 +129,7 @@ impl Keeper {
             // more is let go at once, one that is new is held once the rules are there.
             if renew <= Instant::now() || wanted != way {
                 renew = Instant::now() + RENEW;
+                self.tell(refused);
                 let (ours, held) = (wanted.addresses(), way.addresses());
                 handover.renew(&held.into_iter().filter(|a| ours.contains(a)).collect::<Vec<_>>())?;
                 // Only the agent can make them again, and it does so for a new handover.
@@ -165,6 +170,15 @@ impl Keeper {
             }
         }
         Ok(())
+    }
+
+    /// Tells what the rules refused since the last time. They are loaded anew only after this.
+    fn tell(&self, refused: &mut Reader) {
+        match refused.read() {
+            Ok(news) => news.into_iter().for_each(&self.refused),
+            // Another program took the table away: the full pass puts it back.
+            Err(error) => tracing::debug!(%error, "what the rules refused cannot be read"),
+        }
     }
 
     fn attach(&self) -> Result<()> {

@@ -8,7 +8,7 @@ use crate::skb::{OK, SHOT, Skb};
 use crate::tables::{self, Kernel, count, get, report};
 
 /// The verdict again, over the gateway's own maps: what it steers goes on with the carry and the
-/// egress pair as its mark, everything else ends here.
+/// egress pair as its mark and the scope as its priority, everything else ends here.
 #[classifier]
 pub fn gateway_ingress(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
@@ -31,5 +31,6 @@ pub fn gateway_ingress(ctx: TcContext) -> i32 {
     }
     let pair = get!(SCOPES, &d.scope).map_or(0, |s| s.pair & 0xff);
     skb.set_mark(u32::from(d.via) | pair << 8);
+    skb.set_priority(d.scope);
     OK
 }

@@ -127,6 +127,12 @@ impl Skb {
         unsafe { (*self.ctx).mark = mark }
     }
 
+    #[inline(always)]
+    pub fn set_priority(&self, priority: u32) {
+        // SAFETY: as above; the priority is writable.
+        unsafe { (*self.ctx).priority = priority }
+    }
+
     /// Writes into the frame; false if it is too short.
     #[inline(always)]
     pub fn store<const N: usize>(&self, offset: u32, from: &[u8; N]) -> bool {

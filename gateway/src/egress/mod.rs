@@ -5,6 +5,7 @@
 //! rules with our priorities, routes in our tables, addresses of `tga`.
 
 pub mod nft;
+pub mod refused;
 mod routes;
 
 use std::io::Write;
@@ -14,8 +15,8 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use nft::Rules;
-
 use tidegate_agent::events::repaired;
+
 /// The device towards pods, plugged in by the agent.
 pub const TOWARDS_PODS: &str = "tgp";
 /// The device towards the uplink, plugged in by the agent.
@@ -85,8 +86,8 @@ impl Way {
             wanted.push((format!("net/ipv6/conf/{d}/accept_ra"), "0"));
         }
         wanted.retain(|(key, _)| has_ipv6() || !key.starts_with("net/ipv6/"));
-        for (key, value) in &wanted {
         let mut n = 0;
+        for (key, value) in &wanted {
             n += usize::from(write_sysctl(key, value)?);
         }
         // The conntrack module shows its keys only once a rule of ours has loaded it.
@@ -111,8 +112,8 @@ fn write_sysctl(key: &str, value: &str) -> Result<bool> {
         std::fs::write(&path, value).with_context(|| {
             format!("cannot set {path} to {value}: the gateway needs NET_ADMIN and a writable /proc/sys/net")
         })?;
-    }
         return Ok(true);
+    }
     Ok(false)
 }
 

@@ -1,8 +1,8 @@
 //! The gateway namespace's nftables rules, as one text for one transaction.
 //!
 //! Marks come from `gateway_ingress`: the low byte is the carry, the second byte
-//! the egress pair (0 is the pod's own way out). [`REPLY`] marks what the
-//! gateway's own sockets send back to pods.
+//! the egress pair (0 is the pod's own way out). The packet's priority is its scope's
+//! number. [`REPLY`] marks what the gateway's own sockets send back to pods.
 
 use std::fmt::Write;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -26,6 +26,31 @@ pub const CHECKED: u32 = 0x2_0000;
 pub const SNAT_PORTS: (u16, u16) = (1024, 32767);
 /// Source ports that the relay binds.
 pub const RELAY_PORTS: (u16, u16) = (32768, 60999);
+/// The most connections that one namespace may have, forwarded and relayed each: half of the ports that an egress
+/// address has towards one destination. Whoever shares the address finds the other half.
+pub const MAX_CONNECTIONS: usize = (RELAY_PORTS.1 - RELAY_PORTS.0) as usize / 2;
+
+/// Our table, of family inet.
+pub const TABLE: &str = "tidegate";
+
+/// A set that counts refused packets.
+#[derive(Clone, Copy, Debug)]
+pub struct RefusedSet {
+    /// Its name.
+    pub name: &'static str,
+    /// The family of its addresses.
+    pub v6: bool,
+    /// Whether it counts by source, destination, protocol and port, or by source alone.
+    pub flow: bool,
+}
+
+/// What counts packets of forwarded flows beyond the quota: by flow, and by pod what finds no place there.
+pub const REFUSED: [RefusedSet; 4] = [
+    RefusedSet { name: "refused4", v6: false, flow: true },
+    RefusedSet { name: "refused6", v6: true, flow: true },
+    RefusedSet { name: "refused_more4", v6: false, flow: false },
+    RefusedSet { name: "refused_more6", v6: true, flow: false },
+];
 
 /// An egress pair with its index in the mark, 1 to 255.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,8 +77,9 @@ pub struct Rules {
     pub relay_port: u16,
     /// Pairs that this gateway holds, sorted by index.
     pub pairs: Vec<HeldPair>,
-    /// Forwarded flows that one pod may have at the same time.
-    pub flows_per_pod: u32,
+    /// Forwarded flows that one scope may have at the same time. Below the number of [`SNAT_PORTS`]: others that share
+    /// the egress address find ports to every destination.
+    pub flows_per_scope: u32,
 }
 
 impl Rules {
@@ -69,7 +95,8 @@ impl Rules {
         let dev = &self.device;
         let (slo, shi) = SNAT_PORTS;
         let (mss4, mss6) = (self.mtu - 40, self.mtu - 60);
-        writeln!(o, "table inet tidegate {{}}\ndelete table inet tidegate\ntable inet tidegate {{")?;
+        writeln!(o, "table inet {TABLE} {{}}\ndelete table inet {TABLE}\ntable inet {TABLE} {{")?;
+        self.quota(o)?;
 
         // Intercepted flows have their state in a socket: conntrack would cost about a tenth of a query.
         writeln!(o, "  chain raw_prerouting {{\n    type filter hook prerouting priority raw; policy accept;")?;
@@ -97,11 +124,15 @@ impl Rules {
         writeln!(o, "    iifname \"tgp\" meta mark & 0xff == {{ {TLS}, {DNS} }} counter drop")?;
         // What the kernel program did not decide has no business here.
         writeln!(o, "    iifname \"tgp\" meta mark & 0xff == 0 counter drop")?;
+        // A flow is counted with its first packet; later ones find the mark that the forward chain gives it.
+        writeln!(
+            o,
+            "    iifname \"tgp\" meta mark & 0xff == {FORWARD} ct state new ct mark & {CHECKED:#x} == 0 jump new_flow"
+        )?;
+        // Queues of devices must not read a scope's number as a class of theirs.
+        writeln!(o, "    iifname \"tgp\" meta priority set none")?;
         writeln!(o, "    iifname \"tgp\" meta mark set meta mark | {CHECKED:#x}\n  }}")?;
 
-        for (set, l3) in [("flows4", "ipv4_addr"), ("flows6", "ipv6_addr")] {
-            writeln!(o, "  set {set} {{\n    type {l3}; flags dynamic; size 65535;\n  }}")?;
-        }
         writeln!(o, "  chain input {{\n    type filter hook input priority filter; policy accept;")?;
         writeln!(o, "    iifname \"tgp\" meta mark & 0xff != {{ {TLS}, {DNS} }} counter drop")?;
         // Who asks is known by the source address, and that was checked only on the way through the tunnel.
@@ -122,15 +153,8 @@ impl Rules {
         writeln!(o, "    ct state invalid counter drop")?;
         // A flow that nobody here knows: to the pod it must look dead at once, outside it must not be seen.
         writeln!(o, "    iifname \"tgp\" ct state new tcp flags & (fin|syn|rst|ack) != syn reject with tcp reset")?;
-        let flows = self.flows_per_pod;
-        for (set, l3) in [("flows4", "ip"), ("flows6", "ip6")] {
-            writeln!(
-                o,
-                "    iifname \"tgp\" ct state new add @{set} {{ {l3} saddr ct count over {flows} }} counter drop"
-            )?;
-        }
-        // For the errors that this namespace sends back outside, below.
-        writeln!(o, "    iifname \"tgp\" ct mark set meta mark & 0xff00")?;
+        // For the quota above, and for the errors that this namespace sends back outside, below.
+        writeln!(o, "    iifname \"tgp\" ct mark set meta mark & {:#x}", CHECKED | 0xff00)?;
         // Both ends must send segments that fit the tunnel.
         for (l3, mss) in [("ipv4", mss4), ("ipv6", mss6)] {
             writeln!(
@@ -197,6 +221,48 @@ impl Rules {
         writeln!(o, "    oifname {{ \"tga\", \"{dev}\" }} fib saddr type != local counter drop")?;
         writeln!(o, "  }}\n}}")
     }
+
+    /// The chain that counts new forwarded flows by scope, and the one that refuses them.
+    fn quota(&self, o: &mut String) -> std::fmt::Result {
+        let flows = self.flows_per_scope;
+        let key = |v6| if v6 { "ip6 saddr . ip6 daddr" } else { "ip saddr . ip daddr" };
+        for RefusedSet { name, v6, flow } in REFUSED {
+            let (typeof_, size) = match (flow, v6) {
+                (true, _) => (format!("{} . meta l4proto . th dport", key(v6)), 16384),
+                (false, true) => ("ip6 saddr".into(), 65535),
+                (false, false) => ("ip saddr".into(), 65535),
+            };
+            writeln!(o, "  set {name} {{ typeof {typeof_}; flags dynamic,timeout; timeout 30s; size {size}; }}")?;
+        }
+        writeln!(o, "  set flows {{ typeof meta priority; flags dynamic; size 65535; }}")?;
+        writeln!(o, "  set full {{ typeof meta priority; flags dynamic,timeout; timeout 100ms; size 65535; }}")?;
+
+        writeln!(o, "  chain refuse {{")?;
+        for RefusedSet { name, v6, flow } in REFUSED {
+            // A rule whose set has no room ends there, and the next one counts.
+            let l3 = if v6 { "ipv6" } else { "ipv4" };
+            if flow {
+                writeln!(
+                    o,
+                    "    meta nfproto {l3} meta l4proto {{ tcp, udp }} update @{name} {{ {} . meta l4proto . th dport counter }} drop",
+                    key(v6)
+                )?;
+            } else {
+                let l3 = if v6 { "ip6" } else { "ip" };
+                writeln!(o, "    update @{name} {{ {l3} saddr counter }} drop")?;
+            }
+        }
+        writeln!(o, "    counter drop\n  }}")?;
+
+        // Each look of `ct count` leaves the refused packet in its list for a while. A flood must not make that grow:
+        // a scope that has used up its quota is looked at again only after a moment.
+        writeln!(o, "  chain beyond {{\n    add @full {{ meta priority }}\n    goto refuse\n  }}")?;
+        writeln!(o, "  chain new_flow {{")?;
+        // What opens no flow is answered in the forward chain.
+        writeln!(o, "    tcp flags & (fin|syn|rst|ack) != syn return")?;
+        writeln!(o, "    meta priority @full goto refuse")?;
+        writeln!(o, "    add @flows {{ meta priority ct count over {flows} }} goto beyond\n  }}")
+    }
 }
 
 #[cfg(test)]
@@ -209,7 +275,7 @@ mod tests {
             mtu: 1450,
             dns_ports: vec![53, 5353],
             relay_port: 15001,
-            flows_per_pod: 100,
+            flows_per_scope: 100,
             pairs: vec![
                 HeldPair {
                     index: 1,

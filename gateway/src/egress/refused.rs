@@ -1,0 +1,263 @@
+//! Which forwarded flows the namespace's rules refused: the rules count them by flow in sets of our table, which are
+//! read here. A packet costs nothing beyond the rules, and reading empty sets takes microseconds.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::sys::socket::sockopt::ReceiveTimeout;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, setsockopt, socket,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+use tidegate_policy::Reason;
+use tidegate_policy::event::{Event, Verdict, What, Who};
+
+use super::nft::{REFUSED, RefusedSet, TABLE};
+
+/// Packets that were refused since the last look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// The pod.
+    pub source: IpAddr,
+    /// Where it wanted to go; unspecified where the rules had no room to say it.
+    pub destination: SocketAddr,
+    /// IP protocol number; 0 where the rules had no room to say it.
+    pub protocol: u8,
+    /// How many.
+    pub packets: u64,
+}
+
+impl Refused {
+    /// The event that becomes the audit record, for the endpoint `who`.
+    pub fn into_event(self, who: Option<Arc<Who>>) -> Event {
+        let Self { source, destination, protocol, packets } = self;
+        let source = SocketAddr::new(source, 0);
+        let what = What::Packet { hook: "forward", protocol, source, destination };
+        Event { who, what, verdict: Verdict::Deny, reason: Reason::Quota, rule: None, count: packets }
+    }
+}
+
+/// Remembers what was read last, so that each packet is told once.
+#[derive(Debug, Default)]
+pub struct Reader {
+    last: HashMap<(&'static str, Vec<u8>), u64>,
+}
+
+impl Reader {
+    /// What was refused since the last call, in this thread's network namespace. To be called at least every few
+    /// seconds, and before the rules are loaded anew: counts go with their elements.
+    ///
+    /// # Errors
+    /// What the kernel refused, such as a table that is not there.
+    pub fn read(&mut self) -> io::Result<Vec<Refused>> {
+        let socket = open()?;
+        let mut now = HashMap::with_capacity(self.last.len());
+        let mut news = Vec::new();
+        for set in &REFUSED {
+            dump(&socket, set.name, |key, packets| {
+                let id = (set.name, key.to_vec());
+                // An element that went and came back counts from the start.
+                let before = self.last.get(&id).filter(|n| **n <= packets).copied().unwrap_or(0);
+                if packets > before {
+                    news.extend(parse(set, key, packets - before));
+                }
+                now.insert(id, packets);
+            })?;
+        }
+        self.last = now;
+        Ok(news)
+    }
+}
+
+/// From an element's key: the source, and with `flow` destination, protocol and port, each padded to four octets.
+fn parse(set: &RefusedSet, key: &[u8], packets: u64) -> Option<Refused> {
+    let ip = |bytes: &[u8]| -> Option<IpAddr> {
+        if set.v6 {
+            Some(<[u8; 16]>::try_from(bytes).ok()?.into())
+        } else {
+            Some(<[u8; 4]>::try_from(bytes).ok()?.into())
+        }
+    };
+    let length = if set.v6 { 16 } else { 4 };
+    let (source, rest) = key.split_at_checked(length)?;
+    let source = ip(source)?;
+    if !set.flow {
+        let nowhere = if set.v6 { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { Ipv4Addr::UNSPECIFIED.into() };
+        return Some(Refused { source, destination: SocketAddr::new(nowhere, 0), protocol: 0, packets });
+    }
+    let (destination, rest) = rest.split_at_checked(length)?;
+    let [protocol, _, _, _, high, low, ..] = *rest else { return None };
+    let destination = SocketAddr::new(ip(destination)?, u16::from_be_bytes([high, low]));
+    Some(Refused { source, destination, protocol, packets })
+}
+
+fn open() -> io::Result<OwnedFd> {
+    let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)?;
+    // The kernel answers at once; the thread that asks renews leases, and must not hang whatever happens.
+    setsockopt(&socket, ReceiveTimeout, &TimeVal::milliseconds(200))?;
+    Ok(socket)
+}
+
+// linux/netlink.h, linux/netfilter/nf_tables.h.
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const NLM_F_REQUEST: u16 = 1;
+const NLM_F_DUMP: u16 = 0x300;
+const NFT_MSG_GETSETELEM: u16 = 10 << 8 | 13;
+const NFPROTO_INET: u8 = 1;
+const LIST_TABLE: u16 = 1;
+const LIST_SET: u16 = 2;
+const LIST_ELEMENTS: u16 = 3;
+const ELEM_KEY: u16 = 1;
+const ELEM_EXPR: u16 = 7;
+const DATA_VALUE: u16 = 1;
+const EXPR_NAME: u16 = 1;
+const EXPR_DATA: u16 = 2;
+const COUNTER_PACKETS: u16 = 2;
+
+/// Attributes of a netlink message, one after the other, with the flags of their types taken off.
+fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let [a, b, c, d, ..] = *bytes else { return None };
+        let length = usize::from(u16::from_ne_bytes([a, b]));
+        let body = bytes.get(4..length)?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((u16::from_ne_bytes([c, d]) & 0x3fff, body))
+    })
+}
+
+fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
+    attributes(bytes).find(|(k, _)| *k == kind).map(|(_, body)| body)
+}
+
+/// The key of an element and the packets that its counter has seen.
+fn counted(element: &[u8]) -> Option<(&[u8], u64)> {
+    let key = attribute(attribute(element, ELEM_KEY)?, DATA_VALUE)?;
+    let expression = attribute(element, ELEM_EXPR)?;
+    if attribute(expression, EXPR_NAME)? != b"counter\0" {
+        return None;
+    }
+    let packets = attribute(attribute(expression, EXPR_DATA)?, COUNTER_PACKETS)?;
+    Some((key, u64::from_be_bytes(packets.try_into().ok()?)))
+}
+
+/// Reads a set of our table, element by element.
+fn dump(socket: &OwnedFd, set: &str, mut each: impl FnMut(&[u8], u64)) -> io::Result<()> {
+    let mut request = vec![0; 16];
+    request.extend([NFPROTO_INET, 0, 0, 0]);
+    for (kind, text) in [(LIST_TABLE, TABLE), (LIST_SET, set)] {
+        let length = 4 + text.len() + 1;
+        // Names of ours are short.
+        request.extend((length as u16).to_ne_bytes());
+        request.extend(kind.to_ne_bytes());
+        request.extend(text.bytes());
+        request.resize(request.len() + length.next_multiple_of(4) - length + 1, 0);
+    }
+    let length = request.len() as u32;
+    request[..4].copy_from_slice(&length.to_ne_bytes());
+    request[4..6].copy_from_slice(&NFT_MSG_GETSETELEM.to_ne_bytes());
+    request[6..8].copy_from_slice(&(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
+    sendto(socket.as_raw_fd(), &request, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
+    // The kernel's dumps come in messages of at most 32 KiB.
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        let n = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+        let mut rest = &buffer[..n];
+        while let Some(header) = rest.get(..16) {
+            let length = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
+            let Some(body) = rest.get(16..length) else { break };
+            match u16::from_ne_bytes([header[4], header[5]]) {
+                NLMSG_DONE => return Ok(()),
+                NLMSG_ERROR => {
+                    let code = body.get(..4).and_then(|c| c.try_into().ok()).map_or(0, i32::from_ne_bytes);
+                    return Err(io::Error::from_raw_os_error(-code));
+                }
+                _ => {
+                    let elements = body.get(4..).and_then(|b| attribute(b, LIST_ELEMENTS)).unwrap_or_default();
+                    attributes(elements).filter_map(|(_, e)| counted(e)).for_each(|(key, packets)| each(key, packets));
+                }
+            }
+            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+
+    use super::*;
+    use crate::egress::load_rules;
+    use crate::egress::nft::{REFUSED, Rules};
+
+    /// Rules whose quota a test can use up on loopback: the counting chains of the real ones, reached from an output hook.
+    fn rules(flows: u32) -> String {
+        let text = Rules {
+            device: "eth0".into(),
+            mtu: 1450,
+            dns_ports: vec![53],
+            relay_port: 15001,
+            pairs: Vec::new(),
+            flows_per_scope: flows,
+        }
+        .render();
+        let (all, end) = text.rsplit_once('}').unwrap();
+        format!(
+            "{all}  chain test {{ type filter hook output priority mangle; oifname \"lo\" ct state new ct mark 0 meta priority set 1:1 jump new_flow; oifname \"lo\" ct mark set 1; }}\n}}{end}"
+        )
+    }
+
+    #[test]
+    fn flows_beyond_the_quota_are_counted_one_by_one() {
+        std::thread::spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            let mut reader = Reader::default();
+            assert!(reader.read().is_err(), "there is no table yet");
+            let up = std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap();
+            assert!(up.success());
+            load_rules(&rules(3)).unwrap();
+            assert_eq!(reader.read().unwrap(), [], "nothing was refused");
+            for (from, to) in [("127.0.0.1:0", "127.0.0.1:7001"), ("[::1]:0", "[::1]:7001")] {
+                let to: SocketAddr = to.parse().unwrap();
+                let sockets: Vec<UdpSocket> = (0..8).map(|_| UdpSocket::bind(from).unwrap()).collect();
+                // The first three are flows of the scope, in whatever family.
+                let sent: Vec<bool> = sockets.iter().map(|s| s.send_to(b"x", to).is_ok()).collect();
+                let refused = sent.iter().filter(|ok| !**ok).count() as u64;
+                assert_eq!(refused, if to.is_ipv4() { 5 } else { 8 }, "{sent:?}");
+                let told = reader.read().unwrap();
+                let expected = Refused { source: to.ip(), destination: to, protocol: 17, packets: refused };
+                assert_eq!(told, [expected]);
+                assert_eq!(reader.read().unwrap(), [], "each packet is told once");
+                assert!(sockets[7].send_to(b"y", to).is_err());
+                assert_eq!(reader.read().unwrap(), [Refused { packets: 1, ..expected }]);
+                // The flows that live go on.
+                assert_eq!(sockets[0].send_to(b"z", to).is_ok(), to.is_ipv4());
+            }
+            // Without room for flows pods are counted, exactly.
+            load_rules(&rules(0).replace("size 16384", "size 1")).unwrap();
+            reader.read().unwrap();
+            let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+            for port in 1..=20 {
+                assert!(socket.send_to(b"x", ("127.0.0.1", 7000 + port)).is_err());
+            }
+            let told = reader.read().unwrap();
+            assert_eq!(told.iter().map(|r| r.packets).sum::<u64>(), 20, "{told:?}");
+            let rest = told.iter().find(|r| r.protocol == 0).unwrap();
+            assert_eq!((rest.source, rest.destination), ("127.0.0.1".parse().unwrap(), "0.0.0.0:0".parse().unwrap()));
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn keys_that_are_too_short_are_no_flow() {
+        for set in &REFUSED {
+            for length in 0..if set.flow { 8 } else { 4 } {
+                assert_eq!(parse(set, &vec![0; length], 1), None);
+            }
+        }
+    }
+}
