@@ -47,6 +47,8 @@ const HEARTBEAT: Duration = Duration::from_millis(200);
 const DECIDE: Duration = Duration::from_millis(100);
 /// What was learnt goes to the other gateways and to the journal at most so often.
 const SPREAD: Duration = Duration::from_millis(20);
+/// Answers and acks that are heard before what follows from them is carried out.
+const BATCH: usize = 128;
 /// Counters are published so often.
 const COUNT: Duration = Duration::from_secs(1);
 /// Facts of scopes that this gateway does not know yet, kept for the next compile.
@@ -461,7 +463,19 @@ impl Core {
             let wait = run.due().saturating_sub(run.core.shared.now());
             match run.core.rx.recv_timeout(wait) {
                 Ok(ToCore::Stop) | Err(RecvTimeoutError::Disconnected) => return,
-                Ok(message) => run.handle(message),
+                Ok(message) => {
+                    run.take(message);
+                    // What waits behind it is heard before anything is carried out: a node is told of all of it in one
+                    // message, and acks it with one.
+                    for _ in 1..BATCH {
+                        match run.core.rx.try_recv() {
+                            Ok(ToCore::Stop) => return,
+                            Ok(message) => run.take(message),
+                            Err(_) => break,
+                        }
+                    }
+                    run.carry_out();
+                }
                 Err(RecvTimeoutError::Timeout) => {}
             }
             run.timers();
@@ -544,7 +558,11 @@ impl Run {
 }
 
 impl Run {
-    fn handle(&mut self, message: ToCore) {
+    /// Takes a message. What follows from an answer or an ack is left for [`Self::carry_out`].
+    fn take(&mut self, message: ToCore) {
+        if !matches!(message, ToCore::Bind(_) | ToCore::FactsAck { .. }) {
+            self.carry_out();
+        }
         match message {
             ToCore::World(world) if self.settled => self.world(world),
             ToCore::World(world) => self.next = Some(world),
@@ -602,7 +620,7 @@ impl Run {
                         return;
                     }
                     let node = NodeId(self.core.shared.nodes.id(&node));
-                    self.feed(Input::Ack { node, seq: ack.sequence });
+                    self.hear(Input::Ack { node, seq: ack.sequence });
                 }
             }
             ToCore::FactsDown { node, id } => {
@@ -748,7 +766,7 @@ impl Run {
         let ticket = self.next_ticket;
         self.next_ticket += 1;
         self.waiting.insert(ticket, Waiting { since: Instant::now(), reply: b.reply });
-        self.feed(Input::Answer(Answer {
+        self.hear(Input::Answer(Answer {
             ticket,
             scope: b.scope,
             owner: b.owner,
@@ -760,21 +778,51 @@ impl Run {
         }));
     }
 
+    /// The ledger hears something.
+    fn hear(&mut self, input: Input) {
+        self.core.ledger.handle(input, self.core.shared.now(), &mut self.out);
+    }
+
+    /// The ledger hears something, and what follows is carried out.
     fn feed(&mut self, input: Input) {
-        let now = self.core.shared.now();
+        self.hear(input);
+        self.carry_out();
+    }
+
+    /// Carries out what the ledger asked for: first our own kernel, then the nodes, then the answers.
+    fn carry_out(&mut self) {
         let mut out = std::mem::take(&mut self.out);
-        self.core.ledger.handle(input, now, &mut out);
-        let mut idle = Vec::new();
-        let local = |o: &Output| if let Output::Local(update) = o { Some(update.clone()) } else { None };
-        let updates: Vec<FactUpdate> = out.iter().filter_map(local).collect();
+        let mut updates = Vec::new();
+        let mut pushes: BTreeMap<NodeId, (u64, bool, Vec<FactUpdate>)> = BTreeMap::new();
+        out.retain_mut(|output| match output {
+            Output::Local(update) => {
+                updates.push(update.clone());
+                false
+            }
+            Output::Push { node, seq, snapshot, facts } => {
+                let facts = std::mem::take(facts);
+                match pushes.get_mut(node) {
+                    // Acks are cumulative: several pushes are one, under the last sequence.
+                    Some(push) if !*snapshot => {
+                        push.0 = *seq;
+                        push.2.extend(facts);
+                    }
+                    // A snapshot says all that was said before.
+                    _ => drop(pushes.insert(*node, (*seq, *snapshot, facts))),
+                }
+                false
+            }
+            _ => true,
+        });
         if !updates.is_empty() {
             self.local(&updates);
         }
+        for (node, (seq, snapshot, facts)) in pushes {
+            self.push(node, seq, snapshot, facts);
+        }
+        let mut idle = Vec::new();
         for output in out.drain(..) {
             match output {
-                // Our own kernel has all of them already.
-                Output::Local(_) => {}
-                Output::Push { node, seq, snapshot, facts } => self.push(node, seq, snapshot, facts),
                 Output::Release { ticket, addresses } => self.answer(ticket, Ok(addresses)),
                 Output::Fail { ticket, reason } => self.answer(ticket, Err(reason)),
                 Output::CheckIdle { scope, ip } => {
@@ -782,7 +830,7 @@ impl Run {
                         idle.push((scope, ip));
                     }
                 }
-                Output::Unbound { .. } => {}
+                Output::Local(_) | Output::Push { .. } | Output::Unbound { .. } => {}
             }
         }
         self.out = out;

@@ -5,6 +5,7 @@
 //! rules with our priorities, routes in our tables, addresses of `tga`.
 
 pub mod nft;
+pub mod refused;
 mod routes;
 
 use std::io::Write;
