@@ -188,7 +188,7 @@ fn reply_of(stored: &Stored, message: &[u8], name: &str, qtype: u16, mode: AskMo
     }
     for limit in [512, 65_535] {
         let bound = scratch.bind.clone();
-        render(&query, stored, &plan, stored.ttl_or_zero(NOW), limit, &mut scratch);
+        render(&query, stored, plan.clone(), stored.ttl_or_zero(NOW), limit, &mut scratch);
         assert!(!plan.bind || plan.lenient || scratch.sent.iter().all(|ip| bound.contains(ip)), "only what is bound");
         assert!(scratch.out.len() <= limit);
         if matches!(qtype, rtype::A | rtype::AAAA | rtype::CNAME) {
