@@ -149,6 +149,32 @@ fn other_parsers_read_the_same_of_real_hellos() {
     }
 }
 
+/// Others who understand the hello read what we read.
+fn agree(
+    hello: &Hello,
+    rustls: Option<Option<String>>,
+    tls_parser: Option<Vec<Vec<u8>>>,
+) -> Result<(), proptest::test_runner::TestCaseError> {
+    if let Some(theirs) = rustls {
+        match (&hello.sni, theirs) {
+            (Sni::Name(ours), Some(theirs)) => prop_assert!(same(&theirs, ours.as_str()), "{ours} {theirs}"),
+            (Sni::Name(ours), None) => prop_assert!(false, "rustls reads no name, we {ours}"),
+            (Sni::Missing | Sni::Ip, theirs) => prop_assert_eq!(theirs, None),
+        }
+    }
+    if let Some(theirs) = tls_parser {
+        match &hello.sni {
+            Sni::Name(ours) => {
+                prop_assert_eq!(theirs.len(), 1);
+                prop_assert!(same(std::str::from_utf8(&theirs[0]).unwrap(), ours.as_str()));
+            }
+            Sni::Missing => prop_assert!(theirs.is_empty()),
+            Sni::Ip => prop_assert_eq!(theirs.len(), 1),
+        }
+    }
+    Ok(())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 
@@ -171,23 +197,102 @@ proptest! {
             stream[(at - 12 + i) % len] = b;
         }
         if let Progress::Hello(hello) = peek(&stream) {
-            if let Some(theirs) = rustls_reads(&stream) {
-                match (&hello.sni, theirs) {
-                    (Sni::Name(ours), Some(theirs)) => prop_assert!(same(&theirs, ours.as_str()), "{ours} {theirs}"),
-                    (Sni::Name(ours), None) => prop_assert!(false, "rustls reads no name, we {ours}"),
-                    (Sni::Missing | Sni::Ip, theirs) => prop_assert_eq!(theirs, None),
+            agree(&hello, rustls_reads(&stream), tls_parser_reads(&stream))?;
+        }
+    }
+}
+
+/// A hello in one record, taken apart: what is before the extensions, and these.
+fn parts(stream: &[u8]) -> (Vec<u8>, Vec<(u16, Vec<u8>)>) {
+    let body = &stream[9..];
+    let u16_at = |at: usize| usize::from(u16::from_be_bytes([body[at], body[at + 1]]));
+    let session = 34 + 1 + usize::from(body[34]);
+    let suites = session + 2 + u16_at(session);
+    let start = suites + 1 + usize::from(body[suites]);
+    let (mut at, mut extensions) = (start + 2, Vec::new());
+    while at < body.len() {
+        let end = at + 4 + u16_at(at + 2);
+        extensions.push((u16_at(at) as u16, body[at + 4..end].to_vec()));
+        at = end;
+    }
+    (body[..start].to_vec(), extensions)
+}
+
+/// Puts it together again, in records of at most so many octets.
+fn joined(head: &[u8], extensions: &[(u16, Vec<u8>)], most: usize) -> Vec<u8> {
+    let mut list = Vec::new();
+    for (kind, data) in extensions {
+        list.extend(kind.to_be_bytes());
+        list.extend((data.len() as u16).to_be_bytes());
+        list.extend(data);
+    }
+    let mut body = head.to_vec();
+    body.extend((list.len() as u16).to_be_bytes());
+    body.extend(list);
+    let mut message = vec![1];
+    message.extend(&(body.len() as u32).to_be_bytes()[1..]);
+    message.extend(body);
+    message.chunks(most).flat_map(|c| [&[22, 3, 1][..], &(c.len() as u16).to_be_bytes(), c].concat()).collect()
+}
+
+/// A list of server names.
+fn names(list: &[(u8, &[u8])]) -> Vec<u8> {
+    let mut out = Vec::new();
+    for (kind, name) in list {
+        out.push(*kind);
+        out.extend((name.len() as u16).to_be_bytes());
+        out.extend(*name);
+    }
+    [&(out.len() as u16).to_be_bytes()[..], &out].concat()
+}
+
+const LISTS: [&[(u8, &[u8])]; 12] = [
+    &[],
+    &[(0, b"api.example.com")],
+    &[(0, b"other.example.com")],
+    &[(0, b"API.Example.COM")],
+    &[(0, b"api.example.com.")],
+    &[(0, b"api.example.com"), (0, b"other.example.com")],
+    &[(0, b"api.example.com"), (1, b"other.example.com")],
+    &[(1, b"other.example.com"), (0, b"api.example.com")],
+    &[(0, b"api.example.com\0.other.example.com")],
+    &[(0, b"")],
+    &[(0, b"192.0.2.1")],
+    &[(0, b"xn--bcher-kva.example")],
+];
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+
+    /// However a hello is put together, in whatever records: nobody reads another name in what we let pass.
+    #[test]
+    fn no_structure_makes_two_readings(
+        edits in proptest::collection::vec((0usize..6, any::<u8>(), 0usize..LISTS.len()), 0..4),
+        most in prop_oneof![Just(16_384usize), 1usize..600],
+        tls12 in any::<bool>(),
+    ) {
+        let (head, mut extensions) = parts(&Stack { tls12, ..PLAIN }.hello("api.example.com"));
+        for (what, at, list) in edits {
+            let (at, said) = (usize::from(at) % extensions.len(), names(LISTS[list]));
+            let sni = extensions.iter().position(|e| e.0 == 0);
+            match (what, sni) {
+                // Instead of what it said, beside it, without it, under another number, with something behind it.
+                (0, Some(i)) => extensions[i].1 = said,
+                (1, _) => extensions.insert(at, (0, said)),
+                (2, Some(i)) if extensions.len() > 1 => drop(extensions.remove(i)),
+                (3, _) => extensions[at].0 = [0, 21, 16, 0xfe0d, 0xffff][list % 5],
+                (4, Some(i)) => extensions[i].1.push(0),
+                _ => {
+                    let one = extensions[at].clone();
+                    extensions.push(one);
                 }
             }
-            if let Some(theirs) = tls_parser_reads(&stream) {
-                match &hello.sni {
-                    Sni::Name(ours) => {
-                        prop_assert_eq!(theirs.len(), 1);
-                        prop_assert!(same(std::str::from_utf8(&theirs[0]).unwrap(), ours.as_str()));
-                    }
-                    Sni::Missing => prop_assert!(theirs.is_empty()),
-                    Sni::Ip => prop_assert_eq!(theirs.len(), 1),
-                }
-            }
+        }
+        let stream = joined(&head, &extensions, most);
+        let one = joined(&head, &extensions, 16_384);
+        prop_assert_eq!(peek(&stream), peek(&one), "records change what is read");
+        if let Progress::Hello(hello) = peek(&stream) {
+            agree(&hello, rustls_reads(&stream), tls_parser_reads(&one))?;
         }
     }
 }
