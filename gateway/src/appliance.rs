@@ -42,6 +42,15 @@ use crate::watch::Watch;
 use crate::way::Keeper;
 use crate::{admin, audit, core, descriptors, peers, push, telemetry};
 
+/// Removes everything of this gateway from its network namespace but sysctls, and its kernel maps.
+pub fn cleanup(path: &Path) -> Result<()> {
+    let config = Config::load(path)?;
+    tidegate_ebpf::remove_pins(&config.pins).context("cannot clean up")?;
+    runtime()?.block_on(crate::egress::remove()).context("cannot clean up")?;
+    println!("removed the kernel program, maps, rules and routes of gateway {}", config.name);
+    Ok(())
+}
+
 /// The port that is DNS whatever the destination; endpoints of the cluster's DNS may add others.
 const DNS_PORT: u16 = 53;
 /// Where intercepted TLS arrives. Only TPROXY reaches it.

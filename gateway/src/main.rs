@@ -48,6 +48,10 @@ enum Command {
         /// The configuration file (YAML).
         #[arg(long)]
         config: PathBuf,
+        /// Remove everything of this gateway but sysctls from its network namespace instead, with its kernel maps, and
+        /// end. It must not run.
+        #[arg(long)]
+        cleanup: bool,
     },
     /// Run the agent of a node: kernel programs, guard, tunnel, held addresses.
     ///
@@ -89,7 +93,8 @@ fn main() -> ExitCode {
         abort_on_panic();
     }
     let result = match command {
-        Command::Gateway { config } => appliance::run(&config).map(|()| 0),
+        Command::Gateway { config, cleanup: false } => appliance::run(&config).map(|()| 0),
+        Command::Gateway { config, cleanup: true } => appliance::cleanup(&config).map(|()| 0),
         Command::Agent { config, cleanup: false } => agent_cmd::run(&config).map(|()| 0),
         Command::Agent { config, cleanup: true } => agent_cmd::cleanup(&config).map(|()| 0),
         Command::Policy { command } => {

@@ -98,6 +98,13 @@ impl Way {
     }
 }
 
+/// Removes what [`Way::apply`] made from this thread's network namespace, except for sysctls: nobody knows what else has
+/// come to need them. What is not there is no error.
+pub async fn remove() -> Result<()> {
+    load_rules("table inet tidegate {}\ndelete table inet tidegate\n")?;
+    routes::remove().await
+}
+
 /// Whether the kernel has IPv6 at all: with `ipv6.disable=1` it has neither its keys nor its routes.
 fn has_ipv6() -> bool {
     std::path::Path::new("/proc/sys/net/ipv6").exists()

@@ -124,6 +124,26 @@ async fn apply_with(handle: &Handle, device: &str, mtu: u16, addresses: &[IpAddr
     Ok(changed)
 }
 
+/// Removes our rules, and our routes except those that went with their device. The addresses go with `tga`.
+pub async fn remove() -> Result<()> {
+    let (connection, handle, _) = rtnetlink::new_connection().context("cannot open a netlink socket")?;
+    let task = tokio::spawn(connection);
+    let result = remove_with(&handle).await;
+    task.abort();
+    result
+}
+
+async fn remove_with(handle: &Handle) -> Result<()> {
+    let families: &[bool] = if super::has_ipv6() { &[false, true] } else { &[false] };
+    for &v6 in families {
+        set_rules(handle, v6, &[]).await?;
+        for route in our_routes(handle, v6).await? {
+            handle.route().del(route).execute().await.context("cannot remove a route")?;
+        }
+    }
+    Ok(())
+}
+
 /// Brings a device up and gives its index.
 async fn set_link(handle: &Handle, name: &str, mtu: Option<u32>, changed: &mut Changed) -> Result<u32> {
     let mut links = handle.link().get().match_name(name.to_owned()).execute();
@@ -143,24 +163,33 @@ async fn set_link(handle: &Handle, name: &str, mtu: Option<u32>, changed: &mut C
     Ok(index)
 }
 
-/// The default routes of our tables: (table, device).
-async fn defaults(handle: &Handle, v6: bool) -> Result<BTreeSet<(u32, u32)>> {
+/// The routes of our tables.
+async fn our_routes(handle: &Handle, v6: bool) -> Result<Vec<RouteMessage>> {
     let mut request = RouteMessage::default();
     request.header.address_family = if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
     let mut routes = Box::pin(handle.route().get(request).execute());
-    let mut out = BTreeSet::new();
+    let mut out = Vec::new();
     while let Some(route) = routes.try_next().await.context("cannot list routes")? {
-        let (mut table, mut device) = (u32::from(route.header.table), None);
-        for attribute in &route.attributes {
-            match attribute {
-                RouteAttribute::Table(t) => table = *t,
-                RouteAttribute::Oif(i) => device = Some(*i),
-                _ => {}
-            }
+        if (LOCAL..=UPLINK).contains(&table(&route)) {
+            out.push(route);
         }
+    }
+    Ok(out)
+}
+
+fn table(route: &RouteMessage) -> u32 {
+    let long = route.attributes.iter().find_map(|a| if let RouteAttribute::Table(t) = a { Some(*t) } else { None });
+    long.unwrap_or_else(|| route.header.table.into())
+}
+
+/// The default routes of our tables: (table, device).
+async fn defaults(handle: &Handle, v6: bool) -> Result<BTreeSet<(u32, u32)>> {
+    let mut out = BTreeSet::new();
+    for route in our_routes(handle, v6).await? {
+        let table = table(&route);
+        let device = route.attributes.iter().find_map(|a| if let RouteAttribute::Oif(i) = a { Some(*i) } else { None });
         let kind = if table == LOCAL { RouteType::Local } else { RouteType::Unicast };
         if let Some(device) = device
-            && (LOCAL..=UPLINK).contains(&table)
             && route.header.destination_prefix_length == 0
             && route.header.kind == kind
         {
@@ -332,6 +361,12 @@ mod tests {
             assert!(repaired.contains("lookup 77"), "foreign rules stay");
             let addresses = sh("ip addr show tga");
             assert!(addresses.contains("203.0.113.10/32") && !addresses.contains("203.0.113.99"), "{addresses}");
+            for _ in 0..2 {
+                rt.block_on(remove()).unwrap();
+                let left = sh("ip rule; ip -6 rule; ip route show table all; ip -6 route show table all");
+                assert!(!left.contains("lookup 10") && !left.contains("table 10") && !left.contains("blackhole"), "{left}");
+                assert!(left.contains("lookup 77"), "foreign rules stay");
+            }
         })
         .join()
         .unwrap();
