@@ -1,6 +1,9 @@
 //! Answers of upstream resolvers: the query that Tidegate sends, the checks of
 //! what comes back, and the form in which it is kept.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use smallvec::SmallVec;
 use thiserror::Error;
 
@@ -64,64 +67,158 @@ pub fn upstream_query(key: &[u8], id: u16, case: &[u8; 32], edns: bool) -> Vec<u
     out
 }
 
-/// A checked answer, unfiltered, in the form in which it is kept.
+/// A checked answer, unfiltered, in the form in which it is kept: one of those in the entry of its name.
 ///
-/// The records are wire data that can be copied behind the question: first the
-/// aliases in the order of the chain, then the RRset. Owners are pointers to the
-/// question or to the alias before, so that any record of the RRset can be left out.
+/// ```text
+/// entry     length of the name (1 octet), name on the wire in lower case, answers
+/// answer    length of the records (2), type (2), end on the caller's millisecond clock (6), code and aliases (1), number (2), records
+/// records   aliases in the order of the chain, then the RRset; of each the length of its RDATA (2) and the RDATA
+/// ```
+///
+/// Names and overhead are most of what is kept, so all types of a name share one allocation. In a reply owners are
+/// pointers to the question or to the alias before, so that any record of the RRset can be left out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stored {
-    /// When it ends, on the caller's millisecond clock.
+    entry: Arc<[u8]>,
+    head: Head,
+    /// Its records in the entry.
+    records: Range<usize>,
+}
+
+/// What an answer's records are of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Head {
+    qtype: u16,
     expires: u64,
     rcode: u8,
     chain: u8,
     records: u16,
-    key: u16,
-    data: Box<[u8]>,
+}
+
+impl Head {
+    const SIZE: usize = 11;
+
+    fn read(bytes: &[u8]) -> Option<Self> {
+        let &[t0, t1, e0, e1, e2, e3, e4, e5, marks, n0, n1] = bytes.first_chunk()?;
+        Some(Self {
+            qtype: u16::from_be_bytes([t0, t1]),
+            expires: u64::from_be_bytes([0, 0, e0, e1, e2, e3, e4, e5]),
+            rcode: marks >> 4,
+            chain: marks & 0xf,
+            records: u16::from_be_bytes([n0, n1]),
+        })
+    }
+
+    fn write(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.qtype.to_be_bytes());
+        // Milliseconds of nine thousand years.
+        out.extend_from_slice(&self.expires.to_be_bytes()[2..]);
+        out.push(self.rcode << 4 | self.chain);
+        out.extend_from_slice(&self.records.to_be_bytes());
+    }
+
+    fn lives(&self, now: u64) -> bool {
+        self.expires > now
+    }
+}
+
+/// The name of an entry, on the wire.
+pub(crate) fn name_of(entry: &[u8]) -> &[u8] {
+    let Some((len, rest)) = entry.split_first() else { return &[] };
+    rest.get(..usize::from(*len)).unwrap_or_default()
+}
+
+/// The answers of an entry: what they are of and where their records are.
+fn answers(entry: &[u8]) -> impl Iterator<Item = (Head, Range<usize>)> {
+    let mut at = 1 + name_of(entry).len();
+    std::iter::from_fn(move || {
+        let len = usize::from(be16(entry, at)?);
+        let head = Head::read(entry.get(at + 2..)?)?;
+        let start = at + 2 + Head::SIZE;
+        at = start + len;
+        Some((head, start..at))
+    })
+}
+
+/// How many answers an entry has.
+pub(crate) fn count(entry: &[u8]) -> usize {
+    answers(entry).count()
+}
+
+/// Whether some answer of an entry has not expired at `now`.
+pub(crate) fn lives(entry: &[u8], now: u64) -> bool {
+    answers(entry).any(|(h, _)| h.lives(now))
 }
 
 /// One record of a [`Stored`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Stanza<'a> {
     /// Owner, type and class: the octets before the TTL.
-    pub head: &'a [u8],
+    pub head: [u8; 6],
     pub rdata: &'a [u8],
 }
 
 impl Stored {
-    /// What it is stored under.
-    pub fn key(&self) -> &[u8] {
-        &self.data[..usize::from(self.key)]
+    /// The answer of a type in an entry.
+    pub(crate) fn find(entry: &Arc<[u8]>, qtype: u16) -> Option<Self> {
+        let (head, records) = answers(entry).find(|(h, _)| h.qtype == qtype)?;
+        Some(Self { entry: Arc::clone(entry), head, records })
+    }
+
+    /// An entry with this answer, and beside it those of other types in `others`; without what has expired at
+    /// `now`. At most `most` answers and `octets`, this one before others; `None` if nothing is left.
+    pub(crate) fn beside(&self, others: Option<&[u8]>, now: u64, most: usize, octets: usize) -> Option<Arc<[u8]>> {
+        let own = (self.head, &self.entry[self.records.clone()]);
+        let others = others.unwrap_or_default();
+        let others = answers(others).filter(|(h, _)| h.qtype != self.head.qtype).map(|(h, r)| (h, &others[r]));
+        let mut out = Vec::with_capacity(self.entry.len());
+        out.push(self.name().len() as u8);
+        out.extend_from_slice(self.name());
+        let mut n = 0;
+        for (head, records) in std::iter::once(own).chain(others) {
+            if n < most && head.lives(now) && out.len() + 2 + Head::SIZE + records.len() <= octets {
+                out.extend_from_slice(&(records.len() as u16).to_be_bytes());
+                head.write(&mut out);
+                out.extend_from_slice(records);
+                n += 1;
+            }
+        }
+        (n > 0).then(|| out.into())
+    }
+
+    /// The name that was asked, on the wire in lower case.
+    pub fn name(&self) -> &[u8] {
+        name_of(&self.entry)
+    }
+
+    /// The type that was asked.
+    pub fn qtype(&self) -> u16 {
+        self.head.qtype
     }
 
     /// NOERROR or NXDOMAIN.
     pub fn rcode(&self) -> u8 {
-        self.rcode
+        self.head.rcode
     }
 
     /// How many aliases come before the RRset.
     pub fn chain_len(&self) -> usize {
-        usize::from(self.chain)
+        usize::from(self.head.chain)
     }
 
     /// How many records the RRset has; 0 for a negative.
     pub fn len(&self) -> usize {
-        usize::from(self.records)
+        usize::from(self.head.records)
     }
 
     /// Whether it is a negative.
     pub fn is_empty(&self) -> bool {
-        self.records == 0
-    }
-
-    /// Octets of memory that it takes, about.
-    pub fn size(&self) -> usize {
-        size_of::<Self>() + 16 + self.data.len()
+        self.head.records == 0
     }
 
     /// What is left of its TTL at `now`, to the nearest second; `None` once it has expired.
     pub fn ttl(&self, now: u64) -> Option<u32> {
-        let left = self.expires.checked_sub(now).filter(|l| *l > 0)?;
+        let left = self.head.expires.checked_sub(now).filter(|l| *l > 0)?;
         Some(u32::try_from((left + 500) / 1000).unwrap_or(u32::MAX))
     }
 
@@ -132,12 +229,23 @@ impl Stored {
 
     /// All records, the chain first.
     pub(crate) fn stanzas(&self) -> impl Iterator<Item = Stanza<'_>> {
-        let mut rest = &self.data[usize::from(self.key)..];
+        let mut rest = &self.entry[self.records.clone()];
+        let mut owner = [0xc0, HEADER as u8];
+        let mut aliases = self.chain_len();
+        // Where the next RDATA is in a reply: behind header, question, and owner, type, class, TTL and length.
+        let mut at = HEADER + self.name().len() + 4 + 12;
         std::iter::from_fn(move || {
-            let len = usize::from(be16(rest, 6)?);
-            let rdata = rest.get(8..8 + len)?;
-            let head = &rest[..6];
-            rest = &rest[8 + len..];
+            let len = usize::from(be16(rest, 0)?);
+            let rdata = rest.get(2..2 + len)?;
+            rest = &rest[2 + len..];
+            let [t0, t1] = if aliases > 0 { rtype::CNAME } else { self.head.qtype }.to_be_bytes();
+            let head = [owner[0], owner[1], t0, t1, 0, CLASS_IN as u8];
+            if aliases > 0 {
+                // At most MAX_CHAIN names of 255 octets: below the 16,384 that a pointer reaches.
+                owner = (0xc000 | at as u16).to_be_bytes();
+                aliases -= 1;
+            }
+            at += len + 12;
             Some(Stanza { head, rdata })
         })
     }
@@ -317,11 +425,11 @@ pub fn check(sent: &[u8], m: &[u8], exact_case: bool, now: u64, ttl_max: u32) ->
 
 /// A [`Stored`] in the making.
 struct Kept {
+    /// The entry: name, room for the head, records.
     data: Vec<u8>,
-    key: usize,
+    /// Where the records begin.
+    start: usize,
     qtype: u16,
-    /// The pointer that the next record's owner is.
-    owner: [u8; 2],
     ttl: u32,
     chain: u8,
     records: u16,
@@ -330,62 +438,48 @@ struct Kept {
 impl Kept {
     fn new(qtype: u16, qname: &[u8]) -> Self {
         let mut data = Vec::with_capacity(128);
-        data.extend_from_slice(&qtype.to_be_bytes());
+        // At most MAX_WIRE_NAME.
+        data.push(qname.len() as u8);
         data.extend_from_slice(qname);
-        let key = data.len();
-        Self { data, key, qtype, owner: [0xc0, HEADER as u8], ttl: u32::MAX, chain: 0, records: 0 }
-    }
-
-    /// Where the next record's RDATA will be in a reply, whose records carry a TTL that this form does not.
-    fn next_rdata(&self) -> usize {
-        let question = self.key - 2 + 4;
-        let kept = self.data.len() - self.key + 4 * usize::from(self.chain);
-        HEADER + question + kept + 12
-    }
-
-    fn head(&mut self, rtype: u16) {
-        self.data.extend_from_slice(&self.owner);
-        self.data.extend_from_slice(&rtype.to_be_bytes());
-        self.data.extend_from_slice(&CLASS_IN.to_be_bytes());
+        data.extend_from_slice(&[0; 2 + Head::SIZE]);
+        let start = data.len();
+        Self { data, start, qtype, ttl: u32::MAX, chain: 0, records: 0 }
     }
 
     fn alias(&mut self, target: &[u8], ttl: u32) {
-        // At most MAX_CHAIN names of 255 octets: below the 16,384 that a pointer reaches.
-        let pointer = (0xc000 | self.next_rdata() as u16).to_be_bytes();
-        self.head(rtype::CNAME);
         self.data.extend_from_slice(&(target.len() as u16).to_be_bytes());
         self.data.extend_from_slice(target);
-        self.owner = pointer;
         self.ttl = self.ttl.min(ttl);
         self.chain += 1;
     }
 
     fn record(&mut self, m: &[u8], r: &Record) -> Option<()> {
         let at = self.data.len();
-        self.head(self.qtype);
         self.data.extend_from_slice(&[0, 0]);
         copy_rdata(m, r, &mut self.data)?;
-        let len = u16::try_from(self.data.len() - at - 8).ok()?;
-        self.data[at + 6..at + 8].copy_from_slice(&len.to_be_bytes());
+        let len = u16::try_from(self.data.len() - at - 2).ok()?;
+        self.data[at..at + 2].copy_from_slice(&len.to_be_bytes());
         self.ttl = self.ttl.min(r.ttl);
         self.records += 1;
         Some(())
     }
 
-    fn finish(self, rcode: u8, now: u64, negative_ttl: u32, ttl_max: u32) -> Option<Stored> {
-        if self.data.len() - self.key > MAX_TAIL - 4 * (usize::from(self.records) + usize::from(self.chain)) {
+    fn finish(mut self, rcode: u8, now: u64, negative_ttl: u32, ttl_max: u32) -> Option<Stored> {
+        let len = self.data.len() - self.start;
+        // In a reply each record has ten octets more: owner, type, class and TTL.
+        if len > MAX_TAIL - 10 * (usize::from(self.records) + usize::from(self.chain)) {
             return None;
         }
         // NXDOMAIN with records contradicts itself: the records are what was asked for.
         let (rcode, ttl) =
             if self.records == 0 { (rcode, self.ttl.min(negative_ttl)) } else { (rcode::NOERROR, self.ttl) };
-        Some(Stored {
-            expires: now + 1000 * u64::from(ttl.min(ttl_max)),
-            rcode,
-            chain: self.chain,
-            records: self.records,
-            key: self.key as u16,
-            data: self.data.into_boxed_slice(),
-        })
+        let expires = now + 1000 * u64::from(ttl.min(ttl_max));
+        let head = Head { qtype: self.qtype, expires, rcode, chain: self.chain, records: self.records };
+        let mut front = Vec::with_capacity(2 + Head::SIZE);
+        front.extend_from_slice(&(len as u16).to_be_bytes());
+        head.write(&mut front);
+        self.data[self.start - front.len()..self.start].copy_from_slice(&front);
+        let records = self.start..self.data.len();
+        Some(Stored { entry: self.data.into(), head, records })
     }
 }

@@ -437,7 +437,7 @@ pub fn render(
     };
     for s in stored.stanzas().take(stored.chain_len()) {
         put(
-            s.head,
+            &s.head,
             &mut |o| {
                 o.extend_from_slice(s.rdata);
                 true
@@ -456,7 +456,7 @@ pub fn render(
                     continue;
                 }
                 if put(
-                    s.head,
+                    &s.head,
                     &mut |o| {
                         o.extend_from_slice(s.rdata);
                         true
@@ -471,7 +471,7 @@ pub fn render(
                     continue;
                 }
                 let Some(record) = Svcb::parse(s.rdata) else { continue };
-                if put(s.head, &mut |o| record.write(ech, |ip| bind.contains(&ip), o), out) {
+                if put(&s.head, &mut |o| record.write(ech, |ip| bind.contains(&ip), o), out) {
                     sent.extend(record.hints().filter(|ip| bind.contains(ip)));
                 }
             }

@@ -10,7 +10,7 @@ use ahash::RandomState;
 use parking_lot::RwLock;
 use tidegate_policy::ScopeKey;
 
-use crate::answer::Stored;
+use crate::answer::{self, Stored};
 
 /// What one scope may store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,50 +27,61 @@ impl Default for StoreLimits {
     }
 }
 
-/// An answer hashed and compared by its key, which lies inside it.
+/// The entry of a name ([`Stored`]), hashed and compared by the name, which lies inside it.
 #[derive(Debug)]
-struct ByKey(Arc<Stored>);
+struct ByName(Arc<[u8]>);
 
-impl Borrow<[u8]> for ByKey {
+impl Borrow<[u8]> for ByName {
     fn borrow(&self) -> &[u8] {
-        self.0.key()
+        answer::name_of(&self.0)
     }
 }
 
-impl Hash for ByKey {
+impl Hash for ByName {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        self.0.key().hash(state);
+        answer::name_of(&self.0).hash(state);
     }
 }
 
-impl PartialEq for ByKey {
+impl PartialEq for ByName {
     fn eq(&self, other: &Self) -> bool {
-        self.0.key() == other.0.key()
+        answer::name_of(&self.0) == answer::name_of(&other.0)
     }
 }
 
-impl Eq for ByKey {}
+impl Eq for ByName {}
+
+/// Octets of memory that an entry takes beside its own: the counts of the `Arc`, malloc's, and its place in the table.
+const OVERHEAD: usize = 48;
 
 #[derive(Debug)]
 struct Half {
-    set: HashSet<ByKey, RandomState>,
+    set: HashSet<ByName, RandomState>,
+    answers: usize,
     bytes: usize,
 }
 
 impl Half {
     fn new(hasher: &RandomState) -> Self {
-        Self { set: HashSet::with_hasher(hasher.clone()), bytes: 0 }
+        Self { set: HashSet::with_hasher(hasher.clone()), answers: 0, bytes: 0 }
     }
 
-    fn take(&mut self, key: &[u8]) {
-        if let Some(old) = self.set.take(key) {
-            self.bytes -= old.0.size();
-        }
+    fn take(&mut self, name: &[u8]) -> Option<Arc<[u8]>> {
+        let entry = self.set.take(name)?.0;
+        self.answers -= answer::count(&entry);
+        self.bytes -= entry.len() + OVERHEAD;
+        Some(entry)
+    }
+
+    fn put(&mut self, entry: Arc<[u8]>) {
+        self.answers += answer::count(&entry);
+        self.bytes += entry.len() + OVERHEAD;
+        self.set.insert(ByName(entry));
     }
 }
 
 /// The answers of one scope in two halves: a full young half becomes the old one,
-/// which is dropped whole. Bounded without a list or a mark per answer.
+/// which is dropped whole. Bounded without a list or a mark per answer. A name is in one of them.
 #[derive(Debug)]
 struct Scope {
     young: Half,
@@ -92,16 +103,17 @@ impl Store {
         Self { limits, scopes: RwLock::new(HashMap::with_hasher(hasher.clone())), hasher }
     }
 
-    /// The answer that a scope has for a key, if it has not expired at `now` (milliseconds).
-    pub fn get(&self, scope: ScopeKey, key: &[u8], now: u64) -> Option<Arc<Stored>> {
+    /// The answer that a scope has for a key ([`crate::wire::Query::key`]), if it has not expired at `now` (milliseconds).
+    pub fn get(&self, scope: ScopeKey, key: &[u8], now: u64) -> Option<Stored> {
+        let (qtype, name) = key.split_first_chunk()?;
         let scopes = self.scopes.read();
         let scope = scopes.get(&scope)?.read();
-        let found = scope.young.set.get(key).or_else(|| scope.old.set.get(key))?;
-        found.0.ttl(now).map(|_| Arc::clone(&found.0))
+        let found = scope.young.set.get(name).or_else(|| scope.old.set.get(name))?;
+        Stored::find(&found.0, u16::from_be_bytes(*qtype)).filter(|s| s.ttl(now).is_some())
     }
 
     /// Stores an answer; one that has expired already (TTL 0) only replaces what was there.
-    pub fn insert(&self, scope: ScopeKey, answer: Arc<Stored>, now: u64) {
+    pub fn insert(&self, scope: ScopeKey, answer: &Stored, now: u64) {
         let cell = {
             let scopes = self.scopes.read();
             scopes.get(&scope).map(Arc::clone)
@@ -113,18 +125,16 @@ impl Store {
         let mut dropped = None;
         {
             let mut s = cell.write();
-            s.young.take(answer.key());
-            s.old.take(answer.key());
-            let size = answer.size();
-            if answer.ttl(now).is_none() || size > self.limits.bytes / 2 {
+            let old = s.young.take(answer.name()).or_else(|| s.old.take(answer.name()));
+            let (answers, bytes) = (self.limits.answers / 2, self.limits.bytes / 2);
+            let Some(entry) = answer.beside(old.as_deref(), now, answers, bytes.saturating_sub(OVERHEAD)) else {
                 return;
-            }
-            if s.young.set.len() >= self.limits.answers / 2 || s.young.bytes + size > self.limits.bytes / 2 {
+            };
+            if s.young.answers + answer::count(&entry) > answers || s.young.bytes + entry.len() + OVERHEAD > bytes {
                 let young = std::mem::replace(&mut s.young, Half::new(&self.hasher));
                 dropped = Some(std::mem::replace(&mut s.old, young));
             }
-            s.young.bytes += size;
-            s.young.set.insert(ByKey(answer));
+            s.young.put(entry);
         }
         // Freed without the lock, so that no reader waits for it.
         drop(dropped);
@@ -143,8 +153,9 @@ impl Store {
             let mut s = cell.write();
             let Scope { young, old } = &mut *s;
             for half in [young, old] {
-                half.set.retain(|a| a.0.ttl(now).is_some());
-                half.bytes = half.set.iter().map(|a| a.0.size()).sum();
+                half.set.retain(|e| answer::lives(&e.0, now));
+                half.answers = half.set.iter().map(|e| answer::count(&e.0)).sum();
+                half.bytes = half.set.iter().map(|e| e.0.len() + OVERHEAD).sum();
             }
             if s.young.set.is_empty() && s.old.set.is_empty() {
                 empty.push(key);
@@ -163,7 +174,7 @@ impl Store {
     pub fn len(&self, scope: ScopeKey) -> usize {
         self.scopes.read().get(&scope).map_or(0, |c| {
             let s = c.read();
-            s.young.set.len() + s.old.set.len()
+            s.young.answers + s.old.answers
         })
     }
 }

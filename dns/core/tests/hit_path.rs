@@ -4,7 +4,6 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use hickory_proto::op::{Message, ResponseCode};
 use hickory_proto::rr::{RData, RecordType};
@@ -61,7 +60,7 @@ impl Bench {
         let soa = rr("example", 6, 30, [&[0, 0][..], &[0; 16], &30u32.to_be_bytes()].concat());
         let sent = upstream_query(&key(n, qtype), 1, &[0; 32], true);
         let stored = check(&sent, &answer(&sent, rcode, rrs, &[soa]), true, self.now, 3600).unwrap();
-        self.store.insert(self.asker.scope, Arc::new(stored), self.now);
+        self.store.insert(self.asker.scope, &stored, self.now);
     }
 
     fn serve(&mut self, bytes: &[u8]) -> Option<Outcome> {
@@ -392,6 +391,55 @@ fn the_store_is_bounded_per_scope() {
         let n = format!("t{i}.example");
         b.learn(&n, 16, 0, &[rr(&n, 16, 60, vec![b'x'; 200])]);
         assert!(b.store.len(ScopeKey(2)) <= 8);
+    }
+}
+
+#[test]
+fn the_types_of_a_name_are_kept_and_end_apart() {
+    let mut b = Bench::new(Table::allowing(&["a.example"]), AskMode::Enforced);
+    let v6 = |last| [0x26, 6, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last];
+    let asked = |b: &mut Bench, qtype| b.ask("a.example", qtype).map(|(_, m)| (ips(&m), m.answers[0].ttl));
+    let first: IpAddr = [192, 0, 2, 1].into();
+    b.learn("a.example", 28, 0, &[aaaa("a.example", 300, v6(1))]);
+    b.learn("a.example", 1, 0, &[cname("a.example", 60, "b.example"), a("b.example", 60, [192, 0, 2, 1])]);
+    assert_eq!(asked(&mut b, 1), Some((vec![first], 60)));
+    assert_eq!(asked(&mut b, 28), Some((vec![v6(1).into()], 300)));
+    assert!(asked(&mut b, 65).is_none());
+    assert_eq!(b.store.len(ScopeKey(1)), 2);
+    // One is replaced, the other stays as it is.
+    b.learn("a.example", 28, 0, &[aaaa("a.example", 200, v6(2))]);
+    assert_eq!(asked(&mut b, 28), Some((vec![v6(2).into()], 200)));
+    assert_eq!(asked(&mut b, 1), Some((vec![first], 60)));
+    assert_eq!(b.store.len(ScopeKey(1)), 2);
+    // One expires, and leaves with the next answer or by itself.
+    b.now += 61_000;
+    assert!(asked(&mut b, 1).is_none());
+    assert_eq!(asked(&mut b, 28), Some((vec![v6(2).into()], 139)));
+    b.store.sweep(b.now);
+    assert_eq!(asked(&mut b, 28), Some((vec![v6(2).into()], 139)));
+    b.learn("a.example", 65, 0, &[rr("a.example", 65, 60, https(1, ".", &[]))]);
+    assert_eq!(b.store.len(ScopeKey(1)), 2);
+    // TTL 0 only takes away what was there.
+    b.learn("a.example", 28, 0, &[aaaa("a.example", 0, v6(3))]);
+    assert_eq!(b.store.len(ScopeKey(1)), 1);
+    assert!(asked(&mut b, 28).is_none());
+    b.now += 61_000;
+    b.store.sweep(b.now);
+    assert_eq!(b.store.len(ScopeKey(1)), 0);
+}
+
+#[test]
+fn many_types_of_one_name_stay_within_the_bounds() {
+    let mut b = Bench::new(Table::default(), AskMode::Enforced);
+    b.store = Store::new(StoreLimits { answers: 10, bytes: 4000 }, [1, 2, 3, 4]);
+    for t in 1000..1100 {
+        b.learn("a.example", t, 0, &[rr("a.example", t, 60, vec![b'x'; 500])]);
+        assert!(b.store.len(ScopeKey(1)) <= 4);
+        assert!(b.store.get(ScopeKey(1), &key("a.example", t), b.now).is_some(), "the last one is there");
+    }
+    for t in 1000..1100 {
+        b.learn("a.example", t, 0, &[rr("a.example", t, 60, vec![b'x'; 5])]);
+        assert!(b.store.len(ScopeKey(1)) <= 10);
     }
 }
 

@@ -54,7 +54,7 @@ struct FlightKey {
     key: Box<[u8]>,
 }
 
-type Flight = Arc<OnceCell<Result<Arc<Stored>, Reason>>>;
+type Flight = Arc<OnceCell<Result<Stored, Reason>>>;
 
 pub(crate) struct Engine<V, B> {
     view: Arc<ArcSwap<V>>,
@@ -223,7 +223,7 @@ impl<V: View, B: Binder> Engine<V, B> {
         view: &V,
         limit: usize,
         last: bool,
-        fetched: &mut Option<(ScopeKey, Route, Arc<Stored>)>,
+        fetched: &mut Option<(ScopeKey, Route, Stored)>,
         scratch: &mut Scratch,
     ) -> Option<Outcome> {
         let go = match decide(query.name(), query.qtype, asker, view, &self.rules) {
@@ -231,7 +231,7 @@ impl<V: View, B: Binder> Engine<V, B> {
             Decision::Go(go) => go,
         };
         // An answer belongs to the scope that fetched it: a pod address that moved starts with nothing.
-        let own = fetched.as_ref().filter(|(s, r, _)| *s == asker.scope && *r == go.route).map(|f| Arc::clone(&f.2));
+        let own = fetched.as_ref().filter(|(s, r, _)| *s == asker.scope && *r == go.route).map(|f| f.2.clone());
         let Some(stored) = own.or_else(|| self.store.get(asker.scope, query.key(), self.clock.now())) else {
             if last {
                 return Some(serve::failure(Reason::DnsUpstream, None));
@@ -278,7 +278,7 @@ impl<V: View, B: Binder> Engine<V, B> {
     }
 
     /// Asks upstream, once for all that ask the same at the same time.
-    async fn fetch(&self, scope: ScopeKey, route: Route, query: &Query<'_>) -> Result<Arc<Stored>, Reason> {
+    async fn fetch(&self, scope: ScopeKey, route: Route, query: &Query<'_>) -> Result<Stored, Reason> {
         let key = FlightKey { scope, cluster: route == Route::Cluster, key: query.key().into() };
         if let Some(reason) = self.failures.get(&key) {
             return Err(reason);
@@ -288,8 +288,7 @@ impl<V: View, B: Binder> Engine<V, B> {
             .get_or_init(|| async {
                 match self.upstream.query(route, query.name(), query.key()).await {
                     Ok(stored) => {
-                        let stored = Arc::new(stored);
-                        self.store.insert(scope, Arc::clone(&stored), self.clock.now());
+                        self.store.insert(scope, &stored, self.clock.now());
                         Ok(stored)
                     }
                     Err(error) => {

@@ -348,8 +348,7 @@ impl Soak {
                 let stored = self.store.get(asker.scope, query.key(), now).unwrap_or_else(|| {
                     let sent = upstream_query(query.key(), 9, &[0; 32], false);
                     let stored = check(&sent, &cluster::answer(&sent, ips, ttl), true, now, 3600).unwrap();
-                    let stored = Arc::new(stored);
-                    self.store.insert(asker.scope, stored.clone(), now);
+                    self.store.insert(asker.scope, &stored, now);
                     stored
                 });
                 let plan = plan(go, &query, &stored, asker, &*view, rules, scratch).unwrap();

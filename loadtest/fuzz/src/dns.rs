@@ -80,14 +80,14 @@ fn check_reply(request: &[u8], out: &[u8], limit: usize) {
 }
 
 /// A query from a pod: octets of a datagram. The store has an answer of three addresses for it.
-pub fn dns_query(data: &[u8]) {
+pub fn dns_query(data: &[u8]) -> bool {
     let mut scratch = Scratch::new();
     let query = match parse(data) {
-        Parsed::Drop => return,
+        Parsed::Drop => return false,
         Parsed::Refuse { rcode, edns, question } => {
             reply::error(data, rcode, edns, question, &mut scratch.out);
             check_reply(data, &scratch.out, data.len().max(12) + 11);
-            return;
+            return false;
         }
         Parsed::Query(query) => query,
     };
@@ -103,7 +103,7 @@ pub fn dns_query(data: &[u8]) {
     };
     let store = Store::new(StoreLimits::default(), [1, 2, 3, 4]);
     if let Ok(stored) = stored {
-        store.insert(ScopeKey(1), Arc::new(stored), NOW);
+        store.insert(ScopeKey(1), &stored, NOW);
     }
     for mode in MODES {
         for limit in [query.udp_limit(), 65_535] {
@@ -117,6 +117,7 @@ pub fn dns_query(data: &[u8]) {
             }
         }
     }
+    true
 }
 
 /// A response with these addresses, and a SOA where there are none.
@@ -141,8 +142,8 @@ const TYPES: [u16; 8] = [rtype::A, rtype::AAAA, rtype::CNAME, rtype::HTTPS, rtyp
 
 /// An answer of a resolver. The first octet says which question was asked and whether the others are the whole
 /// message or only what follows the question.
-pub fn dns_answer(data: &[u8]) {
-    let Some((&first, rest)) = data.split_first() else { return };
+pub fn dns_answer(data: &[u8]) -> bool {
+    let Some((&first, rest)) = data.split_first() else { return false };
     let (name, qtype) = (NAMES[usize::from(first & 3)], TYPES[usize::from(first >> 2 & 7)]);
     let (raw, exact) = (first & 32 != 0, first & 64 != 0);
     let mut key = qtype.to_be_bytes().to_vec();
@@ -153,20 +154,21 @@ pub fn dns_answer(data: &[u8]) {
         rest.to_vec()
     } else {
         // Flags and counts come from the bytes, identity and question are right.
-        let Some((head, body)) = rest.split_at_checked(5) else { return };
+        let Some((head, body)) = rest.split_at_checked(5) else { return false };
         let mut m = sent.clone();
         m[2..4].copy_from_slice(&[0x80 | head[0], head[1]]);
         (m[7], m[9], m[11]) = (head[2], head[3], head[4]);
         m.extend_from_slice(body);
         m
     };
-    let Ok(stored) = check(&sent, &message, exact, NOW, 60) else { return };
+    let Ok(stored) = check(&sent, &message, exact, NOW, 60) else { return false };
     assert!(stored.chain_len() <= MAX_CHAIN);
     assert!(stored.ttl_or_zero(NOW) <= 60);
-    assert_eq!(stored.key(), key);
+    assert_eq!((stored.qtype(), stored.name()), (qtype, &key[2..]));
     for mode in MODES {
         reply_of(&stored, &message, name, qtype, mode);
     }
+    true
 }
 
 fn reply_of(stored: &Stored, message: &[u8], name: &str, qtype: u16, mode: AskMode) {
