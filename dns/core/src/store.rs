@@ -23,7 +23,8 @@ pub struct StoreLimits {
 
 impl Default for StoreLimits {
     fn default() -> Self {
-        Self { answers: 16_384, bytes: 8 << 20 }
+        // A half just fills a hash table: one answer more would double it.
+        Self { answers: 2 * 7168, bytes: 8 << 20 }
     }
 }
 

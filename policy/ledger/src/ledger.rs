@@ -13,6 +13,7 @@ use tidegate_policy::{Name, Reason, ScopeKey};
 
 use crate::bindings::Bindings;
 use crate::node::{Node, Ticket};
+use crate::slab::growth;
 use crate::table::{Address, Table, pack};
 use crate::tick::Tick;
 use crate::{Classify, Config, FactRecord, Input, NodeId, Output, OwnerId};
@@ -296,6 +297,9 @@ impl<C: Classify> Ledger<C> {
         if due < a.armed {
             a.armed = due;
             drop(table);
+            if self.timers.len() == self.timers.capacity() {
+                self.timers.reserve_exact(growth(self.timers.len()));
+            }
             self.timers.push(Reverse((due, number, index)));
         }
     }
