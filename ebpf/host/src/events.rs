@@ -109,7 +109,8 @@ impl PacketEvent {
         }
     }
 
-    fn parse(bytes: &[u8]) -> Option<Self> {
+    /// Reads one record of the ring; `None` if it is none of this version.
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
         if bytes.len() != size_of::<Record>() {
             return None;
         }

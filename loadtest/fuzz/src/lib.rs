@@ -17,8 +17,9 @@ pub use messages::message;
 pub use packets::{kernel_event, packet};
 pub use tls::tls;
 
-/// A target's name, which is also its corpus's, and the target.
-pub type Target = (&'static str, fn(&[u8]));
+/// A target's name, which is also its corpus's, and the target. It says whether the input was taken, so that there was
+/// more to hold than that it is refused.
+pub type Target = (&'static str, fn(&[u8]) -> bool);
 
 /// Every target.
 pub const TARGETS: &[Target] = &[

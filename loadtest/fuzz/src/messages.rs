@@ -5,11 +5,11 @@ use tidegate_policy::state::NodeState;
 use tidegate_proto::{FactsBatch, FactsUp, Joiner, PeerMessage, StateBatch, Up, wire};
 
 /// Octets of one message; the first one says of which kind. What is taken means the same when it is sent on.
-pub fn message(data: &[u8]) {
-    let Some((&kind, octets)) = data.split_first() else { return };
+pub fn message(data: &[u8]) -> bool {
+    let Some((&kind, octets)) = data.split_first() else { return false };
     match kind % 5 {
         0 => {
-            let Ok(Ok(mut batch)) = wire::StateUpdate::decode(octets).map(StateBatch::try_from) else { return };
+            let Ok(Ok(mut batch)) = wire::StateUpdate::decode(octets).map(StateBatch::try_from) else { return false };
             batch.more = false;
             let mut state = NodeState::default();
             batch.set.iter().for_each(|e| state.set(e.clone()));
@@ -23,29 +23,34 @@ pub fn message(data: &[u8]) {
             assert_eq!(join(&sent, StateBatch::try_from), batch);
         }
         1 => {
-            let Ok(Ok(mut batch)) = wire::FactsUpdate::decode(octets).map(FactsBatch::try_from) else { return };
+            let Ok(Ok(mut batch)) = wire::FactsUpdate::decode(octets).map(FactsBatch::try_from) else { return false };
             batch.more = false;
             let sent = batch.clone().into_messages();
             assert_eq!(join(&sent, FactsBatch::try_from), batch);
         }
         2 => {
-            if let Ok(ack) = wire::StateAck::decode(octets) {
-                let _ = Up::try_from(ack);
-            }
+            let Ok(Ok(up)) = wire::StateAck::decode(octets).map(Up::try_from) else { return false };
+            assert_eq!(Up::try_from(wire::StateAck::from(up.clone())), Ok(up));
         }
         3 => {
-            if let Ok(ack) = wire::FactsAck::decode(octets) {
-                let _ = FactsUp::try_from(ack);
-            }
+            let Ok(Ok(up)) = wire::FactsAck::decode(octets).map(FactsUp::try_from) else { return false };
+            let sent = match up.clone() {
+                FactsUp::Up(up) => wire::FactsAck::from(up),
+                FactsUp::Seen(seen) => wire::FactsAck::from(seen),
+            };
+            assert_eq!(FactsUp::try_from(sent), Ok(up));
         }
         _ => {
-            let Ok(Ok(taken)) = wire::PeerUpdate::decode(octets).map(PeerMessage::try_from) else { return };
-            for m in taken.into_messages() {
+            let Ok(Ok(taken)) = wire::PeerUpdate::decode(octets).map(PeerMessage::try_from) else { return false };
+            let mut facts = Vec::new();
+            for m in taken.clone().into_messages() {
                 let again = wire::PeerUpdate::decode(m.encode_to_vec().as_slice()).expect("our own octets");
-                PeerMessage::try_from(again).expect("what was taken is taken again");
+                facts.extend(PeerMessage::try_from(again).expect("what was taken is taken again").facts);
             }
+            assert_eq!(facts, taken.facts);
         }
     }
+    true
 }
 
 /// Over the octets and together again.

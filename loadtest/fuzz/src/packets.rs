@@ -1,6 +1,7 @@
 //! Frames that pods and tunnels hand to the kernel, and the codes that the kernel hands back.
 
 use etherparse::{LaxNetSlice, LaxSlicedPacket, TransportSlice};
+use tidegate_ebpf::PacketEvent;
 use tidegate_ebpf_common::code::counter_index;
 use tidegate_ebpf_common::layout::{
     DnsKey, Endpoint, Fact, FactKey, FlowKey, GrantKey, Group, PortSet, Prefix, PrefixKey, Range, Scope, endpoint,
@@ -8,6 +9,8 @@ use tidegate_ebpf_common::layout::{
 };
 use tidegate_ebpf_common::packet::{self, mark};
 use tidegate_ebpf_common::{Action, Addr, Code, Decision, Hook, Outcome, Packet, Parsed, Tables, verdict};
+use tidegate_policy::Reason;
+use tidegate_policy::event::{Verdict, What};
 
 /// The pod: isolated, with its two addresses, on interface 5.
 const POD: [[u8; 16]; 2] = [mapped([10, 244, 1, 5]), [0xfd, 0, 0, 0x10, 2, 0x44, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5]];
@@ -134,8 +137,8 @@ impl<const G: bool> Tables for World<G> {
 }
 
 /// A frame. Bit 0 of the first octet makes its source the pod's own address, so that the rest of the verdict is met too.
-pub fn packet(data: &[u8]) {
-    let Some((&first, rest)) = data.split_first() else { return };
+pub fn packet(data: &[u8]) -> bool {
+    let Some((&first, rest)) = data.split_first() else { return false };
     let mut frame = rest.to_vec();
     let ethertype = frame.get(12..14).map_or(0, |b| u16::from_be_bytes([b[0], b[1]]));
     if first & 1 == 1 {
@@ -155,6 +158,7 @@ pub fn packet(data: &[u8]) {
     check_node(parsed, &p, &d);
     verdict(parsed, &p, 1, &World::<true>::new(), &mut d);
     check_gateway(parsed, &p, &d);
+    parsed == Parsed::Ip
 }
 
 /// Another parser reads the same addresses and ports, where it reads anything.
@@ -230,13 +234,37 @@ fn check_gateway(parsed: Parsed, p: &Packet, d: &Decision) {
     }
 }
 
-/// The codes of a kernel event: known ones have one place each among the counters, others are refused.
-pub fn kernel_event(data: &[u8]) {
-    let [hook, outcome, code, ..] = data else { return };
-    let known = (Hook::from_u8(*hook), Outcome::from_u8(*outcome), Code::from_u8(*code));
-    let (Some(h), Some(o), Some(c)) = known else { return };
-    assert_eq!((h as u8, o as u8, c as u8), (*hook, *outcome, *code));
+/// A record of the kernel's ring: it is read whole, and as what it is, or not at all.
+pub fn kernel_event(data: &[u8]) -> bool {
+    let at = |i: usize| data.get(i).copied().unwrap_or(u8::MAX);
+    let known = (Hook::from_u8(at(40)), Outcome::from_u8(at(41)), Code::from_u8(at(42)));
+    let Some(e) = PacketEvent::parse(data) else {
+        let (hook, outcome, code) = known;
+        assert!(data.len() != 44 || hook.is_none() || outcome.is_none() || code.is_none(), "{data:?} is refused");
+        return false;
+    };
+    let (Some(h), Some(o), Some(c)) = known else { panic!("{e:?} out of codes that nobody knows") };
+    assert_eq!(data.len(), 44);
+    assert_eq!((h as u8, o as u8, c as u8), (at(40), at(41), at(42)));
+    let end = |ip: usize, port: usize| {
+        let octets: [u8; 16] = std::array::from_fn(|i| at(ip + i));
+        // The kernel keeps IPv4 in the IPv4-mapped form.
+        let ip = std::net::Ipv6Addr::from(octets);
+        let ip = ip.to_ipv4_mapped().map_or(std::net::IpAddr::from(ip), Into::into);
+        std::net::SocketAddr::new(ip, u16::from_ne_bytes([at(port), at(port + 1)]))
+    };
+    assert_eq!((e.source, e.destination), (end(0, 32), end(16, 34)));
+    assert_eq!((e.hook, e.outcome, e.protocol), (h, o, at(43)));
+    assert_eq!(e.ifindex, u32::from_ne_bytes([at(36), at(37), at(38), at(39)]));
+    // What the record says: nobody is blamed for what passed, and a drop is never an allowed packet.
+    let said = e.into_event(None);
+    assert_eq!(said.verdict == Verdict::Deny, o == Outcome::Drop);
+    assert_eq!(said.reason == Reason::Allowed, c == Code::Allowed);
+    let What::Packet { hook, source, .. } = said.what else { panic!("{:?}", said.what) };
+    assert!(!hook.is_empty() && source == e.source);
+    // Counters have one place each.
     let index = counter_index(h, o, c);
     let others = (0..=u8::MAX).filter_map(Code::from_u8).filter(|x| *x != c);
     assert!(others.map(|x| counter_index(h, o, x)).all(|i| i != index));
+    true
 }

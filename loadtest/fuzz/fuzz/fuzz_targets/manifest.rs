@@ -1,2 +1,2 @@
 #![no_main]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| tidegate_fuzz::manifest(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| { tidegate_fuzz::manifest(data); });
