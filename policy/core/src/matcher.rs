@@ -330,4 +330,17 @@ mod tests {
         let deep = vec!["a"; 127].join(".");
         assert!(many.comparisons(&deep) <= 128);
     }
+
+    #[test]
+    fn nothing_is_looked_up_where_nothing_can_match() {
+        // Ancestors of names have anchors too, which only `below` asks.
+        let names = build(&["a.b.x.com".into(), "c.d.x.com".into()]);
+        assert_eq!(names.comparisons("a.b.x.com"), 1);
+        assert_eq!(names.comparisons("e.b.x.com"), 0);
+        assert_eq!(names.comparisons("e.a.b.x.com"), 0);
+        let both = build(&["a.b.x.com".into(), "*.d.x.com".into()]);
+        assert_eq!(both.comparisons("a.b.x.com"), 2, "the name and its suffix of three labels");
+        assert_eq!(both.comparisons("f.c.d.x.com"), 1, "the suffix of three labels");
+        assert_eq!(all(&both, "c.d.x.com"), [1]);
+    }
 }
