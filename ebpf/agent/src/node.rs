@@ -414,7 +414,8 @@ impl Node {
         for (program, link) in
             [(Program::GatewayReturn, &plugged.pod_side), (Program::UplinkEgress, &plugged.egress_side)]
         {
-            if !self.attached.contains_key(&(program, link.index)) {
+            // In an upgrade the programs of the other layout are there.
+            if !self.datapath.is_upgrade() && !self.attached.contains_key(&(program, link.index)) {
                 return Err(format!("program {} could not be attached to {}", program.name(), link.name));
             }
         }

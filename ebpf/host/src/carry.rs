@@ -15,6 +15,7 @@ use tidegate_ebpf_common::layout::{CARRIED, Endpoint, Fact, FactKey, Flow, FlowK
 
 use crate::Error;
 use crate::ids;
+use crate::load::is_missing;
 
 /// Refuse to write over an entry (`BPF_NOEXIST`).
 const NO_EXIST: u64 = 1;
@@ -85,6 +86,18 @@ pub(crate) fn fill(from: &Path, to: &Path) -> Result<(), Error> {
     copy::<IdKey, u32>(from, to, "IDS", ids::is_counter)?;
     tracing::info!(from = %from.display(), facts, flows = seen, "took over what another layout knows");
     Ok(())
+}
+
+/// Holds an address for the old programs, too, or lets it go: until they are replaced it is they who carry packets.
+pub(crate) fn hold(old: &Path, address: Addr, deadline: Option<u64>) -> Result<(), Error> {
+    let mut held = open::<Addr, u64>(old, "HELD")?;
+    match deadline {
+        Some(deadline) => held.insert(address, deadline, 0).map_err(Error::map("HELD")),
+        None => match held.remove(&address) {
+            Err(e) if !is_missing(&e) => Err(Error::map("HELD")(e)),
+            _ => Ok(()),
+        },
+    }
 }
 
 /// What the old programs remembered since: flows, and the addresses that they hold.

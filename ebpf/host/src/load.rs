@@ -287,7 +287,7 @@ impl Datapath {
         for ip in addresses {
             self.held.insert(Addr::from_ip(*ip), deadline, 0).map_err(Error::map("HELD"))?;
         }
-        Ok(())
+        self.hold_before(addresses, Some(deadline))
     }
 
     /// Lets egress addresses go.
@@ -302,7 +302,12 @@ impl Datapath {
                 Err(e) => return Err(Error::map("HELD")(e)),
             }
         }
-        Ok(())
+        self.hold_before(addresses, None)
+    }
+
+    fn hold_before(&self, addresses: &[IpAddr], deadline: Option<u64>) -> Result<(), Error> {
+        let Some(source) = carry::source(&self.others) else { return Ok(()) };
+        addresses.iter().try_for_each(|ip| carry::hold(&source, Addr::from_ip(*ip), deadline))
     }
 
     /// The programs of this role with the instructions that the verifier walked.

@@ -11,6 +11,7 @@ use aya::maps::{HashMap, Map, MapData};
 use common::Fixture;
 use common::packets::{tcp, udp};
 use tidegate_ebpf::{Interface, Local, Program, Role, TestPacket};
+use tidegate_ebpf_common::Addr;
 use tidegate_ebpf_common::layout::{Fact, FactKey, Flow, FlowKey, IdKey};
 use tidegate_policy::state::{Endpoint, FactUpdate, FactValue, Gateway, Group, Node, NodeState, Scope, Touch};
 use tidegate_policy::{Carry, ClassKey, GroupKey, PortRange, PortSet, Proto, ScopeKey, Via};
@@ -204,4 +205,21 @@ fn ids_that_others_deleted_are_back_before_a_restart_gives_them_to_somebody_else
     for (pod, server) in PODS.iter().zip(SERVERS) {
         assert_eq!(run(&f, Program::PodEgress, &tcp(pod, server, 443, true)), REDIRECT);
     }
+}
+
+#[test]
+fn addresses_are_held_for_the_old_programs_until_they_are_replaced() {
+    let mut f = world(Role::Node);
+    let address = ip("203.0.113.10");
+    f.path_mut().hold(&[address], Duration::from_secs(600)).unwrap();
+    let old: HashMap<_, Addr, u64> = open(&f.pin("HELD"));
+    f.options.capacities.flows = 512;
+    f.restart();
+    let deadline = |map: &HashMap<MapData, Addr, u64>| map.get(&address.into(), 0).unwrap_or(0);
+    let before = deadline(&old);
+    assert!(before > 0);
+    f.path_mut().hold(&[address], Duration::from_secs(1200)).unwrap();
+    assert!(deadline(&old) > before);
+    f.path_mut().release(&[address]).unwrap();
+    assert_eq!(deadline(&old), 0);
 }
