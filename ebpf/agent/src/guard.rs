@@ -7,7 +7,7 @@
 //!
 //! `nft` is a process, so all of this runs on a thread of its own ([`Keeper`]).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -36,19 +36,22 @@ pub struct Desired {
     pub isolated: BTreeSet<IpAddr>,
     /// Addresses of all pods of this node that are known.
     pub pods: BTreeSet<IpAddr>,
+    /// The device by which a pod's packets enter, for those whose interface is known.
+    pub places: BTreeMap<IpAddr, String>,
     /// Addresses of nodes.
     pub nodes: BTreeSet<IpAddr>,
     /// The cluster set.
     pub cluster: Vec<IpNet>,
     /// First and last port on nodes' addresses that is outside the cluster set.
     pub node_ports: Option<(u16, u16)>,
-    /// Names of the uplinks.
+    /// Names of the uplinks and of devices on top of them.
     pub uplinks: Vec<String>,
     /// Names of the devices by which tunnel packets of other nodes enter.
     pub underlay: Vec<String>,
     /// Names of the devices by which packets enter that no pod of this node sent.
     pub foreign: Vec<String>,
-    /// Drop what leaves by an uplink from an unknown address, unless it entered by a foreign device.
+    /// Drop what leaves by an uplink from an unknown address, or from a pod's by another device than its own, unless it
+    /// entered by a foreign device.
     pub drop_unknown: bool,
 }
 
@@ -198,6 +201,12 @@ impl Table {
                     change(&mut commands, "delete", name, old.difference(new).copied().collect());
                     change(&mut commands, "add", name, new.difference(old).copied().collect());
                 }
+                let left = |a: &BTreeMap<_, _>, b: &BTreeMap<IpAddr, String>| {
+                    let left = a.iter().filter(|(ip, device): &(&IpAddr, &String)| b.get(ip) != Some(device));
+                    left.map(|(ip, device)| (*ip, device.clone())).collect::<Vec<_>>()
+                };
+                place(&mut commands, "delete", &left(&old.places, &desired.places));
+                place(&mut commands, "add", &left(&desired.places, &old.places));
                 // Elements may be all that is left of a table that somebody flushed.
                 if self.is_changed()? {
                     self.replace(desired)?;
@@ -247,8 +256,13 @@ impl Table {
 }
 
 fn same_rules(a: &Desired, b: &Desired) -> bool {
-    let rules =
-        |d: &Desired| Desired { isolated: BTreeSet::new(), pods: BTreeSet::new(), nodes: BTreeSet::new(), ..d.clone() };
+    let rules = |d: &Desired| Desired {
+        isolated: BTreeSet::new(),
+        pods: BTreeSet::new(),
+        places: BTreeMap::new(),
+        nodes: BTreeSet::new(),
+        ..d.clone()
+    };
     rules(a) == rules(b)
 }
 
@@ -289,6 +303,21 @@ fn change(commands: &mut Vec<Value>, verb: &str, set: &str, addresses: Vec<IpAdd
     }
 }
 
+/// Changes the sets of pods that have a place, and of places.
+fn place(commands: &mut Vec<Value>, verb: &str, places: &[(IpAddr, String)]) {
+    change(commands, verb, "placed", places.iter().map(|(ip, _)| *ip).collect());
+    for (suffix, v4) in [("4", true), ("6", false)] {
+        let of = places.iter().filter(|(ip, _)| ip.is_ipv4() == v4);
+        let elements: Vec<Value> = of.map(|(ip, device)| json!({"concat": [ip, device]})).collect();
+        if !elements.is_empty() {
+            let name = format!("places{suffix}");
+            commands.push(json!({ verb: {"element": {
+                "family": FAMILY, "table": TABLE, "name": name, "elem": elements,
+            }}}));
+        }
+    }
+}
+
 /// The whole table as one transaction: what was there before goes in the same instant.
 fn ruleset(settings: &Settings, desired: &Desired) -> Vec<Value> {
     let table = json!({"table": {"family": FAMILY, "name": TABLE}});
@@ -298,9 +327,10 @@ fn ruleset(settings: &Settings, desired: &Desired) -> Vec<Value> {
         out.push(object("counter", json!({"name": counter})));
     }
     for (suffix, kind) in [("4", "ipv4_addr"), ("6", "ipv6_addr")] {
-        for set in ["isolated", "pods", "nodes"] {
+        for set in ["isolated", "pods", "placed", "nodes"] {
             out.push(object("set", json!({"name": format!("{set}{suffix}"), "type": kind})));
         }
+        out.push(object("set", json!({"name": format!("places{suffix}"), "type": [kind, "ifname"]})));
         out.push(object("set", json!({"name": format!("cluster{suffix}"), "type": kind, "flags": ["interval"]})));
     }
     for set in ["uplinks", "underlay", "foreign"] {
@@ -398,6 +428,19 @@ fn ruleset(settings: &Settings, desired: &Desired) -> Vec<Value> {
                 unmarked.clone(),
             ];
             out.push(rule("forward", end(expr, "unknown")));
+            // A pod's source on another way than the pod's: a second interface, or a stranger that takes it.
+            let way = json!({"concat": [
+                {"payload": {"protocol": protocol, "field": "saddr"}}, {"meta": {"key": "iifname"}},
+            ]});
+            let elsewhere = json!({"match": {"op": "!=", "left": way, "right": format!("@places{suffix}")}});
+            let expr = vec![
+                name("iifname", "!=", "foreign"),
+                name("oifname", "==", "uplinks"),
+                address("saddr", "==", "placed"),
+                elsewhere,
+                unmarked.clone(),
+            ];
+            out.push(rule("forward", end(expr, "unknown")));
         }
     }
     // Else two conntrack entries per flow and node. Port ranges of other UDP services that use the port as a source
@@ -409,6 +452,7 @@ fn ruleset(settings: &Settings, desired: &Desired) -> Vec<Value> {
     for (set, addresses) in [("isolated", &desired.isolated), ("pods", &desired.pods), ("nodes", &desired.nodes)] {
         change(&mut out, "add", set, addresses.iter().copied().collect());
     }
+    place(&mut out, "add", &desired.places.iter().map(|(ip, device)| (*ip, device.clone())).collect::<Vec<_>>());
     // Interval sets refuse overlaps.
     let cluster = IpNet::aggregate(&desired.cluster);
     for (suffix, v4) in [("4", true), ("6", false)] {

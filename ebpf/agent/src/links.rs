@@ -164,6 +164,12 @@ impl Topology {
         out
     }
 
+    /// Devices on top of these that are no tunnels (VLANs, macvlans): what leaves by them leaves there.
+    pub fn above(&self, these: &[&Link]) -> Vec<&Link> {
+        let on = |l: &&Link| l.peer_netns.is_none() && these.iter().any(|t| l.peer == Some(t.index));
+        self.links.values().filter(|l| l.kind == Kind::Other).filter(on).collect()
+    }
+
     /// Devices that lead to containers of this node, and the bridges of such: what enters by them was sent here.
     /// `outward` lead to the rest of the network.
     pub fn inside(&self, outward: &[&Link]) -> BTreeSet<u32> {

@@ -249,6 +249,7 @@ fn desired(isolated: &[&str]) -> Desired {
     Desired {
         isolated: isolated.iter().map(|a| ip(a)).collect(),
         pods: PODS.iter().map(|a| ip(a)).collect(),
+        places: PODS.iter().enumerate().map(|(i, a)| (ip(a), format!("pod{i}"))).collect(),
         nodes: [ip("192.0.2.1"), ip("192.0.2.9")].into(),
         cluster: vec!["10.0.0.0/8".parse().unwrap(), "10.0.0.0/24".parse().unwrap()],
         node_ports: Some((30_000, 32_767)),
@@ -445,6 +446,26 @@ fn unknown_pods_are_dropped_on_their_way_out_only_when_armed() {
     d.foreign.push("pod0".into());
     w.node.run(|| table.apply(&d).unwrap());
     assert!(odd(5006));
+    d.foreign.pop();
+    // Another pod's address on a way that is not that pod's.
+    let taken = |port: u16| {
+        let socket = w.server.run(|| UdpSocket::bind(("192.0.2.9", port)).unwrap());
+        socket.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        w.pods[0].run(|| UdpSocket::bind((PODS[1], 0)).unwrap()).send_to(b"x", ("192.0.2.9", port)).unwrap();
+        socket.recv_from(&mut [0; 8]).is_ok()
+    };
+    w.pods[0].ip(&format!("addr add {}/32 dev eth0", PODS[1]));
+    w.node.sh("for f in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 0 > $f; done");
+    w.node.run(|| table.apply(&d).unwrap());
+    assert!(!taken(5007));
+    assert!(w.reaches(1, &w.server, "192.0.2.9:5008"));
+    // Its interface is not known: nobody can tell.
+    d.places.remove(&ip(PODS[1]));
+    assert_eq!(w.node.run(|| table.apply(&d).unwrap()), Done::Elements);
+    assert!(taken(5009));
+    d.places.insert(ip(PODS[1]), "pod1".into());
+    assert_eq!(w.node.run(|| table.apply(&d).unwrap()), Done::Elements);
+    assert!(!taken(5010));
 }
 
 #[test]

@@ -236,7 +236,7 @@ fn is_metadata(addr: &Addr) -> bool {
 
 /// 169.254.0.0/16 (RFC 3927), fe80::/10 and link-local multicast (RFC 4291).
 #[inline(always)]
-fn is_link_local(addr: &Addr) -> bool {
+pub fn is_link_local(addr: &Addr) -> bool {
     let head = addr.head();
     if addr.is_v4() { head == 0xa9fe } else { head & 0xffc0 == 0xfe80 || head == 0xff02 }
 }

@@ -483,6 +483,9 @@ fn the_guard_drops_what_did_not_come_through_the_verdict() {
     // This node's own packets.
     assert_eq!(guard(&f, &tcp("192.0.2.1", STRANGER.0, 443, true), 0, 1), NEXT);
     assert_eq!(guard(&f, &tcp("198.18.0.1", STRANGER.0, 443, true), 0, 0), NEXT);
+    // Those of another node's pods and of other nodes do not begin here.
+    assert_eq!(guard(&f, &tcp(REMOTE, STRANGER.0, 443, true), 0, 0), SHOT);
+    assert_eq!(guard(&f, &tcp(REMOTE, STRANGER.0, 443, true), 0, 1), NEXT);
     armed.tunnels.insert(1);
     armed.interfaces.clear();
     f.path_mut().apply(&state(), &armed, false).unwrap();

@@ -1,10 +1,12 @@
 //! Programs of every node: pods, guard, tunnel.
 
+use aya_ebpf::bindings::bpf_fib_lookup;
+use aya_ebpf::helpers::generated as bpf;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use tidegate_ebpf_common::layout::{Endpoint, VNI_TO_GATEWAY, VNI_TO_POD, config, endpoint, flow, group, iface, node};
 use tidegate_ebpf_common::packet::{self, mark, proto};
-use tidegate_ebpf_common::verdict::{flow_key, in_cluster, seconds};
+use tidegate_ebpf_common::verdict::{flow_key, in_cluster, is_link_local, seconds};
 use tidegate_ebpf_common::{Action, Addr, Code, Decision, Hook, Outcome, Packet, Parsed, verdict};
 
 use crate::maps;
@@ -157,8 +159,13 @@ fn guard(skb: &Skb) -> i32 {
         }
         return dropped(skb, Hook::NodeGuard, Code::NotAllowed, &p);
     }
+    let (armed, from) = (config.flags & config::DROP_UNKNOWN != 0, skb.ingress_ifindex());
     if let Some(ep) = get!(ENDPOINTS, &p.src) {
-        if ep.flags & endpoint::ISOLATED == 0 || ep.node != config.node {
+        if ep.node != config.node {
+            // Another node's pods come by an uplink. What entered nowhere with their source is of a child of this one.
+            return if armed && from == 0 { dropped(skb, Hook::NodeGuard, Code::UnknownPod, &p) } else { NEXT };
+        }
+        if ep.flags & endpoint::ISOLATED == 0 {
             return NEXT;
         }
         let audit = get!(GROUPS, &ep.group).is_some_and(|g| g.flags & group::AUDIT != 0);
@@ -169,17 +176,46 @@ fn guard(skb: &Skb) -> i32 {
         }
         return dropped(skb, Hook::NodeGuard, Code::NotAllowed, &p);
     }
-    if config.flags & config::DROP_UNKNOWN == 0 || get!(NODES, &p.src).is_some() || get!(HELD, &p.src).is_some() {
+    if !armed || get!(HELD, &p.src).is_some() {
         return NEXT;
     }
-    // What entered by an uplink is another node's; what entered nowhere is this node's own.
-    let from = skb.ingress_ifindex();
-    if from == 0
-        || get!(IFACES, &from).is_some_and(|i| matches!(i.kind, iface::UPLINK | iface::UNTOUCHED | iface::TUNNEL))
-    {
+    let pass = if from == 0 {
+        // This node's own packet, if it has the address: else one of a pod that was given a child of the uplink
+        // (macvlan, ipvlan).
+        get!(NODES, &p.src).is_some_and(|n| n.id == config.node) || is_own(skb, &p)
+    } else {
+        // Masqueraded, or entered by an uplink and so another node's.
+        get!(NODES, &p.src).is_some()
+            || get!(IFACES, &from).is_some_and(|i| matches!(i.kind, iface::UPLINK | iface::UNTOUCHED | iface::TUNNEL))
+    };
+    if pass {
         return NEXT;
     }
     dropped(skb, Hook::NodeGuard, Code::UnknownPod, &p)
+}
+
+/// Whether the source is an address of this node, or one that never leaves the link. Where the device does not forward,
+/// the kernel does not say: then it counts as one.
+#[inline(always)]
+fn is_own(skb: &Skb, p: &Packet) -> bool {
+    const FIB_NOT_FORWARDED: i64 = 4;
+    const FIB_FORWARDING_OFF: i64 = 5;
+    if is_link_local(&p.src) || p.src == Addr::default() || p.src == Addr::v4(0) {
+        return true;
+    }
+    // SAFETY: all zero is valid for a structure of integers.
+    let mut fib: bpf_fib_lookup = unsafe { core::mem::zeroed() };
+    fib.ifindex = skb.ifindex();
+    if p.is_v6() {
+        fib.family = 10;
+        fib.__bindgen_anon_4.ipv6_dst = p.src.0;
+    } else {
+        fib.family = 2;
+        fib.__bindgen_anon_4.ipv4_dst = p.src.0[3];
+    }
+    // SAFETY: the context and the parameters are valid.
+    let found = unsafe { bpf::bpf_fib_lookup(skb.ctx.cast(), &raw mut fib, size_of::<bpf_fib_lookup>() as i32, 0) };
+    matches!(found, FIB_NOT_FORWARDED | FIB_FORWARDING_OFF)
 }
 
 /// What comes out of the tunnel: packets of pods for the gateway of this node, packets of

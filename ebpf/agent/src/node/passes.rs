@@ -250,13 +250,21 @@ impl Node {
         let mut foreign = names(&underlay);
         foreign.extend(self.tunnels().map(|l| l.name.clone()));
         foreign.push(EGRESS_SIDE.to_owned());
+        let uplinks = self.uplinks();
+        // Where the network plugin has bridges, pods' packets are forwarded from theirs.
+        let place = |(ip, index): (&IpAddr, &u32)| {
+            let links = &self.topology.links;
+            let device = links.get(index).map(|l| l.master.and_then(|m| links.get(&m)).unwrap_or(l))?;
+            Some((*ip, device.name.clone()))
+        };
         Desired {
             isolated: pods.iter().filter(|ip| isolated(ip)).copied().collect(),
             pods,
+            places: self.interfaces.iter().filter_map(place).collect(),
             nodes: self.merged.nodes.values().flat_map(|n| n.addresses.iter().copied()).collect(),
             cluster: self.merged.cluster.prefixes.clone(),
             node_ports: self.merged.cluster.node_ports,
-            uplinks: names(&self.uplinks()),
+            uplinks: names(&[self.topology.above(&uplinks), uplinks].concat()),
             underlay: names(&underlay),
             foreign,
             drop_unknown: self.config.unknown_pods == UnknownPods::Drop && self.ready,
