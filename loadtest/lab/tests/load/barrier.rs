@@ -1,0 +1,113 @@
+//! A node that does not confirm what it was told: no answer before its time is over, and then answers that do not
+//! need it.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+use tidegate_lab::Lab;
+use tidegate_lab::family::{FAMILIES, Family};
+use tidegate_lab::lab::wait_for;
+use tidegate_lab::probe::{Knock, dig, knock};
+
+use crate::{GATEWAYS, name, netstat, policy, scenario, up};
+
+/// An agent that does nothing until this is dropped.
+struct Frozen<'a>(&'a Lab);
+
+impl<'a> Frozen<'a> {
+    fn new(lab: &'a Lab) -> Self {
+        lab.signal("node-1", Signal::SIGSTOP, None).unwrap();
+        Self(lab)
+    }
+}
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        // Without the process there is nothing to wake.
+        let _ = self.0.signal("node-1", Signal::SIGCONT, None);
+    }
+}
+
+fn fresh(n: u16) -> String {
+    format!("f{n}.fresh.example.com")
+}
+
+fn address(n: u16, family: Family) -> SocketAddr {
+    let v4 = Ipv4Addr::from(u32::from(Ipv4Addr::new(198, 51, 96, 0)) + u32::from(n));
+    let v6 = Ipv6Addr::new(0x2001, 0xdb8, 0x100, 9, 0, 0, 2, n);
+    SocketAddr::new(family.pick(IpAddr::from(v4), v6.into()), 7000)
+}
+
+#[test]
+fn a_node_that_does_not_confirm_gets_no_answer_until_it_steers() {
+    let mut scenario = scenario();
+    scenario.internet.prefixes.push("198.51.96.0/21".parse().unwrap());
+    for n in 0..400 {
+        let (IpAddr::V4(v4), IpAddr::V6(v6)) = (address(n, FAMILIES[0]).ip(), address(n, FAMILIES[1]).ip()) else {
+            panic!()
+        };
+        scenario.internet.names.push(name(fresh(n), vec![v4], vec![v6]));
+    }
+    let (_one, lab) = up("stall", scenario);
+    let rule = [json!({"matchPattern": "*.fresh.example.com"})];
+    lab.edit_manifest("load.yaml", &policy("shop", Some("partner-a"), &rule, 7000)).unwrap();
+    let web = lab.pod("shop/web");
+    // Nobody asks for a name twice.
+    let numbers = std::cell::Cell::new(0);
+    let next = || numbers.replace(numbers.get() + 1);
+    let resolves = |family: Family| {
+        wait_for(Duration::from_secs(20), || {
+            let n = next();
+            (dig(&web, &fresh(n), family.record(), &[]).status == "NOERROR").then(|| address(n, family))
+        })
+        .unwrap()
+    };
+    for family in FAMILIES {
+        assert_eq!(knock(&web, resolves(family)).unwrap(), Knock::Open);
+    }
+
+    let frozen = Frozen::new(&lab);
+    for family in FAMILIES {
+        let (mark, started, n) = (lab.mark(), Instant::now(), next());
+        let seen = dig(&web, &fresh(n), family.record(), &[]);
+        assert_eq!(seen.status, "SERVFAIL", "{}", seen.text());
+        assert!(started.elapsed() >= Duration::from_millis(200), "after {:?}", started.elapsed());
+        let record = lab.wait_audit(&GATEWAYS, &mark, |r| r["name"] == fresh(n)).unwrap();
+        assert_eq!(record["reason"], "barrier-timeout", "{record}");
+        assert_eq!((&record["kind"], &record["verdict"]), (&json!("dns"), &json!("deny")), "{record}");
+        assert_eq!((&record["namespace"], &record["pod"]), (&json!("shop"), &json!("web")), "{record}");
+    }
+    let timeouts = |g: &&str| lab.metric(g, "tidegate_decisions_total", &["reason=\"barrier-timeout\""]).unwrap();
+    assert!(GATEWAYS.iter().map(timeouts).sum::<f64>() >= 2.0);
+
+    // Its stream counts as dead after a while: by then its kernel steers what it does not know, and the gateway judges.
+    for family in FAMILIES {
+        let to = resolves(family);
+        let again = web.within(|| netstat("TCPSynRetrans")).unwrap();
+        assert_eq!(knock(&web, to).unwrap(), Knock::Open, "{to}: a name that only the gateway knows");
+        assert_eq!(web.within(|| netstat("TCPSynRetrans")).unwrap(), again, "with its first packet");
+        // An address that no name of the pod's has stays closed.
+        let stranger = address(399, family);
+        let mark = lab.mark();
+        assert_eq!(knock(&web, stranger).unwrap(), Knock::Silent);
+        let fits = |r: &serde_json::Value| {
+            r["verdict"] == "deny" && r["destination"]["asked"]["ip"] == stranger.ip().to_string()
+        };
+        assert!(lab.wait_audit(&GATEWAYS, &mark, fits).is_some(), "{stranger}: the gateway refuses it");
+    }
+
+    drop(frozen);
+    let back = wait_for(Duration::from_secs(20), || {
+        let text = GATEWAYS.map(|g| lab.admin(g, "/status").unwrap().1);
+        let connected = |t: &String| {
+            serde_json::from_str::<serde_json::Value>(t).unwrap()["core"]["nodes"]["node-1"]["connected"] == true
+        };
+        text.iter().all(connected).then_some(())
+    });
+    assert!(back.is_some(), "the agent is back");
+    for family in FAMILIES {
+        assert_eq!(knock(&web, resolves(family)).unwrap(), Knock::Open);
+    }
+}
