@@ -56,6 +56,7 @@ struct Fact {
 
 /// A reply that waits for its node.
 struct Waiting {
+    pod: IpAddr,
     scope: Scope,
     node: &'static str,
     name: &'static str,
@@ -256,7 +257,7 @@ impl Drive {
             let least = self.least(pod, asked);
             self.learn(&scope, asked, &ips, ttl, least);
             let until = self.now + u64::from(ttl.min(3600)) * 1000;
-            self.waiting.insert(ticket, Waiting { scope, node, name: asked, until });
+            self.waiting.insert(ticket, Waiting { pod, scope, node, name: asked, until });
         }
         self.done();
     }
@@ -347,10 +348,16 @@ impl Drive {
                 let Some(w) = self.waiting.remove(&ticket) else { panic!("a reply goes out twice") };
                 self.stats.released += u64::from(!ips.is_empty());
                 self.tell(|| format!("{} at {ips:?} goes out to {} of {:?}", w.name, w.node, w.scope));
-                for ip in ips {
-                    let until = self.promised.entry((w.scope.clone(), w.node, ip)).or_default();
+                for ip in &ips {
+                    let until = self.promised.entry((w.scope.clone(), w.node, *ip)).or_default();
                     let until = until.entry(w.name.to_owned()).or_default();
                     *until = w.until.max(*until);
+                }
+                // The first packet comes at once.
+                for ip in ips {
+                    for to in [(Proto::Tcp, 443), (Proto::Tcp, 80), (Proto::Udp, 443), (Proto::Tcp, 5432)] {
+                        self.compare(w.pod, ip, to);
+                    }
                 }
             }
             for ticket in done.failed {
@@ -665,6 +672,12 @@ impl Drive {
             self.stats.packets += 1;
             self.stats.carried += u64::from(!least.is_empty() && matches!(must, Fate::Carried(_)));
             assert_eq!(happens, must, "{pod} to {ip} {to:?}, promised {least:?}, of {} policies", self.versions.len());
+            if must == Fate::Denied {
+                // Nodes that hear nothing send on what they do not know: the gateway must not lean on them.
+                let number = if to.0 == Proto::Tcp { proto::TCP } else { proto::UDP };
+                let alone = self.gateway.kernel.decide(&frame(pod, ip, number, to.1, to.0 == Proto::Tcp), 1);
+                assert_eq!(alone.action, Action::Drop, "the gateway carries what is denied: {pod} to {ip} {to:?}");
+            }
         }
         Some(happens)
     }

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use tidegate_model::{Stats, random, run};
 
 /// Runs at least and at most, octets of each, and how long they may take together.
-const LEAST: u64 = 12;
-const RUNS: u64 = 60;
+const LEAST: u64 = 40;
+const RUNS: u64 = 400;
 const OCTETS: usize = 1_500;
 const TIME: Duration = Duration::from_secs(20);
 
