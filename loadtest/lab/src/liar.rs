@@ -31,9 +31,34 @@ pub const FATAL: &[&str] = &[
     "size",
     "code",
     "silent",
+    "late",
+    "drip",
+    "half",
 ];
 /// The lies about a time to live: the answer is used, and must not live on.
 pub const BRIEF: &[&str] = &["ttl31", "ttl0"];
+
+/// Addresses that no public name may lead to: of the cluster, of nobody, of the link, of metadata services.
+pub const FORBIDDEN: &[[u8; 4]] = &[
+    [0, 0, 0, 0],
+    [10, 96, 0, 10],
+    [10, 244, 1, 53],
+    [100, 64, 0, 1],
+    [127, 0, 0, 1],
+    [169, 254, 1, 1],
+    [169, 254, 169, 254],
+    [192, 168, 1, 1],
+    [224, 0, 0, 1],
+    [255, 255, 255, 255],
+];
+/// The address in the second answer to one question.
+pub const SECOND: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 198);
+/// Records of an answer with many, each with an address of its own.
+pub const MANY: u16 = 1000;
+/// Later than any resolver's client waits.
+const LATE: Duration = Duration::from_millis(2600);
+/// Between two octets of an answer that drips.
+const DRIP: Duration = Duration::from_millis(150);
 
 const A: u16 = 1;
 const CNAME: u16 = 5;
@@ -90,10 +115,15 @@ fn record(owner: &[u8], rtype: u16, class: u16, ttl: u32, data: &[u8]) -> Vec<u8
     out
 }
 
+/// The first label of the name that is asked.
+fn label(query: &[u8]) -> Option<String> {
+    let label = query.get(13..13 + usize::from(*query.get(12)?))?.to_ascii_lowercase();
+    String::from_utf8(label).ok()
+}
+
 /// What to send back; `None` is silence.
 fn lie(query: &[u8], tcp: bool) -> Option<Vec<u8>> {
-    let label = query.get(13..13 + usize::from(*query.get(12)?))?.to_ascii_lowercase();
-    let label = std::str::from_utf8(&label).ok()?;
+    let label = &*label(query)?;
     let name = query.get(12..)?.iter().position(|b| *b == 0)? + 1;
     let mut question = query.get(12..12 + name + 4)?.to_vec();
     let mut id = [query[0], query[1]];
@@ -125,7 +155,15 @@ fn lie(query: &[u8], tcp: bool) -> Option<Vec<u8>> {
         }
         // As many records as a message over TCP can hold.
         "flood" if tcp => answers = vec![own.clone(); (65_535 - 12 - question.len()) / own.len()],
-        "flood" | "cut" | "truncated" => {
+        "many" if tcp => {
+            let ip = |n: u16| [[198, 52], n.to_be_bytes()].concat();
+            answers = (0..MANY).map(|n| record(QUESTION, A, IN, TTL, &ip(n))).collect();
+        }
+        "rebind" => answers = FORBIDDEN.iter().map(|ip| record(QUESTION, A, IN, TTL, ip)).collect(),
+        "mixed" => answers.extend(FORBIDDEN.iter().map(|ip| record(QUESTION, A, IN, TTL, ip))),
+        // Over TCP a drip and a half are good answers: only how they come is not.
+        "drip" | "half" if tcp => {}
+        "flood" | "cut" | "truncated" | "many" | "drip" | "half" => {
             flags |= 0x0200;
             answers.clear();
         }
@@ -185,9 +223,22 @@ impl Liar {
                 let mut buffer = [0; 4096];
                 while !stopped.load(Ordering::Relaxed) {
                     let Ok((n, from)) = udp.recv_from(&mut buffer) else { continue };
-                    if let Some(reply) = lie(&buffer[..n], false) {
-                        // A client that is gone is no matter.
-                        let _ = udp.send_to(&reply, from);
+                    let Some(reply) = lie(&buffer[..n], false) else { continue };
+                    // A client that is gone is no matter.
+                    match label(&buffer[..n]).as_deref() {
+                        Some("late") => {
+                            let Ok(udp) = udp.try_clone() else { continue };
+                            drop(std::thread::spawn(move || {
+                                std::thread::sleep(LATE);
+                                let _ = udp.send_to(&reply, from);
+                            }));
+                        }
+                        Some("twice") => {
+                            let end = reply.len() - 4;
+                            let _ = udp.send_to(&reply, from);
+                            let _ = udp.send_to(&[&reply[..end], &SECOND.octets()].concat(), from);
+                        }
+                        _ => drop(udp.send_to(&reply, from)),
                     }
                 }
             }),
@@ -221,17 +272,17 @@ fn answer(mut stream: TcpStream) -> std::io::Result<()> {
     stream.read_exact(&mut length)?;
     let mut query = vec![0; usize::from(u16::from_be_bytes(length))];
     stream.read_exact(&mut query)?;
-    match lie(&query, true) {
+    let Some(reply) = lie(&query, true) else { return stream.read_exact(&mut length) };
+    let framed = [&(reply.len() as u16).to_be_bytes()[..], &reply].concat();
+    match label(&query).as_deref() {
         // A message that is announced and never comes whole.
-        Some(_) if query.get(13..16).is_some_and(|l| l.eq_ignore_ascii_case(b"cut")) => {
-            stream.write_all(&[0xff, 0xff])?;
-            stream.write_all(&query)
-        }
-        Some(reply) => {
-            stream.write_all(&(reply.len() as u16).to_be_bytes())?;
-            stream.write_all(&reply)
-        }
-        None => stream.read_exact(&mut length),
+        Some("cut") => stream.write_all(&[&[0xff, 0xff], &query[..]].concat()),
+        Some("half") => stream.write_all(&framed[..framed.len() / 2]),
+        Some("drip") => framed.iter().try_for_each(|octet| {
+            std::thread::sleep(DRIP);
+            stream.write_all(&[*octet])
+        }),
+        _ => stream.write_all(&framed),
     }
 }
 
@@ -247,6 +298,8 @@ mod tests {
         assert_eq!(of("truncated", true).unwrap()[2] & 2, 2);
         assert!((65_500..65_536).contains(&of("flood", true).unwrap().len()));
         assert!(of("flood", false).unwrap().len() < 100);
+        assert_eq!(of("many", true).unwrap().len() / 16, usize::from(MANY) + 2);
+        assert_eq!(of("half", true), of("drip", true));
         let long = of("ttl31", false).unwrap();
         assert_eq!(long[long.len() - 10..long.len() - 6], [0x80, 0, 0, 0]);
         assert_eq!(noise(1, 8), noise(1, 8));

@@ -10,6 +10,7 @@ pub mod cluster;
 pub mod family;
 pub mod foreign;
 pub mod forge;
+pub mod hello;
 pub mod lab;
 pub mod liar;
 pub mod netns;

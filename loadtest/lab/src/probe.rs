@@ -165,6 +165,15 @@ impl Echo {
         Ok(())
     }
 
+    /// The largest segment that this side sends, in octets of TCP payload.
+    ///
+    /// # Errors
+    /// When the socket is gone.
+    pub fn segment(&self) -> Result<usize> {
+        let size = nix::sys::socket::getsockopt(self.stream.get_ref(), nix::sys::socket::sockopt::TcpMaxSeg)?;
+        Ok(usize::try_from(size)?)
+    }
+
     /// Sets how long [`Echo::say`] waits.
     ///
     /// # Errors

@@ -64,6 +64,23 @@ fn a_lying_resolver_teaches_nothing() {
     for (lie, watch) in &watches {
         assert_eq!(watch.packets().unwrap(), 0, "{lie}: a packet left");
     }
+    // The first answer counts, and there is no other to its question.
+    let seen = dig(&web, "twice.lies.example.com", "A", &[]);
+    assert_eq!(seen.answers, [liar::address("twice").to_string()], "{}", seen.text());
+    let second = SocketAddr::new(liar::SECOND.into(), 7000);
+    assert_eq!(knock(&web, second).unwrap(), Knock::Silent, "a second answer taught an address");
+    // Of many addresses as many are learnt as a name may have; of those that nobody may have, none.
+    let many = dig(&web, "many.lies.example.com", "A", &["+tcp"]);
+    assert_eq!((many.status.as_str(), many.answers.len()), ("NOERROR", 64), "{}", many.text());
+    let kept = |n: u16| many.answers.contains(&format!("198.52.{}.{}", n >> 8, n & 255));
+    let left_out = (0..liar::MANY).find(|n| !kept(*n)).unwrap();
+    let [hi, lo] = left_out.to_be_bytes();
+    let beyond = SocketAddr::from(([198, 52, hi, lo], 7000));
+    assert_eq!(knock(&web, beyond).unwrap(), Knock::Silent, "an address beyond the bound was learnt");
+    let seen = dig(&web, "rebind.lies.example.com", "A", &[]);
+    assert!(seen.is_no_data(), "{}", seen.text());
+    let seen = dig(&web, "mixed.lies.example.com", "A", &[]);
+    assert_eq!(seen.answers, [liar::address("mixed").to_string()], "{}", seen.text());
     // A time to live with the top bit set is none (RFC 2181, section 8), and none is no permission for good.
     for lie in liar::BRIEF {
         let name = format!("{lie}.lies.example.com");
