@@ -345,7 +345,11 @@ mod tests {
         ask(&mut repeats);
         repeats.tick(&recorder, start + FLUSH, true);
         repeats.tick(&recorder, start + FLUSH, false);
-        assert_eq!(*seen.lock(), 3 * all - SLICE as u64, "what was emitted before it was asked again waits a second more");
+        assert_eq!(
+            *seen.lock(),
+            3 * all - SLICE as u64,
+            "what was emitted before it was asked again waits a second more"
+        );
         repeats.tick(&recorder, start + 2 * FLUSH, false);
         assert_eq!(*seen.lock(), 3 * all);
     }

@@ -75,14 +75,8 @@ impl Relay {
             can
         });
         let registry = Arc::new(Registry::new(config.quota).with_total(config.total));
-        let shared = Arc::new(Shared {
-            ports,
-            check,
-            emit,
-            registry: registry.clone(),
-            metrics: Metrics::new(),
-            config,
-        });
+        let shared =
+            Arc::new(Shared { ports, check, emit, registry: registry.clone(), metrics: Metrics::new(), config });
         let (stage, _) = watch::channel(Stage::Accept);
         let relay = Self { addresses, registry, stage, threads: Mutex::default() };
         for (i, listeners) in listeners.into_iter().enumerate() {
