@@ -37,6 +37,8 @@ pub struct Options {
     pub lab: Option<PathBuf>,
     /// The product's binary; absent: `$TIDEGATE_BIN`, else beside the lab's.
     pub tidegate: Option<PathBuf>,
+    /// Make everything ready and start nothing of the product: [`Lab::start_product`] does.
+    pub idle: bool,
 }
 
 impl Options {
@@ -139,7 +141,7 @@ impl Lab {
         let state = State::create(&options.name, scenario)?;
         let layout = Layout { folder: state::folder(&options.name) };
         let mut this = Self { state, layout, lab, tidegate, owned: true };
-        this.build().context("the lab did not come up")?;
+        this.build(options.idle).context("the lab did not come up")?;
         Ok(this)
     }
 
@@ -195,7 +197,7 @@ impl Lab {
         self.state.tear_down()
     }
 
-    fn build(&mut self) -> Result<()> {
+    fn build(&mut self, idle: bool) -> Result<()> {
         self.layout.create()?;
         product::write(&self.state.scenario, &self.layout)?;
         fs::write(self.resolv_conf(SYSTEM_NAMESPACE), resolv_conf(&self.state.scenario, SYSTEM_NAMESPACE))?;
@@ -210,22 +212,31 @@ impl Lab {
         if self.state.scenario.hosts.foreign_tcx {
             self.attach_foreign("foreign")?;
         }
-        if self.state.scenario.tidegate.is_some() {
-            // Gateways first and together: a pair goes to the first of its candidates that lives when the others look for
-            // it, and on a busy machine one that starts seconds later than its peer comes too late.
-            let gateways: Vec<String> = self.state.scenario.gateways.iter().map(|g| g.name.clone()).collect();
-            for name in &gateways {
-                self.start(name)?;
-            }
-            for name in &gateways {
-                wait_for(READY_LIMIT, || self.admin(name, "/healthz").is_ok().then_some(()));
-            }
-            for name in self.product_names().iter().filter(|n| !gateways.contains(n)) {
-                self.start(name)?;
-            }
-            for name in self.product_names() {
-                self.wait_ready(&name, READY_LIMIT)?;
-            }
+        if self.state.scenario.tidegate.is_some() && !idle {
+            self.start_product()?;
+        }
+        Ok(())
+    }
+
+    /// Starts all of the product, and waits until it is ready.
+    ///
+    /// # Errors
+    /// In one sentence, what did not start.
+    pub fn start_product(&mut self) -> Result<()> {
+        // Gateways first and together: a pair goes to the first of its candidates that lives when the others look for
+        // it, and on a busy machine one that starts seconds later than its peer comes too late.
+        let gateways: Vec<String> = self.state.scenario.gateways.iter().map(|g| g.name.clone()).collect();
+        for name in &gateways {
+            self.start(name)?;
+        }
+        for name in &gateways {
+            wait_for(READY_LIMIT, || self.admin(name, "/healthz").is_ok().then_some(()));
+        }
+        for name in self.product_names().iter().filter(|n| !gateways.contains(n)) {
+            self.start(name)?;
+        }
+        for name in self.product_names() {
+            self.wait_ready(&name, READY_LIMIT)?;
         }
         Ok(())
     }

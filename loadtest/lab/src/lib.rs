@@ -22,6 +22,7 @@ pub mod rules;
 pub mod scenario;
 pub mod serve;
 pub mod state;
+pub mod steady;
 pub mod story;
 pub mod world;
 
