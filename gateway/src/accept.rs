@@ -85,3 +85,55 @@ async fn accept(
         pending.push_back(handshake.abort_handle());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustls::server::ResolvesServerCertUsingSni;
+    use tokio::io::AsyncReadExt;
+
+    async fn port(most: usize) -> (ReceiverStream<io::Result<TlsStream<TcpStream>>>, std::net::SocketAddr) {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(ResolvesServerCertUsingSni::new()));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        (incoming(listener, Arc::new(config), most), address)
+    }
+
+    async fn is_closed(stream: &mut TcpStream) -> bool {
+        !matches!(timeout(Duration::from_millis(200), stream.read_u8()).await, Err(_) | Ok(Ok(_)))
+    }
+
+    #[tokio::test]
+    async fn the_oldest_handshake_makes_room() {
+        let (_port, address) = port(2).await;
+        let mut held = Vec::new();
+        for _ in 0..3 {
+            held.push(TcpStream::connect(address).await.unwrap());
+        }
+        let [oldest, others @ ..] = &mut held[..] else { panic!() };
+        assert!(is_closed(oldest).await);
+        for other in others {
+            assert!(!is_closed(other).await);
+        }
+    }
+
+    #[tokio::test]
+    async fn one_source_has_few_handshakes() {
+        let (_port, address) = port(100).await;
+        let mut held = Vec::new();
+        for _ in 0..=PER_SOURCE {
+            held.push(TcpStream::connect(address).await.unwrap());
+        }
+        assert!(is_closed(&mut held[PER_SOURCE]).await);
+        assert!(!is_closed(&mut held[0]).await);
+        // A place comes back with its connection.
+        drop(held);
+        sleep(Duration::from_millis(100)).await;
+        assert!(!is_closed(&mut TcpStream::connect(address).await.unwrap()).await);
+    }
+}
