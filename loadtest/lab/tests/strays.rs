@@ -45,7 +45,9 @@ const TAKEN_UP: [u8; 2] = [ACK, PSH | ACK];
 
 fn up(name: &str) -> (MutexGuard<'static, ()>, Lab) {
     let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let scenario = Scenario::load(concat!(env!("CARGO_MANIFEST_DIR"), "/../scenarios/demo.yaml").as_ref()).unwrap();
+    let mut scenario = Scenario::load(concat!(env!("CARGO_MANIFEST_DIR"), "/../scenarios/demo.yaml").as_ref()).unwrap();
+    // A gateway puts back what this test takes away.
+    scenario.tidegate.as_mut().unwrap().gateway.insert("fullPassSeconds".into(), serde_json::json!(3600));
     let options = Options { lab: Some(env!("CARGO_BIN_EXE_tidegate-lab").into()), ..Options::unique(name) };
     let lab = Lab::up(scenario, &options).unwrap();
     nobody_else_checks(&lab);
@@ -212,26 +214,35 @@ fn layers(lab: &Lab) {
     for family in FAMILIES {
         let to = target(family, "192.0.2.40", "2001:db8:200::40", 7000);
         let pod = "annotated/app";
-        let owner = &carrier(lab, to);
+        let carrier = &carrier(lab, to);
         for (chain, part) in [INVALID, LEAVE] {
-            let table = without(lab, owner, chain, &[part]);
+            let table = without(lab, carrier, chain, &[part]);
             strays(lab, pod, &[to], &format!("without {part}"));
-            restore(lab, owner, &table);
+            restore(lab, carrier, &table);
         }
-        let table = run(lab, owner, "nft list table inet tidegate");
-        without(lab, owner, INVALID.0, &[INVALID.1]);
-        without(lab, owner, LEAVE.0, &[LEAVE.1]);
+        let table = run(lab, carrier, "nft list table inet tidegate");
+        without(lab, carrier, INVALID.0, &[INVALID.1]);
+        without(lab, carrier, LEAVE.0, &[LEAVE.1]);
         let watch = lab.watch(to.ip(), "").unwrap();
         segments(lab, pod, to, &FLAGS);
         assert!(sees(&watch, 1), "without both something leaves, or this test could not fail");
-        restore(lab, owner, &table);
+        restore(lab, carrier, &table);
         strays(lab, pod, &[to], "with both again");
+        // Towards an egress address's own way the uplink's program is a third: it knows the sources that may leave there.
+        let pod = "shop/web";
+        let at = owner(lab, "gw-a");
+        let static_way = routed(family, 52, 7009);
+        let table = run(lab, &at, "nft list table inet tidegate");
+        without(lab, &at, INVALID.0, &[INVALID.1]);
+        without(lab, &at, LEAVE.0, &[LEAVE.1]);
+        strays(lab, pod, &[static_way], "by the uplink's program alone");
+        restore(lab, &at, &table);
         // What is taken up as a connection in its middle is refused, or it would leave with the gateway's address.
-        let table = without(lab, owner, "forward", &["reject with tcp reset"]);
+        let table = without(lab, carrier, "forward", &["ct state new tcp flags"]);
         let watch = lab.watch(to.ip(), "").unwrap();
-        segments(lab, pod, to, &TAKEN_UP);
+        segments(lab, "annotated/app", to, &TAKEN_UP);
         assert!(sees(&watch, 1), "without the refusal something leaves, or this test could not fail");
-        restore(lab, owner, &table);
+        restore(lab, carrier, &table);
     }
 }
 

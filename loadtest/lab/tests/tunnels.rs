@@ -295,14 +295,18 @@ fn from_pods(lab: &Lab) {
 }
 
 /// The program on the pod's interface and the netfilter half each hold alone. Without both, a masquerading network
-/// plugin makes the node's packet of it, which this test sees.
+/// plugin makes the node's packet of an untouched pod's, which this test sees.
 fn layers(lab: &mut Lab) {
-    let (pod, node, inside) = ATTACKERS[0];
+    let node = "node-1";
     let eyes = Eyes::open(lab);
     lab.signal(node, Signal::SIGKILL, Some(Duration::from_secs(5))).unwrap();
     let to: Vec<IpAddr> =
         FAMILIES.iter().flat_map(|f| ["gw-node-a", "gw-node-b"].map(|n| node_address(lab, n, *f))).collect();
-    let go = |lab: &Lab| attack(lab, pod, &own(lab, pod), &[], &to, &frames(lab, inside));
+    let go = |lab: &Lab| {
+        for (pod, _, inside) in ATTACKERS.iter().filter(|(_, n, _)| *n == node) {
+            attack(lab, pod, &own(lab, pod), &[], &to, &frames(lab, inside));
+        }
+    };
     let table = run(lab, node, "nft list table inet tidegate");
     run(lab, node, "nft delete table inet tidegate");
     go(lab);
@@ -310,8 +314,9 @@ fn layers(lab: &mut Lab) {
     let file = lab.layout().folder.join("run/table.nft");
     std::fs::write(&file, table).unwrap();
     run(lab, node, &format!("nft -f {}", file.display()));
-    let device = veth(lab.scenario().pod(pod).unwrap());
-    detach(lab, node, "pod_egress", &device);
+    for (pod, ..) in ATTACKERS.iter().filter(|(_, n, _)| *n == node) {
+        detach(lab, node, "pod_egress", &veth(lab.scenario().pod(pod).unwrap()));
+    }
     go(lab);
     eyes.nothing("netfilter alone");
     run(lab, node, "nft delete table inet tidegate");
