@@ -672,6 +672,11 @@ impl Run {
             Place::Behind(_) => datapath.reclaim(OURS, TOWARDS_PODS)?,
             Place::First | Place::Missing => drop(datapath.attach(OURS, TOWARDS_PODS)?),
         }
+        if place == Place::Missing
+            && let Err(error) = datapath.detach_gone()
+        {
+            tracing::warn!(%error, "pins of devices that are gone stay");
+        }
         if datapath.is_upgrade() {
             let pins = datapath.retire_others()?;
             tracing::info!(pins, "moved over from the kernel maps of another layout");
