@@ -219,7 +219,8 @@ impl Soak {
         let mut soak = Self {
             binder: CoreBinder { shared: shared.clone(), bindings, core: tx.clone() },
             store: Store::new(StoreLimits::default(), [1, 2, 3, 4]),
-            budget: Budget::new(BudgetLimits::default(), [1, 2, 3, 4]),
+            // All fixed names are below wildcards, and asked for at once now and then.
+            budget: Budget::new(BudgetLimits { names: 8_192, bytes: 1 << 20 }, [1, 2, 3, 4]),
             audit: audit.unwrap(),
             metrics,
             rules: Rules { cluster_suffixes: vec!["cluster.local".into()], addresses: 64 },
@@ -541,7 +542,11 @@ impl Soak {
 
     /// Memory, when no thread is in the middle of something.
     fn memory(&self) -> usize {
-        (0..20).map(|_| std::thread::sleep(Duration::from_millis(50))).map(|()| LIVE.load(Ordering::Relaxed)).min().unwrap()
+        (0..20)
+            .map(|_| std::thread::sleep(Duration::from_millis(50)))
+            .map(|()| LIVE.load(Ordering::Relaxed))
+            .min()
+            .unwrap()
     }
 
     fn journal_octets(&self) -> u64 {
@@ -558,6 +563,10 @@ fn soak(scale: Scale) {
         let end = soak.now + hours * HOUR;
         while soak.now < end {
             soak.step();
+            if (soak.now - START) % (24 * HOUR) < scale.step {
+                let (day, facts) = ((soak.now - START) / (24 * HOUR), soak.run.core.ledger.counts().facts);
+                println!("day {day}: {facts} facts, {} KiB, {:?}", LIVE.load(Ordering::Relaxed) >> 10, begun.elapsed());
+            }
         }
         let busy = (soak.run.core.ledger.counts(), LIVE.load(Ordering::Relaxed), soak.journal_octets());
         soak.same_state();

@@ -107,7 +107,8 @@ pub fn objects() -> Objects {
     }
     let pair = Pair { ipv4: Some([203, 0, 113, 10].into()), ipv6: None, draining: false };
     let source = tidegate_policy::model::AddressSource::Static { interface: None, pairs: vec![pair] };
-    o.pools.insert("static".into(), Pool { allowed_namespaces: Some(Selector::default()), source, gateway_nodes: None });
+    o.pools
+        .insert("static".into(), Pool { allowed_namespaces: Some(Selector::default()), source, gateway_nodes: None });
     o
 }
 
