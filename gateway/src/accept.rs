@@ -28,20 +28,20 @@ const PER_SOURCE: usize = 8;
 const BREATHER: Duration = Duration::from_millis(100);
 
 /// Connections whose handshakes are done, as long as the stream is there. Must run in a tokio runtime. Of more than
-/// `most` handshakes the oldest is given up: an honest one takes milliseconds.
+/// `most` handshakes the oldest is given up: an honest one takes milliseconds. `tls` is asked for each of them.
 pub fn incoming(
     listener: TcpListener,
-    tls: Arc<ServerConfig>,
+    tls: impl FnMut() -> Arc<ServerConfig> + Send + 'static,
     most: usize,
 ) -> ReceiverStream<io::Result<TlsStream<TcpStream>>> {
     let (out, done) = mpsc::channel(1);
-    tokio::spawn(accept(listener, TlsAcceptor::from(tls), most.max(1), out));
+    tokio::spawn(accept(listener, tls, most.max(1), out));
     ReceiverStream::new(done)
 }
 
 async fn accept(
     listener: TcpListener,
-    tls: TlsAcceptor,
+    mut tls: impl FnMut() -> Arc<ServerConfig>,
     most: usize,
     out: mpsc::Sender<io::Result<TlsStream<TcpStream>>>,
 ) {
@@ -68,7 +68,7 @@ async fn accept(
         {
             oldest.abort();
         }
-        let (tls, out) = (tls.clone(), out.clone());
+        let (tls, out) = (TlsAcceptor::from(tls()), out.clone());
         let handshake = tokio::spawn(async move {
             let shaken = async {
                 stream.set_nodelay(true)?;

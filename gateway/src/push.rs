@@ -198,6 +198,52 @@ fn tls_config(tls: &Tls) -> Result<rustls::ServerConfig> {
     Ok(config)
 }
 
+/// When a file was changed, how long it is, and which one it is: a link may lead to another one now.
+type Stamp = Option<(std::time::SystemTime, u64, u64)>;
+
+fn stamps(tls: &Tls) -> [Stamp; 3] {
+    [&tls.certificate, &tls.key, &tls.ca].map(|path| {
+        let meta = std::fs::metadata(path).ok()?;
+        Some((meta.modified().ok()?, meta.len(), std::os::unix::fs::MetadataExt::ino(&meta)))
+    })
+}
+
+/// Who this gateway is and whom it trusts, as the files say.
+struct Certificates {
+    tls: Tls,
+    stamps: [Stamp; 3],
+    config: Arc<rustls::ServerConfig>,
+}
+
+impl Certificates {
+    fn open(tls: &Tls) -> Result<Self> {
+        let stamps = stamps(tls);
+        Ok(Self { tls: tls.clone(), stamps, config: Arc::new(tls_config(tls)?) })
+    }
+
+    /// What holds for the next connection. Files that changed are read again; while they do not fit together, as
+    /// between two writes, what held before holds.
+    fn now(&mut self) -> Arc<rustls::ServerConfig> {
+        let stamps = stamps(&self.tls);
+        if stamps != self.stamps {
+            self.stamps = stamps;
+            match tls_config(&self.tls) {
+                Ok(config) => {
+                    tracing::info!("certificates read again");
+                    self.config = Arc::new(config);
+                }
+                Err(error) => {
+                    tracing::error!(
+                        error = format!("{error:#}"),
+                        "changed certificates are not usable; the old ones hold"
+                    );
+                }
+            }
+        }
+        self.config.clone()
+    }
+}
+
 /// Serves until `stop` resolves, with at most so many handshakes at a time.
 pub async fn serve(
     address: SocketAddr,
@@ -206,10 +252,10 @@ pub async fn serve(
     streams: Streams,
     stop: impl Future<Output = ()>,
 ) -> Result<()> {
-    let config = tls_config(tls).context("the certificates are not usable")?;
+    let mut certificates = Certificates::open(tls).context("the certificates are not usable")?;
     let said = || format!("cannot serve agents on {address}");
     let listener = tokio::net::TcpListener::bind(address).await.with_context(said)?;
-    let incoming = crate::accept::incoming(listener, Arc::new(config), handshakes);
+    let incoming = crate::accept::incoming(listener, move || certificates.now(), handshakes);
     let service =
         ControlServer::new(streams).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
     Server::builder()
