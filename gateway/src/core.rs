@@ -25,7 +25,7 @@ use tidegate_policy::state::{Entry, FactUpdate, NodeState};
 use tidegate_policy::world::{NodeStateParts, World};
 use tidegate_policy::{ClassKey, Name, Reason, ScopeKey};
 use tidegate_proto::wire::{FactsUpdate, PeerUpdate, StateUpdate};
-use tidegate_proto::{Claim, FactsBatch, GrantEntry, PeerFact, PeerMessage, ScopeClaim, Seen, StateBatch};
+use tidegate_proto::{Claim, FactsBatch, GrantEntry, PeerFact, PeerMessage, Seen, StateBatch};
 use tidegate_sni::Registry;
 use tokio::sync::{mpsc, oneshot};
 
@@ -324,6 +324,8 @@ struct Node {
     state: Option<(StreamId, mpsc::Sender<StateUpdate>)>,
     facts: Option<(StreamId, mpsc::Sender<FactsUpdate>)>,
     agent: Option<u64>,
+    /// What its agent said last on the Facts stream that is up.
+    seen: Option<Seen>,
     /// What the State stream was sent, grants of the Facts stream included.
     held: NodeState,
     /// Whether the stream has begun with a snapshot, as each must.
@@ -604,7 +606,7 @@ impl Run {
             }
             ToCore::FactsUp { node, id, boot_id, out } => {
                 let n = self.nodes.entry(node.clone()).or_default();
-                n.facts = Some((id, out));
+                (n.facts, n.seen) = (Some((id, out)), None);
                 let same = n.agent.replace(boot_id) == Some(boot_id);
                 let node = NodeId(self.core.shared.nodes.id(&node));
                 self.feed(if same { Input::NodeUp { node } } else { Input::NodeReset { node } });
@@ -635,11 +637,11 @@ impl Run {
                 let _ = reply.try_send(result.map_err(|e| e.to_string()));
             }
             ToCore::Seen { node, id, seen } => {
-                if self.nodes.get(&node).is_some_and(|n| n.facts.as_ref().is_some_and(|f| f.0 == id)) {
-                    let world = self.core.shared.world.load();
-                    let epoch = |c: &ScopeClaim| Some((Desired::pair(world.scope(c.scope)?)?, c.epoch));
-                    let epochs: Vec<_> = seen.claims.iter().filter_map(epoch).collect();
-                    self.core.ownership.seen(&node, seen.gateways.into_iter().collect(), epochs);
+                if let Some(n) = self.nodes.get_mut(&node)
+                    && n.facts.as_ref().is_some_and(|f| f.0 == id)
+                {
+                    n.seen = Some(seen);
+                    self.heed(Some(&node));
                 }
             }
             ToCore::Unplugged => self.attached = false,
@@ -686,7 +688,7 @@ impl Run {
 
     fn facts_down(&mut self, node: &str) {
         if let Some(n) = self.nodes.get_mut(node) {
-            n.facts = None;
+            (n.facts, n.seen) = (None, None);
         }
         self.core.ownership.agent_gone(node);
         let node = NodeId(self.core.shared.nodes.id(node));
@@ -699,6 +701,7 @@ impl Run {
         let old = self.core.shared.world.swap(world.clone());
         self.core.shared.egress.store(Arc::new(compiled.egress.clone()));
         self.core.ownership.set_pairs(self.core.desired.pairs(&world));
+        self.heed(None);
         self.core.ownership.set_nodes(|n| compiled.nodes.contains_key(n));
         self.core.ownership.tick(self.core.shared.now());
         self.set_claims(&world);

@@ -8,12 +8,12 @@ use tidegate_ledger::{FactRecord, Input, NodeId, OwnerId};
 use tidegate_policy::Reason;
 use tidegate_policy::world::World;
 use tidegate_proto::wire::PeerUpdate;
-use tidegate_proto::{Beat, PeerFact, PeerMessage};
+use tidegate_proto::{Beat, PeerFact, PeerMessage, ScopeClaim};
 use tidegate_sni::Live;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{MAX_PENDING, Run};
-use crate::desired;
+use crate::desired::{self, Desired};
 
 /// How long nodes wait at most to be told of a new owner.
 const PLACE: Duration = Duration::from_secs(1);
@@ -112,6 +112,17 @@ impl Run {
         self.attached
             && (self.settled || self.next.is_some())
             && self.nodes.get(&node).is_none_or(|n| n.facts.is_some())
+    }
+
+    /// Tells ownership what one agent sees, or all of them. Whose pair a scope uses only policy says: what came before it counts from then on.
+    pub(super) fn heed(&mut self, only: Option<&str>) {
+        let world = self.core.shared.world.load();
+        let epoch = |c: &ScopeClaim| Some((Desired::pair(world.scope(c.scope)?)?, c.epoch));
+        let said = self.nodes.iter().filter_map(|(name, n)| Some((name, n.seen.as_ref()?)));
+        for (node, seen) in said.filter(|(name, _)| only.is_none_or(|o| o == *name)) {
+            let epochs: Vec<_> = seen.claims.iter().filter_map(epoch).collect();
+            self.core.ownership.seen(node, seen.gateways.iter().cloned().collect(), epochs);
+        }
     }
 
     /// Hands what is known of ownership to those who build states and judge connections.
