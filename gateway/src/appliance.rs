@@ -368,6 +368,7 @@ pub fn run(path: &Path) -> Result<()> {
             (Some(journal), recovered, Some(thread))
         }
     };
+    let journal_health = journal.as_ref().map(Journal::health);
     let mut ownership = Ownership::new(&config.name, config.peers().map(|(name, _)| name.to_owned()), shared.now());
     ownership.recall(recovered.claims);
 
@@ -440,7 +441,9 @@ pub fn run(path: &Path) -> Result<()> {
                         "ipv4": s.pair().and_then(|p| p.ipv4),
                         "ipv6": s.pair().and_then(|p| p.ipv6),
                     })).collect::<Vec<_>>(),
-                    "problems": **problems.load(),
+                    "problems": problems.load().iter().cloned()
+                        .chain(journal_health.iter().flat_map(|h| h.problems()))
+                        .collect::<Vec<_>>(),
                 })
             };
             Some(admin::serve(

@@ -12,9 +12,10 @@
 //! same boot, for flows that go on, and dropped after a reboot.
 //!
 //! A file that is damaged, of another version or of another gateway is refused, renamed to `*.refused`, and the gateway
-//! starts without it. A frame that is cut off at the end of a file is what a crash leaves: what comes before it counts.
+//! starts without it. So it does where the folder cannot be used; the disk is tried again every 5 s. Either is said in
+//! the log, the status and the metrics. A frame that is cut off at the end of a file is what a crash leaves: what comes before it counts.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
 use std::net::IpAddr;
@@ -26,10 +27,13 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tidegate_policy::key::KeyHasher;
 use tidegate_policy::{Name, ScopeKey};
 use tidegate_proto::{Beat, Claim, PeerFact, PeerMessage};
+
+use crate::telemetry::{JOURNAL_FAILING, JOURNAL_REFUSED};
 
 /// First octets of a file; the last two are the version.
 const MAGIC: &[u8; 8] = b"TGFACT\0\x01";
@@ -224,11 +228,41 @@ fn encode(stamp: u64, message: PeerMessage) -> Vec<u8> {
     out
 }
 
+/// What is wrong with the journal, for the status.
+#[derive(Debug, Default)]
+pub struct Health {
+    /// Files that were refused since the start, and why.
+    refused: Mutex<BTreeMap<&'static str, String>>,
+    /// Why it cannot be written now.
+    failing: Mutex<Option<String>>,
+}
+
+impl Health {
+    /// One sentence for each trouble.
+    pub fn problems(&self) -> Vec<String> {
+        let refused = self.refused.lock();
+        let refused = refused.iter().map(|(file, why)| format!("journal: {file} was refused: {why}"));
+        let failing = self.failing.lock().clone().map(|why| format!("journal: it cannot be written: {why}"));
+        refused.chain(failing).collect()
+    }
+
+    fn refuse(&self, file: &'static str, why: &Refused) {
+        metrics::counter!(JOURNAL_REFUSED).increment(1);
+        self.refused.lock().insert(file, why.to_string());
+    }
+
+    fn written(&self, result: &io::Result<()>) {
+        metrics::gauge!(JOURNAL_FAILING).set(if result.is_err() { 1.0 } else { 0.0 });
+        *self.failing.lock() = result.as_ref().err().map(ToString::to_string);
+    }
+}
+
 /// The core's end of the journal.
 #[derive(Debug)]
 pub struct Journal {
     tx: Sender<PeerMessage>,
     resync: Arc<AtomicBool>,
+    health: Arc<Health>,
 }
 
 impl Journal {
@@ -236,16 +270,14 @@ impl Journal {
     /// [`Clocks::now`] but in a test.
     ///
     /// # Errors
-    /// The folder cannot be made or the thread not started. Bad files are no error: they are set aside.
+    /// The thread cannot be started. Bad files and a folder that cannot be used are no error.
     pub fn open(
         folder: &Path,
         gateway: &str,
         clocks: fn() -> Clocks,
     ) -> Result<(Self, Recovered, std::thread::JoinHandle<()>)> {
-        // Which names pods ask for is nobody else's business.
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(folder);
-        made.with_context(|| format!("cannot make {}", folder.display()))?;
-        let contents = recover(folder, gateway, &clocks());
+        let health = Arc::<Health>::default();
+        let contents = recover(folder, gateway, &clocks(), &health);
         let recovered =
             Recovered { facts: contents.facts.values().cloned().collect(), claims: contents.claims.clone() };
         let (tx, rx) = bounded(QUEUE);
@@ -255,6 +287,7 @@ impl Journal {
             gateway: gateway.to_owned(),
             clocks,
             resync: resync.clone(),
+            health: health.clone(),
             log: None,
             snapshot: 0,
         };
@@ -262,7 +295,12 @@ impl Journal {
             .name("journal".into())
             .spawn(move || writer.run(&rx, contents))
             .context("cannot start the journal thread")?;
-        Ok((Self { tx, resync }, recovered, thread))
+        Ok((Self { tx, resync, health }, recovered, thread))
+    }
+
+    /// What is wrong with it, now and later.
+    pub fn health(&self) -> Arc<Health> {
+        self.health.clone()
     }
 
     /// Appends facts, and claims if there are any. Never waits.
@@ -280,12 +318,17 @@ impl Journal {
 }
 
 /// Reads both files; those that are refused are set aside.
-fn recover(folder: &Path, gateway: &str, now: &Clocks) -> Contents {
+fn recover(folder: &Path, gateway: &str, now: &Clocks, health: &Health) -> Contents {
     let mut contents = Contents::default();
+    if !folder.is_dir() {
+        // Writing says why, if it is more than the first start.
+        return contents;
+    }
     for name in ["facts.snapshot", "facts.log"] {
         let path = folder.join(name);
         if let Err(why) = contents.read(&path, gateway, now) {
             let aside = folder.join(format!("{name}.refused"));
+            health.refuse(name, &why);
             let moved = fs::rename(&path, &aside);
             tracing::error!(
                 path = %path.display(),
@@ -309,6 +352,7 @@ struct Writer {
     gateway: String,
     clocks: fn() -> Clocks,
     resync: Arc<AtomicBool>,
+    health: Arc<Health>,
     log: Option<Log>,
     /// Octets of the snapshot.
     snapshot: u64,
@@ -317,8 +361,10 @@ struct Writer {
 impl Writer {
     fn run(&mut self, rx: &Receiver<PeerMessage>, contents: Contents) {
         let mut failed: Option<Instant> = None;
-        if let Err(error) = self.begin(contents) {
-            tracing::error!(%error, folder = %self.folder.display(), "the journal cannot be written");
+        let begun = self.begin(contents);
+        self.health.written(&begun);
+        if let Err(error) = begun {
+            tracing::error!(%error, folder = %self.folder.display(), "the journal cannot be written; trying again every 5 s");
             failed = Some(Instant::now());
         }
         let mut sync = Instant::now();
@@ -333,8 +379,10 @@ impl Writer {
                     continue;
                 }
                 // What was written before the failure still counts; the core sends the rest again.
-                let contents = recover(&self.folder, &self.gateway, &(self.clocks)());
-                match self.begin(contents) {
+                let contents = recover(&self.folder, &self.gateway, &(self.clocks)(), &self.health);
+                let begun = self.begin(contents);
+                self.health.written(&begun);
+                match begun {
                     Ok(()) => {
                         tracing::info!("the journal is written again");
                         self.resync.store(true, Ordering::Relaxed);
@@ -356,7 +404,9 @@ impl Writer {
                 }
                 Ok(())
             };
-            if let Err(error) = step() {
+            let stepped = step();
+            if let Err(error) = &stepped {
+                self.health.written(&stepped);
                 tracing::error!(%error, folder = %self.folder.display(), "the journal cannot be written; trying again every 5 s");
                 self.log = None;
                 failed = Some(Instant::now());
@@ -384,6 +434,8 @@ impl Writer {
     /// Writes a snapshot of what is known and begins a new log.
     fn begin(&mut self, contents: Contents) -> io::Result<()> {
         self.log = None;
+        // Which names pods ask for is nobody else's business.
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
         let clocks = (self.clocks)();
         let (file, _) = self.open("facts.snapshot.new", &clocks)?;
         let mut out = BufWriter::new(file);
@@ -462,8 +514,11 @@ mod tests {
     }
 
     fn read_at(folder: &Path, clocks: &Clocks) -> Vec<(IpAddr, u64)> {
-        let mut facts: Vec<_> =
-            recover(folder, "gw-a", clocks).facts.into_values().map(|f| (f.ip, f.remaining.as_secs())).collect();
+        let mut facts: Vec<_> = recover(folder, "gw-a", clocks, &Health::default())
+            .facts
+            .into_values()
+            .map(|f| (f.ip, f.remaining.as_secs()))
+            .collect();
         facts.sort_unstable();
         facts
     }
@@ -486,7 +541,7 @@ mod tests {
         // A wall clock that went back says nothing of their age: they are dropped, the claims are not.
         let earlier = Clocks { wall_ms: now.wall_ms - 3_600_000, ..rebooted };
         assert_eq!(read_at(dir.path(), &earlier), []);
-        assert_eq!(recover(dir.path(), "gw-a", &earlier).claims, [claim(3)]);
+        assert_eq!(recover(dir.path(), "gw-a", &earlier, &Health::default()).claims, [claim(3)]);
         // The next run reads the same, out of its new snapshot too.
         for _ in 0..2 {
             let again = write(dir.path(), vec![], None);
@@ -524,7 +579,7 @@ mod tests {
             bad[at] ^= 0x10;
             fs::write(&log, &bad).unwrap();
             // A longer length is a frame that was cut off; anything else is seen. Never a wrong fact.
-            for (_, f) in recover(dir.path(), "gw-a", &Clocks::now()).facts {
+            for (_, f) in recover(dir.path(), "gw-a", &Clocks::now(), &Health::default()).facts {
                 assert_eq!((f.ip, f.namespace.as_str()), ([192, 0, 2, 1].into(), "shop"));
             }
             let refused = dir.path().join("facts.log.refused");
@@ -540,7 +595,7 @@ mod tests {
             assert!(!log.exists());
         }
         fs::write(&log, &good).unwrap();
-        assert!(recover(dir.path(), "gw-b", &Clocks::now()).facts.is_empty());
+        assert!(recover(dir.path(), "gw-b", &Clocks::now(), &Health::default()).facts.is_empty());
         assert!(!log.exists() && !dir.path().join("facts.snapshot").exists());
         // And the gateway goes on with a new one.
         write(dir.path(), vec![fact(3, 100)], None);
@@ -566,5 +621,35 @@ mod tests {
         let size = |n: &str| fs::metadata(dir.path().join(n)).unwrap().len();
         assert!(size("facts.log") + size("facts.snapshot") < 2 << 20);
         assert_eq!(write(dir.path(), vec![], None).facts.len(), 100);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_and_the_rest_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("journal");
+        fs::write(&folder, b"a file").unwrap();
+        let (journal, recovered, thread) = Journal::open(&folder, "gw-a", Clocks::now).unwrap();
+        assert_eq!(recovered, Recovered::default());
+        let health = journal.health();
+        let end = Instant::now() + Duration::from_secs(10);
+        while health.problems().is_empty() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(health.problems()[0].starts_with("journal: it cannot be written: "), "{:?}", health.problems());
+        drop(journal);
+        thread.join().unwrap();
+        // A folder in the place of a file cannot be read, and a new file takes its place.
+        fs::remove_file(&folder).unwrap();
+        write(&folder, vec![fact(1, 100)], None);
+        fs::remove_file(folder.join("facts.log")).unwrap();
+        fs::create_dir(folder.join("facts.log")).unwrap();
+        let (journal, _, thread) = Journal::open(&folder, "gw-a", Clocks::now).unwrap();
+        let problems = journal.health().problems();
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert!(problems[0].starts_with("journal: facts.log was refused: it cannot be read"), "{problems:?}");
+        journal.append(vec![fact(2, 100)], None);
+        drop(journal);
+        thread.join().unwrap();
+        assert_eq!(read_at(&folder, &Clocks::now()).len(), 1);
     }
 }

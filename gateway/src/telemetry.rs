@@ -23,6 +23,10 @@ pub const AUDIT_LOST: &str = "tidegate_audit_lost_total";
 pub const DNS_SECONDS: &str = "tidegate_dns_seconds";
 /// Time from a push of facts to the kernel's confirmation, in seconds.
 pub const BARRIER_SECONDS: &str = "tidegate_barrier_seconds";
+/// Journal files that were refused.
+pub const JOURNAL_REFUSED: &str = "tidegate_journal_refused_total";
+/// 1 while the journal cannot be written.
+pub const JOURNAL_FAILING: &str = "tidegate_journal_failing";
 /// Always 1; its label is the version.
 pub const BUILD_INFO: &str = "tidegate_build_info";
 
@@ -93,6 +97,8 @@ fn describe() {
         metrics::Unit::Seconds,
         "Time from a push of facts to the kernel's confirmation"
     );
+    metrics::describe_counter!(JOURNAL_REFUSED, "Files of the journal that were damaged or not this gateway's");
+    metrics::describe_gauge!(JOURNAL_FAILING, "1 while the journal cannot be written, else 0");
     metrics::describe_gauge!(BUILD_INFO, "Always 1; the label says the version");
     metrics::gauge!(BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
 }
