@@ -242,8 +242,11 @@ impl<const V: usize> Entries for Array<MapData, [u8; V]> {
     fn change(&mut self, octet: usize) {
         for i in 0..self.len().min(FEW) {
             let mut value = self.get(&i, 0).unwrap();
-            value[octet] ^= 0x40;
-            self.set(i, value, 0).unwrap();
+            // Nobody looks at what is not in use.
+            if value != [0; V] {
+                value[octet] ^= 0x40;
+                self.set(i, value, 0).unwrap();
+            }
         }
     }
 }
