@@ -672,8 +672,9 @@ impl Drive {
             self.stats.packets += 1;
             self.stats.carried += u64::from(!least.is_empty() && matches!(must, Fate::Carried(_)));
             assert_eq!(happens, must, "{pod} to {ip} {to:?}, promised {least:?}, of {} policies", self.versions.len());
-            if must == Fate::Denied {
-                // Nodes that hear nothing send on what they do not know: the gateway must not lean on them.
+            if must == Fate::Denied && to.1 != 53 {
+                // Nodes that hear nothing send on what they do not know: the gateway must not lean on them. Its DNS
+                // service answers whoever asks, and denies what has no way out.
                 let number = if to.0 == Proto::Tcp { proto::TCP } else { proto::UDP };
                 let alone = self.gateway.kernel.decide(&frame(pod, ip, number, to.1, to.0 == Proto::Tcp), 1);
                 assert_eq!(alone.action, Action::Drop, "the gateway carries what is denied: {pod} to {ip} {to:?}");
