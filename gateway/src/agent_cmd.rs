@@ -9,7 +9,7 @@ use tidegate_policy::event::Emit;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use crate::admin::{self, Admin, Readiness};
+use crate::admin::{self, Admin, Guard, Readiness};
 use crate::{audit, telemetry};
 
 fn load(path: &Path) -> Result<Config> {
@@ -19,6 +19,9 @@ fn load(path: &Path) -> Result<Config> {
     config.validate().with_context(|| format!("{} is not a valid agent configuration", path.display()))?;
     Ok(config)
 }
+
+/// What readiness waits for.
+const SNAPSHOT: &str = "snapshot";
 
 /// Runs the agent until SIGTERM or SIGINT. Enforcement stays then.
 pub fn run(path: &Path) -> Result<()> {
@@ -38,6 +41,8 @@ pub fn run(path: &Path) -> Result<()> {
     );
     let (status, seen) = watch::channel(Status::default());
     let readiness = Readiness::default();
+    // Before anybody can ask: an agent that has done nothing yet is not ready.
+    let waiting = readiness.guard(SNAPSHOT);
     let admin = match config.admin {
         None => None,
         Some(address) => {
@@ -61,7 +66,7 @@ pub fn run(path: &Path) -> Result<()> {
                 _ = int.recv() => {}
             }
         };
-        tokio::spawn(follow(seen, readiness));
+        tokio::spawn(follow(seen, readiness, waiting));
         let emit: Arc<dyn Emit> = writer.clone();
         tidegate_agent::run(config, emit, shutdown, status).await.context("the agent ended")
     });
@@ -71,13 +76,13 @@ pub fn run(path: &Path) -> Result<()> {
 }
 
 /// Readiness is the agent's: not ready until the kernel holds a complete snapshot.
-async fn follow(mut seen: watch::Receiver<Status>, readiness: Readiness) {
-    let mut waiting = Some(readiness.guard("snapshot"));
+async fn follow(mut seen: watch::Receiver<Status>, readiness: Readiness, waiting: Guard) {
+    let mut waiting = Some(waiting);
     loop {
         let ready = seen.borrow_and_update().ready;
         match (ready, waiting.is_some()) {
             (true, true) => waiting = None,
-            (false, false) => waiting = Some(readiness.guard("snapshot")),
+            (false, false) => waiting = Some(readiness.guard(SNAPSHOT)),
             _ => {}
         }
         if seen.changed().await.is_err() {
