@@ -174,7 +174,7 @@ fn demo(scenario: &Path, points: &[u8], keep: bool) -> Result<ExitCode> {
         }
     });
     let begun = std::time::Instant::now();
-    let mut lab = Lab::up(Scenario::load(scenario)?, &Options { name, ..Options::default() })?;
+    let lab = Lab::up(Scenario::load(scenario)?, &Options { name, ..Options::default() })?;
     println!(
         "the lab is up after {:.1} s: {} pods on {} nodes, {} gateways",
         begun.elapsed().as_secs_f32(),
@@ -182,7 +182,7 @@ fn demo(scenario: &Path, points: &[u8], keep: bool) -> Result<ExitCode> {
         lab.scenario().nodes.len(),
         lab.scenario().gateways.len()
     );
-    let surprises = story::play(&mut lab, points, true)?;
+    let surprises = story::play(&lab, points, true)?;
     println!("{surprises} surprises, {:.1} s", begun.elapsed().as_secs_f32());
     if keep {
         println!("the lab stays: tidegate-lab exec --name demo POD -- COMMAND; tidegate-lab down --name demo");

@@ -131,7 +131,7 @@ fn labs_stand_side_by_side_and_take_only_their_own_away() {
     // Something that only looks like the lab's.
     let foreign = format!("{prefix}foreign");
     assert!(Command::new("ip").args(["netns", "add", &foreign]).status().unwrap().success());
-    let taken = Lab::up(bare(), &Options { name: one.name().into(), lab: Some(BINARY.into()), tidegate: None });
+    let taken = Lab::up(bare(), &Options { name: one.name().into(), lab: Some(BINARY.into()), ..Options::default() });
     assert!(format!("{:#}", taken.unwrap_err()).contains("there already"));
     let folder = one.layout().folder.clone();
     one.down().unwrap();
@@ -214,10 +214,10 @@ fn commands_run_in_a_pod_with_its_resolver() {
 
 #[test]
 fn the_story_tells_a_world_with_the_product_from_one_without() {
-    let mut lab = up(bare());
+    let lab = up(bare());
     // In-cluster traffic is the same in both; all that is about denying or about egress addresses must be surprised.
-    story::hold(&mut lab, 11).unwrap();
+    story::hold(&lab, 11).unwrap();
     for point in 1..=7 {
-        assert!(story::play(&mut lab, &[point], true).unwrap() > 0, "point {point} holds without the product");
+        assert!(story::play(&lab, &[point], true).unwrap() > 0, "point {point} holds without the product");
     }
 }
