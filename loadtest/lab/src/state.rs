@@ -192,7 +192,9 @@ pub fn start_time(pid: i32) -> Option<u64> {
     // The second field is the command in parentheses and may hold anything.
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
     let state = fields.next()?;
-    if matches!(state, "Z" | "X") {
+    // The first thread of a killed process is a zombie while others still hold its sockets.
+    let threads = || fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    if state == "X" || state == "Z" && threads() <= 1 {
         return None;
     }
     fields.nth(18)?.parse().ok()

@@ -1,0 +1,406 @@
+//! What the files about failover share: steady traffic with a log of what worked when, what the gateways say of
+//! ownership, and who announces an egress address on the wire.
+#![allow(dead_code, reason = "no file uses all of it")]
+
+use std::io::{BufRead, BufReader, ErrorKind, Read};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use socket2::{Domain, Protocol, Socket, Type};
+use tidegate_lab::family::{FAMILIES, Family};
+use tidegate_lab::lab::wait_for;
+use tidegate_lab::netns::within;
+use tidegate_lab::probe::{curl, dig};
+use tidegate_lab::{Lab, Options, Scenario};
+
+/// Pods of the namespace whose egress pair is looked at, on the nodes without a gateway.
+pub const PODS: [&str; 2] = ["shop/web", "shop/worker"];
+/// A gateway must be ready so soon after its start.
+pub const READY: Duration = Duration::from_secs(20);
+
+/// tcp.example.com, which policy lets through without inspection.
+pub fn tcp(family: Family) -> SocketAddr {
+    named(family, 12, 7000)
+}
+
+/// A server of the demo's internet.
+pub fn named(family: Family, n: u16, port: u16) -> SocketAddr {
+    let ip: IpAddr = format!("{}{n}", family.pick("198.51.100.", "2001:db8:100::")).parse().unwrap();
+    SocketAddr::new(ip, port)
+}
+
+fn dns(family: Family) -> SocketAddr {
+    let ip: IpAddr = family.pick("10.244.1.53", "fd00:10:244:1::53").parse().unwrap();
+    SocketAddr::new(ip, 53)
+}
+
+/// The egress address of the shop's pool.
+pub fn egress(family: Family) -> IpAddr {
+    family.pick("203.0.113.10", "2001:db8::10").parse().unwrap()
+}
+
+/// The address of a gateway's node.
+pub fn node_of(lab: &Lab, gateway: &str, family: Family) -> IpAddr {
+    let name = &lab.scenario().gateways.iter().find(|g| g.name == gateway).unwrap().node;
+    let node = lab.scenario().node(name).unwrap();
+    family.pick(node.ipv4.into(), node.ipv6.into())
+}
+
+/// The demo's cluster, with the shop's pair at gw-a.
+#[track_caller]
+pub fn up(name: &str) -> Lab {
+    let scenario = Scenario::load(concat!(env!("CARGO_MANIFEST_DIR"), "/../scenarios/demo.yaml").as_ref()).unwrap();
+    let options = Options { lab: Some(env!("CARGO_BIN_EXE_tidegate-lab").into()), ..Options::unique(name) };
+    let mut lab = Lab::up(scenario, &options).unwrap();
+    if owner(&lab, "gw-b").0 != "gw-a" {
+        // On a machine so busy that gw-a was not able for ten seconds the other one has begun.
+        lab.restart("gw-b").unwrap();
+        wait_owner(&lab, "gw-a", "gw-a", Duration::from_secs(10));
+    }
+    lab
+}
+
+/// Resolves these names in all pods and families.
+#[track_caller]
+pub fn learn(lab: &Lab, names: &[&str]) {
+    for pod in PODS {
+        for family in FAMILIES {
+            for name in names {
+                let seen = dig(&lab.pod(pod), name, family.record(), &[]);
+                assert_eq!(seen.answers.len(), 1, "{pod} {name}: {}", seen.text());
+            }
+        }
+    }
+}
+
+/// When something worked, by what was tried.
+#[derive(Default)]
+pub struct Log(Mutex<Vec<(Instant, Result<IpAddr, String>)>>);
+
+impl Log {
+    fn note(&self, result: Result<IpAddr, String>) {
+        self.0.lock().unwrap().push((Instant::now(), result));
+    }
+
+    /// The longest time without a success after `since`.
+    pub fn longest(&self, since: Instant) -> Duration {
+        let log = self.0.lock().unwrap();
+        let good: Vec<Instant> = std::iter::once(since)
+            .chain(log.iter().filter(|(at, r)| *at > since && r.is_ok()).map(|(at, _)| *at))
+            .collect();
+        good.windows(2).map(|w| w[1].duration_since(w[0])).max().unwrap_or(Duration::MAX)
+    }
+
+    /// Whom servers saw after `since`, each once.
+    pub fn sources(&self, since: Option<Instant>) -> Vec<IpAddr> {
+        let log = self.0.lock().unwrap();
+        let late = log.iter().filter(|(at, _)| since.is_none_or(|s| *at > s));
+        let mut all: Vec<IpAddr> = late.filter_map(|(_, r)| r.clone().ok()).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+}
+
+/// A query for api.example.com.
+fn query(id: u16, family: Family) -> Vec<u8> {
+    let mut q = id.to_be_bytes().to_vec();
+    q.extend_from_slice(&[1, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
+    for label in ["api", "example", "com"] {
+        q.push(label.len() as u8);
+        q.extend_from_slice(label.as_bytes());
+    }
+    q.extend_from_slice(&[0, 0, family.pick(1, 28), 0, 1]);
+    q
+}
+
+/// Asks every 50 ms, each time from a socket of its own and with no second try.
+fn ask(family: Family, log: &Log, end: &AtomicBool) {
+    let mut open: Vec<(Instant, UdpSocket)> = Vec::new();
+    let any: SocketAddr = family.pick((Ipv4Addr::UNSPECIFIED, 0).into(), (Ipv6Addr::UNSPECIFIED, 0).into());
+    let mut id = 0u16;
+    while !end.load(Ordering::Relaxed) {
+        let socket = UdpSocket::bind(any).unwrap();
+        socket.connect(dns(family)).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        id += 1;
+        let _ = socket.send(&query(id, family));
+        open.push((Instant::now(), socket));
+        let next = Instant::now() + Duration::from_millis(50);
+        while Instant::now() < next {
+            open.retain(|(at, s)| {
+                let mut reply = [0; 512];
+                match s.recv(&mut reply) {
+                    // No error and at least one answer.
+                    Ok(n) if n > 12 && reply[3] & 15 == 0 && reply[7] > 0 => {
+                        log.note(Ok(dns(family).ip()));
+                        false
+                    }
+                    Ok(_) => {
+                        log.note(Err("an error".into()));
+                        false
+                    }
+                    Err(_) => at.elapsed() < Duration::from_secs(3),
+                }
+            });
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// One connection: whom the server saw.
+pub fn connect(to: SocketAddr, limit: Duration) -> Result<IpAddr, String> {
+    let stream = TcpStream::connect_timeout(&to, limit).map_err(|e| e.to_string())?;
+    stream.set_read_timeout(Some(limit)).unwrap();
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).map_err(|e| e.to_string())?;
+    let seen: serde_json::Value = serde_json::from_str(&line).map_err(|e| e.to_string())?;
+    seen["source"].as_str().and_then(|s| s.parse().ok()).ok_or_else(|| "no source".into())
+}
+
+/// Opens a connection every 100 ms, without any query.
+fn open(family: Family, log: &Arc<Log>, end: &AtomicBool) {
+    let mut running = Vec::new();
+    while !end.load(Ordering::Relaxed) {
+        let log = Arc::clone(log);
+        running.push(std::thread::spawn(move || {
+            log.note(connect(tcp(family), Duration::from_millis(900)));
+        }));
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    running.into_iter().for_each(|t| t.join().unwrap());
+}
+
+/// What one pod saw of one family.
+pub struct Traffic {
+    pub pod: String,
+    pub family: Family,
+    pub names: Arc<Log>,
+    pub flows: Arc<Log>,
+}
+
+/// Steady traffic of these pods in both families while `work` goes on.
+pub fn under_traffic<T>(lab: &mut Lab, pods: &[&str], work: impl FnOnce(&mut Lab) -> T) -> (T, Vec<Traffic>) {
+    let end = Arc::new(AtomicBool::new(false));
+    let mut threads = Vec::new();
+    let mut all = Vec::new();
+    for pod in pods {
+        for family in FAMILIES {
+            let (names, flows) = (Arc::<Log>::default(), Arc::<Log>::default());
+            let netns = lab.pod(pod).netns().to_owned();
+            let (e, n, ns) = (Arc::clone(&end), Arc::clone(&names), netns.clone());
+            threads.push(std::thread::spawn(move || within(&ns, || ask(family, &n, &e)).unwrap()));
+            let (e, f) = (Arc::clone(&end), Arc::clone(&flows));
+            threads.push(std::thread::spawn(move || within(&netns, || open(family, &f, &e)).unwrap()));
+            all.push(Traffic { pod: (*pod).to_owned(), family, names, flows });
+        }
+    }
+    std::thread::sleep(Duration::from_secs(1));
+    let out = work(lab);
+    end.store(true, Ordering::Relaxed);
+    threads.into_iter().for_each(|t| t.join().unwrap());
+    (out, all)
+}
+
+/// The longest gaps of names and of connections since then, which are below these; no source but the pool's.
+#[track_caller]
+pub fn gaps(what: &str, all: &[Traffic], since: Instant, names: Duration, flows: Duration) {
+    let mut worst = (Duration::ZERO, Duration::ZERO);
+    for t in all.iter().filter(|t| PODS.contains(&t.pod.as_str())) {
+        let (dns, ip) = (t.names.longest(since), t.flows.longest(since));
+        println!("{what}: {} {:?}: longest DNS gap {dns:?}, egress address gap {ip:?}", t.pod, t.family);
+        worst = (worst.0.max(dns), worst.1.max(ip));
+        assert_eq!(t.flows.sources(None), [egress(t.family)], "{what}: no other source address");
+    }
+    println!("{what}: DNS gap {:?}, egress address gap {:?}", worst.0, worst.1);
+    assert!(worst.0 < names && worst.1 < flows, "{what}: {worst:?}");
+}
+
+/// Ends a process at once; says when.
+pub fn kill(lab: &Lab, name: &str) -> Instant {
+    let at = Instant::now();
+    lab.signal(name, Signal::SIGKILL, Some(Duration::from_secs(5))).unwrap();
+    at
+}
+
+pub fn status(lab: &Lab, gateway: &str) -> serde_json::Value {
+    serde_json::from_str(&lab.admin(gateway, "/status").unwrap().1).unwrap()
+}
+
+/// How many facts a gateway knows.
+pub fn facts(lab: &Lab, gateway: &str) -> u64 {
+    status(lab, gateway)["core"]["facts"].as_u64().unwrap()
+}
+
+/// Who owns the pair whose name holds this text, by a gateway's word: the owner, the epoch, and whether it is held.
+pub fn owner_of(lab: &Lab, gateway: &str, pair: &str) -> (String, u64, bool) {
+    let Ok((_, body)) = lab.admin(gateway, "/status") else { return Default::default() };
+    let status: serde_json::Value = serde_json::from_str(&body).unwrap();
+    let pairs = status["core"]["pairs"].as_array().cloned().unwrap_or_default();
+    let found = pairs.iter().find(|p| p["pair"].as_str().is_some_and(|t| t.contains(pair))).cloned();
+    let found = found.unwrap_or_default();
+    (
+        found["owner"].as_str().unwrap_or_default().into(),
+        found["epoch"].as_u64().unwrap_or_default(),
+        found["held"].as_bool().unwrap_or_default(),
+    )
+}
+
+/// Who owns the shop's pair, by a gateway's word.
+pub fn owner(lab: &Lab, gateway: &str) -> (String, u64) {
+    let (owner, epoch, _) = owner_of(lab, gateway, "203.0.113.10");
+    (owner, epoch)
+}
+
+/// Waits until a gateway says that the shop's pair is this one's; gives the epoch.
+#[track_caller]
+pub fn wait_owner(lab: &Lab, asked: &str, owned_by: &str, limit: Duration) -> u64 {
+    let found = wait_for(limit, || Some(owner(lab, asked)).filter(|(o, _)| o == owned_by));
+    found.unwrap_or_else(|| panic!("{asked} says {:?}, not {owned_by}", owner(lab, asked))).1
+}
+
+/// Connections to what was resolved long ago, forwarded and relayed, with no query by anybody.
+#[track_caller]
+pub fn facts_hold(lab: &Lab, limit: Duration) -> Duration {
+    let asked = lab.internet_queries().unwrap().len();
+    let start = Instant::now();
+    for pod in PODS {
+        for family in FAMILIES {
+            loop {
+                let seen = lab.pod(pod).within(|| connect(tcp(family), Duration::from_millis(500))).unwrap();
+                if seen == Ok(egress(family)) {
+                    break;
+                }
+                assert!(start.elapsed() < limit, "{pod} {family:?}: {seen:?}");
+            }
+        }
+    }
+    let took = start.elapsed();
+    for pod in PODS {
+        for family in FAMILIES {
+            let seen = relayed(lab, pod, family, 11, "www.example.com");
+            assert_eq!(seen.source(), Some(egress(family)), "{pod} {family:?}, relayed: {}", seen.text());
+        }
+    }
+    assert_eq!(lab.internet_queries().unwrap().len(), asked, "nobody asked anything anew");
+    took
+}
+
+/// A TLS connection to an address that was resolved long ago.
+pub fn relayed(lab: &Lab, pod: &str, family: Family, n: u16, name: &str) -> tidegate_lab::probe::Curl {
+    let to = named(family, n, 443).ip();
+    let ip = if to.is_ipv6() { format!("[{to}]") } else { to.to_string() };
+    let resolve = format!("{name}:443:{ip}");
+    curl(&lab.pod(pod), family, &format!("https://{name}/"), &["--resolve", &resolve])
+}
+
+/// A gateway's log.
+pub fn log(lab: &Lab, name: &str) -> String {
+    std::fs::read_to_string(lab.layout().log(name)).unwrap_or_default()
+}
+
+type Seen = (Instant, IpAddr, [u8; 6]);
+
+/// Who said on the segment of nodes and router that an egress address is at which hardware address: gratuitous ARP
+/// and answers (RFC 826, RFC 5227), neighbour advertisements (RFC 4861, section 4.4).
+pub struct Wire {
+    seen: Arc<Mutex<Vec<Seen>>>,
+    end: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+    /// Hardware addresses of the gateways' nodes.
+    nodes: Vec<(String, [u8; 6])>,
+}
+
+/// ETH_P_ALL.
+const EVERY_PROTOCOL: u16 = 3;
+
+/// The address that a frame announces.
+fn announces(frame: &[u8]) -> Option<IpAddr> {
+    match frame.get(12..14)? {
+        // A request announces only where it asks for the sender's own address.
+        [8, 6] => {
+            let (operation, sender, target) = (frame.get(20..22)?, frame.get(28..32)?, frame.get(38..42)?);
+            let sender: [u8; 4] = sender.try_into().ok()?;
+            (operation == [0, 2] || sender == target).then(|| sender.into())
+        }
+        [0x86, 0xdd] if frame.get(20) == Some(&58) && frame.get(54) == Some(&136) => {
+            let target: [u8; 16] = frame.get(62..78)?.try_into().ok()?;
+            Some(target.into())
+        }
+        _ => None,
+    }
+}
+
+impl Wire {
+    pub fn watch(lab: &Lab) -> Self {
+        let nodes = lab.scenario().gateways.iter().map(|g| {
+            let text = lab.place(&g.node).unwrap().run(&["ip", "-j", "link", "show", "eth0"]).stdout;
+            let links: serde_json::Value = serde_json::from_str(&text).unwrap();
+            let mut mac = [0; 6];
+            for (octet, hex) in mac.iter_mut().zip(links[0]["address"].as_str().unwrap().split(':')) {
+                *octet = u8::from_str_radix(hex, 16).unwrap();
+            }
+            (g.name.clone(), mac)
+        });
+        let nodes = nodes.collect();
+        let socket = lab.place("fabric").unwrap().within(|| {
+            let all = Protocol::from(i32::from(EVERY_PROTOCOL.to_be()));
+            Socket::new(Domain::PACKET, Type::RAW, Some(all)).unwrap()
+        });
+        let mut socket = socket.unwrap();
+        socket.set_recv_buffer_size(8 << 20).unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        let (seen, end) = (Arc::<Mutex<Vec<Seen>>>::default(), Arc::<AtomicBool>::default());
+        let (s, e) = (Arc::clone(&seen), Arc::clone(&end));
+        let thread = std::thread::spawn(move || {
+            let mut frame = [0; 2048];
+            while !e.load(Ordering::Relaxed) {
+                match socket.read(&mut frame) {
+                    Ok(n) => {
+                        if let Some(ip) = announces(&frame[..n]).filter(|ip| FAMILIES.map(egress).contains(ip)) {
+                            s.lock().unwrap().push((Instant::now(), ip, frame[6..12].try_into().unwrap()));
+                        }
+                    }
+                    Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+                    Err(e) => panic!("{e}"),
+                }
+            }
+        });
+        Self { seen, end, thread: Some(thread), nodes }
+    }
+
+    /// Who announced it since then, one after the other: two that do so at the same time alternate.
+    pub fn announcers(&self, family: Family, since: Instant) -> Vec<String> {
+        let seen = self.seen.lock().unwrap();
+        let late = seen.iter().filter(|(at, ip, _)| *at > since && *ip == egress(family));
+        let name = |mac: &[u8; 6]| {
+            let node = self.nodes.iter().find(|(_, m)| m == mac);
+            node.map_or_else(|| format!("{mac:?}"), |(name, _)| name.clone())
+        };
+        let mut names: Vec<String> = late.map(|(_, _, mac)| name(mac)).collect();
+        names.dedup();
+        names
+    }
+
+    /// Only these announced both addresses since then, one after the other.
+    #[track_caller]
+    pub fn only(&self, since: Instant, gateways: &[&str]) {
+        for family in FAMILIES {
+            assert_eq!(self.announcers(family, since), gateways, "{}", egress(family));
+        }
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        self.end.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // A capture that failed has said so on standard error.
+            let _ = thread.join();
+        }
+    }
+}
