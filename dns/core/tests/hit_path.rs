@@ -429,6 +429,22 @@ fn the_types_of_a_name_are_kept_and_end_apart() {
 }
 
 #[test]
+fn an_answer_in_the_old_half_stays_beside_a_new_one() {
+    let mut b = Bench::new(Table::default(), AskMode::Enforced);
+    b.store = Store::new(StoreLimits { answers: 4, bytes: 1 << 20 }, [1, 2, 3, 4]);
+    let there = |b: &Bench, qtype| b.store.get(ScopeKey(1), &key("a.example", qtype), b.now).is_some();
+    b.learn("a.example", 1, 0, &[a("a.example", 60, [192, 0, 2, 1])]);
+    for n in ["b.example", "c.example"] {
+        b.learn(n, 1, 0, &[a(n, 60, [192, 0, 2, 1])]);
+    }
+    assert!(there(&b, 1), "in the old half now");
+    b.learn("a.example", 28, 0, &[aaaa("a.example", 60, [1; 16])]);
+    assert!(there(&b, 1) && there(&b, 28));
+    b.learn("a.example", 1, 0, &[a("a.example", 0, [192, 0, 2, 1])]);
+    assert!(!there(&b, 1) && there(&b, 28));
+}
+
+#[test]
 fn many_types_of_one_name_stay_within_the_bounds() {
     let mut b = Bench::new(Table::default(), AskMode::Enforced);
     b.store = Store::new(StoreLimits { answers: 10, bytes: 4000 }, [1, 2, 3, 4]);

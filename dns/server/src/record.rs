@@ -352,5 +352,10 @@ mod tests {
         );
         repeats.tick(&recorder, start + 2 * FLUSH, false);
         assert_eq!(*seen.lock(), 3 * all);
+        ask(&mut repeats);
+        repeats.tick(&recorder, start + 3 * FLUSH, true);
+        assert_eq!(*seen.lock(), 3 * all + SLICE as u64);
+        repeats.tick(&recorder, start + 4 * FLUSH, true);
+        assert_eq!(*seen.lock(), 4 * all, "with one batch a second the rest goes with the second one");
     }
 }
