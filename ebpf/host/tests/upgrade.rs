@@ -223,3 +223,20 @@ fn addresses_are_held_for_the_old_programs_until_they_are_replaced() {
     f.path_mut().release(&[address]).unwrap();
     assert_eq!(deadline(&old), 0);
 }
+
+#[test]
+fn a_gateway_that_lost_its_scopes_lets_nothing_out_with_another_source() {
+    let mut f = world(Role::Gateway);
+    let mut scopes: HashMap<_, u32, tidegate_ebpf_common::layout::Scope> = open(&f.pin("SCOPES"));
+    for key in scopes.keys().map(Result::unwrap).collect::<Vec<_>>() {
+        scopes.remove(&key).unwrap();
+    }
+    for (pod, server) in PODS.iter().zip(SERVERS) {
+        assert_eq!(run(&f, Program::GatewayIngress, &tcp(pod, server, 443, true)), SHOT);
+        assert_eq!(run(&f, Program::GatewayIngress, &udp(pod, server, 53)), 0, "answers have no such source");
+    }
+    f.path_mut().apply(&state(), &local(), true).unwrap();
+    for (pod, server) in PODS.iter().zip(SERVERS) {
+        assert_eq!(run(&f, Program::GatewayIngress, &tcp(pod, server, 443, true)), 0);
+    }
+}

@@ -2,10 +2,11 @@
 
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use tidegate_ebpf_common::{Action, Decision, Hook, Outcome, Packet, verdict};
+use tidegate_ebpf_common::layout::via;
+use tidegate_ebpf_common::{Action, Code, Decision, Hook, Outcome, Packet, verdict};
 
 use crate::skb::{OK, SHOT, Skb};
-use crate::tables::{self, Kernel, count, get, report};
+use crate::tables::{self, Kernel, count, dropped, get, report};
 
 /// The verdict again, over the gateway's own maps: what it steers goes on with the carry and the
 /// egress pair as its mark and the scope as its priority, everything else ends here.
@@ -25,11 +26,16 @@ pub fn gateway_ingress(ctx: TcContext) -> i32 {
         }
         return SHOT;
     }
+    let pair = match get!(SCOPES, &d.scope) {
+        Some(scope) => scope.pair & 0xff,
+        None if d.via == via::DNS || d.via == via::BLOCK => 0,
+        // Without its pair it would leave with another source than its pool's.
+        None => return dropped(&skb, Hook::GatewayIngress, Code::NoGateway, &p),
+    };
     count(Hook::GatewayIngress, Outcome::Steer, d.code);
-    if d.report && d.via == tidegate_ebpf_common::layout::via::FORWARD {
+    if d.report && d.via == via::FORWARD {
         report(&skb, Hook::GatewayIngress, Outcome::Steer, d.code, &p);
     }
-    let pair = get!(SCOPES, &d.scope).map_or(0, |s| s.pair & 0xff);
     skb.set_mark(u32::from(d.via) | pair << 8);
     skb.set_priority(d.scope);
     OK
