@@ -94,6 +94,8 @@ pub fn dns_query(data: &[u8]) -> bool {
     assert!(data.windows(query.question().len()).any(|w| w == query.question()));
     let lower = query.wire_name().to_ascii_lowercase();
     assert_eq!(query.key()[2..], lower, "the key is the name in one case");
+    assert_eq!(query.name(), query.name().to_ascii_lowercase());
+    assert!((512..=1232).contains(&query.udp_limit()));
     let sent = upstream_query(query.key(), 7, &[0; 32], false);
     let Parsed::Query(ours) = parse(&sent) else { panic!("our own query is refused") };
     assert_eq!((ours.key(), ours.name()), (query.key(), query.name()), "what is asked upstream is what was asked");

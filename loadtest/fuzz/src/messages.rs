@@ -19,6 +19,10 @@ pub fn message(data: &[u8]) -> bool {
             set.into_iter().for_each(|e| copy.set(e));
             gone.iter().for_each(|k| copy.delete(k));
             assert_eq!(copy, state, "a difference applied");
+            let (set, gone) = state.diff(&NodeState::default());
+            set.into_iter().for_each(|e| copy.set(e));
+            gone.iter().for_each(|k| copy.delete(k));
+            assert_eq!(copy, NodeState::default(), "and taken back");
             let sent = batch.clone().into_messages();
             assert_eq!(join(&sent, StateBatch::try_from), batch);
         }
