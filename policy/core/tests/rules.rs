@@ -60,6 +60,13 @@ fn names_in_dns() {
     assert_eq!(g.address("mail.example", ip("10.20.1.1")), Accept);
     assert_eq!(g.address("mail.example", ip("10.21.1.1")), Default);
     assert_eq!(g.address("other.example", ip("10.20.1.1")), Default);
+    // A cluster policy's rule says so as well as an own one.
+    let mut r = rule("r", &["files.example"], &["443"]);
+    r.private_addresses = vec!["10.30.0.0/16".parse().unwrap()];
+    let own = policy(vec![rule("o", &["mail.example"], &["443"])], vec![]);
+    let g = shop().own("p", own).clustered("c", cluster(Tier::Admin, 1, vec![(Action::Accept, r)])).group();
+    assert_eq!(g.address("files.example", ip("10.30.1.1")), Accept);
+    assert_eq!(g.address("mail.example", ip("10.30.1.1")), Default);
 }
 
 #[test]
