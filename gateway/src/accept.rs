@@ -101,7 +101,8 @@ mod tests {
             .with_cert_resolver(Arc::new(ResolvesServerCertUsingSni::new()));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        (incoming(listener, Arc::new(config), most), address)
+        let config = Arc::new(config);
+        (incoming(listener, move || config.clone(), most), address)
     }
 
     async fn is_closed(stream: &mut TcpStream) -> bool {
