@@ -29,7 +29,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::{Admin, Guard, Readiness};
 use crate::config::{self, Config};
-use crate::core::{Classifier, Clock, Core, Ids, Shared, Status, ToCore};
+use crate::core::{Classifier, Clock, Core, Ids, Settling, Shared, Status, ToCore};
 use crate::descriptors::{Shares, of_one};
 use crate::desired::{Compiled, Desired};
 use crate::dns_view::{CoreBinder, DnsView};
@@ -306,6 +306,7 @@ pub fn run(path: &Path) -> Result<()> {
         egress: ArcSwap::default(),
         nodes: Ids::default(),
         namespaces: Ids::default(),
+        settling: Settling::default(),
         clock: Clock::start(),
         status: ArcSwap::from_pointee(Status::default()),
     });

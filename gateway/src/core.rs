@@ -5,6 +5,7 @@
 //! queue is full is cut off and starts anew with a snapshot.
 
 mod failover;
+mod settling;
 #[cfg(test)]
 mod soak;
 
@@ -29,6 +30,7 @@ use tidegate_proto::{Claim, FactsBatch, GrantEntry, PeerFact, PeerMessage, Seen,
 use tidegate_sni::Registry;
 use tokio::sync::{mpsc, oneshot};
 
+pub use self::settling::Settling;
 use crate::admin::Guard;
 use crate::desired::{Compiled, Desired, Target};
 use crate::dns_view::DnsView;
@@ -58,6 +60,8 @@ const MAX_PENDING: usize = 65536;
 pub struct Bind {
     /// The asking pod's scope.
     pub scope: ScopeKey,
+    /// The asking pod's address.
+    pub pod: IpAddr,
     /// The asking pod's node.
     pub node: NodeId,
     /// The namespace whose quotas count.
@@ -237,6 +241,8 @@ pub struct Shared {
     pub nodes: Ids,
     /// Namespace ids.
     pub namespaces: Ids,
+    /// Pods whose answers wait for their node.
+    pub settling: Settling,
     /// The monotonic clock that the ledger counts on.
     pub clock: Clock,
     /// What `tidegate status` shows.
@@ -452,6 +458,8 @@ struct Run {
     classes: Classes,
     nodes: HashMap<String, Node>,
     waiting: AHashMap<u64, Waiting>,
+    /// Answers to pods that settle, in the order of their deadlines.
+    late: Vec<(Duration, Bind)>,
     own: NodeState,
     next_ticket: u64,
     out: Vec<Output>,
@@ -516,6 +524,7 @@ impl Run {
             core,
             nodes: HashMap::new(),
             waiting: AHashMap::new(),
+            late: Vec::new(),
             own: NodeState::default(),
             next_ticket: 1,
             out: Vec::new(),
@@ -527,7 +536,8 @@ impl Run {
         let d = &self.due;
         let spread = self.core.ledger.has_changes().then_some(d.spread);
         let others = spread.into_iter().chain(self.core.ledger.next_deadline());
-        others.chain([d.full, d.decide, d.count]).fold(d.beat, Duration::min)
+        let late = self.late.first().map(|(deadline, _)| *deadline);
+        others.chain(late).chain([d.full, d.decide, d.count]).fold(d.beat, Duration::min)
     }
 
     /// Does what is due.
@@ -535,6 +545,9 @@ impl Run {
         let now = self.core.shared.now();
         if self.core.ledger.next_deadline().is_some_and(|d| d <= now) {
             self.feed(Input::Tick);
+        }
+        if self.late.first().is_some_and(|(deadline, _)| *deadline <= now) {
+            self.hear_late(now);
         }
         if self.due.decide <= now {
             self.decide();
@@ -595,6 +608,9 @@ impl Run {
                     }
                     n.status.applied = ack.sequence;
                     n.status.error = ack.error;
+                    let id = self.core.shared.nodes.id(&node);
+                    self.core.shared.settling.acked(NodeId(id), ack.sequence);
+                    self.hear_late(self.core.shared.now());
                 }
             }
             ToCore::StateDown { node, id } => {
@@ -602,6 +618,7 @@ impl Run {
                     && n.state.as_ref().is_some_and(|s| s.0 == id)
                 {
                     n.state = None;
+                    self.settled_without(&node);
                 }
             }
             ToCore::FactsUp { node, id, boot_id, out } => {
@@ -691,8 +708,16 @@ impl Run {
             (n.facts, n.seen) = (None, None);
         }
         self.core.ownership.agent_gone(node);
+        self.settled_without(node);
         let node = NodeId(self.core.shared.nodes.id(node));
         self.feed(Input::NodeDown { node });
+    }
+
+    /// Nothing waits for this node's acks of states any more.
+    fn settled_without(&mut self, node: &str) {
+        let id = self.core.shared.nodes.id(node);
+        self.core.shared.settling.forget(NodeId(id));
+        self.hear_late(self.core.shared.now());
     }
 
     /// An edit: classes first, then grants, facts and cuts.
@@ -706,8 +731,6 @@ impl Run {
         self.core.ownership.tick(self.core.shared.now());
         self.set_claims(&world);
         self.core.shared.pairs.store(Arc::new(self.core.desired.held(&world)));
-        let view = DnsView::new(&compiled, self.core.families);
-        self.core.shared.view.store(Arc::new(view));
         self.compiled = compiled;
         for scope in old.scopes().keys().filter(|k| world.scope(**k).is_none()) {
             self.feed(Input::ScopeGone { scope: *scope });
@@ -735,6 +758,9 @@ impl Run {
             }
         }
         self.send_states();
+        // Only now: by what nodes were sent, pods have to settle before they get answers of the new policy.
+        let view = DnsView::new(&self.compiled, self.core.families);
+        self.core.shared.view.store(Arc::new(view));
         let cut = self.core.registry.revoke(|live| !still_allowed(&world, live), Reason::Revoked);
         if cut > 0 {
             tracing::info!(connections = cut, "connections that policy no longer allows were reset");
@@ -766,6 +792,33 @@ impl Run {
     }
 
     fn bind(&mut self, b: Bind) {
+        if self.core.shared.settling.has(b.node, b.pod) {
+            self.late.push((self.core.shared.now() + self.core.ledger.barrier(), b));
+        } else {
+            self.bind_settled(b);
+        }
+    }
+
+    /// Goes on with the answers to pods that have settled, and ends those that waited too long.
+    fn hear_late(&mut self, now: Duration) {
+        if self.late.is_empty() {
+            return;
+        }
+        for (deadline, b) in std::mem::take(&mut self.late) {
+            if !self.core.shared.settling.has(b.node, b.pod) {
+                self.bind_settled(b);
+            } else if deadline <= now {
+                metrics::histogram!(BARRIER_SECONDS).record(self.core.ledger.barrier().as_secs_f64());
+                // The pod may have gone away meanwhile.
+                let _ = b.reply.send(Err(Reason::BarrierTimeout));
+            } else {
+                self.late.push((deadline, b));
+            }
+        }
+        self.carry_out();
+    }
+
+    fn bind_settled(&mut self, b: Bind) {
         if self.compiled.world.scope(b.scope).is_none() {
             // An edit came between: the scope must not come back to life by an answer.
             let _ = b.reply.send(Err(Reason::NoBinding));
@@ -928,6 +981,12 @@ impl Run {
         }
         n.state_seq += 1;
         n.status.sent = n.state_seq;
+        // A stream's first state is what the node mostly holds already, and without its facts' acks nothing waits.
+        if !snapshot && n.facts.is_some() {
+            let pod = |e: &Entry| if let Entry::Endpoint(ip, _) = e { Some(*ip) } else { None };
+            let id = NodeId(self.core.shared.nodes.id(node));
+            self.core.shared.settling.sent(id, n.state_seq, set.iter().filter_map(pod));
+        }
         n.held = wanted;
         let batch = StateBatch {
             gateway: self.core.gateway.clone(),
@@ -941,6 +1000,7 @@ impl Run {
         if batch.into_messages().into_iter().any(|m| out.try_send(m).is_err()) {
             tracing::warn!(node, "a node does not keep up with its state: it will start anew");
             n.state = None;
+            self.settled_without(node);
         }
     }
 

@@ -49,6 +49,7 @@ impl DnsView {
             // What is not isolated keeps the CNI's path, whatever the pool's families are.
             let free = mode != AskMode::Enforced;
             let asker = Asker {
+                ip,
                 who: e.who.clone(),
                 scope: m.scope,
                 group: m.group,
@@ -137,6 +138,9 @@ pub struct CoreBinder {
 impl Binder for CoreBinder {
     fn standing(&self, asker: &Asker, name: &str, ips: &[IpAddr], ttl_secs: u32) -> bool {
         let node = NodeId(self.shared.nodes.id(&asker.who.node));
+        if self.shared.settling.has(node, asker.ip) {
+            return false;
+        }
         let until = self.shared.now() + Duration::from_secs(ttl_secs.into());
         self.bindings.answer_stands(asker.scope, name, ips, node, until)
     }
@@ -148,6 +152,7 @@ impl Binder for CoreBinder {
         let (reply, answer) = oneshot::channel();
         let bind = Bind {
             scope: request.asker.scope,
+            pod: request.asker.ip,
             node: NodeId(self.shared.nodes.id(&who.node)),
             owner: OwnerId(self.shared.namespaces.id(&who.namespace)),
             name,

@@ -24,6 +24,8 @@ pub enum AskMode {
 /// A pod that asks, and what its answers depend on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Asker {
+    /// Its address.
+    pub ip: IpAddr,
     /// The pod, for events.
     pub who: Arc<Who>,
     /// Its scope: the unit of learning and of the answer store.

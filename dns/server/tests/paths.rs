@@ -1,5 +1,6 @@
 //! The hit path beside the slow path, on answers and policy that nobody wrote: what a pod is told the second time, out
 //! of the store, is what it was told the first time, after a resolver was asked and addresses were bound.
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
 
 use std::net::IpAddr;
 use std::sync::Arc;

@@ -36,7 +36,7 @@ use tidegate_proto::{Beat, PeerFact, PeerMessage};
 use tidegate_sni::Registry;
 use tokio::sync::mpsc;
 
-use super::{Classifier, Clock, Core, Ids, Run, Shared, Status, ToCore, channel};
+use super::{Classifier, Clock, Core, Ids, Run, Settling, Shared, Status, ToCore, channel};
 use crate::audit;
 use crate::desired::{Compiled, Desired};
 use crate::dns_view::{CoreBinder, DnsView};
@@ -182,6 +182,7 @@ impl Soak {
             egress: ArcSwap::default(),
             nodes: Ids::default(),
             namespaces: Ids::default(),
+            settling: Settling::default(),
             clock: Clock::start(),
             status: ArcSwap::from_pointee(Status::default()),
         });

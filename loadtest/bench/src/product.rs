@@ -127,6 +127,7 @@ impl PolicyView {
         let member = |(ip, e): (IpAddr, &world::Endpoint)| {
             let m = e.member?;
             let asker = Asker {
+                ip,
                 who: e.who.clone(),
                 scope: m.scope,
                 group: m.group,

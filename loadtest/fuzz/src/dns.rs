@@ -64,7 +64,16 @@ impl Binder for Everything {
 
 fn asker(mode: AskMode) -> Asker {
     let who = Arc::new(Who { namespace: "shop".into(), pod: "web".into(), node: "n1".into() });
-    Asker { who, scope: ScopeKey(1), group: GroupKey(1), group_index: 0, mode, v4: true, v6: true }
+    Asker {
+        ip: IpAddr::from([10, 0, 0, 1]),
+        who,
+        scope: ScopeKey(1),
+        group: GroupKey(1),
+        group_index: 0,
+        mode,
+        v4: true,
+        v6: true,
+    }
 }
 
 fn rules() -> Rules {

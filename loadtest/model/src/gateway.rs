@@ -555,6 +555,7 @@ fn asker(world: &World, pod: IpAddr) -> Option<Asker> {
     let (v4, v6) = group.scope().families();
     let free = mode != AskMode::Enforced;
     Some(Asker {
+        ip: pod,
         who: e.who.clone(),
         scope: m.scope,
         group: m.group,

@@ -186,6 +186,11 @@ impl<C: Classify> Ledger<C> {
         [timer, reply, fall].into_iter().flatten().min()
     }
 
+    /// How long an answer waits for its node at most.
+    pub fn barrier(&self) -> Duration {
+        self.config.barrier
+    }
+
     /// What is held now.
     pub fn counts(&self) -> Counts {
         Counts {

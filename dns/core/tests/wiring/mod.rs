@@ -82,7 +82,16 @@ pub fn query(n: &str, qtype: u16, id: u16, edns: Option<u16>) -> Vec<u8> {
 
 pub fn asker(mode: AskMode) -> Asker {
     let who = Arc::new(Who { namespace: "shop".into(), pod: "web-1".into(), node: "n1".into() });
-    Asker { who, scope: ScopeKey(1), group: GroupKey(1), group_index: 0, mode, v4: true, v6: true }
+    Asker {
+        ip: IpAddr::from([10, 0, 0, 1]),
+        who,
+        scope: ScopeKey(1),
+        group: GroupKey(1),
+        group_index: 0,
+        mode,
+        v4: true,
+        v6: true,
+    }
 }
 
 pub fn allow() -> Allow {

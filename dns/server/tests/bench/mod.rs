@@ -158,8 +158,8 @@ pub fn pod(n: u8) -> (IpAddr, Asker) {
     let namespace = format!("ns-{n}").as_str().into();
     let who = Arc::new(Who { namespace, pod: "p".into(), node: "n1".into() });
     let (scope, group) = (ScopeKey(n.into()), GroupKey(n.into()));
-    let asker = Asker { who, scope, group, group_index: 0, mode: AskMode::Enforced, v4: true, v6: true };
-    (IpAddr::from([127, 0, 0, n]), asker)
+    let ip = IpAddr::from([127, 0, 0, n]);
+    (ip, Asker { ip, who, scope, group, group_index: 0, mode: AskMode::Enforced, v4: true, v6: true })
 }
 
 pub type OnBind = dyn Fn(&BindRequest) -> Result<Vec<IpAddr>, Reason> + Send + Sync;

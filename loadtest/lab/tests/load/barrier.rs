@@ -1,32 +1,32 @@
-//! A node that does not confirm what it was told: no answer before its time is over, and then answers that do not
-//! need it.
+//! A node that does not confirm what it was told, of names or of an edit: no answer before its time is over, and then
+//! answers that do not need it.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::json;
-use tidegate_lab::Lab;
 use tidegate_lab::family::{FAMILIES, Family};
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::probe::{Knock, dig, knock};
+use tidegate_lab::{Lab, Place};
 
 use crate::{GATEWAYS, name, netstat, policy, scenario, up};
 
 /// An agent that does nothing until this is dropped.
-struct Frozen<'a>(&'a Lab);
+struct Frozen<'a>(&'a Lab, &'static str);
 
 impl<'a> Frozen<'a> {
-    fn new(lab: &'a Lab) -> Self {
-        lab.signal("node-1", Signal::SIGSTOP, None).unwrap();
-        Self(lab)
+    fn new(lab: &'a Lab, node: &'static str) -> Self {
+        lab.signal(node, Signal::SIGSTOP, None).unwrap();
+        Self(lab, node)
     }
 }
 
 impl Drop for Frozen<'_> {
     fn drop(&mut self) {
         // Without the process there is nothing to wake.
-        let _ = self.0.signal("node-1", Signal::SIGCONT, None);
+        let _ = self.0.signal(self.1, Signal::SIGCONT, None);
     }
 }
 
@@ -71,7 +71,7 @@ fn a_node_that_does_not_confirm_gets_no_answer_until_it_steers() {
         assert!(open.is_some(), "{to}");
     }
 
-    let frozen = Frozen::new(&lab);
+    let frozen = Frozen::new(&lab, "node-1");
     for family in FAMILIES {
         let (mark, started, n) = (lab.mark(), Instant::now(), next());
         let seen = dig(&web, &fresh(n), family.record(), &[]);
@@ -112,5 +112,38 @@ fn a_node_that_does_not_confirm_gets_no_answer_until_it_steers() {
     assert!(back.is_some(), "the agent is back");
     for family in FAMILIES {
         assert_eq!(knock(&web, resolves(family)).unwrap(), Knock::Open);
+    }
+}
+
+#[test]
+fn a_pod_is_answered_by_an_edit_when_its_node_holds_it() {
+    let (_one, lab) = up("edit", scenario());
+    // Isolated by a policy of its own, beside worker, which may use the name.
+    let own = policy("shop", Some("partner-a"), &[json!({"matchName": "nothing.example.net"})], 7000);
+    lab.edit_manifest("batch.yaml", &own.replace("app: web", "app: batch")).unwrap();
+    let (batch, worker) = (lab.pod("shop/batch"), lab.pod("shop/worker"));
+    let status = |pod: &Place<'_>, family: Family| dig(pod, "tcp.example.com", family.record(), &["+tries=1"]).status;
+    for family in FAMILIES {
+        let to = SocketAddr::new(family.pick("198.51.100.12", "2001:db8:100::12").parse().unwrap(), 7000);
+        // The names' facts are on the node: nothing but the pod's own group is missing.
+        assert_eq!(status(&worker, family), "NOERROR");
+        let denied = wait_for(Duration::from_secs(20), || (status(&batch, family) == "NXDOMAIN").then_some(()));
+        assert!(denied.is_some(), "batch is isolated");
+        let pods = lab.manifest("pods.yaml").unwrap();
+        let moved = pods.replace("app: batch", "app: web");
+        assert_ne!(pods, moved);
+
+        let frozen = Frozen::new(&lab, "node-2");
+        lab.edit_manifest("pods.yaml", &moved).unwrap();
+        let first = wait_for(Duration::from_secs(10), || Some(status(&batch, family)).filter(|s| s != "NXDOMAIN"));
+        assert_eq!(first.as_deref(), Some("SERVFAIL"), "{family:?}: the node still holds the old group");
+        drop(frozen);
+        let found = wait_for(Duration::from_secs(20), || (status(&batch, family) == "NOERROR").then_some(()));
+        assert!(found.is_some(), "{family:?}: and then the new one");
+        let again = batch.within(|| netstat("TCPSynRetrans")).unwrap();
+        assert_eq!(knock(&batch, to).unwrap(), Knock::Open, "{to}");
+        assert_eq!(batch.within(|| netstat("TCPSynRetrans")).unwrap(), again, "{to}: with its first packet");
+
+        lab.edit_manifest("pods.yaml", &pods).unwrap();
     }
 }
