@@ -1,0 +1,12 @@
+//! A real Kubernetes API for tests: etcd and kube-apiserver, started in seconds, gone when dropped.
+//!
+//! Each [`Cluster`] has a loopback address, a folder and certificates of its own, so any number of them run side by
+//! side. The programs come from `scripts/kube-tools`, which builds them once where the machine has none.
+
+mod certs;
+mod cluster;
+mod process;
+mod tools;
+
+pub use cluster::{Cluster, Output};
+pub use tools::{Tool, tool};
