@@ -24,6 +24,7 @@ mod telemetry;
 mod watch;
 mod way;
 
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -69,6 +70,8 @@ enum Command {
         #[command(subcommand)]
         command: policy_cmd::PolicyCommand,
     },
+    /// Print the definitions of Tidegate's resources, for `kubectl apply --server-side -f -`. The chart brings them, too.
+    Crds,
     /// Print the status of a running gateway or agent. Exit code 1 if it is not ready.
     Status {
         /// Its admin address: `admin` in its configuration.
@@ -87,6 +90,11 @@ fn abort_on_panic() {
     }));
 }
 
+fn crds() -> anyhow::Result<u8> {
+    std::io::stdout().lock().write_all(tidegate_api::crd::manifest()?.as_bytes())?;
+    Ok(0)
+}
+
 fn main() -> ExitCode {
     let command = Cli::parse().command;
     if matches!(command, Command::Gateway { .. } | Command::Agent { .. }) {
@@ -100,6 +108,7 @@ fn main() -> ExitCode {
         Command::Policy { command } => {
             policy_cmd::run(&command, &mut std::io::stdout().lock(), &mut std::io::stderr().lock()).map_err(Into::into)
         }
+        Command::Crds => crds(),
         Command::Status { admin } => status::run(admin),
     };
     match result {

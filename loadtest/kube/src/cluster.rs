@@ -7,6 +7,7 @@ use std::hash::BuildHasher;
 use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::api::Api;
 use crate::certs::{self, Authority, Files};
 use crate::process::Server;
 use crate::tools::{Tool, tool};
@@ -156,6 +158,21 @@ impl Cluster {
             stdout: String::from_utf8_lossy(&out.stdout).into_owned(),
             stderr: String::from_utf8_lossy(&out.stderr).into_owned(),
         })
+    }
+
+    /// A way to speak to the API as the administrator, without a client: for tests that ask often.
+    ///
+    /// # Errors
+    /// When kubectl's proxy does not come up.
+    pub fn api(&self) -> Result<Api> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("proxy-{}", NEXT.fetch_add(1, Ordering::Relaxed));
+        let socket = self.folder.0.join(&name);
+        let mut command = Command::new(&self.kubectl);
+        command.args(["proxy", "--unix-socket"]).arg(&socket).env("KUBECONFIG", self.kubeconfig());
+        let mut server = Server::start("kubectl proxy", command, self.folder.0.join(format!("{name}.log")))?;
+        wait(&mut server, || Ok(UnixStream::connect(&socket).map(drop).map_err(|e| e.to_string())))?;
+        Ok(Api::new(server, socket))
     }
 
     /// Kills the API server, as an outage does. What it stored stays.

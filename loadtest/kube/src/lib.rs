@@ -3,10 +3,12 @@
 //! Each [`Cluster`] has a loopback address, a folder and certificates of its own, so any number of them run side by
 //! side. The programs come from `scripts/kube-tools`, which builds them once where the machine has none.
 
+mod api;
 mod certs;
 mod cluster;
 mod process;
 mod tools;
 
+pub use api::{Answer, Api};
 pub use cluster::{Cluster, Output};
 pub use tools::{Tool, tool};

@@ -41,9 +41,12 @@ pub(crate) fn is_label_value(text: &str) -> bool {
     text.is_empty() || is_qualified(text)
 }
 
+/// The longest name of a network interface in Linux, in octets.
+pub(crate) const MAX_INTERFACE: usize = 15;
+
 /// Whether it is a name of a network interface in Linux: 1 to 15 octets, no space, `/` or `:`, not `.` or `..`.
 pub(crate) fn is_interface(text: &str) -> bool {
-    (1..=15).contains(&text.len())
+    (1..=MAX_INTERFACE).contains(&text.len())
         && text.bytes().all(|b| (0x21..0x7f).contains(&b) && b != b'/' && b != b':')
         && text != "."
         && text != ".."

@@ -8,6 +8,7 @@
 pub mod annotation;
 pub mod convert;
 mod core_v1;
+pub mod crd;
 mod de;
 mod format;
 mod lint;
@@ -16,6 +17,7 @@ mod problem;
 mod reader;
 pub mod resource;
 pub mod rule;
+mod schema;
 mod tree;
 
 pub use problem::{Code, FieldPath, FieldProblem, ObjectRef, Problem, Seg, Severity, printable};

@@ -136,15 +136,17 @@ fn peers(ctx: &mut Ctx, r: &Rule, usage: Use) -> (Vec<model::Fqdn>, Vec<model::C
 
 const NEEDS_ONE: &str = "needs at least one item; an empty list does not mean everything";
 
-/// Checks the fields that steer inspection: they mean something only where names are granted.
+/// The fields that steer inspection: they mean something only where names are granted.
+pub(crate) const INSPECTION: [&str; 6] = ["sni", "quic", "ech", "dnsTypes", "privateAddresses", "minBindingSeconds"];
+
 fn inspection(ctx: &mut Ctx, r: &Rule, usage: Use) {
     let present = [
-        ("sni", r.sni.is_some()),
-        ("quic", r.quic.is_some()),
-        ("ech", r.ech.is_some()),
-        ("dnsTypes", r.dns_types.is_some()),
-        ("privateAddresses", r.private_addresses.is_some()),
-        ("minBindingSeconds", r.min_binding_seconds.is_some()),
+        r.sni.is_some(),
+        r.quic.is_some(),
+        r.ech.is_some(),
+        r.dns_types.is_some(),
+        r.private_addresses.is_some(),
+        r.min_binding_seconds.is_some(),
     ];
     let why = match usage {
         Use::Deny => Some("has no meaning in a deny; leave it out"),
@@ -152,7 +154,7 @@ fn inspection(ctx: &mut Ctx, r: &Rule, usage: Use) {
         Use::Allow if r.to_cidrs.is_some() => Some("belongs to `toFQDNs`; connections to prefixes are not inspected"),
         Use::Allow => None,
     };
-    for (field, _) in present.into_iter().filter(|(_, there)| *there) {
+    for (field, _) in INSPECTION.into_iter().zip(present).filter(|(_, there)| *there) {
         if let Some(why) = why {
             ctx.field(field, |ctx| ctx.error(Code::Invalid, why));
         }
@@ -390,7 +392,7 @@ fn port(ctx: &mut Ctx, p: &Port, deny: bool) -> Option<model::Ports> {
 }
 
 /// Query types by name (IANA DNS parameters); those that a resolver library may ask for.
-const DNS_TYPES: &[(&str, u16)] = &[
+pub(crate) const DNS_TYPES: &[(&str, u16)] = &[
     ("NS", 2),
     ("CNAME", 5),
     ("SOA", 6),

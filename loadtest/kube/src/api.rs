@@ -1,0 +1,54 @@
+//! HTTP to the API server through kubectl's proxy, which does the TLS: a request takes milliseconds, where a kubectl
+//! takes a good part of a second.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+use crate::process::Server;
+
+/// The administrator's way to the API; ends when dropped.
+#[derive(Debug)]
+pub struct Api {
+    socket: PathBuf,
+    _server: Server,
+}
+
+/// What the API server answered.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// The status of HTTP.
+    pub status: u16,
+    /// The body, JSON; of a refusal a `Status`.
+    pub body: String,
+}
+
+impl Api {
+    pub(crate) fn new(server: Server, socket: PathBuf) -> Self {
+        Self { socket, _server: server }
+    }
+
+    /// Sends a request. `headers` are further ones, such as `Impersonate-User`; `body` may be YAML.
+    ///
+    /// # Errors
+    /// When there is no answer. A refusal is an answer.
+    pub fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Result<Answer> {
+        // HTTP/1.0: one request a connection, and no chunks in the answer.
+        let mut head = format!("{method} {path} HTTP/1.0\r\nHost: localhost\r\nContent-Length: {}\r\n", body.len());
+        if !headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("content-type")) {
+            head += "Content-Type: application/yaml\r\n";
+        }
+        for (name, value) in headers {
+            head += &format!("{name}: {value}\r\n");
+        }
+        let mut stream = UnixStream::connect(&self.socket).context("kubectl's proxy is gone")?;
+        stream.write_all(format!("{head}\r\n{body}").as_bytes())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("the answer has no head")?;
+        let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).context("the answer has no status")?;
+        Ok(Answer { status, body: body.to_owned() })
+    }
+}
