@@ -25,6 +25,7 @@ use crate::tools::{Tool, tool};
 const API_PORT: u16 = 6443;
 const ETCD_PORT: u16 = 2379;
 const ETCD_PEER_PORT: u16 = 2380;
+const CONTROLLERS_PORT: u16 = 10257;
 /// How long a server may take until it answers. It is ready in 3 s on an idle machine; others may be busy.
 const READY: Duration = Duration::from_secs(120);
 /// The addresses of Services; the first is `kubernetes.default`.
@@ -48,6 +49,12 @@ pub struct Cluster {
     api_server: Mutex<Option<Server>>,
     etcd: Server,
     folder: Folder,
+}
+
+/// Running controllers; ended when dropped.
+#[derive(Debug)]
+pub struct Controllers {
+    _server: Server,
 }
 
 /// What a command said.
@@ -173,6 +180,29 @@ impl Cluster {
         let mut server = Server::start("kubectl proxy", command, self.folder.0.join(format!("{name}.log")))?;
         wait(&mut server, || Ok(UnixStream::connect(&socket).map(drop).map_err(|e| e.to_string())))?;
         Ok(Api::new(server, socket))
+    }
+
+    /// Runs controllers of kube-controller-manager, by their names. They end when the guard is dropped.
+    ///
+    /// # Errors
+    /// When it does not come up; with the end of its log.
+    pub fn start_controllers(&self, names: &[&str]) -> Result<Controllers> {
+        let mut command = Command::new(tool(Tool::ControllerManager)?);
+        for (flag, value) in [
+            ("bind-address", self.address.to_string()),
+            ("cert-dir", self.folder.0.display().to_string()),
+            ("controllers", names.join(",")),
+            ("kubeconfig", self.kubeconfig().display().to_string()),
+            ("leader-elect", "false".to_owned()),
+            ("secure-port", CONTROLLERS_PORT.to_string()),
+        ] {
+            command.arg(format!("--{flag}={value}"));
+        }
+        let log = self.folder.0.join("kube-controller-manager.log");
+        let mut server = Server::start("kube-controller-manager", command, log)?;
+        let address = (self.address, CONTROLLERS_PORT);
+        wait(&mut server, || Ok(TcpStream::connect(address).map(drop).map_err(|e| e.to_string())))?;
+        Ok(Controllers { _server: server })
     }
 
     /// Kills the API server, as an outage does. What it stored stays.

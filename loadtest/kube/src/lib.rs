@@ -10,5 +10,5 @@ mod process;
 mod tools;
 
 pub use api::{Answer, Api};
-pub use cluster::{Cluster, Output};
+pub use cluster::{Cluster, Controllers, Output};
 pub use tools::{Tool, tool};

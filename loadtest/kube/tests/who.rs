@@ -1,0 +1,239 @@
+//! Who may: the chart's roles and its ValidatingAdmissionPolicy, tried as a tenant who wants more than he has.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tidegate_kube::{Api, Cluster, Tool, tool};
+
+const GROUP: &str = "/apis/tidegate.dev/v1alpha1";
+
+/// Somebody at the API.
+struct User<'a> {
+    api: &'a Api,
+    name: &'a str,
+}
+
+impl User<'_> {
+    /// Sends a request; the status of HTTP with the API server's words.
+    fn send(&self, method: &str, path: &str, body: &Value) -> (u16, String) {
+        let kind = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
+        let headers = [("Content-Type", kind), ("Impersonate-User", self.name)];
+        let answer = self.api.send(method, path, &headers, &body.to_string()).unwrap();
+        let body: Value = serde_json::from_str(&answer.body).unwrap();
+        (answer.status, body["message"].as_str().unwrap_or_default().to_owned())
+    }
+
+    fn status(&self, method: &str, path: &str, body: &Value) -> u16 {
+        self.send(method, path, body).0
+    }
+
+    /// Sets an annotation of a namespace, or removes it.
+    fn annotate(&self, path: &str, key: &str, value: Option<&str>) -> (u16, String) {
+        self.send("PATCH", path, &json!({"metadata": {"annotations": {key: value}}}))
+    }
+}
+
+fn policy(name: &str, pool: &str) -> Value {
+    json!({
+        "apiVersion": "tidegate.dev/v1alpha1",
+        "kind": "EgressPolicy",
+        "metadata": {"name": name},
+        "spec": {"podSelector": {}, "poolRef": {"name": pool}},
+    })
+}
+
+/// Waits until something is as it should be: roles and admission policies come into force a moment after they are written.
+fn soon(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !holds() {
+        assert!(Instant::now() < deadline, "{what} does not come");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// The chart in a cluster, with users: `alice` edits the namespace `shop`, `vera` views it, `ned` may write every Namespace, and
+/// `carol` as well, who administers `shop`.
+fn cluster() -> (Cluster, Api) {
+    let cluster = Cluster::start().unwrap();
+    let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../helm/tidegate");
+    let helm = |args: &[&str]| {
+        let out = Command::new(tool(Tool::Helm).unwrap()).args(args).arg(&chart).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).unwrap()
+    };
+    helm(&["lint", "--strict"]);
+    let manifests = helm(&["template", "tidegate"]);
+    let apply = |text: &str| {
+        let out = cluster.kubectl(&["apply", "--server-side", "--validate=strict", "-f", "-"], text).unwrap();
+        assert!(out.ok, "{out}");
+    };
+    apply(&manifests);
+    apply(
+        r#"
+apiVersion: v1
+kind: List
+items:
+- {apiVersion: v1, kind: Namespace, metadata: {name: shop, annotations: {tidegate.dev/managed: "true"}}}
+- {apiVersion: v1, kind: Namespace, metadata: {name: billing}}
+- apiVersion: rbac.authorization.k8s.io/v1
+  kind: RoleBinding
+  metadata: {name: alice, namespace: shop}
+  roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: edit}
+  subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: alice}]
+- apiVersion: rbac.authorization.k8s.io/v1
+  kind: RoleBinding
+  metadata: {name: vera, namespace: shop}
+  roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: view}
+  subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: vera}]
+- apiVersion: rbac.authorization.k8s.io/v1
+  kind: ClusterRole
+  metadata: {name: namespaces}
+  rules:
+  - apiGroups: [""]
+    resources: [namespaces, namespaces/status, namespaces/finalize]
+    verbs: [get, create, update, patch]
+- apiVersion: rbac.authorization.k8s.io/v1
+  kind: ClusterRoleBinding
+  metadata: {name: namespaces}
+  roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: namespaces}
+  subjects:
+  - {apiGroup: rbac.authorization.k8s.io, kind: User, name: ned}
+  - {apiGroup: rbac.authorization.k8s.io, kind: User, name: carol}
+- apiVersion: rbac.authorization.k8s.io/v1
+  kind: RoleBinding
+  metadata: {name: carol, namespace: shop}
+  roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: tidegate-administer}
+  subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: carol}]
+"#,
+    );
+    let api = cluster.api().unwrap();
+    (cluster, api)
+}
+
+#[test]
+fn a_tenant_writes_policies_of_his_namespace_and_nothing_else() {
+    let (cluster, api) = cluster();
+    let _controllers = cluster
+        .start_controllers(&["clusterrole-aggregation-controller", "validatingadmissionpolicy-status-controller"])
+        .unwrap();
+    let (alice, vera) = (User { api: &api, name: "alice" }, User { api: &api, name: "vera" });
+    let shop = format!("{GROUP}/namespaces/shop/egresspolicies");
+    soon("the role of tenants", || alice.status("POST", &shop, &policy("own", "partner-a")) == 201);
+    soon("the role of readers", || vera.status("GET", &shop, &json!(null)) == 200);
+
+    let admin = |method: &str, path: &str, body: &Value| api.send(method, path, &[], &body.to_string()).unwrap().status;
+    let egress =
+        json!({"apiVersion": "tidegate.dev/v1alpha1", "kind": "NamespaceEgress", "metadata": {"name": "tidegate"}});
+    let own = format!("{shop}/own");
+    let denials = format!("{GROUP}/namespaces/shop/namespaceegresses");
+    assert_eq!(admin("POST", &denials, &egress), 201);
+    let denials_object = format!("{denials}/tidegate");
+    let truth = json!({"status": {"nodes": {"desired": 1, "programmed": 1}}});
+    for (who, method, path, body, status) in [
+        // His own.
+        (&alice, "GET", &own, json!(null), 200),
+        (&alice, "PATCH", &own, json!({"spec": {"onRevoke": "Drain"}}), 200),
+        (&alice, "GET", &denials_object, json!(null), 200),
+        (&vera, "GET", &own, json!(null), 200),
+        (&vera, "GET", &denials_object, json!(null), 200),
+        // Tidegate's word is not his.
+        (&alice, "PATCH", &format!("{own}/status"), truth.clone(), 403),
+        (&alice, "PATCH", &denials_object, json!({"metadata": {"labels": {"a": "b"}}}), 403),
+        (&alice, "PATCH", &format!("{denials_object}/status"), json!({"status": {"mode": "Audit"}}), 403),
+        (&alice, "DELETE", &denials_object, json!(null), 403),
+        (&alice, "POST", &denials, egress.clone(), 403),
+        (&vera, "PATCH", &own, json!({"spec": {"onRevoke": "Reset"}}), 403),
+        (&vera, "DELETE", &own, json!(null), 403),
+        // Other people's, and the platform's.
+        (&alice, "GET", &format!("{GROUP}/namespaces/billing/egresspolicies"), json!(null), 403),
+        (&alice, "POST", &format!("{GROUP}/namespaces/billing/egresspolicies"), policy("p", "default"), 403),
+        (&alice, "GET", &format!("{GROUP}/namespaces/billing/namespaceegresses/tidegate"), json!(null), 403),
+        (
+            &alice,
+            "POST",
+            &format!("{GROUP}/clusteregresspolicies"),
+            json!({"apiVersion": "tidegate.dev/v1alpha1", "kind": "ClusterEgressPolicy", "metadata": {"name": "mine"},
+                "spec": {"tier": "Admin", "priority": 0, "subject": {"namespaceSelector": {}}}}),
+            403,
+        ),
+        (
+            &alice,
+            "POST",
+            &format!("{GROUP}/egresspools"),
+            json!({"apiVersion": "tidegate.dev/v1alpha1", "kind": "EgressPool", "metadata": {"name": "mine"},
+                "spec": {"addressSource": "PodNetwork", "allowedNamespaces": {}}}),
+            403,
+        ),
+        // Weakening the own namespace, or labelling it into somebody's pool.
+        (
+            &alice,
+            "PATCH",
+            &"/api/v1/namespaces/shop".to_owned(),
+            json!({"metadata": {"labels": {"team": "payments"}}}),
+            403,
+        ),
+        (
+            &alice,
+            "PATCH",
+            &"/api/v1/namespaces/shop".to_owned(),
+            json!({"metadata": {"annotations": {"tidegate.dev/mode": "audit"}}}),
+            403,
+        ),
+        (&alice, "DELETE", &own, json!(null), 200),
+    ] {
+        let (got, said) = who.send(method, path, &body);
+        assert_eq!(got, status, "{} {method} {path}: {said}", who.name);
+    }
+
+    // The API server finds nothing wrong in the expressions of the admission policy.
+    let status = || {
+        let args = ["get", "validatingadmissionpolicy", "tidegate-namespaces", "-o", "jsonpath={.status}"];
+        serde_json::from_str::<Value>(&cluster.kubectl(&args, "").unwrap().success().unwrap()).unwrap()
+    };
+    soon("the check of the admission policy", || !status()["typeChecking"].is_null());
+    assert_eq!(status()["typeChecking"], json!({}));
+}
+
+#[test]
+fn only_administrators_change_how_a_namespace_is_managed() {
+    let (_cluster, api) = cluster();
+    let (ned, carol) = (User { api: &api, name: "ned" }, User { api: &api, name: "carol" });
+    let (shop, billing) = ("/api/v1/namespaces/shop", "/api/v1/namespaces/billing");
+    let mut number = 0;
+    soon("the admission policy", || {
+        number += 1;
+        ned.annotate(billing, "tidegate.dev/mode", Some(&number.to_string())).0 == 403
+    });
+
+    let refused = |(status, said): (u16, String), key: &str| {
+        let words = "only those who may administer namespaceegresses.tidegate.dev in the namespace may change";
+        assert!(status == 403 && said.contains(words) && said.ends_with(key), "{status} {said}");
+    };
+    // Added, changed, removed; through each way that leads to the annotations.
+    for key in ["tidegate.dev/mode", "tidegate.dev/audit-until", "tidegate.dev/pool"] {
+        refused(ned.annotate(shop, key, Some("x")), key);
+    }
+    refused(ned.annotate(shop, "tidegate.dev/managed", Some("false")), "tidegate.dev/managed");
+    refused(ned.annotate(shop, "tidegate.dev/managed", None), "tidegate.dev/managed");
+    refused(ned.annotate(&format!("{shop}/status"), "tidegate.dev/managed", None), "tidegate.dev/managed");
+    let finalize = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}, "spec": {"finalizers": ["kubernetes"]}});
+    refused(ned.send("PUT", &format!("{shop}/finalize"), &finalize), "tidegate.dev/managed");
+    let new = |annotations: Value| json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "new", "annotations": annotations}});
+    let both = new(json!({"tidegate.dev/managed": "false", "tidegate.dev/pool": "partner-a"}));
+    refused(ned.send("POST", "/api/v1/namespaces", &both), "tidegate.dev/managed, tidegate.dev/pool");
+    refused(carol.annotate(billing, "tidegate.dev/mode", Some("audit")), "tidegate.dev/mode");
+
+    // What is not kept stays free, and those who may, may.
+    for (got, said) in [
+        ned.annotate(shop, "tidegate.dev/allow", Some("api.example.com")),
+        ned.annotate(shop, "team", Some("payments")),
+        ned.send("POST", "/api/v1/namespaces", &new(json!({"tidegate.dev/allow": "api.example.com"}))),
+        carol.annotate(shop, "tidegate.dev/mode", Some("audit")),
+        carol.annotate(shop, "tidegate.dev/managed", None),
+    ] {
+        assert!(got == 200 || got == 201, "{got} {said}");
+    }
+}
