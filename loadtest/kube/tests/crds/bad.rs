@@ -61,14 +61,14 @@ fn what_a_rule_needs(bad: &mut Add<'_>) {
     bad(policy("mode: Enforce"), "spec.podSelector: Required value", "spec: `podSelector` is required");
     bad(
         policy(&format!("podSelector: {{}}\negress:\n- {{name: r, {FQDN}, {P443}}}\n- {{name: r, {FQDN}, {P443}}}")),
-        "spec.egress: Invalid value: two rules of the policy have the same name",
+        "spec: Invalid value: two rules of egress and egressDeny have the same `name`",
         "spec.egress[r].name: another rule of this policy is named `r`",
     );
     bad(
         policy(&format!(
             "podSelector: {{}}\negress:\n- {{name: r, {FQDN}, {P443}}}\negressDeny:\n- {{name: r, {FQDN}, {P443}}}"
         )),
-        "spec.egressDeny: Invalid value: two rules of the policy have the same name",
+        "spec: Invalid value: two rules of egress and egressDeny have the same `name`",
         "spec.egressDeny[r].name: another rule of this policy is named `r`",
     );
     bad(
@@ -454,6 +454,13 @@ fn selectors(bad: &mut Add<'_>) {
 }
 
 fn cluster_policies(bad: &mut Add<'_>) {
+    bad(
+        cluster(&format!(
+            "egress:\n- {{name: r, action: Accept, {FQDN}, {P443}}}\n- {{name: r, action: Deny, {FQDN}, {P443}}}"
+        )),
+        "spec: Invalid value: two rules of egress have the same `name`",
+        "spec.egress[r].name: another rule of this policy is named `r`",
+    );
     bad(
         cluster("").replace("priority: 1", "priority: 1001"),
         "spec.priority in body should be less than or equal to 1000",

@@ -66,15 +66,23 @@ pub fn many(n: usize, item: &str) -> String {
     vec![item; n].join(", ")
 }
 
+fn numbered(n: usize, item: &dyn Fn(usize) -> String) -> String {
+    (0..n).map(item).collect::<Vec<_>>().join(", ")
+}
+
+/// A policy with as many rules as it may have; each with a name, or none.
+pub fn full(named: bool) -> String {
+    let rules = |field: &str| {
+        let name = |i| if named { format!("name: {}{i}, ", field.to_lowercase()) } else { String::new() };
+        numbered(256, &|i| format!("{{{}{FQDN}, {P443}}}", name(i)))
+    };
+    policy(&format!("podSelector: {{}}\negress: [{}]\negressDeny: [{}]", rules("egress"), rules("egressDeny")))
+}
+
 /// Manifests at the limits, which both take.
 pub fn good() -> Vec<String> {
-    let numbered = |n: usize, item: &dyn Fn(usize) -> String| (0..n).map(item).collect::<Vec<_>>().join(", ");
     let label = "a".repeat(63);
     let long = format!("{label}.{label}.{label}.{}", "a".repeat(61));
-    let full = |field: &str, n: usize| {
-        let rule = |i| format!("{{name: {}{i}, {FQDN}, {P443}}}", field.to_lowercase());
-        format!("{field}: [{}]", numbered(n, &rule))
-    };
     vec![
         policy("podSelector: {}"),
         policy("podSelector: {}\negress: []\negressDeny: []"),
@@ -112,7 +120,7 @@ pub fn good() -> Vec<String> {
         ),
         pairs(&numbered(64, &|i| format!("{{ipv4: 203.0.113.{i}, ipv6: '2001:db8::{i}'}}"))),
         // What costs CEL most: every rule, every name, every prefix.
-        policy(&format!("podSelector: {{}}\n{}\n{}", full("egress", 256), full("egressDeny", 256))),
+        full(true),
         // 5000 names, and 2048 prefixes with two exceptions each.
         policy(&format!(
             "podSelector: {{}}\negress: [{}]",

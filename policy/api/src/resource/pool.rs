@@ -68,11 +68,12 @@ pub struct StaticSource {
             "x-kubernetes-list-type" = "atomic",
             "x-kubernetes-validations" = schema::rules(&[
                 schema::Cel {
-                    rule: "self.all(a, !has(a.ipv4) || self.exists_one(b, has(b.ipv4) && b.ipv4 == a.ipv4))",
+                    rule: &schema::unique("self.filter(a, has(a.ipv4)).map(a, a.ipv4)"),
                     message: "an `ipv4` is in the pool twice",
                     path: "",
                 },
                 schema::Cel {
+                    // Two texts can be the same address, and CEL's budget knows no bound of addresses in a list of its own.
                     rule: "self.all(a, !has(a.ipv6) || !isIP(a.ipv6) || \
                            self.exists_one(b, has(b.ipv6) && isIP(b.ipv6) && ip(b.ipv6) == ip(a.ipv6)))",
                     message: "an `ipv6` is in the pool twice",
