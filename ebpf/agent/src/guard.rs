@@ -187,11 +187,15 @@ impl Table {
     /// Makes the kernel hold `desired`.
     ///
     /// # Errors
-    /// `nft` failed; the kernel holds what it held before.
+    /// `nft` failed; the next call writes the whole table.
     pub fn apply(&mut self, desired: &Desired) -> Result<Done, GuardError> {
-        let done = match &self.written {
-            Some(old) if old == desired => return Ok(Done::Unchanged),
-            Some(old) if same_rules(old, desired) => {
+        // What fails in the middle leaves nothing known: then the next one writes the whole.
+        let done = match self.written.take() {
+            Some(old) if old == *desired => {
+                self.written = Some(old);
+                return Ok(Done::Unchanged);
+            }
+            Some(old) if same_rules(&old, desired) => {
                 let mut commands = Vec::new();
                 for (name, old, new) in [
                     ("isolated", &old.isolated, &desired.isolated),
@@ -235,7 +239,7 @@ impl Table {
         self.apply(&written).map(|_| Done::Repaired)
     }
 
-    /// Whether it was written, and not found to be changed since.
+    /// Whether the last wish was written, and not found to be changed since.
     fn is_written(&self) -> bool {
         self.written.is_some()
     }
@@ -584,6 +588,19 @@ mod tests {
         }
         assert!(commands[1].pointer("/delete/table").is_some());
         assert_eq!(commands.iter().filter(|c| c.get("delete").is_some()).count(), 1);
+    }
+
+    #[test]
+    fn what_could_not_be_written_is_written_the_next_time() {
+        let settings = Settings { tunnel_port: 8475, mark: Mark::default(), overlay_ports: [8472].into() };
+        // No device has such a name: nft refuses it, if there is an nft that may write at all.
+        let old = Desired { uplinks: vec!["x".repeat(99)], ..Desired::default() };
+        let mut table = Table { settings, written: Some(old.clone()), listing: Vec::new() };
+        assert_eq!(table.apply(&old).unwrap(), Done::Unchanged);
+        assert!(table.is_written());
+        let isolated = BTreeSet::from([IpAddr::from([10, 0, 0, 1])]);
+        assert!(table.apply(&Desired { isolated, ..old }).is_err());
+        assert!(!table.is_written());
     }
 
     #[test]
