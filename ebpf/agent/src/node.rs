@@ -105,6 +105,8 @@ struct Node {
     ready: bool,
     /// When each gateway's `Facts` stream last said something, and whether it ended since.
     signs: Vec<Option<(Instant, bool)>>,
+    /// Gateways whose `Facts` stream is up and in the kernel, from its first snapshot on.
+    in_sync: Vec<bool>,
     /// Gateways whose scopes' DNS goes to a stand-in.
     silent: BTreeSet<String>,
     /// Acks that wait for a pass.
@@ -182,6 +184,7 @@ impl Node {
         }
         let models = config.gateways.iter().map(|_| Model::default()).collect();
         let signs = vec![None; config.gateways.len()];
+        let in_sync = vec![false; config.gateways.len()];
         let mut node = Self {
             config,
             netlink,
@@ -196,6 +199,7 @@ impl Node {
             told: Told::default(),
             heard: None,
             signs,
+            in_sync,
             silent: BTreeSet::new(),
             adopted,
             ready: false,
@@ -259,6 +263,7 @@ impl Node {
     fn facts(&mut self, facts: stream::Facts) {
         let Some(name) = self.config.gateways.get(facts.gateway).map(|g| g.name.clone()) else { return };
         if facts.away {
+            self.in_sync[facts.gateway] = false;
             if let Some(Some((_, ended))) = self.signs.get_mut(facts.gateway) {
                 *ended = true;
             }
@@ -270,10 +275,16 @@ impl Node {
             self.stand_in();
         }
         let (batch, alive) = (facts.batch, facts.at.elapsed() < stream::SILENCE);
-        let told = batch.is_none_or(|(batch, ack)| self.batch(facts.gateway, batch, &ack));
-        // Last, since from then on what is not known here is dropped and not steered. What waited too long in the queue is
-        // no sign of life any more.
-        if told
+        if let Some((batch, ack)) = batch {
+            let known = batch.snapshot || self.in_sync[facts.gateway];
+            self.in_sync[facts.gateway] = self.batch(facts.gateway, batch, &ack) && known;
+        }
+        // Last, since from then on what is not known here is dropped and not steered: not before the grants of the facts
+        // are there too, nor while other maps than ours are judged by. What waited too long in the queue is no sign of life
+        // any more.
+        if self.in_sync[facts.gateway]
+            && self.ready
+            && !self.datapath.is_upgrade()
             && alive
             && let Err(e) = self.datapath.heartbeat(&name)
         {
@@ -289,8 +300,12 @@ impl Node {
         let keys: Vec<_> = grants.iter().map(|(g, c, _)| (*g, *c)).collect();
         let now = self.epoch.elapsed();
         let mut result = Ok(());
-        if self.models[gateway].grants(batch.boot_id, grants, now) && self.ready {
+        let changed = self.models[gateway].grants(batch.boot_id, grants, now);
+        if changed {
             self.merge();
+        }
+        // Before that they are written with the rest of the state.
+        if changed && self.ready {
             // Only these: an answer waits for the ack, and a whole pass over the maps takes its time.
             let fresh: Vec<_> =
                 keys.into_iter().filter_map(|k| Some((k.0, k.1, self.merged.grants.get(&k)?.clone()))).collect();

@@ -331,6 +331,18 @@ async fn lifecycle(w: &World) {
     assert!(steered(&tunnel, 5001), "before the first snapshot the old state holds");
     agent.state.say(snapshot(1, &bigger)).await;
     assert_eq!(agent.state.acked(1).await, None);
+    // Heartbeats alone do not say that what was learnt meanwhile is here.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    send(&w.isolated, &format!("{OUTSIDE}:5002"));
+    assert!(steered(&tunnel, 5002), "a miss is the gateway's to judge until the facts are here");
+    agent.facts.say(facts(1, 5001)).await;
+    assert_eq!(agent.facts.acked(1).await, None);
+    eventually("misses are dropped", || {
+        drain(&tunnel);
+        send(&w.isolated, &format!("{OUTSIDE}:5002"));
+        !steered(&tunnel, 5002)
+    })
+    .await;
     match w.node.run(|| cleanup(&config)) {
         Err(AgentError::Datapath(tidegate_ebpf::Error::Busy(_))) => {}
         other => panic!("a running agent is not cleaned up behind its back: {other:?}"),

@@ -100,6 +100,22 @@ pub(crate) fn hold(old: &Path, address: Addr, deadline: Option<u64>) -> Result<(
     }
 }
 
+/// Forgets the gateways' signs of life. What they tell from now on goes to whoever was just loaded, so that no program
+/// may drop a miss for what it knows.
+pub(crate) fn silence(root: &Path) -> Result<(), Error> {
+    if !root.join("maps/HEARTBEATS").exists() {
+        return Ok(());
+    }
+    let mut heartbeats = open::<u32, u64>(root, "HEARTBEATS")?;
+    for id in heartbeats.keys().flatten().collect::<Vec<_>>() {
+        match heartbeats.remove(&id) {
+            Err(e) if !is_missing(&e) => return Err(Error::map("HEARTBEATS")(e)),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// What the old programs remembered since: flows, and the addresses that they hold.
 pub(crate) fn flows(from: &Path, to: &Path) -> Result<usize, Error> {
     copy::<Addr, u64>(from, to, "HELD", |_| true)?;

@@ -167,6 +167,11 @@ impl Datapath {
             // Policy comes from the gateways, and enforcement must not wait for flows.
             tracing::error!(%error, "what another layout knows cannot be taken over");
         }
+        for root in others.iter().chain([&root]) {
+            if let Err(error) = carry::silence(root) {
+                tracing::error!(%error, "the gateways' signs of life in the kernel cannot be forgotten");
+            }
+        }
         let mut pinned = Vec::new();
         for l in layouts(&options.capacities) {
             pinned.push((l.name, MapData::from_pin(root.join("maps").join(l.name)).map_err(Error::map(l.name))?));
@@ -269,7 +274,8 @@ impl Datapath {
         (fact.seen != 0).then(|| Duration::from_secs(u64::from(now_secs().saturating_sub(fact.seen))))
     }
 
-    /// Notes that the gateway's `Facts` stream is up. To be called at least every second while it is.
+    /// Notes that the gateway's `Facts` stream is up and the maps hold all that it said: from then on the node's programs
+    /// drop what they do not know. To be called at least every second while it is; a load begins with none noted.
     ///
     /// # Errors
     /// What the kernel refused.

@@ -141,6 +141,25 @@ fn what_came_after_the_new_set_was_made_is_taken_over_too() {
 }
 
 #[test]
+fn who_was_just_loaded_steers_misses_until_the_gateway_has_told_what_it_learnt() {
+    let mut f = world(Role::Node);
+    let misses = |f: &Fixture| {
+        PODS.map(|pod| run(f, Program::PodEgress, &tcp(pod, CLIENTS[pod.contains(':') as usize], 443, true)))
+    };
+    assert_eq!(misses(&f), [SHOT; 2]);
+    f.restart();
+    assert_eq!(misses(&f), [REDIRECT; 2]);
+    f.path_mut().heartbeat("gw").unwrap();
+    assert_eq!(misses(&f), [SHOT; 2]);
+    // The programs of the other layout run on, and hear nothing any more.
+    let old: HashMap<_, u32, u64> = open(&f.pin("HEARTBEATS"));
+    assert_eq!(old.keys().count(), 1);
+    f.options.capacities.flows = 512;
+    f.restart();
+    assert_eq!(old.keys().count(), 0);
+}
+
+#[test]
 fn a_gateway_still_knows_which_facts_are_in_use() {
     let mut f = world(Role::Gateway);
     for (server, pod) in SERVERS.iter().zip(PODS) {
