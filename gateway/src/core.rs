@@ -445,6 +445,8 @@ struct Run {
     peers: BTreeMap<String, mpsc::Sender<PeerUpdate>>,
     /// Whether the program on the pod-facing device is in place.
     attached: bool,
+    /// When to put it in the place of another layout's, if that goes on.
+    move_over: Option<Duration>,
     /// Since when nodes wait to be told of new owners, until what those need is in place.
     moved: Option<Duration>,
     /// Whether this gateway is about to end.
@@ -514,6 +516,7 @@ impl Run {
             pending: vec![(now, recovered)],
             peers: BTreeMap::new(),
             attached: false,
+            move_over: None,
             moved: None,
             leaving: None,
             written: Vec::new(),
@@ -650,6 +653,8 @@ impl Run {
             ToCore::Attach { reply } => {
                 let result = self.attach();
                 self.attached = result.is_ok();
+                // Done, or left to the asker, who asks again.
+                self.move_over = None;
                 // The asker waits with a limit of its own.
                 let _ = reply.try_send(result.map_err(|e| e.to_string()));
             }
@@ -661,7 +666,7 @@ impl Run {
                     self.heed(Some(&node));
                 }
             }
-            ToCore::Unplugged => self.attached = false,
+            ToCore::Unplugged => (self.attached, self.move_over) = (false, None),
             ToCore::Leave { reply } => self.leave(reply),
             ToCore::PeerUp { gateway, out } => self.peer_up(gateway, out),
             ToCore::Peer { gateway, message } => self.peer(&gateway, message),

@@ -19,6 +19,8 @@ use crate::desired::{self, Desired};
 const PLACE: Duration = Duration::from_secs(1);
 /// How long a gateway that is told to end waits at most until others have its pairs.
 const LEAVE: Duration = Duration::from_secs(4);
+/// Time between two tries to move over from another layout.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// A gateway that is about to end.
 pub(super) struct Leaving {
@@ -40,13 +42,12 @@ impl Run {
             let Some(world) = self.next.take() else { return };
             self.settled = true;
             self.world(world);
-            if self.attached
-                && self.core.datapath.is_upgrade()
-                && let Err(error) = self.attach()
-            {
-                tracing::error!(%error, "cannot move over from the kernel maps of another layout; trying again");
-            }
+            self.move_over = (self.attached && self.core.datapath.is_upgrade()).then_some(now);
             tracing::info!(facts = self.core.ledger.counts().facts, "serving");
+        }
+        if self.move_over.is_some_and(|at| at <= now) {
+            self.move_over(now);
+            self.core.ownership.set_able(self.able());
         }
         if self.core.ownership.tick(now) {
             let world = self.compiled.world.clone();
@@ -95,6 +96,18 @@ impl Run {
         {
             // Nobody waits any more only if the process ends anyway.
             let _ = leaving.reply.send(());
+        }
+    }
+
+    /// Puts our program in the place of another layout's. Until that has worked this gateway is not able: packets are
+    /// judged by maps that nobody writes any more.
+    fn move_over(&mut self, now: Duration) {
+        let result = self.attach();
+        self.attached = result.is_ok();
+        self.move_over = None;
+        if let Err(error) = result {
+            tracing::error!(%error, "cannot move over from the kernel maps of another layout; trying again");
+            self.move_over = Some(now + AGAIN);
         }
     }
 
