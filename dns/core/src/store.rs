@@ -55,6 +55,9 @@ impl Eq for ByName {}
 /// Octets of memory that an entry takes beside its own: the counts of the `Arc`, malloc's, and its place in the table.
 const OVERHEAD: usize = 48;
 
+/// The most answers of one name, the newest: each new one copies the others under the lock. Clients ask a handful of types.
+const TYPES: usize = 16;
+
 #[derive(Debug)]
 struct Half {
     set: HashSet<ByName, RandomState>,
@@ -128,7 +131,8 @@ impl Store {
             let mut s = cell.write();
             let old = s.young.take(answer.name()).or_else(|| s.old.take(answer.name()));
             let (answers, bytes) = (self.limits.answers / 2, self.limits.bytes / 2);
-            let Some(entry) = answer.beside(old.as_deref(), now, answers, bytes.saturating_sub(OVERHEAD)) else {
+            let Some(entry) = answer.beside(old.as_deref(), now, answers.min(TYPES), bytes.saturating_sub(OVERHEAD))
+            else {
                 return;
             };
             if s.young.answers + answer::count(&entry) > answers || s.young.bytes + entry.len() + OVERHEAD > bytes {

@@ -457,6 +457,13 @@ fn many_types_of_one_name_stay_within_the_bounds() {
         b.learn("a.example", t, 0, &[rr("a.example", t, 60, vec![b'x'; 5])]);
         assert!(b.store.len(ScopeKey(1)) <= 10);
     }
+    // With room for all in the scope, a name keeps the newest: they are copied with each new one.
+    b.store = Store::new(StoreLimits::default(), [1, 2, 3, 4]);
+    for t in 1000..1100 {
+        b.learn("a.example", t, 0, &[rr("a.example", t, 60, vec![b'x'; 5])]);
+    }
+    assert_eq!(b.store.len(ScopeKey(1)), 16);
+    assert!((1084..1100).all(|t| b.store.get(ScopeKey(1), &key("a.example", t), b.now).is_some()));
 }
 
 #[test]
