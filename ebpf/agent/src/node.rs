@@ -32,6 +32,9 @@ use crate::{AgentError, Status, options};
 /// One step of the cheap checks; a tenth of the attachments is verified in each.
 const STEP: Duration = Duration::from_millis(100);
 const STEPS_PER_SECOND: u64 = 10;
+/// Idle flows are forgotten at least every so many seconds, however rare full passes are: until then they fill the
+/// budgets of their pods.
+const SWEEP_SECONDS: u64 = 60;
 /// How long changes of devices and routes are gathered.
 const GATHER: Duration = Duration::from_millis(20);
 /// After a restart the kernel holds the old state: so long it may wait for the other gateways, so that
@@ -504,9 +507,14 @@ impl Node {
         self.count();
         if steps.is_multiple_of(u64::from(self.config.full_pass_seconds) * STEPS_PER_SECOND) {
             self.full_pass().await;
-        } else if !self.problems.is_empty() {
-            self.refresh().await;
-            self.reconcile(false).await;
+        } else {
+            if !self.problems.is_empty() {
+                self.refresh().await;
+                self.reconcile(false).await;
+            }
+            if steps.is_multiple_of(SWEEP_SECONDS * STEPS_PER_SECOND) {
+                self.sweep();
+            }
         }
         self.resolve().await;
     }

@@ -60,7 +60,7 @@ fn gone(result: Result<(), aya::maps::MapError>, map: &'static str) -> Result<()
 impl Datapath {
     /// Removes idle flows, and those of pods that are gone, corrects the endpoints' budgets, removes facts that expired more than 24 h ago
     /// and identities that neither the last applied state nor a fact names, and puts right what others changed of the
-    /// rest. To be called in every full pass.
+    /// rest. To be called in every full pass, and at least every minute.
     ///
     /// # Errors
     /// What the kernel refused.

@@ -156,6 +156,11 @@ impl Node {
         self.pod_macs.clear();
         self.refresh().await;
         self.reconcile(true).await;
+        self.sweep();
+    }
+
+    /// Forgets idle flows and old facts, and puts right what others changed of the rest.
+    pub(super) fn sweep(&mut self) {
         match self.datapath.sweep() {
             Ok(swept) => events::repaired("map", swept.repaired),
             Err(error) => tracing::warn!(%error, "idle flows and old facts cannot be swept"),
