@@ -53,8 +53,10 @@ impl Datapath {
             return Ok(Applied::default());
         }
         let mut applied = Applied::default();
+        let mut pins = Ok(());
         if full {
-            applied.pinned = self.restore_pins()?;
+            // Without its pins only the next start suffers, and the maps must be right now.
+            pins = self.restore_pins(&mut applied.pinned);
             applied.repaired = self.reload()?;
         }
         self.last = None;
@@ -108,7 +110,7 @@ impl Datapath {
         }
         t.portsets.finish();
         self.last = Some((state.clone(), local.clone()));
-        Ok(applied)
+        pins.map(|()| applied)
     }
 
     /// Adds grants between two calls of [`Datapath::apply`], whose next state must have them too.
@@ -151,10 +153,9 @@ impl Datapath {
         Ok(gone.len())
     }
 
-    /// Pins that others removed: without them an agent that restarts would begin with empty maps.
-    fn restore_pins(&mut self) -> Result<usize, Error> {
+    /// Pins that others removed: without them an agent that restarts would begin with empty maps. Counts them in `n`.
+    fn restore_pins(&mut self, n: &mut usize) -> Result<(), Error> {
         let folder = self.root.join("maps");
-        let mut n = 0;
         for (name, map) in &self.pinned {
             let path = folder.join(name);
             if path.exists() {
@@ -163,9 +164,9 @@ impl Datapath {
             std::fs::create_dir_all(&folder).map_err(Error::io(format!("cannot make {}", folder.display())))?;
             map.pin(&path)
                 .map_err(|e| Error::io(format!("cannot pin {}", path.display()))(std::io::Error::other(e)))?;
-            n += 1;
+            *n += 1;
         }
-        Ok(n)
+        Ok(())
     }
 
     fn reload(&mut self) -> Result<usize, Error> {

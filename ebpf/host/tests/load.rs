@@ -73,6 +73,27 @@ fn pins_that_others_removed_are_back_with_the_same_maps() {
 }
 
 #[test]
+fn maps_are_put_right_though_their_pins_cannot_be() {
+    let mut f = Fixture::new(Role::Node);
+    let local = Local { node: "n".into(), ..Local::default() };
+    f.path_mut().apply(&networks(), &local, false).unwrap();
+    let cluster = f.pin("CLUSTER");
+    let map = Map::from_map_data(MapData::from_pin(&cluster).unwrap()).unwrap();
+    let mut others: aya::maps::LpmTrie<_, [u8; 20], u32> = map.try_into().unwrap();
+    let keys: Vec<_> = others.keys().map(Result::unwrap).collect();
+    // Something else lies where the folder was.
+    let folder = cluster.parent().unwrap();
+    let other = MapData::from_pin(f.pin("CONFIG")).unwrap();
+    std::fs::remove_dir_all(folder).unwrap();
+    other.pin(folder).unwrap();
+    others.remove(&keys[0]).unwrap();
+    assert!(f.path_mut().apply(&networks(), &local, true).is_err());
+    assert_eq!(others.keys().count(), 2);
+    std::fs::remove_file(folder).unwrap();
+    assert!(f.path_mut().apply(&networks(), &local, true).unwrap().pinned > 2);
+}
+
+#[test]
 fn what_is_left_of_any_layout_is_removed_but_not_under_a_process() {
     let mut f = Fixture::new(Role::Node);
     let pins = f.options.pins.clone();
