@@ -733,7 +733,10 @@ impl Run {
         self.core.ownership.set_pairs(self.core.desired.pairs(&world));
         self.heed(None);
         self.core.ownership.set_nodes(|n| compiled.nodes.contains_key(n));
-        self.core.ownership.tick(self.core.shared.now());
+        let now = self.core.shared.now();
+        if self.core.ownership.tick(now) {
+            self.moved.get_or_insert(now);
+        }
         self.set_claims(&world);
         self.core.shared.pairs.store(Arc::new(self.core.desired.held(&world)));
         self.compiled = compiled;

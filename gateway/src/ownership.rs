@@ -13,6 +13,8 @@
 //!   no more than that there is a higher epoch.
 //! - A gateway that cannot serve for 2 s, as one whose node's agent is dead cannot, lets go if another one can.
 //! - One that is told to end says so, takes nothing more, and carries on until another one has its pairs in place.
+//! - What a new owner has not in place yet only that owner goes by, and says to others: nodes follow the highest epoch,
+//!   whoever tells them. Its own word, or a second, ends that.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -21,6 +23,8 @@ use tidegate_proto::{Beat, Claim, Pair};
 
 /// Silence that is taken for death.
 pub const SILENCE: Duration = Duration::from_secs(2);
+/// How long everybody waits at most until what a new owner needs is in place.
+pub const PLACE: Duration = Duration::from_secs(1);
 /// How long a candidate that lives may take until it is able, when nobody ever held the pair: gateways start
 /// at different speeds, and the first of the order should be it.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -60,6 +64,13 @@ pub struct Known {
     pub epoch: u64,
 }
 
+impl Known {
+    /// Whether it wins against another claim.
+    fn beats(&self, other: &Self) -> bool {
+        self.epoch > other.epoch || self.epoch == other.epoch && self.owner < other.owner
+    }
+}
+
 /// The state machine of one gateway.
 #[derive(Debug)]
 pub struct Ownership {
@@ -72,6 +83,10 @@ pub struct Ownership {
     /// Pairs that policy has, with their candidates.
     pairs: BTreeMap<Pair, Vec<String>>,
     known: BTreeMap<Pair, Known>,
+    /// Higher claims of others that are not in place yet, and when they were first heard.
+    coming: BTreeMap<Pair, (Known, Duration)>,
+    /// What was held and known at the last decision.
+    decided: (BTreeMap<Pair, Duration>, BTreeMap<Pair, Known>),
     /// The highest epochs that agents follow.
     floors: BTreeMap<Pair, u64>,
     /// What this gateway serves, and since when.
@@ -96,6 +111,8 @@ impl Ownership {
             ever: BTreeSet::new(),
             pairs: BTreeMap::new(),
             known: BTreeMap::new(),
+            coming: BTreeMap::new(),
+            decided: Default::default(),
             floors: BTreeMap::new(),
             held: BTreeMap::new(),
             able: false,
@@ -108,7 +125,7 @@ impl Ownership {
     /// Claims of an earlier run: their epochs are a floor.
     pub fn recall(&mut self, claims: Vec<Claim>) {
         for c in claims {
-            self.note(c.pair, c.owner, c.epoch);
+            self.note(c.pair, Known { owner: c.owner, epoch: c.epoch });
         }
     }
 
@@ -160,9 +177,15 @@ impl Ownership {
         p.leaving = beat.leaving;
         p.holds = beat.claims.iter().filter(|c| c.held && c.owner == peer).map(|c| (c.pair.clone(), c.epoch)).collect();
         for c in &beat.claims {
-            // What it takes over from one that leaves it says again once it is in place.
-            if !(self.leaving && beat.placing && self.held.contains_key(&c.pair)) {
-                self.note(c.pair.clone(), c.owner.clone(), c.epoch);
+            let claim = Known { owner: c.owner.clone(), epoch: c.epoch };
+            // Of what others own it says only what is in place. One that serves the pair and does not leave yields at once.
+            let waits = beat.placing && c.held && c.owner == peer && (self.leaving || !self.held.contains_key(&c.pair));
+            if !waits {
+                self.note(c.pair.clone(), claim);
+            } else if self.known.get(&c.pair).is_none_or(|k| claim.beats(k))
+                && self.coming.get(&c.pair).is_none_or(|(k, _)| claim.beats(k))
+            {
+                self.coming.insert(c.pair.clone(), (claim, now));
             }
         }
     }
@@ -201,7 +224,13 @@ impl Ownership {
 
     /// Decides at `now`; says whether anything that this gateway holds, or knows of owners, may have changed.
     pub fn tick(&mut self, now: Duration) -> bool {
-        let before = (self.held.clone(), self.known.clone());
+        let late = |(_, since): &(Known, Duration)| now.saturating_sub(*since) >= PLACE;
+        let late: Vec<Pair> = self.coming.iter().filter(|(_, c)| late(c)).map(|(p, _)| p.clone()).collect();
+        for pair in late {
+            if let Some((claim, _)) = self.coming.remove(&pair) {
+                self.note(pair, claim);
+            }
+        }
         if self.isolated(now) {
             self.held.clear();
             self.cut_off = Some(now);
@@ -226,12 +255,19 @@ impl Ownership {
                 self.pairs.iter().filter(|(p, c)| self.is_mine(p, c, now)).map(|(p, _)| p.clone()).collect();
             for pair in free {
                 let known = self.known.get(&pair).map_or(0, |k| k.epoch);
-                let epoch = known.max(self.floors.get(&pair).copied().unwrap_or(0)).saturating_add(1);
+                let coming = self.coming.remove(&pair).map_or(0, |(k, _)| k.epoch);
+                let floor = self.floors.get(&pair).copied().unwrap_or(0);
+                let epoch = known.max(coming).max(floor).saturating_add(1);
                 self.known.insert(pair.clone(), Known { owner: self.me.clone(), epoch });
                 self.held.insert(pair, now);
             }
         }
-        before != (self.held.clone(), self.known.clone())
+        // Beats have changed what is known since the last time.
+        let changed = self.decided.0 != self.held || self.decided.1 != self.known;
+        if changed {
+            self.decided = (self.held.clone(), self.known.clone());
+        }
+        changed
     }
 
     /// Whether this gateway serves the pair.
@@ -259,13 +295,12 @@ impl Ownership {
     }
 
     /// Notes a claim if it beats what is known.
-    fn note(&mut self, pair: Pair, owner: String, epoch: u64) {
-        let wins = match self.known.get(&pair) {
-            None => true,
-            Some(k) => epoch > k.epoch || epoch == k.epoch && owner < k.owner,
-        };
-        if wins {
-            self.known.insert(pair, Known { owner, epoch });
+    fn note(&mut self, pair: Pair, claim: Known) {
+        if self.coming.get(&pair).is_some_and(|(k, _)| !k.beats(&claim)) {
+            self.coming.remove(&pair);
+        }
+        if self.known.get(&pair).is_none_or(|k| claim.beats(k)) {
+            self.known.insert(pair, claim);
         }
     }
 

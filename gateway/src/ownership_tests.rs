@@ -18,6 +18,8 @@ struct Sim {
     deaf: BTreeSet<(String, String)>,
     /// What nodes follow: the highest epoch, of equal ones the smaller name.
     follows: BTreeMap<(String, Pair), Known>,
+    /// How long it takes until what a gateway claims is in place.
+    place: Duration,
     now: Duration,
 }
 
@@ -30,6 +32,7 @@ impl Sim {
             cut: BTreeSet::new(),
             deaf: BTreeSet::new(),
             follows: BTreeMap::new(),
+            place: Duration::ZERO,
             now: Duration::from_secs(1000),
         };
         for name in names {
@@ -46,9 +49,9 @@ impl Sim {
         self.gateways.insert(name.to_owned(), o);
     }
 
-    /// What a gateway says; what it claims is in place at once.
     fn beat(&self, o: &Ownership) -> Beat {
-        Beat { able: o.able, claims: o.claims(), leaving: o.leaving, placing: false }
+        let placing = o.held.values().any(|since| self.now < *since + self.place);
+        Beat { able: o.able, claims: o.claims(), leaving: o.leaving, placing }
     }
 
     /// Lets 100 ms pass: beats, agents' words, decisions.
@@ -68,10 +71,15 @@ impl Sim {
             let heard: BTreeSet<String> =
                 names.iter().filter(|g| !self.deaf.contains(&(node.to_owned(), (*g).clone()))).cloned().collect();
             for g in &heard {
-                for c in self.gateways[g].claims().iter().filter(|c| c.held) {
-                    let claim = Known { owner: g.clone(), epoch: c.epoch };
-                    let f = self.follows.entry((node.to_owned(), c.pair.clone())).or_insert_with(|| claim.clone());
-                    if claim.epoch > f.epoch || claim.epoch == f.epoch && claim.owner < f.owner {
+                let o = &self.gateways[g];
+                for c in o.claims() {
+                    // What it has not in place it does not tell.
+                    if o.held.get(&c.pair).is_some_and(|since| self.now < *since + self.place) {
+                        continue;
+                    }
+                    let claim = Known { owner: c.owner, epoch: c.epoch };
+                    let f = self.follows.entry((node.to_owned(), c.pair)).or_insert_with(|| claim.clone());
+                    if claim.beats(f) {
                         *f = claim;
                     }
                 }
@@ -229,6 +237,71 @@ fn one_that_leaves_carries_on_until_another_is_in_place() {
     assert_eq!(s.holders(&pair(1)), ["a"]);
 }
 
+fn three() -> Sim {
+    let mut s = Sim::new(&["a", "b", "c"], &[(pair(1), &["a", "b", "c"]), (pair(2), &["c", "a", "b"])]);
+    s.pass(1.0);
+    s
+}
+
+#[test]
+fn what_is_not_in_place_no_third_gateway_says() {
+    let mut s = three();
+    s.place = Duration::from_millis(500);
+    s.gateways.get_mut("a").unwrap().leave();
+    while !s.gateways["b"].holds(&pair(1)) {
+        s.step();
+    }
+    let claimed = s.now;
+    while s.now < claimed + s.place {
+        assert_eq!(s.holders(&pair(1)), ["a", "b"], "the one that leaves carries on");
+        assert!(NODES.iter().all(|n| s.follows[&((*n).to_owned(), pair(1))].owner == "a"));
+        assert_eq!(s.gateways["c"].owner(&pair(1)).unwrap().owner, "a");
+        s.step();
+    }
+    s.pass(0.2);
+    assert_eq!(s.holders(&pair(1)), ["b"]);
+    assert!(["a", "c"].iter().all(|g| s.gateways[*g].owner(&pair(1)).unwrap().owner == "b"));
+    s.pass(0.2);
+    assert!(s.gateways["a"].left(s.now));
+}
+
+#[test]
+fn nobody_waits_longer_than_a_second_for_what_is_not_in_place() {
+    let mut s = three();
+    s.place = Duration::from_secs(100);
+    s.gateways.get_mut("a").unwrap().leave();
+    s.pass(1.0);
+    assert_eq!(s.holders(&pair(1)), ["a", "b"]);
+    s.pass(0.5);
+    assert_eq!(s.holders(&pair(1)), ["b"]);
+    assert_eq!(s.gateways["c"].owner(&pair(1)).unwrap().owner, "b");
+}
+
+#[test]
+fn a_claim_that_never_came_into_place_is_beaten() {
+    let mut s = three();
+    s.place = Duration::from_secs(100);
+    s.gateways.get_mut("a").unwrap().leave();
+    while !s.gateways["b"].holds(&pair(1)) {
+        s.step();
+    }
+    // The new owner leaves too, and the third one knows its claim only as one to come.
+    s.gateways.get_mut("b").unwrap().leave();
+    s.pass(0.2);
+    assert_eq!(s.epoch("c", &pair(1)), 3);
+}
+
+#[test]
+fn a_decision_notices_what_beats_have_said() {
+    let mut s = three();
+    let now = s.now;
+    let c = s.gateways.get_mut("c").unwrap();
+    assert!(!c.tick(now));
+    let claim = Claim { pair: pair(1), owner: "b".into(), epoch: 9, held: true };
+    c.beat("b", &Beat { able: true, claims: vec![claim], ..Beat::default() }, now);
+    assert!(c.tick(now) && !c.tick(now));
+}
+
 #[test]
 fn the_only_one_that_could_serve_has_nobody_to_wait_for() {
     let mut s = two();
@@ -358,6 +431,7 @@ fn random_faults_end_in_one_holder() {
     for seed in 1..=40u64 {
         let mut seed = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let mut s = Sim::new(&all, &[(pair(1), &["a", "b", "c"]), (pair(2), &["c", "a", "b"])]);
+        s.place = Duration::from_millis(noise(&mut seed) % 4 * 200);
         let mut journals: BTreeMap<String, Vec<Claim>> = BTreeMap::new();
         let mut clash: BTreeMap<(Pair, u64), u32> = BTreeMap::new();
         let mut before = s.follows.clone();

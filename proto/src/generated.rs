@@ -37,7 +37,8 @@ pub struct Beat {
     /// It is about to end: others take its pairs over, and it takes none.
     #[prost(bool, tag = "3")]
     pub leaving: bool,
-    /// Not all that it claims is in place yet: a gateway that is about to end carries on meanwhile.
+    /// Not all that it claims for itself is in place yet. Others go by such a claim, and say it to nodes and others, once
+    /// that ends, or after a second: a gateway that is about to end carries on meanwhile.
     #[prost(bool, tag = "4")]
     pub placing: bool,
 }

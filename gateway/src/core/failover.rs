@@ -14,9 +14,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{MAX_PENDING, Run};
 use crate::desired::{self, Desired};
+use crate::ownership::PLACE;
 
-/// How long nodes wait at most to be told of a new owner.
-const PLACE: Duration = Duration::from_secs(1);
 /// How long a gateway that is told to end waits at most until others have its pairs.
 const LEAVE: Duration = Duration::from_secs(4);
 /// Time between two tries to move over from another layout.
