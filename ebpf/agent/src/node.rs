@@ -283,11 +283,10 @@ impl Node {
             self.in_sync[facts.gateway] = self.batch(facts.gateway, batch, &ack) && known;
         }
         // Last, since from then on what is not known here is dropped and not steered: not before the grants of the facts
-        // are there too, nor while other maps than ours are judged by. What waited too long in the queue is no sign of life
-        // any more.
+        // are there too. Programs of another layout do not see it. What waited too long in the queue is no sign of life any
+        // more.
         if self.in_sync[facts.gateway]
             && self.ready
-            && !self.datapath.is_upgrade()
             && alive
             && let Err(e) = self.datapath.heartbeat(&name)
         {

@@ -205,6 +205,24 @@ impl Datapath {
         carry::source(&self.others).map_or(Ok(0), |source| carry::flows(&source, &self.root))
     }
 
+    /// Detaches the programs of other layouts from one device, where this version's are attached. Returns how many.
+    ///
+    /// # Errors
+    /// A pin cannot be removed.
+    pub fn retire_from(&mut self, ifindex: u32) -> Result<usize, Error> {
+        let mut n = 0;
+        for links in self.others.iter().map(|o| o.join("links")).filter(|l| l.exists()) {
+            for path in entries(&links)? {
+                if file_name(&path).rsplit('-').next() == Some(ifindex.to_string().as_str()) {
+                    link_detach(&path)?;
+                    remove(&path)?;
+                    n += 1;
+                }
+            }
+        }
+        Ok(n)
+    }
+
     /// Detaches the programs of other layouts below the same folder and removes their pins, once a state was applied
     /// and this version's programs are attached. Returns how many pins went.
     ///

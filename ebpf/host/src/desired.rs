@@ -105,12 +105,19 @@ impl Datapath {
             + try_all(t.nodes.prune(&want.nodes))
             + try_all(t.cluster_dns.prune(&want.cluster_dns))
             + try_all(t.cluster.prune(&want.cluster));
+        self.tried = true;
         if let Some(error) = failed {
             return Err(error);
         }
         t.portsets.finish();
         self.last = Some((state.clone(), local.clone()));
         pins.map(|()| applied)
+    }
+
+    /// Whether the maps are as near to a desired state as they get: an `apply` went through all tables, though some may
+    /// not have held everything.
+    pub fn is_filled(&self) -> bool {
+        self.tried
     }
 
     /// Adds grants between two calls of [`Datapath::apply`], whose next state must have them too.

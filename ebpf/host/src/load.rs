@@ -135,6 +135,8 @@ pub struct Datapath {
     pub(crate) budgets: PerCpuArray<MapData, Budget>,
     pub(crate) ring: Option<RingBuf<MapData>>,
     pub(crate) last: Option<(NodeState, Local)>,
+    /// Whether an `apply` went through all tables, with errors or without.
+    pub(crate) tried: bool,
     /// `CONFIG` as it was written.
     pub(crate) config: Option<Config>,
     /// Every map by its pin, which others may remove.
@@ -222,6 +224,7 @@ impl Datapath {
             ebpf,
             spare: None,
             last: None,
+            tried: false,
             config: None,
             pinned,
             others,

@@ -373,3 +373,34 @@ fn a_new_device_with_an_old_index() {
     assert_eq!(ns.enter(|| f.path_mut().detach_gone()).unwrap(), 1);
     assert!(ns.enter(|| f.path_mut().attach(Program::PodEgress, "d1")).is_err());
 }
+
+#[test]
+fn another_layouts_programs_go_from_a_device_where_the_new_ones_are() {
+    let ns = Ns::new();
+    let mut f = Fixture::new(Role::Node);
+    ns.ip("link add one type veth peer name two");
+    let devices = ["one", "two"].map(|name| {
+        ns.enter(|| f.path_mut().attach(Program::PodEgress, name)).unwrap();
+        (name, ns.device(name).0)
+    });
+    let old = f.pin("CONFIG").ancestors().nth(2).unwrap().join("links");
+    f.options.capacities.flows = 512;
+    f.restart();
+    assert!(!f.path().is_filled());
+    // Also if not all of it fits.
+    let mut large = state();
+    large.cluster.prefixes.clear();
+    let many = (0..70_000u32).map(|n| ipnet::IpNet::from(IpAddr::from((n << 8).to_be_bytes())));
+    large.cluster.prefixes.extend(many);
+    assert!(f.path_mut().apply(&large, &Local { node: "a".into(), ..Local::default() }, false).is_err());
+    assert!(f.path().is_filled());
+    let (name, index) = devices[0];
+    assert_eq!(ns.enter(|| f.path_mut().attach(Program::PodEgress, name)).unwrap(), Attached::New);
+    assert_eq!(f.path_mut().retire_from(index).unwrap(), 1);
+    assert_eq!(f.path_mut().retire_from(index).unwrap(), 0);
+    let left: Vec<_> = std::fs::read_dir(&old).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left, [format!("pod_egress-{}", devices[1].1).as_str()]);
+    assert!(f.path().is_upgrade(), "the other device still has its own");
+    f.path_mut().retire_others().unwrap();
+    assert!(!old.exists());
+}

@@ -171,12 +171,25 @@ impl Node {
     /// new programs run before them, so that no packet meets none, and none meets maps that are empty.
     fn take_over(&mut self) {
         // What remembers flows comes first, then the flows that the old programs saw until that moment.
-        self.attach_where(|program| program == Program::PodIngress);
-        if let Err(error) = self.datapath.carry_flows() {
+        let first = self.attached.is_empty();
+        let new = self.attach_where(|program| program == Program::PodIngress);
+        // All flows are walked: not again with every pass while one device refuses its program.
+        if (first || new > 0)
+            && let Err(error) = self.datapath.carry_flows()
+        {
             tracing::error!(%error, "flows of another layout cannot be taken over");
         }
         self.attach_missing();
         if self.problems.contains_key("attach") {
+            // Elsewhere what nobody tells anything any more must not judge behind the new programs.
+            let missing: BTreeSet<u32> =
+                self.wanted().into_keys().filter(|k| !self.attached.contains_key(k)).map(|(_, index)| index).collect();
+            let whole: BTreeSet<u32> = self.attached.keys().map(|(_, index)| *index).collect();
+            for index in whole.difference(&missing) {
+                if let Err(error) = self.datapath.retire_from(*index) {
+                    tracing::error!(index, %error, "programs of another layout are still attached");
+                }
+            }
             return;
         }
         match self.datapath.retire_others() {
@@ -200,7 +213,8 @@ impl Node {
             // Programs after maps: on an interface that the maps do not know they would let everything pass anyway.
             if !self.datapath.is_upgrade() {
                 self.attach_missing();
-            } else if applied.is_ok() {
+            } else if self.datapath.is_filled() {
+                // With errors too: one table that does not fit must not leave the node to maps that are told nothing.
                 self.take_over();
             }
             self.detach_left();
@@ -305,8 +319,10 @@ impl Node {
         self.attach_where(|_| true);
     }
 
-    fn attach_where(&mut self, which: impl Fn(Program) -> bool) {
+    /// Returns how many programs were attached.
+    fn attach_where(&mut self, which: impl Fn(Program) -> bool) -> usize {
         let wanted = self.wanted();
+        let before = self.attached.len();
         let mut failed = None;
         for ((program, index), name) in wanted.iter().filter(|((program, _), _)| which(*program)) {
             // A device that was renamed keeps its index, its programs and its pins.
@@ -338,6 +354,7 @@ impl Node {
         } else {
             self.problems.remove("uplinks");
         }
+        self.attached.len() - before
     }
 
     /// Detaches what belongs nowhere any more. Links of devices that are gone leave their pins behind.
