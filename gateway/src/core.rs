@@ -903,8 +903,13 @@ impl Run {
             }
         }
         self.out = out;
+        // Many facts may end at the same time: nodes hear of all of them in one message.
+        let any = !idle.is_empty();
         for (scope, ip) in idle {
-            self.feed(Input::Idle { scope, ip });
+            self.hear(Input::Idle { scope, ip });
+        }
+        if any {
+            self.carry_out();
         }
     }
 
