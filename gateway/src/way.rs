@@ -14,7 +14,7 @@ use tidegate_agent::events::repaired;
 use crate::admin::{Guard, Readiness};
 use crate::core::ToCore;
 use crate::egress::nft::{HeldPair, Rules};
-use crate::egress::refused::{Reader, Refused};
+use crate::egress::refused::{self, Refused};
 use crate::egress::{TOWARDS_PODS, TOWARDS_UPLINK, Way, load_rules, loaded_rules};
 use crate::handover::{Handover, RENEW};
 
@@ -67,14 +67,15 @@ impl Keeper {
             }
         };
         let mut said = String::new();
-        let mut refused = Reader::default();
         let mut waiting = self.readiness.guard("agent");
         while !self.stop.load(Ordering::Relaxed) {
-            let result = runtime.block_on(self.keep(waiting, &mut refused));
+            let result = runtime.block_on(self.keep(waiting));
             // Not ready from here on, until it is plugged in again.
             waiting = self.readiness.guard("agent");
             // Whoever holds the pairs must be able to hold their addresses. A core that has ended holds none.
             let _ = self.core.send(ToCore::Unplugged);
+            // The rules refuse on, and forget a flow after a while.
+            self.tell();
             if let Err(error) = result {
                 // The same failure every half second is one line.
                 let text = format!("{error:#}");
@@ -110,10 +111,11 @@ impl Keeper {
         }
     }
 
-    async fn keep(&self, waiting: Guard, refused: &mut Reader) -> Result<()> {
+    async fn keep(&self, waiting: Guard) -> Result<()> {
         let mut handover =
             Handover::connect(&self.socket, &self.gateway, TUNNEL_MTU, &self.way(TUNNEL_MTU).addresses())?;
         let mut way = self.way(handover.mtu);
+        self.tell();
         way.apply().await.context("cannot set up the way out")?;
         self.attach()?;
         self.applied.store(Arc::new(way.rules.pairs.clone()));
@@ -129,7 +131,7 @@ impl Keeper {
             // more is let go at once, one that is new is held once the rules are there.
             if renew <= Instant::now() || wanted != way {
                 renew = Instant::now() + RENEW;
-                self.tell(refused);
+                self.tell();
                 let (ours, held) = (wanted.addresses(), way.addresses());
                 handover.renew(&held.into_iter().filter(|a| ours.contains(a)).collect::<Vec<_>>())?;
                 // Only the agent can make them again, and it does so for a new handover.
@@ -147,6 +149,7 @@ impl Keeper {
             let damaged = due && loaded_rules() != loaded;
             let result = if wanted != way || damaged {
                 tracing::info!(addresses = ?wanted.addresses(), damaged, "setting up the way out anew");
+                self.tell();
                 wanted.apply().await
             } else if due {
                 way.repair().await.and_then(|()| self.attach())
@@ -172,12 +175,11 @@ impl Keeper {
         Ok(())
     }
 
-    /// Tells what the rules refused since the last time. They are loaded anew only after this.
-    fn tell(&self, refused: &mut Reader) {
-        match refused.read() {
-            Ok(news) => news.into_iter().for_each(&self.refused),
+    /// Tells what the rules refused since the last time; each load of the rules comes right after it.
+    fn tell(&self) {
+        if let Err(error) = refused::read(&self.refused) {
             // Another program took the table away: the full pass puts it back.
-            Err(error) => tracing::debug!(%error, "what the rules refused cannot be read"),
+            tracing::debug!(%error, "what the rules refused cannot be read");
         }
     }
 

@@ -1,7 +1,6 @@
 //! Which forwarded flows the namespace's rules refused: the rules count them by flow in sets of our table, which are
 //! read here. A packet costs nothing beyond the rules, and reading empty sets takes microseconds.
 
-use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -40,36 +39,35 @@ impl Refused {
     }
 }
 
-/// Remembers what was read last, so that each packet is told once.
-#[derive(Debug, Default)]
-pub struct Reader {
-    last: HashMap<(&'static str, Vec<u8>), u64>,
-}
-
-impl Reader {
-    /// What was refused since the last call, in this thread's network namespace. To be called at least every few
-    /// seconds, and before the rules are loaded anew: counts go with their elements.
-    ///
-    /// # Errors
-    /// What the kernel refused, such as a table that is not there.
-    pub fn read(&mut self) -> io::Result<Vec<Refused>> {
-        let socket = open()?;
-        let mut now = HashMap::with_capacity(self.last.len());
-        let mut news = Vec::new();
-        for set in &REFUSED {
-            dump(&socket, set.name, |key, packets| {
-                let id = (set.name, key.to_vec());
-                // An element that went and came back counts from the start.
-                let before = self.last.get(&id).filter(|n| **n <= packets).copied().unwrap_or(0);
-                if packets > before {
-                    news.extend(parse(set, key, packets - before));
+/// Tells `each` what was refused since the last call, in this thread's network namespace; what was told is told even if
+/// reading fails later. To be called at least every few seconds, and before the rules are loaded anew: counts go with
+/// their elements.
+///
+/// # Errors
+/// What the kernel refused, such as a table that is not there.
+pub fn read(mut each: impl FnMut(Refused)) -> io::Result<()> {
+    let socket = open()?;
+    for set in &REFUSED {
+        let mut keys = Vec::new();
+        // A dump of a set that changes may show an element twice, or not at all: it says only where to look.
+        ask(&socket, NFT_MSG_GETSETELEM, set.name, &[], |key, packets| {
+            if packets > 0 {
+                keys.push(key.to_vec());
+            }
+        })?;
+        for keys in keys.chunks(AT_ONCE) {
+            let taken = ask(&socket, NFT_MSG_GETSETELEM_RESET, set.name, keys, |key, packets| {
+                if packets > 0
+                    && let Some(refused) = parse(set, key, packets)
+                {
+                    each(refused);
                 }
-                now.insert(id, packets);
-            })?;
+            });
+            // An element has just ended, and those behind it wait for the next call.
+            taken.or_else(|e| if e.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(e) })?;
         }
-        self.last = now;
-        Ok(news)
     }
+    Ok(())
 }
 
 /// From an element's key: the source, and with `flow` destination, protocol and port, each padded to four octets.
@@ -105,12 +103,20 @@ fn open() -> io::Result<OwnedFd> {
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST: u16 = 1;
+const NLM_F_ACK: u16 = 4;
 const NLM_F_DUMP: u16 = 0x300;
 const NFT_MSG_GETSETELEM: u16 = 10 << 8 | 13;
+/// Linux 6.5. The kernel sets counters to zero as it reads them. In a dump it does so too with the element that finds no
+/// room in a message any more, whose count is lost: only for elements that are named.
+const NFT_MSG_GETSETELEM_RESET: u16 = 10 << 8 | 33;
+/// Elements named in one request. The kernel answers each with a message, all of which must find room in the socket.
+const AT_ONCE: usize = 32;
 const NFPROTO_INET: u8 = 1;
+const NLA_F_NESTED: u16 = 0x8000;
 const LIST_TABLE: u16 = 1;
 const LIST_SET: u16 = 2;
 const LIST_ELEMENTS: u16 = 3;
+const LIST_ELEMENT: u16 = 1;
 const ELEM_KEY: u16 = 1;
 const ELEM_EXPR: u16 = 7;
 const DATA_VALUE: u16 = 1;
@@ -144,22 +150,37 @@ fn counted(element: &[u8]) -> Option<(&[u8], u64)> {
     Some((key, u64::from_be_bytes(packets.try_into().ok()?)))
 }
 
-/// Reads a set of our table, element by element.
-fn dump(socket: &OwnedFd, set: &str, mut each: impl FnMut(&[u8], u64)) -> io::Result<()> {
+/// Adds an attribute to a netlink message. Ours are short.
+fn put(message: &mut Vec<u8>, kind: u16, body: &[u8]) {
+    let length = 4 + body.len();
+    message.extend((length as u16).to_ne_bytes());
+    message.extend(kind.to_ne_bytes());
+    message.extend(body);
+    message.resize(message.len() + length.next_multiple_of(4) - length, 0);
+}
+
+/// Asks for these elements of a set of our table, or for all if there are none.
+fn ask(socket: &OwnedFd, what: u16, set: &str, keys: &[Vec<u8>], mut each: impl FnMut(&[u8], u64)) -> io::Result<()> {
     let mut request = vec![0; 16];
     request.extend([NFPROTO_INET, 0, 0, 0]);
     for (kind, text) in [(LIST_TABLE, TABLE), (LIST_SET, set)] {
-        let length = 4 + text.len() + 1;
-        // Names of ours are short.
-        request.extend((length as u16).to_ne_bytes());
-        request.extend(kind.to_ne_bytes());
-        request.extend(text.bytes());
-        request.resize(request.len() + length.next_multiple_of(4) - length + 1, 0);
+        put(&mut request, kind, format!("{text}\0").as_bytes());
     }
+    let mut elements = Vec::new();
+    for key in keys {
+        let (mut value, mut element) = (Vec::new(), Vec::new());
+        put(&mut value, DATA_VALUE, key);
+        put(&mut element, ELEM_KEY | NLA_F_NESTED, &value);
+        put(&mut elements, LIST_ELEMENT | NLA_F_NESTED, &element);
+    }
+    if !keys.is_empty() {
+        put(&mut request, LIST_ELEMENTS | NLA_F_NESTED, &elements);
+    }
+    let flags = NLM_F_REQUEST | if keys.is_empty() { NLM_F_DUMP } else { NLM_F_ACK };
     let length = request.len() as u32;
     request[..4].copy_from_slice(&length.to_ne_bytes());
-    request[4..6].copy_from_slice(&NFT_MSG_GETSETELEM.to_ne_bytes());
-    request[6..8].copy_from_slice(&(NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
+    request[4..6].copy_from_slice(&what.to_ne_bytes());
+    request[6..8].copy_from_slice(&flags.to_ne_bytes());
     sendto(socket.as_raw_fd(), &request, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
     // The kernel's dumps come in messages of at most 32 KiB.
     let mut buffer = vec![0; 1 << 16];
@@ -173,7 +194,8 @@ fn dump(socket: &OwnedFd, set: &str, mut each: impl FnMut(&[u8], u64)) -> io::Re
                 NLMSG_DONE => return Ok(()),
                 NLMSG_ERROR => {
                     let code = body.get(..4).and_then(|c| c.try_into().ok()).map_or(0, i32::from_ne_bytes);
-                    return Err(io::Error::from_raw_os_error(-code));
+                    // 0 confirms that all was done.
+                    return if code == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(-code)) };
                 }
                 _ => {
                     let elements = body.get(4..).and_then(|b| attribute(b, LIST_ELEMENTS)).unwrap_or_default();
@@ -214,12 +236,16 @@ mod tests {
     fn flows_beyond_the_quota_are_counted_one_by_one() {
         std::thread::spawn(|| {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-            let mut reader = Reader::default();
-            assert!(reader.read().is_err(), "there is no table yet");
+            assert!(read(drop).is_err(), "there is no table yet");
+            let read = || {
+                let mut news = Vec::new();
+                read(|r| news.push(r)).unwrap();
+                news
+            };
             let up = std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap();
             assert!(up.success());
             load_rules(&rules(3)).unwrap();
-            assert_eq!(reader.read().unwrap(), [], "nothing was refused");
+            assert_eq!(read(), [], "nothing was refused");
             for (from, to) in [("127.0.0.1:0", "127.0.0.1:7001"), ("[::1]:0", "[::1]:7001")] {
                 let to: SocketAddr = to.parse().unwrap();
                 let sockets: Vec<UdpSocket> = (0..8).map(|_| UdpSocket::bind(from).unwrap()).collect();
@@ -227,23 +253,38 @@ mod tests {
                 let sent: Vec<bool> = sockets.iter().map(|s| s.send_to(b"x", to).is_ok()).collect();
                 let refused = sent.iter().filter(|ok| !**ok).count() as u64;
                 assert_eq!(refused, if to.is_ipv4() { 5 } else { 8 }, "{sent:?}");
-                let told = reader.read().unwrap();
+                let told = read();
                 let expected = Refused { source: to.ip(), destination: to, protocol: 17, packets: refused };
                 assert_eq!(told, [expected]);
-                assert_eq!(reader.read().unwrap(), [], "each packet is told once");
+                assert_eq!(read(), [], "each packet is told once");
                 assert!(sockets[7].send_to(b"y", to).is_err());
-                assert_eq!(reader.read().unwrap(), [Refused { packets: 1, ..expected }]);
+                assert_eq!(read(), [Refused { packets: 1, ..expected }]);
                 // The flows that live go on.
                 assert_eq!(sockets[0].send_to(b"z", to).is_ok(), to.is_ipv4());
             }
+            // Each of so many that they take several messages, in whatever family.
+            load_rules(&rules(0)).unwrap();
+            for (from, to) in
+                [("127.0.0.1:0", Ipv4Addr::LOCALHOST.into()), ("[::1]:0", IpAddr::from(Ipv6Addr::LOCALHOST))]
+            {
+                let socket = UdpSocket::bind(from).unwrap();
+                for n in 1..=2 {
+                    for port in 1..=1000 {
+                        (0..n).for_each(|_| assert!(socket.send_to(b"x", (to, port)).is_err()));
+                    }
+                    let told = read();
+                    assert_eq!(told.len(), 1000, "{to}");
+                    assert!(told.iter().all(|r| r.protocol == 17 && r.packets == n), "{told:?}");
+                }
+            }
             // Without room for flows pods are counted, exactly.
-            load_rules(&rules(0).replace("size 16384", "size 1")).unwrap();
-            reader.read().unwrap();
+            load_rules(&rules(0).replace("size 1024", "size 1")).unwrap();
+            read();
             let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
             for port in 1..=20 {
                 assert!(socket.send_to(b"x", ("127.0.0.1", 7000 + port)).is_err());
             }
-            let told = reader.read().unwrap();
+            let told = read();
             assert_eq!(told.iter().map(|r| r.packets).sum::<u64>(), 20, "{told:?}");
             let rest = told.iter().find(|r| r.protocol == 0).unwrap();
             assert_eq!((rest.source, rest.destination), ("127.0.0.1".parse().unwrap(), "0.0.0.0:0".parse().unwrap()));
