@@ -228,7 +228,9 @@ impl Rules {
         let key = |v6| if v6 { "ip6 saddr . ip6 daddr" } else { "ip saddr . ip daddr" };
         for RefusedSet { name, v6, flow } in REFUSED {
             let (typeof_, size) = match (flow, v6) {
-                (true, _) => (format!("{} . meta l4proto . th dport", key(v6)), 16384),
+                // Each becomes an event of its own: both families must be far from filling the audit log's queue, or one
+                // pod's flood would push out what others did.
+                (true, _) => (format!("{} . meta l4proto . th dport", key(v6)), 1024),
                 (false, true) => ("ip6 saddr".into(), 65535),
                 (false, false) => ("ip saddr".into(), 65535),
             };
