@@ -354,6 +354,7 @@ pub fn run(path: &Path) -> Result<()> {
         idle: Duration::from_secs(config.flow_idle_seconds),
         quota,
         total: shares.relayed,
+        dials: shares.dials,
         threads,
         pipes: shares.pipes.min(1024),
         ..RelayConfig::default()

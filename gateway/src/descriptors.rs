@@ -14,6 +14,8 @@ pub struct Shares {
     pub dns_connections: usize,
     /// Relayed connections, each with two sockets.
     pub relayed: usize,
+    /// Sockets of relayed connections that connect beside their first one.
+    pub dials: usize,
     /// Pipes of each relay thread.
     pub pipes: usize,
     /// Handshakes on the control port.
@@ -33,13 +35,14 @@ pub fn raise() -> u64 {
     }
 }
 
-/// Divides the limit among the parts, in sixteenths: three and a rest stay for nodes, peers, kernel maps, files and the admin port.
+/// Divides the limit among the parts, in sixteenths: two and a rest stay for nodes, peers, kernel maps, files and the admin port.
 pub fn share(limit: u64, threads: usize) -> Shares {
     let unit = usize::try_from(limit.min(PLENTY) / 16).unwrap_or(usize::MAX);
     Shares {
         queries: 2 * unit,
         dns_connections: 2 * unit,
         relayed: 6 * unit / 2,
+        dials: unit.min(1024),
         pipes: 2 * unit / 2 / threads.max(1),
         handshakes: unit.min(512),
     }
@@ -58,8 +61,8 @@ mod tests {
     fn the_shares_leave_a_rest() {
         for (limit, threads) in [(256, 1), (1024, 2), (20_000, 2), (524_288, 64), (u64::MAX, 8)] {
             let s = share(limit, threads);
-            let taken = s.queries + s.dns_connections + 2 * s.relayed + 2 * s.pipes * threads + s.handshakes;
-            assert!(taken as u64 <= limit.min(PLENTY) / 16 * 13, "{limit}: {s:?}");
+            let taken = s.queries + s.dns_connections + 2 * s.relayed + s.dials + 2 * s.pipes * threads + s.handshakes;
+            assert!(taken as u64 <= limit.min(PLENTY) / 16 * 14, "{limit}: {s:?}");
             assert!(s.relayed > 0 && s.queries > 0);
         }
     }

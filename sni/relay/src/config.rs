@@ -52,8 +52,11 @@ pub struct RelayConfig {
     pub idle: Duration,
     /// The most connections per namespace, those without a hello included.
     pub quota: usize,
-    /// The most connections of all namespaces. Each takes two descriptors.
+    /// The most connections of all namespaces. Each takes two descriptors, apart from `dials`.
     pub total: usize,
+    /// The most sockets, all connections together, that connect beside a connection's first one: what silent addresses
+    /// take. Each is a descriptor. Beyond it a connection tries one address at a time.
+    pub dials: usize,
     /// The most pipes per thread; 0 moves all bytes through the thread's buffer. A pipe takes two
     /// descriptors and, while it carries data, up to 256 KiB.
     pub pipes: usize,
@@ -75,6 +78,7 @@ impl Default for RelayConfig {
             idle: Duration::from_secs(7200),
             quota: 8192,
             total: 65_536,
+            dials: 1024,
             pipes: 1024,
         }
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tidegate_sni_core::Egress;
 use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep_until};
 
 use crate::socket;
@@ -24,12 +25,15 @@ pub(crate) struct Target {
 
 /// Connects to the first of `targets` that answers. They start one after the other, `delay` apart or
 /// as soon as the one before failed (as RFC 8305, section 5, races); the first to connect ends the others.
+/// Each that starts while others still connect takes a permit of `extra`. Without one it waits: for a permit, or until
+/// those before it have had their share of the time and are given up.
 ///
 /// # Errors
 /// The last failure when all failed, or `TimedOut` after `limit`.
 pub(crate) async fn race(
     targets: &[Target],
     ports: Option<&RangeInclusive<u16>>,
+    extra: &Semaphore,
     delay: Duration,
     limit: Duration,
 ) -> io::Result<(TcpStream, SocketAddr)> {
@@ -38,15 +42,31 @@ pub(crate) async fn race(
     let mut tries = FuturesUnordered::new();
     let mut error = io::Error::from(io::ErrorKind::AddrNotAvailable);
     let mut next = Instant::now();
+    // When those that connect are given up for the next one, if it must take their place.
+    let mut patience = next;
     loop {
-        if tries.is_empty() || Instant::now() >= next {
-            match waiting.next() {
-                Some(target) => {
-                    tries.push(async move { dial(target, ports).await.map(|s| (s, target.address)) });
-                    next = Instant::now() + delay;
+        let now = Instant::now();
+        if tries.is_empty() || now >= next {
+            let permit = if tries.is_empty() { None } else { extra.try_acquire().ok() };
+            if waiting.len() == 0 {
+                if tries.is_empty() {
+                    return Err(error);
                 }
-                None if tries.is_empty() => return Err(error),
-                None => next = deadline,
+                next = deadline;
+            } else if permit.is_none() && !tries.is_empty() && now < patience {
+                next = patience.min(now + delay);
+            } else {
+                if permit.is_none() {
+                    tries.clear();
+                }
+                if let Some(target) = waiting.next() {
+                    tries.push(async move {
+                        let _permit = permit;
+                        dial(target, ports).await.map(|s| (s, target.address))
+                    });
+                }
+                next = now + delay;
+                patience = now + deadline.saturating_duration_since(now) / (waiting.len() as u32 + 1);
             }
         }
         tokio::select! {

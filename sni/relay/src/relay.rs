@@ -11,7 +11,7 @@ use tidegate_policy::Reason;
 use tidegate_policy::event::Emit;
 use tidegate_sni_core::Check;
 use tokio::runtime::{Builder, Runtime};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, sleep};
 
 use crate::config::{Error, RelayConfig};
@@ -75,8 +75,9 @@ impl Relay {
             can
         });
         let registry = Arc::new(Registry::new(config.quota).with_total(config.total));
+        let dials = Semaphore::new(config.dials.min(Semaphore::MAX_PERMITS));
         let shared =
-            Arc::new(Shared { ports, check, emit, registry: registry.clone(), metrics: Metrics::new(), config });
+            Arc::new(Shared { ports, dials, check, emit, registry: registry.clone(), metrics: Metrics::new(), config });
         let (stage, _) = watch::channel(Stage::Accept);
         let relay = Self { addresses, registry, stage, threads: Mutex::default() };
         for (i, listeners) in listeners.into_iter().enumerate() {

@@ -11,6 +11,7 @@ use tidegate_policy::event::{Emit, Event, RuleRef, Verdict, What, Who};
 use tidegate_policy::{Carry, Reason};
 use tidegate_sni_core::{Check, Gate, Hello, Judgement, Peek, Progress};
 use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use crate::config::{Destination, RelayConfig};
@@ -24,6 +25,8 @@ use crate::socket::canonical;
 pub(crate) struct Shared<C> {
     pub config: RelayConfig,
     pub ports: Option<RangeInclusive<u16>>,
+    /// See [`RelayConfig::dials`].
+    pub dials: Semaphore,
     pub check: Arc<C>,
     pub emit: Arc<dyn Emit>,
     pub registry: Arc<Registry>,
@@ -149,8 +152,8 @@ impl<C: Check> Shared<C> {
         // Known to the registry before it is judged: a policy change either is seen by this judgement or revokes it.
         let hello = entry.hello.get_or_init(|| hello);
         let (targets, rule) = self.targets(entry, hello).map_err(Stop::Refused)?;
-        let race =
-            connect::race(&targets, self.ports.as_ref(), self.config.race_delay, self.config.connect_timeout).await;
+        let (delay, limit) = (self.config.race_delay, self.config.connect_timeout);
+        let race = connect::race(&targets, self.ports.as_ref(), &self.dials, delay, limit).await;
         let (upstream, actual) = race.map_err(|error| {
             tracing::debug!(%error, asked = %entry.asked, "cannot connect");
             Stop::Refused(Refusal { reason: Reason::ConnectFailed, rule: rule.clone() })

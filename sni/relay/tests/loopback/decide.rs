@@ -218,6 +218,26 @@ async fn another_bound_address_is_raced_when_the_asked_one_is_silent() {
 }
 
 #[tokio::test]
+async fn without_a_socket_to_spare_addresses_are_tried_one_by_one() {
+    let limit = Duration::from_millis(1800);
+    let lab =
+        Lab::with(RelayConfig { dials: 0, race_delay: Duration::from_millis(10), connect_timeout: limit, ..config() });
+    let live = echo(&lab).await;
+    let silent: [std::net::IpAddr; 2] = [fresh_ip().into(), fresh_ip().into()];
+    let _holes = silent.map(|ip| hole(ip, live.port()));
+    lab.bind("a.example", silent[0]);
+    lab.table.others.lock().insert("a.example".into(), vec![silent[0], silent[1], live.ip()]);
+    lab.ask((silent[0], live.port()).into());
+    let begin = Instant::now();
+    let mut stream = soon(lab.tls("a.example")).await.unwrap();
+    // Each had a third of the time.
+    assert!(begin.elapsed() >= limit / 3 * 2, "{:?}", begin.elapsed());
+    stream.write_all(b"x").await.unwrap();
+    let What::Open { actual, .. } = lab.open().await.what else { unreachable!() };
+    assert_eq!(actual, Some(live));
+}
+
+#[tokio::test]
 async fn silent_addresses_end_in_connect_failed() {
     let lab = Lab::with(RelayConfig { connect_timeout: Duration::from_millis(400), ..config() });
     let live = echo(&lab).await;
