@@ -283,7 +283,7 @@ fn remove(path: &Path) -> Result<(), Error> {
 }
 
 /// Removes a folder of pins; links before maps, as they lie in folders of these names.
-fn remove_all(folder: &Path) -> Result<usize, Error> {
+pub(crate) fn remove_all(folder: &Path) -> Result<usize, Error> {
     let mut n = 0;
     let mut inside = entries(folder)?;
     inside.sort();

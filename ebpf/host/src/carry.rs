@@ -4,7 +4,6 @@
 //! attached before them. Policy comes anew from the gateways; what only the kernel knows would be lost: flows that were
 //! opened from outside, which facts are in use, and the ids and incarnations by which both are named.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -31,12 +30,21 @@ fn name(path: &Path) -> &str {
     path.file_name().and_then(|n| n.to_str()).unwrap_or_default()
 }
 
+fn pins(root: &Path, folder: &str) -> usize {
+    fs::read_dir(root.join(folder)).map_or(0, Iterator::count)
+}
+
+/// Whether a layout is what a start left that was never finished: no program judges by it, while some do by `own`, or
+/// there are no maps.
+pub(crate) fn is_left(other: &Path, own: &Path) -> bool {
+    pins(other, "links") == 0 && (pins(own, "links") > 0 || pins(other, "maps") == 0)
+}
+
 /// The layout whose programs run now, if what it knows is written as this version writes it: the one with the most
 /// links, since one that a crash left unfinished has fewer.
 pub(crate) fn source(others: &[PathBuf]) -> Option<PathBuf> {
     let same = |p: &&PathBuf| name(p).split('-').nth(1) == Some(CARRIED.to_string().as_str());
-    let links = |p: &&PathBuf| fs::read_dir(p.join("links")).map_or(0, Iterator::count);
-    others.iter().filter(same).max_by_key(links).cloned()
+    others.iter().filter(same).max_by_key(|p| pins(p, "links")).cloned()
 }
 
 fn open<K: Pod, V: Pod>(root: &Path, map: &'static str) -> Result<HashMap<MapData, K, V>, Error> {
@@ -48,8 +56,14 @@ fn is(e: &MapError, code: i32) -> bool {
     matches!(e, MapError::SyscallError(e) if e.io_error.raw_os_error() == Some(code))
 }
 
-/// Copies the entries that the new map does not have, as far as they fit. Returns how many.
-fn copy<K: Pod, V: Pod>(from: &Path, to: &Path, map: &'static str, which: impl Fn(&K) -> bool) -> Result<usize, Error> {
+/// Copies entries as far as they fit; with [`NO_EXIST`] those that the new map does not have. Returns how many.
+fn copy<K: Pod, V: Pod>(
+    from: &Path,
+    to: &Path,
+    map: &'static str,
+    flags: u64,
+    which: impl Fn(&K) -> bool,
+) -> Result<usize, Error> {
     let (old, mut new) = (open::<K, V>(from, map)?, open::<K, V>(to, map)?);
     // The kernel may write meanwhile, and an iteration that loses its place starts over.
     let most = MapData::from_pin(from.join("maps").join(map)).and_then(|m| m.info()).map_err(Error::map(map))?;
@@ -58,7 +72,7 @@ fn copy<K: Pod, V: Pod>(from: &Path, to: &Path, map: &'static str, which: impl F
         if !which(&key) {
             continue;
         }
-        match new.insert(key, value, NO_EXIST) {
+        match new.insert(key, value, flags) {
             Ok(()) => n += 1,
             Err(e) if is(&e, libc::EEXIST) => {}
             Err(e) if is(&e, libc::E2BIG) => {
@@ -71,19 +85,25 @@ fn copy<K: Pod, V: Pod>(from: &Path, to: &Path, map: &'static str, which: impl F
     Ok(n)
 }
 
-/// Fills a new set of maps, unless it was filled before: ids that it gave since must not be given to others.
+/// Whether a set of maps gives ids by itself: then nothing may be filled in that is named by another's.
+pub(crate) fn is_own(root: &Path) -> Result<bool, Error> {
+    Ok(open::<IdKey, u32>(root, "IDS")?.get(&ids::OWN, 0).is_ok())
+}
+
+/// Notes that a set of maps gives ids by itself from now on.
+pub(crate) fn own(root: &Path) -> Result<(), Error> {
+    open::<IdKey, u32>(root, "IDS")?.insert(ids::OWN, 1, 0).map_err(Error::map("IDS"))
+}
+
+/// Fills a set of maps that gives no ids by itself yet. What an earlier try left there is written over.
 pub(crate) fn fill(from: &Path, to: &Path) -> Result<(), Error> {
-    let filled: BTreeSet<bool> =
-        open::<IdKey, u32>(to, "IDS")?.keys().flatten().map(|k| ids::is_counter(&k)).take(1 << 20).collect();
-    if filled.contains(&true) {
-        return Ok(());
-    }
-    copy::<Addr, Endpoint>(from, to, "ENDPOINTS", |_| true)?;
-    let facts = copy::<FactKey, Fact>(from, to, "FACTS", |_| true)?;
+    // First the counters, then what they counted, then what is named by it: wherever it ends, no id that something refers
+    // to is given to something else.
+    copy::<IdKey, u32>(from, to, "IDS", 0, |k| ids::is_counter(k) && *k != ids::OWN)?;
+    copy::<IdKey, u32>(from, to, "IDS", 0, |k| !ids::is_counter(k))?;
+    copy::<Addr, Endpoint>(from, to, "ENDPOINTS", 0, |_| true)?;
+    let facts = copy::<FactKey, Fact>(from, to, "FACTS", 0, |_| true)?;
     let seen = flows(from, to)?;
-    copy::<IdKey, u32>(from, to, "IDS", |k| !ids::is_counter(k))?;
-    // Last: they say that the set is filled.
-    copy::<IdKey, u32>(from, to, "IDS", ids::is_counter)?;
     tracing::info!(from = %from.display(), facts, flows = seen, "took over what another layout knows");
     Ok(())
 }
@@ -118,7 +138,7 @@ pub(crate) fn silence(root: &Path) -> Result<(), Error> {
 
 /// What the old programs remembered since: flows, and the addresses that they hold.
 pub(crate) fn flows(from: &Path, to: &Path) -> Result<usize, Error> {
-    copy::<Addr, u64>(from, to, "HELD", |_| true)?;
-    copy::<Addr, u32>(from, to, "FLOW_COUNTS", |_| true)?;
-    copy::<FlowKey, Flow>(from, to, "FLOWS", |_| true)
+    copy::<Addr, u64>(from, to, "HELD", NO_EXIST, |_| true)?;
+    copy::<Addr, u32>(from, to, "FLOW_COUNTS", NO_EXIST, |_| true)?;
+    copy::<FlowKey, Flow>(from, to, "FLOWS", NO_EXIST, |_| true)
 }

@@ -31,6 +31,10 @@ pub(crate) fn is_counter(key: &IdKey) -> bool {
     key.kind & NEXT != 0
 }
 
+/// The entry that says that the set of maps gives ids by itself: whatever was to be taken over has been. No kind's counter
+/// has this key.
+pub(crate) const OWN: IdKey = IdKey { kind: NEXT, key: [0; 4] };
+
 fn key(kind: u32, key: u128) -> IdKey {
     let b = key.to_ne_bytes();
     let word = |i: usize| u32::from_ne_bytes([b[i], b[i + 1], b[i + 2], b[i + 3]]);

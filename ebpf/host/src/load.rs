@@ -18,6 +18,7 @@ use tidegate_ebpf_common::layout::{
 use tidegate_policy::ScopeKey;
 use tidegate_policy::state::{FactUpdate, NodeState};
 
+use crate::attach::remove_all;
 use crate::ids::{Ids, Kind};
 use crate::incarnation::Incarnations;
 use crate::ports::PortSets;
@@ -155,19 +156,30 @@ impl Datapath {
     /// what this version made; otherwise what the kernel refused.
     pub fn load(options: &Options) -> Result<Self, Error> {
         let root = options.pins.join(format!("v{VERSION}-{CARRIED}-{:08x}", fingerprint(&options.capacities)));
-        for folder in ["maps", "links"] {
-            let path = root.join(folder);
-            fs::create_dir_all(&path).map_err(Error::io(format!("cannot make {}", path.display())))?;
-        }
+        let make =
+            |path: PathBuf| fs::create_dir_all(&path).map_err(Error::io(format!("cannot make {}", path.display())));
+        make(options.pins.clone())?;
+        // Before anything else is made: whoever is refused leaves nothing behind.
         let lock = lock(&options.pins)?;
+        make(root.join("maps"))?;
+        make(root.join("links"))?;
         check_layouts(&root.join("maps"), &options.capacities)?;
         let mut ebpf = load_object(options, &root)?;
-        let others = carry::others(&options.pins, &root);
-        if let Some(source) = carry::source(&others)
-            && let Err(error) = carry::fill(&source, &root)
-        {
-            // Policy comes from the gateways, and enforcement must not wait for flows.
-            tracing::error!(%error, "what another layout knows cannot be taken over");
+        let (left, others): (Vec<PathBuf>, _) =
+            carry::others(&options.pins, &root).into_iter().partition(|p| carry::is_left(p, &root));
+        for path in left {
+            if let Err(error) = remove_all(&path) {
+                tracing::warn!(%error, "maps of a start that was never finished stay");
+            }
+        }
+        if !carry::is_own(&root)? {
+            if let Some(source) = carry::source(&others)
+                && let Err(error) = carry::fill(&source, &root)
+            {
+                // Policy comes from the gateways, and enforcement must not wait for flows.
+                tracing::error!(%error, "what another layout knows cannot be taken over");
+            }
+            carry::own(&root)?;
         }
         for root in others.iter().chain([&root]) {
             if let Err(error) = carry::silence(root) {

@@ -122,12 +122,20 @@ fn both_roles_load_and_stay_cheap_to_verify() {
 
 #[test]
 fn one_process_at_a_time() {
-    let fixture = Fixture::new(Role::Node);
+    let mut fixture = Fixture::new(Role::Node);
     let mut options = fixture.options.clone();
     assert!(matches!(Datapath::load(&options), Err(Error::Busy(_))));
     // Also with maps of another layout: both would work on the same devices.
     options.capacities.facts = 512;
     assert!(matches!(Datapath::load(&options), Err(Error::Busy(_))));
+    assert_eq!(std::fs::read_dir(&options.pins).unwrap().count(), 1, "who is refused leaves nothing");
+    // What never came as far as maps is nobody's.
+    let left = options.pins.join("v0-0-0");
+    for folder in ["maps", "links"] {
+        std::fs::create_dir_all(left.join(folder)).unwrap();
+    }
+    fixture.restart();
+    assert!(!fixture.path().is_upgrade() && !left.exists());
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -138,6 +139,38 @@ fn what_came_after_the_new_set_was_made_is_taken_over_too() {
     for (client, pod) in CLIENTS.iter().zip(PODS) {
         assert_eq!(run(&f, Program::PodEgress, &inbound(client, pod).1), NEXT);
     }
+}
+
+#[test]
+fn what_was_filled_by_half_is_filled_again_with_the_same_ids() {
+    let mut f = world(Role::Node);
+    let old = f.pin("IDS");
+    f.options.capacities.flows = 512;
+    f.restart();
+    let layouts = std::fs::read_dir(&f.options.pins).unwrap();
+    let new = layouts.map(|e| e.unwrap().path().join("maps/IDS")).find(|p| *p != old).unwrap();
+    let (theirs, mut ours): (HashMap<_, IdKey, u32>, HashMap<_, IdKey, u32>) = (open(&old), open(&new));
+    let all = |map: &HashMap<_, IdKey, u32>| map.iter().map(Result::unwrap).collect::<BTreeMap<_, _>>();
+    assert_eq!(all(&ours), all(&theirs));
+    // As after a crash: neither the last entry nor the names are there, and the counters are old.
+    f.stop();
+    for (key, id) in all(&ours) {
+        match key.kind {
+            0x101.. => ours.insert(key, id - 1, 0).unwrap(),
+            _ => ours.remove(&key).unwrap(),
+        }
+    }
+    f.restart();
+    assert_eq!(all(&ours), all(&theirs));
+    f.path_mut().apply(&state(), &local(), false).unwrap();
+    for (pod, server) in PODS.iter().zip(SERVERS) {
+        assert_eq!(run(&f, Program::PodEgress, &tcp(pod, server, 443, true)), REDIRECT);
+    }
+    // From then on it gives its own.
+    let some = all(&ours).into_iter().find(|(key, _)| key.kind < 0x100).unwrap().0;
+    ours.remove(&some).unwrap();
+    f.restart();
+    assert!(ours.get(&some, 0).is_err());
 }
 
 #[test]
