@@ -352,7 +352,8 @@ mod tests {
             sh("ip rule del pref 20101; ip route flush table 101; ip addr del 203.0.113.10/32 dev tga; ip addr add 203.0.113.99/32 dev tga");
             sh("ip link set tgp mtu 1400; ip -6 route del default table 100; ip -6 rule del pref 20100");
             let changed = rt.block_on(apply("eth0", 1450, &[a, b])).unwrap();
-            assert_eq!(changed, Changed { devices: 1, addresses: 2, rules: 2, routes: 2 });
+            // A kernel takes a device's IPv4 routes away with its last IPv4 address.
+            assert!(matches!(changed, Changed { devices: 1, addresses: 2, rules: 2, routes: 2..=3 }), "{changed:?}");
             let repaired = sh("ip rule; ip -6 rule; ip route show table all; ip -6 route show table 101");
             assert!(repaired.contains("iif tgp fwmark 0x2/0xff lookup 100") || repaired.contains("fwmark 0x2/0xff iif tgp lookup 100"), "{repaired}");
             assert!(repaired.contains("0/0x20000") && repaired.contains("blackhole"), "{repaired}");
