@@ -4,10 +4,17 @@
 //! one order of events and no lock. It never blocks on a node: a node whose
 //! queue is full is cut off and starts anew with a snapshot.
 
+mod answers;
+mod classes;
+mod clock;
 mod failover;
+mod ids;
+mod message;
+mod nodes;
 mod settling;
 #[cfg(test)]
 mod soak;
+mod status;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -17,30 +24,33 @@ use std::time::{Duration, Instant};
 use ahash::AHashMap;
 use arc_swap::ArcSwap;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
-use parking_lot::RwLock;
-use serde::Serialize;
 use tidegate_ebpf::{Datapath, Place, Program};
-use tidegate_ledger::{Answer, Classify, Input, Ledger, NodeId, Output, OwnerId, Usage};
+use tidegate_ledger::{Input, Ledger, NodeId, Output};
 use tidegate_policy::model::Objects;
-use tidegate_policy::state::{Entry, FactUpdate, NodeState};
-use tidegate_policy::world::{NodeStateParts, World};
-use tidegate_policy::{ClassKey, Name, Reason, ScopeKey};
+use tidegate_policy::state::NodeState;
+use tidegate_policy::world::World;
+use tidegate_policy::{Reason, ScopeKey};
 use tidegate_proto::wire::{FactsUpdate, PeerUpdate, StateUpdate};
-use tidegate_proto::{Claim, FactsBatch, GrantEntry, PeerFact, PeerMessage, Seen, StateBatch};
+use tidegate_proto::{Claim, PeerFact, Seen};
 use tidegate_sni::Registry;
 use tokio::sync::{mpsc, oneshot};
 
+pub use self::classes::Classifier;
+use self::classes::{Classes, placed};
+pub use self::clock::Clock;
+pub use self::ids::Ids;
+pub use self::message::{Bind, ToCore};
 pub use self::settling::Settling;
+pub use self::status::{NodeStatus, PairStatus, Status};
 use crate::admin::Guard;
-use crate::desired::{Compiled, Desired, Target};
+use crate::desired::{Compiled, Desired};
 use crate::dns_view::DnsView;
 use crate::egress::TOWARDS_PODS;
 use crate::egress::nft::HeldPair;
 use crate::journal::Journal;
 use crate::ownership::Ownership;
-use crate::push::{Ack, StreamId};
+use crate::push::StreamId;
 use crate::relay_check::still_allowed;
-use crate::telemetry::BARRIER_SECONDS;
 
 /// Nodes and other gateways hear from us so often. A node asks a stand-in for names after 600 ms of silence, a gateway
 /// takes two seconds of it for our death.
@@ -55,175 +65,6 @@ const BATCH: usize = 128;
 const COUNT: Duration = Duration::from_secs(1);
 /// Facts of scopes that this gateway does not know yet, kept for the next compile.
 const MAX_PENDING: usize = 65536;
-
-/// What a DNS answer waits for.
-pub struct Bind {
-    /// The asking pod's scope.
-    pub scope: ScopeKey,
-    /// The asking pod's address.
-    pub pod: IpAddr,
-    /// The asking pod's node.
-    pub node: NodeId,
-    /// The namespace whose quotas count.
-    pub owner: OwnerId,
-    /// The name.
-    pub name: Name,
-    /// The addresses.
-    pub addresses: Vec<IpAddr>,
-    /// What is left of the RRset's TTL.
-    pub ttl: Duration,
-    /// The rule's least life of a binding.
-    pub min_binding: Option<Duration>,
-    /// Told which addresses are bound.
-    pub reply: oneshot::Sender<Result<Vec<IpAddr>, Reason>>,
-}
-
-/// Messages to the core.
-pub enum ToCore {
-    /// Policy was compiled anew.
-    World(Arc<Compiled>),
-    /// An answer waits for its addresses to be bound.
-    Bind(Box<Bind>),
-    /// A State stream is up.
-    StateUp {
-        /// The node's name, from its certificate.
-        node: String,
-        /// The stream.
-        id: StreamId,
-        /// Towards the node.
-        out: mpsc::Sender<StateUpdate>,
-    },
-    /// A node applied a state.
-    StateAck {
-        /// The node's name.
-        node: String,
-        /// The stream.
-        id: StreamId,
-        /// What it holds.
-        ack: Ack,
-    },
-    /// A State stream ended.
-    StateDown {
-        /// The node's name.
-        node: String,
-        /// The stream.
-        id: StreamId,
-    },
-    /// A Facts stream is up.
-    FactsUp {
-        /// The node's name, from its certificate.
-        node: String,
-        /// The stream.
-        id: StreamId,
-        /// The agent's boot id.
-        boot_id: u64,
-        /// Towards the node.
-        out: mpsc::Sender<FactsUpdate>,
-    },
-    /// A node applied facts.
-    FactsAck {
-        /// The node's name.
-        node: String,
-        /// The stream.
-        id: StreamId,
-        /// What it holds.
-        ack: Ack,
-    },
-    /// A Facts stream ended.
-    FactsDown {
-        /// The node's name.
-        node: String,
-        /// The stream.
-        id: StreamId,
-    },
-    /// What an agent sees of the gateways.
-    Seen {
-        /// The node's name.
-        node: String,
-        /// The Facts stream that said it.
-        id: StreamId,
-        /// What it sees.
-        seen: Seen,
-    },
-    /// Another gateway asks for what this one knows.
-    PeerUp {
-        /// Its name, from its certificate.
-        gateway: String,
-        /// Towards it.
-        out: mpsc::Sender<PeerUpdate>,
-    },
-    /// Another gateway said something.
-    Peer {
-        /// Its name.
-        gateway: String,
-        /// What it said.
-        message: PeerMessage,
-    },
-    /// The pod-facing device is there: attach the program to it.
-    Attach {
-        /// Told how it went.
-        reply: Sender<Result<(), String>>,
-    },
-    /// The node's agent is gone: nothing is held there any more.
-    Unplugged,
-    /// This gateway is about to end: others take over what it holds.
-    Leave {
-        /// Told when they have, or cannot.
-        reply: oneshot::Sender<()>,
-    },
-    /// End the thread.
-    Stop,
-}
-
-/// Dense ids of nodes and namespaces by name; ids are never used again, also not those of names that were forgotten.
-#[derive(Debug, Default)]
-pub struct Ids(RwLock<IdTable>);
-
-#[derive(Debug, Default)]
-struct IdTable {
-    ids: AHashMap<Arc<str>, u32>,
-    names: AHashMap<u32, Arc<str>>,
-    next: u32,
-}
-
-impl Ids {
-    /// The id of a name, new if it was not known.
-    pub fn id(&self, name: &str) -> u32 {
-        if let Some(id) = self.0.read().ids.get(name) {
-            return *id;
-        }
-        let mut guard = self.0.write();
-        let IdTable { ids, names, next } = &mut *guard;
-        if let Some(id) = ids.get(name) {
-            return *id;
-        }
-        let id = *next;
-        // A new node or namespace every second would take a century.
-        *next = next.wrapping_add(1);
-        let name: Arc<str> = name.into();
-        ids.insert(name.clone(), id);
-        names.insert(id, name);
-        id
-    }
-
-    #[cfg(test)]
-    fn len(&self) -> usize {
-        self.0.read().names.len()
-    }
-
-    /// The name of an id.
-    fn name(&self, id: u32) -> Option<Arc<str>> {
-        self.0.read().names.get(&id).cloned()
-    }
-
-    /// Forgets names that `keep` does not want.
-    fn retain(&self, keep: impl Fn(u32, &str) -> bool) {
-        let mut guard = self.0.write();
-        let IdTable { ids, names, .. } = &mut *guard;
-        names.retain(|id, name| keep(*id, name));
-        ids.retain(|_, id| names.contains_key(id));
-    }
-}
 
 /// What other threads share with the core.
 pub struct Shared {
@@ -254,75 +95,6 @@ impl Shared {
     pub fn now(&self) -> Duration {
         self.clock.now()
     }
-}
-
-/// A monotonic clock that starts with the process.
-pub struct Clock {
-    zero: Instant,
-    /// What a test says that it shows, in milliseconds.
-    #[cfg(test)]
-    set: std::sync::atomic::AtomicU64,
-}
-
-impl Clock {
-    /// One that shows zero.
-    pub fn start() -> Self {
-        Self {
-            zero: Instant::now(),
-            #[cfg(test)]
-            set: Default::default(),
-        }
-    }
-
-    fn now(&self) -> Duration {
-        #[cfg(test)]
-        if let ms @ 1.. = self.set.load(std::sync::atomic::Ordering::Relaxed) {
-            return Duration::from_millis(ms);
-        }
-        self.zero.elapsed()
-    }
-}
-
-/// A node's part of the status.
-#[derive(Clone, Debug, Default, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct NodeStatus {
-    /// Whether both streams are up.
-    pub connected: bool,
-    /// The last state sent.
-    pub sent: u64,
-    /// The last state that its kernel holds.
-    pub applied: u64,
-    /// Why the last one could not be applied in whole.
-    pub error: Option<String>,
-}
-
-/// What `tidegate status` shows of the core.
-#[derive(Clone, Debug, Default, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Status {
-    /// Nodes by name.
-    pub nodes: BTreeMap<String, NodeStatus>,
-    /// Learnt facts.
-    pub facts: usize,
-    /// Live relayed connections.
-    pub connections: usize,
-    /// Who owns which egress pair.
-    pub pairs: Vec<PairStatus>,
-}
-
-/// A pair's part of the status.
-#[derive(Clone, Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct PairStatus {
-    /// Its pool and addresses.
-    pub pair: String,
-    /// The owning gateway.
-    pub owner: String,
-    /// The epoch of that.
-    pub epoch: u64,
-    /// Whether this gateway is the owner and serves it.
-    pub held: bool,
 }
 
 #[derive(Default)]
@@ -376,60 +148,6 @@ pub struct Core {
     pub recovered: Vec<PeerFact>,
     /// Dropped when the gateway begins to serve.
     pub starting: Option<Guard>,
-}
-
-/// Finds classes in whatever policy holds now.
-pub struct Classifier(pub Arc<Shared>);
-
-impl Classify for Classifier {
-    fn class(&self, scope: ScopeKey, ip: IpAddr, names: &mut dyn Iterator<Item = &Name>) -> ClassKey {
-        match self.0.world.load().scope(scope) {
-            Some(s) => s.class(ip, names),
-            // No grant has this class: it allows nothing.
-            None => ClassKey(0),
-        }
-    }
-}
-
-/// Which classes facts have, so that their grants are pushed and those of others are not.
-#[derive(Default)]
-struct Classes {
-    of: AHashMap<(ScopeKey, IpAddr), ClassKey>,
-    count: BTreeMap<(ScopeKey, ClassKey), u32>,
-}
-
-impl Classes {
-    /// Notes a fact's class; says whether no other fact of the scope had it.
-    fn note(&mut self, scope: ScopeKey, ip: IpAddr, class: Option<ClassKey>) -> bool {
-        let old = match class {
-            Some(c) => self.of.insert((scope, ip), c),
-            None => self.of.remove(&(scope, ip)),
-        };
-        if old == class {
-            return false;
-        }
-        if let Some(old) = old
-            && let Some(n) = self.count.get_mut(&(scope, old))
-        {
-            *n -= 1;
-            if *n == 0 {
-                self.count.remove(&(scope, old));
-            }
-        }
-        let Some(class) = class else { return false };
-        let n = self.count.entry((scope, class)).or_default();
-        *n += 1;
-        *n == 1
-    }
-
-    fn active(&self) -> impl Iterator<Item = (ScopeKey, ClassKey)> {
-        self.count.keys().copied()
-    }
-}
-
-/// Which nodes have a pod of which scope.
-fn placed(world: &World) -> BTreeSet<(ScopeKey, Arc<str>)> {
-    world.endpoints().filter_map(|(_, e)| Some((e.member?.scope, e.who.node.clone()))).collect()
 }
 
 struct Run {
@@ -773,323 +491,6 @@ impl Run {
         if cut > 0 {
             tracing::info!(connections = cut, "connections that policy no longer allows were reset");
         }
-    }
-
-    fn apply_own(&mut self) {
-        let parts = self.parts();
-        self.own = self.core.desired.state(&self.compiled, &parts, Target::Own);
-        self.apply_maps(false);
-    }
-
-    /// Brings every node to what follows from policy, facts and ownership.
-    fn send_states(&mut self) {
-        let parts = self.parts();
-        let names: Vec<String> = self.nodes.keys().cloned().collect();
-        for node in names {
-            self.send_state(&node, &parts);
-        }
-    }
-
-    /// Classes that facts have, and those that the next facts will have.
-    fn live_classes(&self) -> impl Iterator<Item = (ScopeKey, ClassKey)> {
-        self.classes.active().chain(self.compiled.ahead.iter().copied())
-    }
-
-    fn parts(&self) -> NodeStateParts {
-        self.core.desired.parts(&self.compiled.world, self.live_classes())
-    }
-
-    fn bind(&mut self, b: Bind) {
-        if self.core.shared.settling.has(b.node, b.pod) {
-            self.late.push((self.core.shared.now() + self.core.ledger.barrier(), b));
-        } else {
-            self.bind_settled(b);
-        }
-    }
-
-    /// Goes on with the answers to pods that have settled, and ends those that waited too long.
-    fn hear_late(&mut self, now: Duration) {
-        if self.late.is_empty() {
-            return;
-        }
-        for (deadline, b) in std::mem::take(&mut self.late) {
-            if !self.core.shared.settling.has(b.node, b.pod) {
-                self.bind_settled(b);
-            } else if deadline <= now {
-                metrics::histogram!(BARRIER_SECONDS).record(self.core.ledger.barrier().as_secs_f64());
-                // The pod may have gone away meanwhile.
-                let _ = b.reply.send(Err(Reason::BarrierTimeout));
-            } else {
-                self.late.push((deadline, b));
-            }
-        }
-        self.carry_out();
-    }
-
-    fn bind_settled(&mut self, b: Bind) {
-        if self.compiled.world.scope(b.scope).is_none() {
-            // An edit came between: the scope must not come back to life by an answer.
-            let _ = b.reply.send(Err(Reason::NoBinding));
-            return;
-        }
-        let ticket = self.next_ticket;
-        self.next_ticket += 1;
-        self.waiting.insert(ticket, Waiting { since: Instant::now(), reply: b.reply });
-        self.hear(Input::Answer(Answer {
-            ticket,
-            scope: b.scope,
-            owner: b.owner,
-            node: b.node,
-            name: b.name,
-            addresses: b.addresses,
-            ttl: b.ttl,
-            min_binding: b.min_binding,
-        }));
-    }
-
-    /// The ledger hears something.
-    fn hear(&mut self, input: Input) {
-        self.core.ledger.handle(input, self.core.shared.now(), &mut self.out);
-    }
-
-    /// The ledger hears something, and what follows is carried out.
-    fn feed(&mut self, input: Input) {
-        self.hear(input);
-        self.carry_out();
-    }
-
-    /// Carries out what the ledger asked for: first our own kernel, then the nodes, then the answers.
-    fn carry_out(&mut self) {
-        let mut out = std::mem::take(&mut self.out);
-        let mut updates = Vec::new();
-        let mut pushes: BTreeMap<NodeId, (u64, bool, Vec<FactUpdate>)> = BTreeMap::new();
-        out.retain_mut(|output| match output {
-            Output::Local(update) => {
-                updates.push(update.clone());
-                false
-            }
-            Output::Push { node, seq, snapshot, facts } => {
-                let facts = std::mem::take(facts);
-                match pushes.get_mut(node) {
-                    // Acks are cumulative: several pushes are one, under the last sequence.
-                    Some(push) if !*snapshot => {
-                        push.0 = *seq;
-                        push.2.extend(facts);
-                    }
-                    // A snapshot says all that was said before.
-                    _ => drop(pushes.insert(*node, (*seq, *snapshot, facts))),
-                }
-                false
-            }
-            _ => true,
-        });
-        if !updates.is_empty() {
-            self.local(&updates);
-        }
-        for (node, (seq, snapshot, facts)) in pushes {
-            self.push(node, seq, snapshot, facts);
-        }
-        let mut idle = Vec::new();
-        for output in out.drain(..) {
-            match output {
-                Output::Release { ticket, addresses } => self.answer(ticket, Ok(addresses)),
-                Output::Fail { ticket, reason } => self.answer(ticket, Err(reason)),
-                Output::CheckIdle { scope, ip } => {
-                    if self.is_idle(scope, ip) {
-                        idle.push((scope, ip));
-                    }
-                }
-                Output::Local(_) | Output::Push { .. } | Output::Unbound { .. } => {}
-            }
-        }
-        self.out = out;
-        // Many facts may end at the same time: nodes hear of all of them in one message.
-        let any = !idle.is_empty();
-        for (scope, ip) in idle {
-            self.hear(Input::Idle { scope, ip });
-        }
-        if any {
-            self.carry_out();
-        }
-    }
-
-    fn answer(&mut self, ticket: u64, result: Result<Vec<IpAddr>, Reason>) {
-        let Some(w) = self.waiting.remove(&ticket) else { return };
-        metrics::histogram!(BARRIER_SECONDS).record(w.since.elapsed().as_secs_f64());
-        // The pod may have gone away meanwhile.
-        let _ = w.reply.send(result);
-    }
-
-    /// An expired fact goes when neither the relay nor the kernel has a flow to its address.
-    fn is_idle(&self, scope: ScopeKey, ip: IpAddr) -> bool {
-        if self.core.registry.live(scope, ip) > 0 {
-            return false;
-        }
-        match self.core.datapath.fact_last_seen(scope, ip) {
-            Some(ago) => ago > self.core.flow_idle,
-            None => true,
-        }
-    }
-
-    /// Our own kernel must hold facts, with their classes' grants, before any answer says them.
-    fn local(&mut self, updates: &[FactUpdate]) {
-        let mut new = Vec::new();
-        for update in updates {
-            let class = update.value.map(|v| v.class);
-            let first = self.classes.note(update.scope, update.ip, class);
-            let Some(class) = class.filter(|_| first) else { continue };
-            // Of scopes that another gateway owns this kernel carries nothing.
-            let scope = self.compiled.world.scope(update.scope);
-            if scope.is_none_or(|s| self.core.desired.way_out(s).is_none()) {
-                continue;
-            }
-            let missing = |(g, ports): &(_, _)| self.own.grants.get(&(*g, class)) != Some(ports);
-            let grants = self.compiled.grants(update.scope, class).into_iter().filter(missing);
-            new.extend(grants.map(|(g, ports)| (g, class, ports)));
-        }
-        if let Err(error) = self.core.datapath.grants(&new) {
-            tracing::error!(%error, "cannot write grants into the kernel");
-        }
-        for (group, class, ports) in new {
-            self.own.set(Entry::Grant(group, class, ports));
-        }
-        if let Err(error) = self.core.datapath.facts(updates) {
-            tracing::error!(%error, "cannot write facts into the kernel");
-        }
-    }
-
-    fn push(&mut self, node: NodeId, seq: u64, snapshot: bool, facts: Vec<FactUpdate>) {
-        let Some(name) = self.core.shared.nodes.name(node.0) else { return };
-        let Some(n) = self.nodes.get_mut(&*name) else { return };
-        // What the State stream was sent but the node has not acked yet, the ack of these facts must not rely on.
-        let behind = n.state.is_none() || n.state_seq > n.status.applied;
-        let classes: BTreeSet<(ScopeKey, ClassKey)> =
-            facts.iter().filter_map(|f| Some((f.scope, f.value.as_ref()?.class))).collect();
-        let mut grants = Vec::new();
-        for (scope, class) in classes {
-            for (group, ports) in self.compiled.grants(scope, class) {
-                if behind || n.held.grants.get(&(group, class)) != Some(&ports) {
-                    n.held.set(Entry::Grant(group, class, ports.clone()));
-                    grants.push(GrantEntry { group, class, ports });
-                }
-            }
-        }
-        n.facts_seq = seq;
-        let batch = FactsBatch { boot_id: self.core.boot_id, sequence: seq, snapshot, more: false, grants, facts };
-        let Some((_, out)) = &n.facts else { return };
-        if batch.into_messages().into_iter().any(|m| out.try_send(m).is_err()) {
-            tracing::warn!(node = &*name, "a node does not keep up with its facts: it will start anew");
-            self.facts_down(&name);
-        }
-    }
-
-    fn send_state(&mut self, node: &str, parts: &NodeStateParts) {
-        let Some(n) = self.nodes.get_mut(node) else { return };
-        let Some((_, out)) = &n.state else { return };
-        let wanted = self.core.desired.state(&self.compiled, parts, Target::Node(node));
-        let snapshot = !std::mem::replace(&mut n.begun, true);
-        let (set, delete) = if snapshot { (wanted.entries(), Vec::new()) } else { n.held.diff(&wanted) };
-        if !snapshot && set.is_empty() && delete.is_empty() {
-            return;
-        }
-        n.state_seq += 1;
-        n.status.sent = n.state_seq;
-        // A stream's first state is what the node mostly holds already, and without its facts' acks nothing waits.
-        if !snapshot && n.facts.is_some() {
-            let pod = |e: &Entry| if let Entry::Endpoint(ip, _) = e { Some(*ip) } else { None };
-            let id = NodeId(self.core.shared.nodes.id(node));
-            self.core.shared.settling.sent(id, n.state_seq, set.iter().filter_map(pod));
-        }
-        n.held = wanted;
-        let batch = StateBatch {
-            gateway: self.core.gateway.clone(),
-            boot_id: self.core.boot_id,
-            sequence: n.state_seq,
-            snapshot,
-            more: false,
-            set,
-            delete,
-        };
-        if batch.into_messages().into_iter().any(|m| out.try_send(m).is_err()) {
-            tracing::warn!(node, "a node does not keep up with its state: it will start anew");
-            n.state = None;
-            self.settled_without(node);
-        }
-    }
-
-    /// Forgets nodes that are no part of the cluster any more, and namespaces that are gone with all of their facts.
-    fn forget(&mut self) {
-        let compiled = self.compiled.clone();
-        let placed: BTreeSet<&str> = self.placed.iter().map(|(_, node)| &**node).collect();
-        let stays = |name: &str| compiled.nodes.contains_key(name) || placed.contains(name);
-        self.nodes.retain(|name, n| stays(name) || n.state.is_some() || n.facts.is_some());
-        let names = &self.core.shared.nodes;
-        names.retain(|_, name| stays(name) || self.nodes.contains_key(name));
-        let gone: Vec<NodeId> = self.core.ledger.nodes().filter(|n| names.name(n.0).is_none()).collect();
-        for node in gone {
-            self.feed(Input::NodeGone { node });
-        }
-        let known: BTreeSet<&str> = compiled.world.scopes().values().map(|s| &**s.namespace()).collect();
-        let ledger = &self.core.ledger;
-        let used = |id| ledger.usage(OwnerId(id)) != Usage::default();
-        self.core.shared.namespaces.retain(|id, name| known.contains(name) || used(id));
-    }
-
-    /// Repairs what another program changed in our maps, and forgets what nothing names any more.
-    fn full_pass(&mut self) {
-        if !self.settled {
-            return;
-        }
-        self.forget();
-        let parts = self.parts();
-        self.own = self.core.desired.state(&self.compiled, &parts, Target::Own);
-        self.apply_maps(true);
-        let names: Vec<String> = self.nodes.keys().cloned().collect();
-        for node in names {
-            self.send_state(&node, &parts);
-        }
-        self.compiled.world.retain_classes(&self.live_classes().map(|(_, c)| c).collect());
-        match self.core.datapath.sweep() {
-            Ok(swept) => tidegate_agent::events::repaired("map", swept.repaired),
-            Err(error) => tracing::warn!(%error, "cannot sweep the kernel's tables"),
-        }
-    }
-
-    fn apply_maps(&mut self, full: bool) {
-        let local = self.core.desired.local();
-        match self.core.datapath.apply(&self.own, &local, full) {
-            Ok(applied) if applied.repaired + applied.pinned > 0 => {
-                let (entries, pins) = (applied.repaired, applied.pinned);
-                tracing::warn!(entries, pins, "another program had changed our kernel maps: repaired");
-                tidegate_agent::events::repaired("map", entries);
-                tidegate_agent::events::repaired("pin", pins);
-            }
-            Ok(_) => {}
-            Err(error) => tracing::error!(%error, "cannot bring the kernel's maps up to date"),
-        }
-    }
-
-    fn heartbeat(&mut self) {
-        let boot_id = self.core.boot_id;
-        let gateway = self.core.gateway.clone();
-        // Our own program judges by the same rules: to itself this gateway is alive.
-        if let Err(error) = self.core.datapath.heartbeat(&gateway) {
-            tracing::error!(%error, "cannot write the heartbeat");
-        }
-        let mut down = Vec::new();
-        for (name, n) in &mut self.nodes {
-            n.status.connected = n.state.is_some() && n.facts.is_some();
-            if let Some((_, out)) = &n.facts {
-                let beat = FactsBatch::heartbeat(boot_id, n.facts_seq);
-                if beat.into_messages().into_iter().any(|m| out.try_send(m).is_err()) {
-                    down.push(name.clone());
-                }
-            }
-        }
-        for node in down {
-            self.facts_down(&node);
-        }
-        self.beat_peers();
     }
 
     /// Publishes counters, and the status.

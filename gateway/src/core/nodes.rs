@@ -1,0 +1,199 @@
+//! What kernels are told: our own, and those of the nodes.
+
+use std::collections::BTreeSet;
+
+use tidegate_ledger::{Input, NodeId, OwnerId, Usage};
+use tidegate_policy::state::{Entry, FactUpdate};
+use tidegate_policy::world::NodeStateParts;
+use tidegate_policy::{ClassKey, ScopeKey};
+use tidegate_proto::{FactsBatch, GrantEntry, StateBatch};
+
+use super::Run;
+use crate::desired::Target;
+
+impl Run {
+    pub(super) fn apply_own(&mut self) {
+        let parts = self.parts();
+        self.own = self.core.desired.state(&self.compiled, &parts, Target::Own);
+        self.apply_maps(false);
+    }
+
+    /// Brings every node to what follows from policy, facts and ownership.
+    pub(super) fn send_states(&mut self) {
+        let parts = self.parts();
+        let names: Vec<String> = self.nodes.keys().cloned().collect();
+        for node in names {
+            self.send_state(&node, &parts);
+        }
+    }
+
+    /// Classes that facts have, and those that the next facts will have.
+    fn live_classes(&self) -> impl Iterator<Item = (ScopeKey, ClassKey)> {
+        self.classes.active().chain(self.compiled.ahead.iter().copied())
+    }
+
+    pub(super) fn parts(&self) -> NodeStateParts {
+        self.core.desired.parts(&self.compiled.world, self.live_classes())
+    }
+
+    /// Our own kernel must hold facts, with their classes' grants, before any answer says them.
+    pub(super) fn local(&mut self, updates: &[FactUpdate]) {
+        let mut new = Vec::new();
+        for update in updates {
+            let class = update.value.map(|v| v.class);
+            let first = self.classes.note(update.scope, update.ip, class);
+            let Some(class) = class.filter(|_| first) else { continue };
+            // Of scopes that another gateway owns this kernel carries nothing.
+            let scope = self.compiled.world.scope(update.scope);
+            if scope.is_none_or(|s| self.core.desired.way_out(s).is_none()) {
+                continue;
+            }
+            let missing = |(g, ports): &(_, _)| self.own.grants.get(&(*g, class)) != Some(ports);
+            let grants = self.compiled.grants(update.scope, class).into_iter().filter(missing);
+            new.extend(grants.map(|(g, ports)| (g, class, ports)));
+        }
+        if let Err(error) = self.core.datapath.grants(&new) {
+            tracing::error!(%error, "cannot write grants into the kernel");
+        }
+        for (group, class, ports) in new {
+            self.own.set(Entry::Grant(group, class, ports));
+        }
+        if let Err(error) = self.core.datapath.facts(updates) {
+            tracing::error!(%error, "cannot write facts into the kernel");
+        }
+    }
+
+    pub(super) fn push(&mut self, node: NodeId, seq: u64, snapshot: bool, facts: Vec<FactUpdate>) {
+        let Some(name) = self.core.shared.nodes.name(node.0) else { return };
+        let Some(n) = self.nodes.get_mut(&*name) else { return };
+        // What the State stream was sent but the node has not acked yet, the ack of these facts must not rely on.
+        let behind = n.state.is_none() || n.state_seq > n.status.applied;
+        let classes: BTreeSet<(ScopeKey, ClassKey)> =
+            facts.iter().filter_map(|f| Some((f.scope, f.value.as_ref()?.class))).collect();
+        let mut grants = Vec::new();
+        for (scope, class) in classes {
+            for (group, ports) in self.compiled.grants(scope, class) {
+                if behind || n.held.grants.get(&(group, class)) != Some(&ports) {
+                    n.held.set(Entry::Grant(group, class, ports.clone()));
+                    grants.push(GrantEntry { group, class, ports });
+                }
+            }
+        }
+        n.facts_seq = seq;
+        let batch = FactsBatch { boot_id: self.core.boot_id, sequence: seq, snapshot, more: false, grants, facts };
+        let Some((_, out)) = &n.facts else { return };
+        if batch.into_messages().into_iter().any(|m| out.try_send(m).is_err()) {
+            tracing::warn!(node = &*name, "a node does not keep up with its facts: it will start anew");
+            self.facts_down(&name);
+        }
+    }
+
+    pub(super) fn send_state(&mut self, node: &str, parts: &NodeStateParts) {
+        let Some(n) = self.nodes.get_mut(node) else { return };
+        let Some((_, out)) = &n.state else { return };
+        let wanted = self.core.desired.state(&self.compiled, parts, Target::Node(node));
+        let snapshot = !std::mem::replace(&mut n.begun, true);
+        let (set, delete) = if snapshot { (wanted.entries(), Vec::new()) } else { n.held.diff(&wanted) };
+        if !snapshot && set.is_empty() && delete.is_empty() {
+            return;
+        }
+        n.state_seq += 1;
+        n.status.sent = n.state_seq;
+        // A stream's first state is what the node mostly holds already, and without its facts' acks nothing waits.
+        if !snapshot && n.facts.is_some() {
+            let pod = |e: &Entry| if let Entry::Endpoint(ip, _) = e { Some(*ip) } else { None };
+            let id = NodeId(self.core.shared.nodes.id(node));
+            self.core.shared.settling.sent(id, n.state_seq, set.iter().filter_map(pod));
+        }
+        n.held = wanted;
+        let batch = StateBatch {
+            gateway: self.core.gateway.clone(),
+            boot_id: self.core.boot_id,
+            sequence: n.state_seq,
+            snapshot,
+            more: false,
+            set,
+            delete,
+        };
+        if batch.into_messages().into_iter().any(|m| out.try_send(m).is_err()) {
+            tracing::warn!(node, "a node does not keep up with its state: it will start anew");
+            n.state = None;
+            self.settled_without(node);
+        }
+    }
+
+    /// Forgets nodes that are no part of the cluster any more, and namespaces that are gone with all of their facts.
+    fn forget(&mut self) {
+        let compiled = self.compiled.clone();
+        let placed: BTreeSet<&str> = self.placed.iter().map(|(_, node)| &**node).collect();
+        let stays = |name: &str| compiled.nodes.contains_key(name) || placed.contains(name);
+        self.nodes.retain(|name, n| stays(name) || n.state.is_some() || n.facts.is_some());
+        let names = &self.core.shared.nodes;
+        names.retain(|_, name| stays(name) || self.nodes.contains_key(name));
+        let gone: Vec<NodeId> = self.core.ledger.nodes().filter(|n| names.name(n.0).is_none()).collect();
+        for node in gone {
+            self.feed(Input::NodeGone { node });
+        }
+        let known: BTreeSet<&str> = compiled.world.scopes().values().map(|s| &**s.namespace()).collect();
+        let ledger = &self.core.ledger;
+        let used = |id| ledger.usage(OwnerId(id)) != Usage::default();
+        self.core.shared.namespaces.retain(|id, name| known.contains(name) || used(id));
+    }
+
+    /// Repairs what another program changed in our maps, and forgets what nothing names any more.
+    pub(super) fn full_pass(&mut self) {
+        if !self.settled {
+            return;
+        }
+        self.forget();
+        let parts = self.parts();
+        self.own = self.core.desired.state(&self.compiled, &parts, Target::Own);
+        self.apply_maps(true);
+        let names: Vec<String> = self.nodes.keys().cloned().collect();
+        for node in names {
+            self.send_state(&node, &parts);
+        }
+        self.compiled.world.retain_classes(&self.live_classes().map(|(_, c)| c).collect());
+        match self.core.datapath.sweep() {
+            Ok(swept) => tidegate_agent::events::repaired("map", swept.repaired),
+            Err(error) => tracing::warn!(%error, "cannot sweep the kernel's tables"),
+        }
+    }
+
+    fn apply_maps(&mut self, full: bool) {
+        let local = self.core.desired.local();
+        match self.core.datapath.apply(&self.own, &local, full) {
+            Ok(applied) if applied.repaired + applied.pinned > 0 => {
+                let (entries, pins) = (applied.repaired, applied.pinned);
+                tracing::warn!(entries, pins, "another program had changed our kernel maps: repaired");
+                tidegate_agent::events::repaired("map", entries);
+                tidegate_agent::events::repaired("pin", pins);
+            }
+            Ok(_) => {}
+            Err(error) => tracing::error!(%error, "cannot bring the kernel's maps up to date"),
+        }
+    }
+
+    pub(super) fn heartbeat(&mut self) {
+        let boot_id = self.core.boot_id;
+        let gateway = self.core.gateway.clone();
+        // Our own program judges by the same rules: to itself this gateway is alive.
+        if let Err(error) = self.core.datapath.heartbeat(&gateway) {
+            tracing::error!(%error, "cannot write the heartbeat");
+        }
+        let mut down = Vec::new();
+        for (name, n) in &mut self.nodes {
+            n.status.connected = n.state.is_some() && n.facts.is_some();
+            if let Some((_, out)) = &n.facts {
+                let beat = FactsBatch::heartbeat(boot_id, n.facts_seq);
+                if beat.into_messages().into_iter().any(|m| out.try_send(m).is_err()) {
+                    down.push(name.clone());
+                }
+            }
+        }
+        for node in down {
+            self.facts_down(&node);
+        }
+        self.beat_peers();
+    }
+}

@@ -1,0 +1,47 @@
+//! What `tidegate status` shows.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+/// A node's part of the status.
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeStatus {
+    /// Whether both streams are up.
+    pub connected: bool,
+    /// The last state sent.
+    pub sent: u64,
+    /// The last state that its kernel holds.
+    pub applied: u64,
+    /// Why the last one could not be applied in whole.
+    pub error: Option<String>,
+}
+
+/// What `tidegate status` shows of the core.
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    /// Nodes by name.
+    pub nodes: BTreeMap<String, NodeStatus>,
+    /// Learnt facts.
+    pub facts: usize,
+    /// Live relayed connections.
+    pub connections: usize,
+    /// Who owns which egress pair.
+    pub pairs: Vec<PairStatus>,
+}
+
+/// A pair's part of the status.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PairStatus {
+    /// Its pool and addresses.
+    pub pair: String,
+    /// The owning gateway.
+    pub owner: String,
+    /// The epoch of that.
+    pub epoch: u64,
+    /// Whether this gateway is the owner and serves it.
+    pub held: bool,
+}
