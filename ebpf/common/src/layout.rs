@@ -7,7 +7,8 @@ use core::net::IpAddr;
 pub const VERSION: u32 = 3;
 
 /// Version of what an upgrade takes over from the maps before it: [`Addr`], [`Endpoint`], [`FactKey`], [`Fact`],
-/// [`FlowKey`], [`Flow`] and [`IdKey`]. A change of one of these is a new one, and flows do not survive that upgrade.
+/// [`FlowKey`], [`Flow`], [`IdKey`], [`Budget`] and the places of counters. A change of one of these is a new one, and
+/// flows do not survive that upgrade.
 pub const CARRIED: u32 = 1;
 
 /// An IP address as sixteen octets in network order; IPv4 is mapped (`::ffff:a.b.c.d`,

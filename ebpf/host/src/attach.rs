@@ -210,31 +210,48 @@ impl Datapath {
     /// # Errors
     /// A pin cannot be removed.
     pub fn retire_from(&mut self, ifindex: u32) -> Result<usize, Error> {
+        let ifindex = ifindex.to_string();
+        self.detach_others(|pin| pin.rsplit('-').next() == Some(ifindex.as_str()))
+    }
+
+    fn detach_others(&self, which: impl Fn(&str) -> bool) -> Result<usize, Error> {
         let mut n = 0;
         for links in self.others.iter().map(|o| o.join("links")).filter(|l| l.exists()) {
-            for path in entries(&links)? {
-                if file_name(&path).rsplit('-').next() == Some(ifindex.to_string().as_str()) {
-                    link_detach(&path)?;
-                    remove(&path)?;
-                    n += 1;
-                }
+            for path in entries(&links)?.iter().filter(|p| which(file_name(p))) {
+                link_detach(path)?;
+                remove(path)?;
+                n += 1;
             }
         }
         Ok(n)
     }
 
     /// Detaches the programs of other layouts below the same folder and removes their pins, once a state was applied
-    /// and this version's programs are attached. Returns how many pins went.
+    /// and this version's programs are attached. What they counted is added to this one's counters. Returns how many pins
+    /// went.
     ///
     /// # Errors
     /// A pin cannot be removed.
     pub fn retire_others(&mut self) -> Result<usize, Error> {
-        let mut n = 0;
+        let source = carry::source(&self.others);
+        let mut n = self.detach_others(|_| true)?;
+        if let Some(source) = source
+            && let Err(error) = self.carry_counts(&source)
+        {
+            tracing::warn!(%error, "what another layout counted meanwhile is lost");
+        }
         while let Some(path) = self.others.last() {
             n += remove_all(path)?;
             self.others.pop();
         }
         Ok(n)
+    }
+
+    fn carry_counts(&mut self, source: &Path) -> Result<(), Error> {
+        carry::counts(source, &self.root)?;
+        carry::suppress(&self.root, carry::unread(source)?)?;
+        self.before = carry::before(&self.root)?;
+        Ok(())
     }
 
     /// Detaches everything and removes all pins: nothing of Tidegate stays in the kernel.

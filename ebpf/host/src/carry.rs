@@ -8,13 +8,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use aya::Pod;
-use aya::maps::{HashMap, Map, MapData, MapError};
+use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues, RingBuf};
 use tidegate_ebpf_common::Addr;
-use tidegate_ebpf_common::layout::{CARRIED, Endpoint, Fact, FactKey, Flow, FlowKey, IdKey};
+use tidegate_ebpf_common::code::COUNTERS;
+use tidegate_ebpf_common::layout::{Budget, CARRIED, Endpoint, Fact, FactKey, Flow, FlowKey, IdKey};
 
 use crate::Error;
 use crate::ids;
-use crate::load::is_missing;
+use crate::load::{BUDGETS, is_missing};
 
 /// Refuse to write over an entry (`BPF_NOEXIST`).
 const NO_EXIST: u64 = 1;
@@ -50,6 +51,11 @@ pub(crate) fn source(others: &[PathBuf]) -> Option<PathBuf> {
 fn open<K: Pod, V: Pod>(root: &Path, map: &'static str) -> Result<HashMap<MapData, K, V>, Error> {
     let data = MapData::from_pin(root.join("maps").join(map)).map_err(Error::map(map))?;
     Map::from_map_data(data).and_then(HashMap::try_from).map_err(Error::map(map))
+}
+
+fn open_array<V: Pod>(root: &Path, map: &'static str) -> Result<PerCpuArray<MapData, V>, Error> {
+    let data = MapData::from_pin(root.join("maps").join(map)).map_err(Error::map(map))?;
+    Map::from_map_data(data).and_then(PerCpuArray::try_from).map_err(Error::map(map))
 }
 
 fn is(e: &MapError, code: i32) -> bool {
@@ -104,8 +110,79 @@ pub(crate) fn fill(from: &Path, to: &Path) -> Result<(), Error> {
     copy::<Addr, Endpoint>(from, to, "ENDPOINTS", 0, |_| true)?;
     let facts = copy::<FactKey, Fact>(from, to, "FACTS", 0, |_| true)?;
     let seen = flows(from, to)?;
+    counts(from, to)?;
     tracing::info!(from = %from.display(), facts, flows = seen, "took over what another layout knows");
     Ok(())
+}
+
+/// What was counted in maps before a set: one number each, in the second halves of `COUNTERS` and `BUDGETS`, where no
+/// program writes. There it survives this process.
+#[derive(Debug, Default)]
+pub(crate) struct Before {
+    /// Packets, by the index of the counter.
+    pub counters: Vec<u64>,
+    /// Events that were not written, or not read.
+    pub suppressed: u64,
+}
+
+/// Reads what was counted before a set.
+pub(crate) fn before(root: &Path) -> Result<Before, Error> {
+    let (counters, budgets) = (open_array::<u64>(root, "COUNTERS")?, open_array::<Budget>(root, "BUDGETS")?);
+    let counter = |i| counters.get(&(COUNTERS + i), 0).map(|n| n.iter().sum()).map_err(Error::map("COUNTERS"));
+    let budget = budgets.get(&BUDGETS, 0).map_err(Error::map("BUDGETS"))?;
+    Ok(Before {
+        counters: (0..COUNTERS).map(counter).collect::<Result<_, _>>()?,
+        suppressed: budget.iter().map(|b| b.suppressed).sum(),
+    })
+}
+
+/// Takes over what a set has counted until now, with what was counted before it.
+pub(crate) fn counts(from: &Path, to: &Path) -> Result<(), Error> {
+    // An array of another size has other places.
+    let old = open_array::<u64>(from, "COUNTERS")?;
+    if old.len() != 2 * COUNTERS {
+        return Err(Error::Layout { map: "COUNTERS", what: format!("{} entries", old.len()) });
+    }
+    let mut new = open_array::<u64>(to, "COUNTERS")?;
+    let earlier = before(from)?;
+    for i in 0..COUNTERS {
+        let now: u64 = old.get(&i, 0).map_err(Error::map("COUNTERS"))?.iter().sum();
+        put(&mut new, COUNTERS + i, now + earlier.counters[i as usize]).map_err(Error::map("COUNTERS"))?;
+    }
+    let (old, mut new) = (open_array::<Budget>(from, "BUDGETS")?, open_array::<Budget>(to, "BUDGETS")?);
+    let mut suppressed = earlier.suppressed;
+    for i in 0..BUDGETS {
+        let now = old.get(&i, 0).map_err(Error::map("BUDGETS"))?;
+        suppressed += now.iter().map(|b| b.suppressed).sum::<u64>();
+    }
+    put(&mut new, BUDGETS, Budget { suppressed, ..Budget::default() }).map_err(Error::map("BUDGETS"))
+}
+
+/// Writes one number for all CPUs.
+fn put<V: Pod + Default>(map: &mut PerCpuArray<MapData, V>, index: u32, value: V) -> Result<(), MapError> {
+    let cpus = map.get(&index, 0)?.len();
+    let mut values = vec![V::default(); cpus];
+    values[0] = value;
+    map.set(index, PerCpuValues::try_from(values)?, 0)
+}
+
+/// Records in the ring of programs that are detached: nobody reads them any more. Returns how many.
+pub(crate) fn unread(root: &Path) -> Result<u64, Error> {
+    let data = MapData::from_pin(root.join("maps/EVENTS")).map_err(Error::map("EVENTS"))?;
+    let mut ring: RingBuf<MapData> =
+        Map::from_map_data(data).and_then(RingBuf::try_from).map_err(Error::map("EVENTS"))?;
+    let mut n = 0;
+    while ring.next().is_some() {
+        n += 1;
+    }
+    Ok(n)
+}
+
+/// Adds events that were not read to what was counted before a set.
+pub(crate) fn suppress(root: &Path, events: u64) -> Result<(), Error> {
+    let suppressed = before(root)?.suppressed + events;
+    let mut budgets = open_array::<Budget>(root, "BUDGETS")?;
+    put(&mut budgets, BUDGETS, Budget { suppressed, ..Budget::default() }).map_err(Error::map("BUDGETS"))
 }
 
 /// Holds an address for the old programs, too, or lets it go: until they are replaced it is they who carry packets.

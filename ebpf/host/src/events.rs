@@ -13,7 +13,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::Error;
-use crate::load::Datapath;
+use crate::load::{BUDGETS, Datapath};
 
 /// The published name of a hook.
 pub const fn hook_name(hook: Hook) -> &'static str {
@@ -68,7 +68,7 @@ pub struct Counter {
     pub outcome: Outcome,
     /// Why.
     pub reason: Reason,
-    /// How many, since the maps were made.
+    /// How many, since the maps were made; with what was counted in another layout's maps before.
     pub packets: u64,
 }
 
@@ -208,9 +208,9 @@ impl Datapath {
         for &hook in Hook::ALL {
             for &outcome in Outcome::ALL {
                 for &code in Code::ALL {
-                    let values =
-                        self.counters.get(&counter_index(hook, outcome, code), 0).map_err(Error::map("COUNTERS"))?;
-                    let packets = values.iter().sum();
+                    let index = counter_index(hook, outcome, code);
+                    let values = self.counters.get(&index, 0).map_err(Error::map("COUNTERS"))?;
+                    let packets = values.iter().sum::<u64>() + self.before.counters[index as usize];
                     if packets != 0 {
                         out.push(Counter { hook, outcome, reason: reason(code), packets });
                     }
@@ -220,13 +220,14 @@ impl Datapath {
         Ok(out)
     }
 
-    /// How many events were not written because a budget or the ring was full, since the maps were made.
+    /// How many events were not written because a budget or the ring was full, since the maps were made; with
+    /// those of another layout's programs before, and what these wrote and nobody read.
     ///
     /// # Errors
     /// What the kernel refused.
     pub fn suppressed_events(&self) -> Result<u64, Error> {
-        let mut sum = 0;
-        for kind in 0..2 {
+        let mut sum = self.before.suppressed;
+        for kind in 0..BUDGETS {
             let values = self.budgets.get(&kind, 0).map_err(Error::map("BUDGETS"))?;
             sum += values.iter().map(|b| b.suppressed).sum::<u64>();
         }

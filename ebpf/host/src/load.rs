@@ -19,6 +19,7 @@ use tidegate_policy::ScopeKey;
 use tidegate_policy::state::{FactUpdate, NodeState};
 
 use crate::attach::remove_all;
+use crate::carry::Before;
 use crate::ids::{Ids, Kind};
 use crate::incarnation::Incarnations;
 use crate::ports::PortSets;
@@ -42,6 +43,8 @@ struct Layout {
 
 const NO_PREALLOC: u32 = 1;
 const EVENT_BYTES: u32 = 1 << 20;
+/// Budgets of events that the kernel keeps.
+pub(crate) const BUDGETS: u32 = 2;
 
 fn layouts(c: &Capacities) -> Vec<Layout> {
     fn hash<K, V>(name: &'static str, entries: u32) -> Layout {
@@ -79,8 +82,9 @@ fn layouts(c: &Capacities) -> Vec<Layout> {
         hash::<Addr, u64>("HELD", 1_024),
         hash::<FlowKey, Flow>("FLOWS", c.flows),
         hash::<Addr, u32>("FLOW_COUNTS", c.endpoints),
-        array::<u64>("COUNTERS", MapType::PerCpuArray, COUNTERS),
-        array::<Budget>("BUDGETS", MapType::PerCpuArray, 2),
+        // The second halves are the host's: what was counted in maps before these.
+        array::<u64>("COUNTERS", MapType::PerCpuArray, 2 * COUNTERS),
+        array::<Budget>("BUDGETS", MapType::PerCpuArray, 2 * BUDGETS),
         Layout { name: "EVENTS", kind: MapType::RingBuf, key: 0, value: 0, entries: EVENT_BYTES, flags: 0 },
         hash::<tidegate_ebpf_common::layout::IdKey, u32>("IDS", 262_144),
     ]
@@ -134,6 +138,8 @@ pub struct Datapath {
     pub(crate) flow_counts: HashMap<MapData, Addr, u32>,
     pub(crate) counters: PerCpuArray<MapData, u64>,
     pub(crate) budgets: PerCpuArray<MapData, Budget>,
+    /// What was counted in maps before these.
+    pub(crate) before: Before,
     pub(crate) ring: Option<RingBuf<MapData>>,
     pub(crate) last: Option<(NodeState, Local)>,
     /// Whether an `apply` went through all tables, with errors or without.
@@ -181,6 +187,7 @@ impl Datapath {
             }
             carry::own(&root)?;
         }
+        let before = carry::before(&root)?;
         for root in others.iter().chain([&root]) {
             if let Err(error) = carry::silence(root) {
                 tracing::error!(%error, "the gateways' signs of life in the kernel cannot be forgotten");
@@ -231,6 +238,7 @@ impl Datapath {
             flow_counts: take(&mut ebpf, "FLOW_COUNTS")?,
             counters: take(&mut ebpf, "COUNTERS")?,
             budgets: take(&mut ebpf, "BUDGETS")?,
+            before,
             ring: Some(take(&mut ebpf, "EVENTS")?),
             root,
             ebpf,

@@ -174,6 +174,32 @@ fn what_was_filled_by_half_is_filled_again_with_the_same_ids() {
 }
 
 #[test]
+fn what_was_counted_survives_another_layout_and_the_next_start() {
+    let mut f = world(Role::Node);
+    let drops = |f: &Fixture| {
+        let all = f.path().counters().unwrap();
+        all.iter().filter(|c| c.outcome == tidegate_ebpf::Outcome::Drop).map(|c| c.packets).sum::<u64>()
+    };
+    let miss = |f: &Fixture| assert_eq!(run(f, Program::PodEgress, &tcp(PODS[0], CLIENTS[0], 443, true)), SHOT);
+    miss(&f);
+    for round in 1..3 {
+        f.options.capacities.flows *= 2;
+        f.restart();
+        f.path_mut().apply(&state(), &local(), false).unwrap();
+        f.path_mut().heartbeat("gw").unwrap();
+        assert_eq!(drops(&f), round, "as before the upgrade");
+        miss(&f);
+        f.path_mut().retire_others().unwrap();
+        assert_eq!(drops(&f), round + 1);
+        assert_eq!(f.path().suppressed_events().unwrap(), round, "nobody read the old ring");
+        f.restart();
+        assert_eq!((drops(&f), f.path().suppressed_events().unwrap()), (round + 1, round));
+        f.path_mut().apply(&state(), &local(), false).unwrap();
+        f.path_mut().heartbeat("gw").unwrap();
+    }
+}
+
+#[test]
 fn who_was_just_loaded_steers_misses_until_the_gateway_has_told_what_it_learnt() {
     let mut f = world(Role::Node);
     let misses = |f: &Fixture| {
