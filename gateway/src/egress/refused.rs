@@ -277,6 +277,24 @@ mod tests {
                     assert!(told.iter().all(|r| r.protocol == 17 && r.packets == n), "{told:?}");
                 }
             }
+            // Also while elements come.
+            load_rules(&rules(0)).unwrap();
+            let sender = std::thread::spawn(|| {
+                let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+                for port in (1..=1000).cycle().take(10_000) {
+                    assert!(socket.send_to(b"x", ("127.0.0.1", port)).is_err());
+                }
+            });
+            let mut told = 0;
+            loop {
+                let ended = sender.is_finished();
+                told += read().iter().map(|r| r.packets).sum::<u64>();
+                if ended {
+                    break;
+                }
+            }
+            sender.join().unwrap();
+            assert_eq!(told, 10_000);
             // Without room for flows pods are counted, exactly.
             load_rules(&rules(0).replace("size 1024", "size 1")).unwrap();
             read();
