@@ -277,18 +277,23 @@ impl Node {
         if self.silent.contains(&name) {
             self.stand_in();
         }
-        let (batch, alive) = (facts.batch, facts.at.elapsed() < stream::SILENCE);
-        if let Some((batch, ack)) = batch {
+        if let Some((batch, ack)) = facts.batch {
             let known = batch.snapshot || self.in_sync[facts.gateway];
             self.in_sync[facts.gateway] = self.batch(facts.gateway, batch, &ack) && known;
         }
-        // Last, since from then on what is not known here is dropped and not steered: not before the grants of the facts
-        // are there too. Programs of another layout do not see it. What waited too long in the queue is no sign of life any
-        // more.
-        if self.in_sync[facts.gateway]
+        self.beat(facts.gateway);
+    }
+
+    /// Tells the kernel that it knows all that the gateway told. Last, since from then on what is not known here is dropped
+    /// and not steered: not before the grants of the facts are there too. Programs of another layout do not see it. What
+    /// waited too long in the queue is no sign of life any more.
+    fn beat(&mut self, gateway: usize) {
+        let alive = self.signs[gateway].is_some_and(|(at, ended)| !ended && at.elapsed() < stream::SILENCE);
+        let name = &self.config.gateways[gateway].name;
+        if self.in_sync[gateway]
             && self.ready
             && alive
-            && let Err(e) = self.datapath.heartbeat(&name)
+            && let Err(e) = self.datapath.heartbeat(name)
         {
             tracing::error!(gateway = name, error = %e, "heartbeat");
         }

@@ -227,7 +227,9 @@ impl Node {
                     events::repaired("map", done.repaired);
                     events::repaired("pin", done.pinned);
                     self.problems.remove("maps");
-                    self.ready = true;
+                    if !std::mem::replace(&mut self.ready, true) {
+                        (0..self.signs.len()).for_each(|gateway| self.beat(gateway));
+                    }
                     Ok(())
                 }
                 Err(e) => {
