@@ -299,7 +299,8 @@ mod tests {
         assert!((65_500..65_536).contains(&of("flood", true).unwrap().len()));
         assert!(of("flood", false).unwrap().len() < 100);
         assert_eq!(of("many", true).unwrap().len() / 16, usize::from(MANY) + 2);
-        assert_eq!(of("half", true), of("drip", true));
+        // They lie in how they are sent.
+        assert_eq!(of("half", true).map(|m| m.len()), of("drip", true).map(|m| m.len()));
         let long = of("ttl31", false).unwrap();
         assert_eq!(long[long.len() - 10..long.len() - 6], [0x80, 0, 0, 0]);
         assert_eq!(noise(1, 8), noise(1, 8));
