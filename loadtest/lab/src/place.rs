@@ -95,11 +95,14 @@ impl Place<'_> {
         let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::piped()).stdout(file.try_clone()?).stderr(file);
         self.environment(&mut command);
-        let child = netns::spawn(&self.netns, self.resolv.as_deref(), &mut command)?;
+        let mut child = netns::spawn(&self.netns, self.resolv.as_deref(), &mut command)?;
         // The kernel shows a new program's environment a moment after the program has begun, and the mark in it is what
         // the lab finds this process by when it goes down.
         let environment = format!("/proc/{}/environ", child.id());
-        wait_for(Duration::from_secs(1), || fs::read(&environment).is_ok_and(|e| !e.is_empty()).then_some(()));
+        wait_for(Duration::from_secs(1), || {
+            let ended = child.try_wait().is_ok_and(|status| status.is_some());
+            (ended || fs::read(&environment).is_ok_and(|e| !e.is_empty())).then_some(())
+        });
         Ok(Running { child, out })
     }
 
