@@ -323,6 +323,8 @@ impl Soak {
         if self.now % MINUTE < by {
             self.store.sweep(self.now);
             self.budget.sweep(self.now);
+            // The exporter keeps samples until it is told to fold them.
+            self.metrics.run_upkeep();
         }
     }
 
@@ -502,7 +504,6 @@ impl Soak {
             self.pass(MINUTE);
             self.nodes.values_mut().for_each(Node::full_pass);
         }
-        self.metrics.run_upkeep();
     }
 
     /// How much every table holds.

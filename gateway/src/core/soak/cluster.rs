@@ -112,11 +112,11 @@ pub fn objects() -> Objects {
     o
 }
 
-/// The pod that asks for a fixed name, the name, and its TTL in seconds: 30 s to a day, each magnitude as often.
+/// The pod that asks for a fixed name, the name, and its TTL in seconds: two minutes to a day, each magnitude as often.
 pub fn fixed(n: u64) -> (IpAddr, String, u32) {
     let (team, node) = (n % TEAMS.len() as u64, n / TEAMS.len() as u64 % 2);
     let kind = ["a", "b", "c"][n as usize / 10 % 3];
-    let ttl = 30.0 * 2880f64.powf(n as f64 * 0.618_034 % 1.0);
+    let ttl = 120.0 * 720f64.powf(n as f64 * 0.618_034 % 1.0);
     ([10, 244, node as u8 + 1, team as u8 + 1].into(), format!("n{n}.{kind}.fixed.example"), ttl as u32)
 }
 
