@@ -7,7 +7,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns};
 use tidegate_policy::Reason;
@@ -154,7 +154,14 @@ fn inside<T: Send>(name: &str, f: impl FnOnce() -> T + Send) -> T {
 /// A connection of the pod that says a name and reads to the end.
 fn ask(net: &Net, to: SocketAddr, name: &'static str) -> std::io::Result<String> {
     inside(&net.pod, || {
-        let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(5))?;
+        let until = Instant::now() + Duration::from_secs(15);
+        let mut stream = loop {
+            match TcpStream::connect_timeout(&to, Duration::from_secs(5)) {
+                // On a busy machine neighbours of interfaces that have just come up may be found late.
+                Err(e) if e.kind() == ErrorKind::HostUnreachable && Instant::now() < until => {}
+                other => break other?,
+            }
+        };
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
         stream.write_all(&hello(name))?;
         let mut got = String::new();
