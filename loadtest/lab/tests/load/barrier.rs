@@ -147,3 +147,32 @@ fn a_pod_is_answered_by_an_edit_when_its_node_holds_it() {
         lab.edit_manifest("pods.yaml", &pods).unwrap();
     }
 }
+
+#[test]
+fn two_names_that_share_an_address_are_reached_at_the_first_try() {
+    let mut scenario = scenario();
+    let (v4, v6) = (Ipv4Addr::new(198, 51, 100, 77), Ipv6Addr::new(0x2001, 0xdb8, 0x100, 0, 0, 0, 0, 0x77));
+    for n in ["a.shared.example.com", "b.shared.example.com"] {
+        scenario.internet.names.push(name(n.into(), vec![v4], vec![v6]));
+    }
+    let (_one, lab) = up("shared", scenario);
+    // A rule for each: together on one address they are a class that no node was told of beforehand.
+    let a = policy("shop", Some("partner-a"), &[json!({"matchName": "a.shared.example.com"})], 7000);
+    let b =
+        "  - name: more\n    toFQDNs: [{matchName: b.shared.example.com}]\n    toPorts: [{protocol: TCP, port: 443}]\n";
+    lab.edit_manifest("load.yaml", &format!("{a}{b}")).unwrap();
+    let web = lab.pod("shop/web");
+    let resolved = |name: &str, family: Family| {
+        let ask = || dig(&web, name, family.record(), &[]).status == "NOERROR";
+        assert!(wait_for(Duration::from_secs(20), || ask().then_some(())).is_some(), "{name} {family:?}");
+    };
+    for family in FAMILIES {
+        let to = SocketAddr::new(family.pick(v4.into(), v6.into()), 7000);
+        for name in ["a.shared.example.com", "b.shared.example.com"] {
+            resolved(name, family);
+            let again = web.within(|| netstat("TCPSynRetrans")).unwrap();
+            assert_eq!(knock(&web, to).unwrap(), Knock::Open, "{to} after {name}");
+            assert_eq!(web.within(|| netstat("TCPSynRetrans")).unwrap(), again, "{to} after {name}, the first packet");
+        }
+    }
+}
