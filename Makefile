@@ -31,9 +31,11 @@ soak: setup
 	cargo build --locked -p tidegate -p tidegate-lab --bins
 	cargo test --locked -p tidegate-lab --test soak -- --nocapture
 
+# The lab's tests by name: what `test = false` leaves to scripts/test is no part of --all-targets.
 lint: setup
 	cargo fmt --check
 	cargo clippy --locked --workspace --exclude tidegate-ebpf-programs --all-targets -- -D warnings
+	cargo clippy --locked -p tidegate-lab --test '*' -- -D warnings
 
 # Takes two CPUs that have nothing else to do. docs/performance.md says what is measured. Criterion's run builds the program, too.
 bench:
