@@ -291,12 +291,13 @@ fn a_flood_of_one_namespace_is_its_own() {
     let held_back = (1..=15).any(|round| {
         let quiet = window(&victim, server, tcp);
         windows.push((quiet, under_flood(&lab, server, &to, || window(&victim, server, tcp))));
-        let median = |of: &dyn Fn(&([Duration; 2], [Duration; 2])) -> Duration| {
-            let mut all: Vec<Duration> = windows.iter().map(of).collect();
+        let median = |mut all: Vec<Duration>| {
             all.sort_unstable();
             all[all.len() / 2]
         };
-        let p99 = [0, 1].map(|of| (median(&|w| w.0[of]), median(&|w| w.1[of])));
+        let quiet = |of: usize| windows.iter().map(|w| w.0[of]).collect();
+        let loud = |of: usize| windows.iter().map(|w| w.1[of]).collect();
+        let p99 = [0, 1].map(|of| (median(quiet(of)), median(loud(of))));
         println!("round {round}: p99 of DNS and of connecting, quiet and under the flood: {p99:?}");
         // Two cores run the flood, the servers and everything else: some milliseconds are the machine's.
         round >= 5 && p99.iter().all(|(quiet, loud)| *loud <= *quiet * 2 + Duration::from_millis(10))
