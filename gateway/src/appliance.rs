@@ -29,10 +29,10 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::{Admin, Guard, Readiness};
 use crate::config::{self, Config};
-use crate::core::{Classifier, Clock, Core, Ids, Settling, Shared, Status, ToCore};
+use crate::core::{Classifier, Core, Shared, ToCore};
 use crate::descriptors::{Shares, of_one};
 use crate::desired::{Compiled, Desired};
-use crate::dns_view::{CoreBinder, DnsView};
+use crate::dns_view::CoreBinder;
 use crate::egress::nft::{RELAY_PORTS, REPLY};
 use crate::journal::{Clocks, Journal, Recovered};
 use crate::ownership::Ownership;
@@ -298,18 +298,7 @@ pub fn run(path: &Path) -> Result<()> {
     let families = families();
     let desired = Arc::new(Desired::new(config.clone()));
     let empty = Arc::new(World::compile(&Objects::default(), now(), None));
-    let shared = Arc::new(Shared {
-        world: ArcSwap::new(empty.clone()),
-        view: Arc::new(ArcSwap::from_pointee(DnsView::empty(empty))),
-        pairs: Arc::default(),
-        applied: Arc::default(),
-        egress: ArcSwap::default(),
-        nodes: Ids::default(),
-        namespaces: Ids::default(),
-        settling: Settling::default(),
-        clock: Clock::start(),
-        status: ArcSwap::from_pointee(Status::default()),
-    });
+    let shared = Arc::new(Shared::new(empty));
     let seeds: [u64; 4] = std::array::from_fn(|_| random());
     let ledger = Ledger::new(ledger_config(&config), seeds, Classifier(shared.clone()), shared.now());
     let bindings = ledger.bindings();

@@ -91,6 +91,22 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// What there is before policy was compiled, with a world that has none. The clock starts.
+    pub fn new(empty: Arc<World>) -> Self {
+        Self {
+            world: ArcSwap::new(empty.clone()),
+            view: Arc::new(ArcSwap::from_pointee(DnsView::empty(empty))),
+            pairs: Arc::default(),
+            applied: Arc::default(),
+            egress: ArcSwap::default(),
+            nodes: Ids::default(),
+            namespaces: Ids::default(),
+            settling: Settling::default(),
+            clock: Clock::start(),
+            status: ArcSwap::from_pointee(Status::default()),
+        }
+    }
+
     /// Now, on the ledger's clock.
     pub fn now(&self) -> Duration {
         self.clock.now()

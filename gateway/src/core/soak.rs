@@ -19,7 +19,6 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
 use crossbeam_channel::Sender;
 use tidegate_dns_core::answer::{check, upstream_query};
 use tidegate_dns_core::budget::{Budget, BudgetLimits};
@@ -36,10 +35,10 @@ use tidegate_proto::{Beat, PeerFact, PeerMessage};
 use tidegate_sni::Registry;
 use tokio::sync::mpsc;
 
-use super::{Classifier, Clock, Core, Ids, Run, Settling, Shared, Status, ToCore, channel};
+use super::{Classifier, Core, Run, Shared, ToCore, channel};
 use crate::audit;
 use crate::desired::{Compiled, Desired};
-use crate::dns_view::{CoreBinder, DnsView};
+use crate::dns_view::CoreBinder;
 use crate::journal::{Clocks, Journal};
 use crate::ownership::Ownership;
 use cluster::{FIXED, NODES, TEAMS};
@@ -175,18 +174,7 @@ impl Soak {
         let desired = Arc::new(Desired::new(config.clone()));
         let objects = cluster::objects();
         let empty = Arc::new(World::compile(&Objects::default(), UnixSeconds(WALL), None));
-        let shared = Arc::new(Shared {
-            world: ArcSwap::new(empty.clone()),
-            view: Arc::new(ArcSwap::from_pointee(DnsView::empty(empty.clone()))),
-            pairs: Arc::default(),
-            applied: Arc::default(),
-            egress: ArcSwap::default(),
-            nodes: Ids::default(),
-            namespaces: Ids::default(),
-            settling: Settling::default(),
-            clock: Clock::start(),
-            status: ArcSwap::from_pointee(Status::default()),
-        });
+        let shared = Arc::new(Shared::new(empty.clone()));
         shared.clock.set.store(START, Ordering::Relaxed);
         let limits = tidegate_ledger::Config { track: true, ..tidegate_ledger::Config::default() };
         let ledger = Ledger::new(limits, [1, 2, 3, 4], Classifier(shared.clone()), shared.now());
