@@ -4,41 +4,20 @@
 //! One lab, one test. Every attack has a counterpart that arrives, so that a silent drop elsewhere is no success.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod support;
+
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use serde_json::json;
 use socket2::{Domain, Protocol, Socket, Type};
+use support::{address, named, run, translate};
 use tidegate_lab::probe::{self, FAMILIES, Family};
 use tidegate_lab::{Lab, Options, Scenario};
 
 /// other.example.org, which is allowed for nobody.
 fn denied(family: Family) -> SocketAddr {
-    SocketAddr::new(family.pick("198.51.100.14", "2001:db8:100::14").parse().unwrap(), 7001)
-}
-
-fn pod_ip(lab: &Lab, pod: &str, family: Family) -> IpAddr {
-    let all = lab.scenario().pod(pod).unwrap().addresses();
-    family.pick(all[0], all[1])
-}
-
-#[track_caller]
-fn run(lab: &Lab, place: &str, command: &str) {
-    let out = lab.place(place).unwrap().run(&["sh", "-c", command]);
-    assert_eq!(out.status, 0, "{place}: {command}: {}", out.stderr);
-}
-
-/// Makes UDP to one address of a service go elsewhere, on one node.
-fn translate(lab: &Lab, node: &str, from: IpAddr, to: SocketAddr) {
-    let (family, dnat) = if from.is_ipv4() { ("ip", "dnat ip to") } else { ("ip6", "dnat ip6 to") };
-    run(
-        lab,
-        node,
-        &format!(
-            "nft 'add table inet services; add chain inet services pre {{ type nat hook prerouting priority dstnat; }};
-             add rule inet services pre {family} daddr {from} meta l4proto udp {dnat} {to}'"
-        ),
-    );
+    named(family, 14, 7001)
 }
 
 fn answers(lab: &Lab, from: &str, to: SocketAddr) -> bool {
@@ -80,7 +59,7 @@ fn services_that_lead_outside(lab: &Lab) {
         let service =
             |n: u8| -> IpAddr { format!("{}{n}", family.pick("10.96.0.2", "fd00:10:96::2")).parse().unwrap() };
         translate(lab, "node-1", service(0), denied(family));
-        translate(lab, "node-1", service(1), SocketAddr::new(pod_ip(lab, "untouched/backend", family), 7001));
+        translate(lab, "node-1", service(1), SocketAddr::new(address(lab, "untouched/backend", family), 7001));
         let watch = lab.watch(denied(family).ip(), "").unwrap();
         assert!(!answers(lab, "shop/web", SocketAddr::new(service(0), 7001)), "{family:?}");
         assert_eq!(watch.packets().unwrap(), 0, "{family:?}: it reached the router");
@@ -126,7 +105,7 @@ fn openings_that_nobody_sent(lab: &Lab) {
     // Not every network plugin leaves the kernel's own check on.
     run(lab, "node-1", "for f in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 0 > $f; done");
     for family in FAMILIES {
-        let (outside, victim) = (denied(family), pod_ip(lab, "shop/web", family));
+        let (outside, victim) = (denied(family), address(lab, "shop/web", family));
         let watch = lab.watch(outside.ip(), "udp dport 7001").unwrap();
         let socket = lab.pod("shop/web").within(|| UdpSocket::bind((victim, 6111)).unwrap()).unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();

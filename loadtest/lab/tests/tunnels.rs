@@ -11,7 +11,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use support::{PASSES, address, detach, named, nobody_else_checks, node_address, run, sees, target};
+use support::{PASSES, address, detach, named, nobody_else_checks, node_address, run, sees, target, translate};
 use tidegate_lab::forge::{self, SYN};
 use tidegate_lab::observe::Watch;
 use tidegate_lab::probe::{self, FAMILIES, Family};
@@ -108,20 +108,6 @@ fn attack(lab: &Lab, from: &str, own: &[IpAddr], sources: &[IpAddr], to: &[IpAdd
             }
         }
     }
-}
-
-/// Makes UDP to one address of a service go to a node's tunnel port.
-fn translate(lab: &Lab, node: &str, from: IpAddr, to: IpAddr) {
-    let (family, dnat) = if from.is_ipv4() { ("ip", "dnat ip to") } else { ("ip6", "dnat ip6 to") };
-    let to = SocketAddr::new(to, PORT);
-    run(
-        lab,
-        node,
-        &format!(
-            "nft 'add table inet services; add chain inet services pre {{ type nat hook prerouting priority dstnat; }};
-             add rule inet services pre {family} daddr {from} meta l4proto udp {dnat} {to}'"
-        ),
-    );
 }
 
 #[test]
@@ -269,7 +255,7 @@ fn from_pods(lab: &Lab) {
             for (n, behind) in ["gw-node-a", "gw-node-b", node].into_iter().enumerate() {
                 let service: IpAddr =
                     target(family, &format!("10.96.0.{}", 30 + n), &format!("fd00:10:96::{}", 30 + n), 0).ip();
-                translate(lab, node, service, node_address(lab, behind, family));
+                translate(lab, node, service, SocketAddr::new(node_address(lab, behind, family), PORT));
                 let from = SocketAddr::new(address(lab, pod, family), 40_000);
                 for frame in &frames {
                     let packet = forge::udp(from, SocketAddr::new(service, 8080), frame);

@@ -21,6 +21,19 @@ pub fn run(lab: &Lab, place: &str, command: &str) -> String {
     out.stdout
 }
 
+/// Makes UDP to one address of a service go elsewhere, on one node.
+pub fn translate(lab: &Lab, node: &str, from: IpAddr, to: SocketAddr) {
+    let (family, dnat) = if from.is_ipv4() { ("ip", "dnat ip to") } else { ("ip6", "dnat ip6 to") };
+    run(
+        lab,
+        node,
+        &format!(
+            "nft 'add table inet services; add chain inet services pre {{ type nat hook prerouting priority dstnat; }};
+             add rule inet services pre {family} daddr {from} meta l4proto udp {dnat} {to}'"
+        ),
+    );
+}
+
 pub fn target(family: Family, v4: &str, v6: &str, port: u16) -> SocketAddr {
     SocketAddr::new(family.pick(v4, v6).parse().unwrap(), port)
 }
