@@ -230,7 +230,7 @@ impl Lab {
             self.start(name)?;
         }
         for name in &gateways {
-            wait_for(READY_LIMIT, || self.admin(name, "/healthz").is_ok().then_some(()));
+            self.wait_answers(name, "/healthz", READY_LIMIT)?;
         }
         for name in self.product_names().iter().filter(|n| !gateways.contains(n)) {
             self.start(name)?;
@@ -380,16 +380,21 @@ impl Lab {
     /// # Errors
     /// What it said last.
     pub fn wait_ready(&self, name: &str, limit: Duration) -> Result<()> {
+        self.wait_answers(name, "/readyz", limit)
+    }
+
+    /// Waits until a path of a process's admin port answers with 200; one that has ended is not waited for.
+    fn wait_answers(&self, name: &str, path: &str, limit: Duration) -> Result<()> {
         let process = self.process(name)?;
         let mut last = String::from("it does not listen");
         let ready = wait_for(limit, || {
             if !process.is_alive() {
                 return Some(false);
             }
-            match self.admin(name, "/readyz") {
+            match self.admin(name, path) {
                 Ok((200, _)) => Some(true),
                 Ok((status, body)) => {
-                    last = format!("/readyz says {status} {}", body.trim());
+                    last = format!("{path} says {status} {}", body.trim());
                     None
                 }
                 Err(_) => None,
