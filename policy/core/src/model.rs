@@ -3,7 +3,7 @@
 //! Readers (a directory, an API server) turn their objects into these types and
 //! refuse there what is not well formed; here only meaning is left.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,6 +36,17 @@ pub struct Objects {
     pub cluster_policies: BTreeMap<String, ClusterPolicy>,
     /// Settings that have no resource.
     pub settings: Settings,
+}
+
+/// What of the objects is other than it was at the last compile.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Touched {
+    /// Anything may be: a cluster policy, a pool, a node or a setting changed.
+    pub all: bool,
+    /// Namespaces which changed themselves or have changed policies: all of their pods are looked at again.
+    pub namespaces: BTreeSet<String>,
+    /// Single pods, by (namespace, name).
+    pub pods: BTreeSet<(String, String)>,
 }
 
 /// What a pod that no policy selects is.
