@@ -112,8 +112,8 @@ impl Scope {
         &self.source
     }
 
-    /// The pair that this scope leaves by: the highest rendezvous score of those that are not
-    /// draining. `None` for PodNetwork, and where every pair drains (then there is no way out).
+    /// The pair that this scope leaves by: the one that it was given before, or the highest rendezvous score of those
+    /// that are not draining. `None` for PodNetwork, and where every pair drains (then there is no way out).
     pub fn pair(&self) -> Option<Pair> {
         self.pair
     }

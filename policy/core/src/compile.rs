@@ -290,7 +290,8 @@ impl<'a> Compiler<'a> {
             return s.clone();
         }
         let source = self.o.pools.get(pool).map_or(AddressSource::PodNetwork, |p: &Pool| p.source.clone());
-        let pair = pair(key, &source);
+        let assigned = self.o.assigned.get(&(place.name.to_owned(), pool.to_owned()));
+        let pair = pair(key, &source, assigned);
         let new = Scope {
             key,
             namespace: place.name.into(),
@@ -403,14 +404,25 @@ fn layer(source: Source, now: UnixSeconds, old: Option<&Arc<Layer>>) -> Arc<Laye
     }
 }
 
-/// The pair with the highest score among those that are not draining.
-fn pair(scope: ScopeKey, source: &AddressSource) -> Option<Pair> {
+/// The pair that the scope was given before, as long as the pool has it; else the one with the highest score among those
+/// that are not draining.
+fn pair(scope: ScopeKey, source: &AddressSource, assigned: Option<&Pair>) -> Option<Pair> {
     match source {
         AddressSource::PodNetwork => None,
         AddressSource::Static { pairs, .. } => {
-            pairs.iter().filter(|p| !p.draining).max_by_key(|p| score(scope, p)).copied()
+            let kept = assigned.and_then(|a| same_pair(pairs, a));
+            kept.or_else(|| pairs.iter().filter(|p| !p.draining).max_by_key(|p| score(scope, p))).copied()
         }
     }
+}
+
+/// The pair of a pool with these addresses. One that has gained or lost an address is the same pair as long as it has
+/// one of them: the IPv4 address decides where both are.
+fn same_pair<'p>(pairs: &'p [Pair], a: &Pair) -> Option<&'p Pair> {
+    let by = |same: &dyn Fn(&Pair) -> bool| pairs.iter().find(|p| same(p));
+    by(&|p| (p.ipv4, p.ipv6) == (a.ipv4, a.ipv6))
+        .or_else(|| a.ipv4.and_then(|ip| by(&|p| p.ipv4 == Some(ip))))
+        .or_else(|| a.ipv6.and_then(|ip| by(&|p| p.ipv6 == Some(ip))))
 }
 
 fn group_key(scope: &Scope, s: &Selection) -> GroupKey {

@@ -34,6 +34,8 @@ pub struct Objects {
     pub policies: BTreeMap<(String, String), Policy>,
     /// Cluster policies by name.
     pub cluster_policies: BTreeMap<String, ClusterPolicy>,
+    /// The pairs that scopes were given before, by (namespace, pool): kept as long as the pool has them.
+    pub assigned: BTreeMap<(String, String), Pair>,
     /// Settings that have no resource.
     pub settings: Settings,
 }
@@ -136,7 +138,7 @@ pub struct Pair {
     pub ipv4: Option<Ipv4Addr>,
     /// IPv6 address.
     pub ipv6: Option<Ipv6Addr>,
-    /// Takes no new scopes.
+    /// It is given to no scope. Those that it was given to keep it.
     pub draining: bool,
 }
 

@@ -221,6 +221,53 @@ fn a_pair_is_chosen_by_rendezvous() {
 }
 
 #[test]
+fn a_pair_that_was_given_is_kept_while_the_pool_has_it() {
+    let mut o = shop().with_ns(|n| {
+        n.managed = true;
+        n.pool = Some("a".into());
+    });
+    let v6 = |last: u16| Some(std::net::Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, last));
+    let chosen = |o: &Objects| o.world().group_of(ip("10.1.0.1")).unwrap().scope().pair();
+    let set = |o: &mut Objects, new: &[Pair]| {
+        let AddressSource::Static { pairs, .. } = &mut o.pools.get_mut("a").unwrap().source else { unreachable!() };
+        new.clone_into(pairs);
+    };
+    o.pools.insert("a".into(), pool(Some(Selector::default()), &[1, 2, 3, 4]));
+    let AddressSource::Static { pairs: all, .. } = o.pools["a"].source.clone() else { unreachable!() };
+    let by_score = chosen(&o).unwrap();
+    let given = *all.iter().find(|p| **p != by_score).unwrap();
+    o.assigned.insert(("shop".into(), "a".into()), given);
+    assert_eq!(chosen(&o), Some(given));
+    // What other namespaces, or the same one in other pools, were given says nothing.
+    let mut others = o.clone();
+    others.assigned = [("other", "a"), ("shop", "b")].map(|(n, p)| ((n.into(), p.into()), given)).into();
+    assert_eq!(chosen(&others), Some(by_score));
+    // Also while it drains, alone or with all others.
+    let drains = |p: &Pair| Pair { draining: true, ..*p };
+    set(&mut o, &all.iter().map(|p| if *p == given { drains(p) } else { *p }).collect::<Vec<_>>());
+    assert_eq!(chosen(&o), Some(drains(&given)));
+    set(&mut o, &all.iter().map(drains).collect::<Vec<_>>());
+    assert_eq!(chosen(&o), Some(drains(&given)));
+    // A pair that gains an address is the same one; the IPv4 address decides.
+    let wider = Pair { ipv6: v6(1), ..given };
+    let decoy = Pair { ipv4: None, ipv6: v6(2), draining: false };
+    set(&mut o, &[decoy, by_score, wider]);
+    assert_eq!(chosen(&o), Some(wider));
+    o.assigned.insert(("shop".into(), "a".into()), Pair { ipv6: v6(2), ..given });
+    assert_eq!(chosen(&o), Some(wider));
+    // One whose IPv4 address is gone is known by its other one.
+    set(&mut o, &[decoy, by_score]);
+    assert_eq!(chosen(&o), Some(decoy));
+    // Gone: the scores decide again.
+    let rest: Vec<Pair> = all.iter().filter(|p| **p != given).copied().collect();
+    set(&mut o, &rest);
+    assert_eq!(chosen(&o), Some(by_score));
+    let net = AddressSource::PodNetwork;
+    o.pools.get_mut("a").unwrap().source = net;
+    assert_eq!(chosen(&o), None);
+}
+
+#[test]
 fn keys_are_stable_and_unchanged_parts_are_shared() {
     let mut o = shop()
         .own("p", allow(&["a.com", "*.b.com"]))

@@ -109,7 +109,7 @@ pub struct PairSpec {
     /// The IPv6 address, such as 2001:db8::10. Not loopback, link-local or multicast.
     #[schemars(with = "Option<schema::Ipv6>")]
     pub ipv6: Option<String>,
-    /// Whether the pair takes new connections.
+    /// Whether the pair is given to namespaces.
     #[serde(default)]
     pub state: PairState,
 }
@@ -117,9 +117,10 @@ pub struct PairSpec {
 /// The state of a pair.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub enum PairState {
-    /// It does.
+    /// It is.
     #[default]
     Active,
-    /// It keeps its connections and takes no new ones, so that it can be removed once they have ended.
+    /// Namespaces that it was given to keep it, new ones are given another pair. Remove it when status says that no
+    /// namespace leaves with it: those that still do are given another one then, and their connections end.
     Draining,
 }
