@@ -35,6 +35,7 @@ use crate::desired::{Compiled, Desired};
 use crate::dns_view::CoreBinder;
 use crate::egress::nft::{RELAY_PORTS, REPLY};
 use crate::journal::{Clocks, Journal, Recovered};
+use crate::kube::Kube;
 use crate::ownership::Ownership;
 use crate::push::Streams;
 use crate::relay_check::RelayCheck;
@@ -157,8 +158,9 @@ struct PolicyThread {
 
 impl PolicyThread {
     fn run(mut self) {
-        let mut reader = Reader::new(&self.config.directory);
-        let mut watch = Watch::new(&self.config.directory)
+        let Some(directory) = &self.config.directory else { return };
+        let mut reader = Reader::new(directory);
+        let mut watch = Watch::new(directory)
             .inspect_err(|error| tracing::warn!(%error, "no change notices: manifests are read again every 10 s"))
             .ok();
         let mut world: Option<Arc<World>> = None;
@@ -268,6 +270,8 @@ pub fn run(path: &Path) -> Result<()> {
     tracing::info!(config = %effective, version = env!("CARGO_PKG_VERSION"), "effective configuration");
     tidegate_ebpf::preflight().map_err(|e| anyhow!("{e}"))?;
     let metrics = telemetry::install_metrics()?;
+    let tls = config.tls.clone().context("tls: certificates must be given")?;
+    let kube = config.kubernetes.as_ref().map(|k| Kube::start(&config, k, runtime()?)).transpose()?;
     let readiness = Readiness::default();
     let starting = readiness.guard("start");
 
@@ -451,7 +455,7 @@ pub fn run(path: &Path) -> Result<()> {
         let (end, ended) = tokio::sync::oneshot::channel::<()>();
         let mut serve = std::pin::pin!(push::serve(
             config.control,
-            &config.tls,
+            &tls,
             shares.handshakes,
             Streams::new(to_core.clone()),
             async {
@@ -460,8 +464,7 @@ pub fn run(path: &Path) -> Result<()> {
             }
         ));
         for (peer, address) in config.peers() {
-            let client =
-                peers::Client { name: config.name.clone(), peer: peer.to_owned(), address, tls: config.tls.clone() };
+            let client = peers::Client { name: config.name.clone(), peer: peer.to_owned(), address, tls: tls.clone() };
             tokio::spawn(client.run(to_core.clone()));
         }
         drop(starting);
@@ -505,7 +508,7 @@ pub fn run(path: &Path) -> Result<()> {
             tracing::error!("a thread has panicked");
         }
     }
-    drop(admin);
+    drop((admin, kube));
     writer.stop();
     result
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use tidegate_ebpf::Capacities;
@@ -18,16 +18,24 @@ use crate::egress::nft::MAX_CONNECTIONS;
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Config {
-    /// This gateway's name, unique in the cluster.
+    /// This gateway's name, unique in the cluster. With `kubernetes` it is the pod's name, and may be absent: then the
+    /// environment's `POD_NAME`.
+    #[serde(default)]
     pub name: String,
-    /// The node that it runs on.
+    /// The node that it runs on. With `kubernetes` it may be absent: then the environment's `NODE_NAME`.
+    #[serde(default)]
     pub node: String,
-    /// Folder with manifests; re-read when a file changes.
-    pub directory: PathBuf,
+    /// Folder with manifests; re-read when a file changes. Either this or `kubernetes`.
+    #[serde(default)]
+    pub directory: Option<PathBuf>,
+    /// The API server from which everything comes. Either this or `directory`.
+    #[serde(default)]
+    pub kubernetes: Option<Kubernetes>,
     /// Where agents connect: gRPC with mutual TLS.
     pub control: SocketAddr,
-    /// Certificates, PEM.
-    pub tls: Tls,
+    /// Certificates, PEM. With `kubernetes` they may be absent.
+    #[serde(default)]
+    pub tls: Option<Tls>,
     /// Unix socket of this node's agent.
     pub socket: PathBuf,
     /// Folder in a BPF filesystem for this gateway's maps and links.
@@ -41,12 +49,15 @@ pub struct Config {
     /// Folder of the journal, in which learnt facts outlive a restart; absent: none.
     #[serde(default)]
     pub journal: Option<PathBuf>,
-    /// Every gateway, this one included, in the same order on each.
+    /// Every gateway, this one included, in the same order on each. With `kubernetes` it may be empty: then they are the
+    /// pods behind `kubernetes.service`.
+    #[serde(default)]
     pub gateways: Vec<Replica>,
     /// Which gateway holds which pair; pairs that are not listed follow rendezvous order.
     #[serde(default)]
     pub owners: Vec<Owner>,
-    /// What is inside the cluster.
+    /// What is inside the cluster. With `kubernetes` it is added to what the API server says.
+    #[serde(default)]
     pub cluster: Cluster,
     /// Where names outside are resolved.
     pub resolvers: Vec<Resolver>,
@@ -86,6 +97,42 @@ pub struct Config {
     /// How often everything in the kernel is compared with what should be there. Seconds, 1 to 3600, default 30.
     #[serde(default = "default_full_pass")]
     pub full_pass_seconds: u64,
+}
+
+/// Where policy and the cluster's facts come from when not from a directory.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Kubernetes {
+    /// A kubeconfig; absent: the pod's own ServiceAccount.
+    #[serde(default)]
+    pub kubeconfig: Option<PathBuf>,
+    /// Where the gateways, their Service, Secret, ConfigMap and Lease are; absent: the pod's own namespace, with a
+    /// kubeconfig that of its context.
+    #[serde(default)]
+    pub namespace: Option<String>,
+    /// The headless Service of the gateways. Default `tidegate-gateway`.
+    #[serde(default = "default_service")]
+    pub service: String,
+    /// The Service of the cluster's DNS. Default `kube-system/kube-dns`.
+    #[serde(default)]
+    pub cluster_dns: ServiceName,
+}
+
+/// The name of a Service.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServiceName {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    #[serde(rename = "service")]
+    pub name: String,
+}
+
+impl Default for ServiceName {
+    fn default() -> Self {
+        Self { namespace: "kube-system".into(), name: "kube-dns".into() }
+    }
 }
 
 /// Certificate files in PEM.
@@ -144,15 +191,23 @@ pub struct Owner {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Cluster {
     /// Pod, service and other ranges that pass un-steered.
+    #[serde(default)]
     pub prefixes: Vec<IpNet>,
     /// Ports on nodes that do not count as the cluster. Default 30000 to 32767.
     #[serde(default)]
     pub node_ports: PortSpan,
     /// Endpoints of the cluster's DNS.
+    #[serde(default)]
     pub dns: Vec<SocketAddr>,
     /// Names that the cluster's DNS answers. Default `[cluster.local]`.
     #[serde(default = "default_suffixes")]
     pub suffixes: Vec<String>,
+}
+
+impl Default for Cluster {
+    fn default() -> Self {
+        Self { prefixes: Vec::new(), node_ports: PortSpan::default(), dns: Vec::new(), suffixes: default_suffixes() }
+    }
 }
 
 /// An inclusive range of ports.
@@ -260,6 +315,9 @@ impl Default for Quotas {
     }
 }
 
+fn default_service() -> String {
+    "tidegate-gateway".into()
+}
 fn default_exempt() -> Vec<String> {
     vec!["kube-system".into()]
 }
@@ -286,25 +344,66 @@ impl Config {
     /// Reads and checks the file.
     pub fn load(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let config: Self = serde_saphyr::from_str(&text)
+        let mut config: Self = serde_saphyr::from_str(&text)
             .with_context(|| format!("{} is not a valid gateway configuration", path.display()))?;
+        config.fill(|name| std::env::var(name).ok());
         config.check().with_context(|| format!("{} is not a valid gateway configuration", path.display()))?;
         Ok(config)
     }
 
+    /// Takes what a pod is told of itself: a Deployment's pods share their configuration.
+    fn fill(&mut self, environment: impl Fn(&str) -> Option<String>) {
+        if self.kubernetes.is_none() {
+            return;
+        }
+        for (field, variable) in [(&mut self.name, "POD_NAME"), (&mut self.node, "NODE_NAME")] {
+            if field.is_empty() {
+                *field = environment(variable).unwrap_or_default();
+            }
+        }
+    }
+
+    /// Where objects come from, and what may be absent only if that is an API server.
+    fn check_source(&self) -> Result<()> {
+        match (&self.directory, &self.kubernetes) {
+            (Some(_), Some(_)) => bail!("directory, kubernetes: both are given; one of them is the source"),
+            (None, None) => bail!("directory, kubernetes: one of them must be given"),
+            (Some(_), None) => {
+                ensure!(!self.name.is_empty(), "name: is required");
+                ensure!(!self.node.is_empty(), "node: is required");
+                ensure!(self.tls.is_some(), "tls: is required with `directory`");
+                ensure!(!self.gateways.is_empty(), "gateways: is required with `directory`");
+                ensure!(!self.cluster.prefixes.is_empty(), "cluster.prefixes: is required with `directory`");
+                ensure!(!self.cluster.dns.is_empty(), "cluster.dns: is required with `directory`");
+            }
+            (None, Some(k)) => {
+                ensure!(!self.name.is_empty(), "name: is required where the environment has no POD_NAME");
+                ensure!(!self.node.is_empty(), "node: is required where the environment has no NODE_NAME");
+                ensure!(k.namespace.as_deref() != Some(""), "kubernetes.namespace: must not be empty");
+                ensure!(!k.service.is_empty(), "kubernetes.service: must not be empty");
+                let dns = &k.cluster_dns;
+                ensure!(!dns.namespace.is_empty(), "kubernetes.clusterDns.namespace: must not be empty");
+                ensure!(!dns.name.is_empty(), "kubernetes.clusterDns.service: must not be empty");
+            }
+        }
+        Ok(())
+    }
+
     fn check(&self) -> Result<()> {
+        self.check_source()?;
         ensure!(self.gateways.len() <= 64, "gateways: at most 64");
         let names: BTreeSet<&str> = self.gateways.iter().map(|g| g.name.as_str()).collect();
         ensure!(names.len() == self.gateways.len(), "gateways: a name stands twice");
         let own = self.gateways.iter().find(|g| g.name == self.name);
         ensure!(
-            own.is_some_and(|g| g.node == self.node),
+            self.gateways.is_empty() || own.is_some_and(|g| g.node == self.node),
             "gateways: {} on node {} is not in the list",
             self.name,
             self.node
         );
         for (i, o) in self.owners.iter().enumerate() {
-            ensure!(names.contains(o.gateway.as_str()), "owners[{i}].gateway: {} is not in gateways", o.gateway);
+            let known = self.gateways.is_empty() || names.contains(o.gateway.as_str());
+            ensure!(known, "owners[{i}].gateway: {} is not in gateways", o.gateway);
             ensure!(o.ipv4.is_some() || o.ipv6.is_some(), "owners[{i}]: ipv4 or ipv6 must name the pair");
         }
         ensure!(!self.resolvers.is_empty(), "resolvers: at least one");
@@ -396,6 +495,45 @@ resolvers: [{servers: ["198.51.100.53:53"]}]
         let firsts: BTreeSet<String> = (0..64).map(|i| c.candidates(&pair(i)).remove(0)).collect();
         assert_eq!(firsts.len(), 2, "pairs are spread over the gateways");
         assert_eq!(c.peers().map(|(n, _)| n).collect::<Vec<_>>(), ["gw-b"]);
+    }
+
+    const KUBERNETES: &str = r#"
+control: "[::]:7443"
+socket: /run/a.sock
+pins: /sys/fs/bpf/x
+kubernetes: {}
+resolvers: [{servers: ["198.51.100.53:53"]}]
+"#;
+
+    #[test]
+    fn with_kubernetes_the_rest_comes_from_the_api() {
+        let mut c: Config = serde_saphyr::from_str(KUBERNETES).unwrap();
+        assert!(c.check().unwrap_err().to_string().starts_with("name: "));
+        c.fill(|name| Some(format!("my-{}", name.to_lowercase())));
+        c.check().unwrap();
+        assert_eq!((c.name.as_str(), c.node.as_str()), ("my-pod_name", "my-node_name"));
+        let k = c.kubernetes.clone().unwrap();
+        assert_eq!((k.service.as_str(), k.cluster_dns), ("tidegate-gateway", ServiceName::default()));
+        c.fill(|_| Some("other".into()));
+        assert_eq!(c.name, "my-pod_name", "what the file says wins");
+    }
+
+    #[test]
+    fn exactly_one_source() {
+        let message = |text: &str| {
+            let c: Config = serde_saphyr::from_str(text).unwrap();
+            c.check().unwrap_err().to_string()
+        };
+        assert!(message(&format!("{GOOD}kubernetes: {{}}\n")).contains("both are given"));
+        assert!(message(&GOOD.replace("directory: /m\n", "")).contains("one of them must be given"));
+        assert!(message(&GOOD.replace("tls: {certificate: /c, key: /k, ca: /a}\n", "")).starts_with("tls: "));
+        assert!(message(&GOOD.replace(", dns: [\"10.0.0.53:53\"]", "")).starts_with("cluster.dns: "));
+        let named = format!("{KUBERNETES}name: a\nnode: b\n");
+        let empty = named.replace("kubernetes: {}", "kubernetes: {service: ''}");
+        assert!(message(&empty).starts_with("kubernetes.service: "));
+        let unknown = named.replace("kubernetes: {}", "kubernetes: {kubeConfig: /x}");
+        let error = serde_saphyr::from_str::<Config>(&unknown).unwrap_err().to_string();
+        assert!(error.contains("kubeConfig"), "{error}");
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod dns_view;
 mod egress;
 mod handover;
 mod journal;
+mod kube;
 mod ownership;
 mod peers;
 mod places;

@@ -1,2 +1,8 @@
 //! What the gateway asks of an API server, and tells it: the one package that speaks to Kubernetes.
+//!
+//! There is no policy in it: objects are handed on as JSON, as the API server sent them.
 #![forbid(unsafe_code)]
+
+mod client;
+
+pub use client::{Connection, Error, Settings, within};
