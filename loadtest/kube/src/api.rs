@@ -9,11 +9,11 @@ use anyhow::{Context, Result};
 
 use crate::process::Server;
 
-/// The administrator's way to the API; ends when dropped.
+/// The administrator's way to the API. The proxy of one that [`crate::Cluster::api`] made ends when it is dropped.
 #[derive(Debug)]
 pub struct Api {
     socket: PathBuf,
-    _server: Server,
+    _server: Option<Server>,
 }
 
 /// What the API server answered.
@@ -27,7 +27,12 @@ pub struct Answer {
 
 impl Api {
     pub(crate) fn new(server: Server, socket: PathBuf) -> Self {
-        Self { socket, _server: server }
+        Self { socket, _server: Some(server) }
+    }
+
+    /// By the socket of a proxy that somebody else started.
+    pub fn at(socket: PathBuf) -> Self {
+        Self { socket, _server: None }
     }
 
     /// Sends a request. `headers` are further ones, such as `Impersonate-User`; `body` may be YAML.

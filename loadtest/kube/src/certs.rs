@@ -1,6 +1,6 @@
 //! The cluster's certificate authority and what it signs.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -43,13 +43,13 @@ impl Authority {
     }
 
     /// A server's certificate. etcd and the API server speak to each other with it, too.
-    pub(crate) fn server(&self, name: &str, names: &[&str], addresses: &[Ipv4Addr]) -> Result<Files> {
+    pub(crate) fn server(&self, name: &str, names: &[&str], addresses: &[IpAddr]) -> Result<Files> {
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, name);
         for n in names {
             params.subject_alt_names.push(SanType::DnsName(Ia5String::try_from(*n)?));
         }
-        params.subject_alt_names.extend(addresses.iter().map(|a| SanType::IpAddress((*a).into())));
+        params.subject_alt_names.extend(addresses.iter().map(|a| SanType::IpAddress(*a)));
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         self.sign(name, params)
     }

@@ -1,37 +1,27 @@
 //! etcd and kube-apiserver on a loopback address of their own.
 
 use std::collections::hash_map::RandomState;
-use std::fmt;
 use std::fs;
 use std::hash::BuildHasher;
-use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
+use ipnet::{IpNet, Ipv4Net};
 
 use crate::api::Api;
-use crate::certs::{self, Authority, Files};
 use crate::process::Server;
-use crate::tools::{Tool, tool};
+use crate::site::{API_PORT, Addresses, ETCD_PEER_PORT, ETCD_PORT, Output, Site};
 
-/// The API server's port. The address is nobody else's, so ports need not be searched.
-const API_PORT: u16 = 6443;
-const ETCD_PORT: u16 = 2379;
-const ETCD_PEER_PORT: u16 = 2380;
-const CONTROLLERS_PORT: u16 = 10257;
 /// How long a server may take until it answers. It is ready in 3 s on an idle machine; others may be busy.
 const READY: Duration = Duration::from_secs(120);
-/// The addresses of Services; the first is `kubernetes.default`.
-const SERVICES: &str = "10.96.0.0/16";
-/// The first address of [`SERVICES`].
-const KUBERNETES: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
+/// The addresses of Services.
+const SERVICES: IpNet = IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(10, 96, 0, 0), 16));
 /// What `default/kubernetes` names as the API server: endpoints may not be loopback. Nothing listens there (RFC 5737).
 const ADVERTISED: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 /// Folders of clusters are `PREFIX-PID-NUMBER`, so that those of dead processes are known.
@@ -43,8 +33,7 @@ const PREFIX: &str = "tidegate-kube";
 /// when the cluster is dropped, and with this process.
 #[derive(Debug)]
 pub struct Cluster {
-    address: Ipv4Addr,
-    kubectl: PathBuf,
+    site: Site,
     // Dropped in this order.
     api_server: Mutex<Option<Server>>,
     etcd: Server,
@@ -57,49 +46,29 @@ pub struct Controllers {
     _server: Server,
 }
 
-/// What a command said.
-#[derive(Clone, Debug)]
-pub struct Output {
-    /// Whether it ended with 0.
-    pub ok: bool,
-    /// Its standard output.
-    pub stdout: String,
-    /// Its standard error.
-    pub stderr: String,
-}
-
-impl Output {
-    /// The standard output of a command that succeeded.
-    ///
-    /// # Errors
-    /// With its standard error when it did not.
-    pub fn success(self) -> Result<String> {
-        ensure!(self.ok, "{}", self.stderr.trim());
-        Ok(self.stdout)
-    }
-}
-
-impl fmt::Display for Output {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{}", self.stdout, self.stderr)
-    }
-}
-
 impl Cluster {
     /// Starts a cluster and waits until it answers.
     ///
     /// # Errors
     /// When a program is missing, or does not come up; with the end of its log.
     pub fn start() -> Result<Self> {
-        let (etcd, api_server, kubectl) = (tool(Tool::Etcd)?, tool(Tool::ApiServer)?, tool(Tool::Kubectl)?);
         sweep();
         let folder = Folder::new()?;
-        let address = free_address()?;
-        let authority = Authority::new(&folder.0)?;
-        let etcd = start_etcd(&etcd, &folder.0, address, &authority)?;
-        write_credentials(&folder.0, address, &authority)?;
-        let this = Self { address, kubectl, api_server: Mutex::new(None), etcd, folder };
-        this.start_api_server_from(&api_server)?;
+        // The address is nobody else's, so ports need not be searched.
+        let own = free_address()?;
+        let addresses = Addresses {
+            own,
+            bind: own.into(),
+            clients: vec![own.into()],
+            advertised: ADVERTISED.into(),
+            services: vec![SERVICES],
+        };
+        let site = Site::new(&folder.0, addresses);
+        site.write_credentials()?;
+        let mut etcd = Server::start("etcd", site.etcd()?, folder.0.join("etcd.log"))?;
+        wait(&mut etcd, || Ok(TcpStream::connect(site.etcd_endpoint()).map(drop).map_err(|e| e.to_string())))?;
+        let this = Self { site, api_server: Mutex::new(None), etcd, folder };
+        this.start_api_server()?;
         Ok(this)
     }
 
@@ -121,12 +90,12 @@ impl Cluster {
 
     /// The administrator's kubeconfig.
     pub fn kubeconfig(&self) -> PathBuf {
-        self.folder.0.join("kubeconfig")
+        self.site.kubeconfig()
     }
 
     /// The API server's URL.
     pub fn url(&self) -> String {
-        format!("https://{}:{API_PORT}", self.address)
+        self.site.url()
     }
 
     /// Where everything of this cluster lies; logs are `etcd.log` and `kube-apiserver.log`.
@@ -145,26 +114,7 @@ impl Cluster {
     /// # Errors
     /// When kubectl cannot be run. That it failed is in the output.
     pub fn kubectl(&self, args: &[&str], stdin: &str) -> Result<Output> {
-        let mut child = Command::new(&self.kubectl)
-            .args(args)
-            .env("KUBECONFIG", self.kubeconfig())
-            .env("KUBECACHEDIR", self.folder.0.join("kubectl"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("cannot run kubectl")?;
-        let mut pipe = child.stdin.take().context("kubectl has no input")?;
-        let out = std::thread::scope(|s| {
-            // Beside the reading of its output, so that neither waits for the other. kubectl may end without reading all.
-            s.spawn(move || drop(pipe.write_all(stdin.as_bytes())));
-            child.wait_with_output()
-        })?;
-        Ok(Output {
-            ok: out.status.success(),
-            stdout: String::from_utf8_lossy(&out.stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&out.stderr).into_owned(),
-        })
+        Output::of(self.site.kubectl(args)?.spawn().context("cannot run kubectl")?, stdin)
     }
 
     /// A way to speak to the API as the administrator, without a client: for tests that ask often.
@@ -175,9 +125,8 @@ impl Cluster {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("proxy-{}", NEXT.fetch_add(1, Ordering::Relaxed));
         let socket = self.folder.0.join(&name);
-        let mut command = Command::new(&self.kubectl);
-        command.args(["proxy", "--unix-socket"]).arg(&socket).env("KUBECONFIG", self.kubeconfig());
-        let mut server = Server::start("kubectl proxy", command, self.folder.0.join(format!("{name}.log")))?;
+        let log = self.folder.0.join(format!("{name}.log"));
+        let mut server = Server::start("kubectl proxy", self.site.proxy(&socket)?, log)?;
         wait(&mut server, || Ok(UnixStream::connect(&socket).map(drop).map_err(|e| e.to_string())))?;
         Ok(Api::new(server, socket))
     }
@@ -187,20 +136,9 @@ impl Cluster {
     /// # Errors
     /// When it does not come up; with the end of its log.
     pub fn start_controllers(&self, names: &[&str]) -> Result<Controllers> {
-        let mut command = Command::new(tool(Tool::ControllerManager)?);
-        for (flag, value) in [
-            ("bind-address", self.address.to_string()),
-            ("cert-dir", self.folder.0.display().to_string()),
-            ("controllers", names.join(",")),
-            ("kubeconfig", self.kubeconfig().display().to_string()),
-            ("leader-elect", "false".to_owned()),
-            ("secure-port", CONTROLLERS_PORT.to_string()),
-        ] {
-            command.arg(format!("--{flag}={value}"));
-        }
         let log = self.folder.0.join("kube-controller-manager.log");
-        let mut server = Server::start("kube-controller-manager", command, log)?;
-        let address = (self.address, CONTROLLERS_PORT);
+        let mut server = Server::start("kube-controller-manager", self.site.controllers(names)?, log)?;
+        let address = self.site.controllers_endpoint();
         wait(&mut server, || Ok(TcpStream::connect(address).map(drop).map_err(|e| e.to_string())))?;
         Ok(Controllers { _server: server })
     }
@@ -215,37 +153,11 @@ impl Cluster {
     /// # Errors
     /// When it does not come up; with the end of its log.
     pub fn start_api_server(&self) -> Result<()> {
-        self.start_api_server_from(&tool(Tool::ApiServer)?)
-    }
-
-    fn start_api_server_from(&self, program: &Path) -> Result<()> {
-        let file = |name: &str| self.folder.0.join(name).display().to_string();
-        let mut command = Command::new(program);
-        for (flag, value) in [
-            ("advertise-address", ADVERTISED.to_string()),
-            ("allow-privileged", "true".to_owned()),
-            ("authorization-mode", "Node,RBAC".to_owned()),
-            ("bind-address", self.address.to_string()),
-            ("client-ca-file", file("ca.crt")),
-            ("disable-admission-plugins", "ServiceAccount".to_owned()),
-            ("etcd-cafile", file("ca.crt")),
-            ("etcd-certfile", file("kube-apiserver.crt")),
-            ("etcd-keyfile", file("kube-apiserver.key")),
-            ("etcd-servers", format!("https://{}:{ETCD_PORT}", self.address)),
-            ("secure-port", API_PORT.to_string()),
-            ("service-account-issuer", "https://kubernetes.default.svc".to_owned()),
-            ("service-account-key-file", file("tokens.pub")),
-            ("service-account-signing-key-file", file("tokens.key")),
-            ("service-cluster-ip-range", SERVICES.to_owned()),
-            ("tls-cert-file", file("kube-apiserver.crt")),
-            ("tls-private-key-file", file("kube-apiserver.key")),
-        ] {
-            command.arg(format!("--{flag}={value}"));
-        }
+        let command = self.site.api_server()?;
         let mut slot = self.api_server.lock().unwrap_or_else(PoisonError::into_inner);
         let mut server = Server::start("kube-apiserver", command, self.folder.0.join("kube-apiserver.log"))?;
         wait(&mut server, || {
-            if TcpStream::connect((self.address, API_PORT)).is_err() {
+            if TcpStream::connect(self.site.endpoint()).is_err() {
                 return Ok(Err("it does not listen".to_owned()));
             }
             // Namespaces that it makes itself come a moment after it says that it is ready.
@@ -260,52 +172,6 @@ impl Cluster {
         *slot = Some(server);
         Ok(())
     }
-}
-
-fn start_etcd(program: &Path, folder: &Path, address: Ipv4Addr, authority: &Authority) -> Result<Server> {
-    let Files { certificate, key } = authority.server("etcd", &[], &[address])?;
-    let clients = format!("https://{address}:{ETCD_PORT}");
-    let peers = format!("http://{address}:{ETCD_PEER_PORT}");
-    let mut command = Command::new(program);
-    for (flag, value) in [
-        ("advertise-client-urls", clients.clone()),
-        ("cert-file", certificate.display().to_string()),
-        ("client-cert-auth", "true".to_owned()),
-        ("data-dir", folder.join("etcd").display().to_string()),
-        ("initial-advertise-peer-urls", peers.clone()),
-        ("initial-cluster", format!("default={peers}")),
-        ("key-file", key.display().to_string()),
-        ("listen-client-urls", clients),
-        ("listen-peer-urls", peers),
-        ("log-level", "warn".to_owned()),
-        ("trusted-ca-file", authority.certificate().display().to_string()),
-        // A test's data need not outlive a power failure.
-        ("unsafe-no-fsync", "true".to_owned()),
-    ] {
-        command.arg(format!("--{flag}={value}"));
-    }
-    let mut server = Server::start("etcd", command, folder.join("etcd.log"))?;
-    wait(&mut server, || Ok(TcpStream::connect((address, ETCD_PORT)).map(drop).map_err(|e| e.to_string())))?;
-    Ok(server)
-}
-
-/// Writes what the API server and its administrator show: certificates, the key of tokens, the kubeconfig.
-fn write_credentials(folder: &Path, address: Ipv4Addr, authority: &Authority) -> Result<()> {
-    let names = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"];
-    authority.server("kube-apiserver", &names, &[address, KUBERNETES])?;
-    certs::token_keys(folder)?;
-    // Members of this group may do everything, whatever RBAC says.
-    let Files { certificate, key } = authority.client("admin", "system:masters")?;
-    let kubeconfig = format!(
-        "apiVersion: v1\nkind: Config\ncurrent-context: admin\n\
-         clusters: [{{name: tidegate-kube, cluster: {{server: 'https://{address}:{API_PORT}', certificate-authority: {}}}}}]\n\
-         users: [{{name: admin, user: {{client-certificate: {}, client-key: {}}}}}]\n\
-         contexts: [{{name: admin, context: {{cluster: tidegate-kube, user: admin}}}}]\n",
-        authority.certificate().display(),
-        certificate.display(),
-        key.display(),
-    );
-    Ok(fs::write(folder.join("kubeconfig"), kubeconfig)?)
 }
 
 /// Waits until a server is ready, or has ended, or has had its time.

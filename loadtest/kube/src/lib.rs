@@ -7,8 +7,10 @@ mod api;
 mod certs;
 mod cluster;
 mod process;
+mod site;
 mod tools;
 
 pub use api::{Answer, Api};
-pub use cluster::{Cluster, Controllers, Output};
+pub use cluster::{Cluster, Controllers};
+pub use site::{Addresses, Output, Site};
 pub use tools::{Tool, tool};
