@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -19,7 +19,7 @@ use crate::product::{self, Layout};
 use crate::scenario::{Listen, NameSpec, Node, SYSTEM_NAMESPACE, Scenario};
 use crate::serve::zone::Zone;
 use crate::state::{self, MARKER, Process, State};
-use crate::{foreign, netns, serve, world};
+use crate::{foreign, kube, netns, serve, world};
 
 /// How long a server of the lab may take to listen.
 const SERVE_LIMIT: Duration = Duration::from_secs(10);
@@ -58,6 +58,8 @@ pub struct Lab {
     lab: PathBuf,
     tidegate: PathBuf,
     owned: bool,
+    /// Whether kubectl commands are printed.
+    told: AtomicBool,
 }
 
 /// Whether a path is a mount point.
@@ -140,7 +142,7 @@ impl Lab {
         );
         let state = State::create(&options.name, scenario)?;
         let layout = Layout { folder: state::folder(&options.name) };
-        let mut this = Self { state, layout, lab, tidegate, owned: true };
+        let mut this = Self { state, layout, lab, tidegate, owned: true, told: AtomicBool::new(false) };
         this.build(options.idle).context("the lab did not come up")?;
         Ok(this)
     }
@@ -180,7 +182,7 @@ impl Lab {
     pub fn open(name: &str) -> Result<Self> {
         let (lab, tidegate) = binaries(&Options::default())?;
         let layout = Layout { folder: state::folder(name) };
-        Ok(Self { state: State::load(name)?, layout, lab, tidegate, owned: false })
+        Ok(Self { state: State::load(name)?, layout, lab, tidegate, owned: false, told: AtomicBool::new(false) })
     }
 
     /// Lets it run on when this process ends.
@@ -206,6 +208,10 @@ impl Lab {
         }
         world::build(&mut self.state)?;
         self.start_servers()?;
+        if self.has_kubernetes() {
+            self.start_control().context("the API server did not come up")?;
+            self.load_objects().context("the API server did not take the scenario's objects")?;
+        }
         if self.state.scenario.tidegate.is_some() || self.state.scenario.hosts.foreign_tcx {
             self.mount_bpffs()?;
         }
@@ -330,7 +336,7 @@ impl Lab {
     }
 
     /// Starts a long-running process, its output appended to its log.
-    fn launch(&mut self, name: &str, netns: &str, mut command: Command) -> Result<Process> {
+    pub(crate) fn launch(&mut self, name: &str, netns: &str, mut command: Command) -> Result<Process> {
         let log = File::options().create(true).append(true).open(self.layout.log(name))?;
         command
             .stdin(Stdio::null())
@@ -346,11 +352,15 @@ impl Lab {
     }
 
     /// The end of a process's log.
-    fn last_words(&self, name: &str) -> String {
+    pub(crate) fn last_words(&self, name: &str) -> String {
         let log = fs::read_to_string(self.layout.log(name)).unwrap_or_default();
         let lines: Vec<&str> = log.lines().rev().filter(|l| !l.trim().is_empty()).take(3).collect();
         let words = lines.into_iter().rev().collect::<Vec<_>>().join(" | ");
         if words.is_empty() { format!("{} is empty", self.layout.log(name).display()) } else { words }
+    }
+
+    pub(crate) fn told(&self) -> &AtomicBool {
+        &self.told
     }
 
     /// Names of the product's processes: nodes for agents, then gateways.
@@ -469,13 +479,14 @@ impl Lab {
         self.layout.ca().join("internet.crt")
     }
 
-    /// A place by name: `fabric`, `router`, `internet`, a node, a gateway, or a pod.
+    /// A place by name: `fabric`, `router`, `internet`, `control` with an API server, a node, a gateway, or a pod.
     ///
     /// # Errors
     /// When there is none of this name.
     pub fn place(&self, name: &str) -> Result<Place<'_>> {
         let scenario = &self.state.scenario;
-        let bare = matches!(name, "fabric" | "router" | "internet") || scenario.node(name).is_ok();
+        let control = name == kube::PLACE && self.has_kubernetes();
+        let bare = control || matches!(name, "fabric" | "router" | "internet") || scenario.node(name).is_ok();
         if bare {
             return Ok(Place { lab: self, name: name.into(), netns: self.state.netns(name), resolv: None });
         }

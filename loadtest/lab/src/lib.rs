@@ -11,6 +11,7 @@ pub mod family;
 pub mod foreign;
 pub mod forge;
 pub mod hello;
+pub mod kube;
 pub mod lab;
 pub mod liar;
 pub mod netns;

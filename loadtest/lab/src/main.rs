@@ -41,6 +41,15 @@ enum Do {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
+    /// Runs kubectl as the administrator of a lab with an API server.
+    Kubectl {
+        /// Name of the instance.
+        #[arg(long, default_value = "lab")]
+        name: String,
+        /// What kubectl gets.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
     /// Shows what runs.
     Status {
         /// Name of the instance; without it every instance.
@@ -122,6 +131,11 @@ fn run(command: Do) -> Result<ExitCode> {
         }
         Do::Exec { name, place, command } => {
             Lab::open(&name)?.place(&place)?.exec(&command)?;
+        }
+        Do::Kubectl { name, command } => {
+            let kubectl = tidegate_kube::tool(tidegate_kube::Tool::Kubectl)?.display().to_string();
+            let command: Vec<String> = std::iter::once(kubectl).chain(command).collect();
+            Lab::open(&name)?.place(tidegate_lab::kube::PLACE)?.exec(&command)?;
         }
         Do::Status { name } => {
             let names = name.map_or_else(state::instances, |n| vec![n]);

@@ -124,15 +124,18 @@ impl Lab {
         })
     }
 
-    /// Replaces or adds a manifest, in one step.
+    /// Replaces or adds a manifest, in one step. With an API server it is applied, and what it no longer has is deleted.
     ///
     /// # Errors
-    /// When the file cannot be written.
+    /// When the file cannot be written, or the API server refuses it.
     pub fn edit_manifest(&self, file: &str, text: &str) -> Result<()> {
+        let before = self.manifest(file).ok();
         // Not in the watched folder: the product must see only the finished file.
         let temporary = self.layout().folder.join(format!("edit.{file}"));
         fs::write(&temporary, text)?;
-        fs::rename(&temporary, self.layout().manifests().join(file)).with_context(|| format!("cannot replace {file}"))
+        fs::rename(&temporary, self.layout().manifests().join(file))
+            .with_context(|| format!("cannot replace {file}"))?;
+        if self.has_kubernetes() { self.sync_manifest(file, before.as_deref(), Some(text)) } else { Ok(()) }
     }
 
     /// The text of a manifest.
@@ -143,19 +146,25 @@ impl Lab {
         fs::read_to_string(self.layout().manifests().join(file)).with_context(|| format!("there is no manifest {file}"))
     }
 
-    /// Removes a manifest.
+    /// Removes a manifest; with an API server its objects are deleted.
     ///
     /// # Errors
     /// When there is none of this name.
     pub fn remove_manifest(&self, file: &str) -> Result<()> {
-        fs::remove_file(self.layout().manifests().join(file)).with_context(|| format!("there is no manifest {file}"))
+        let before = self.manifest(file)?;
+        fs::remove_file(self.layout().manifests().join(file))
+            .with_context(|| format!("there is no manifest {file}"))?;
+        if self.has_kubernetes() { self.sync_manifest(file, Some(&before), None) } else { Ok(()) }
     }
 
-    /// Writes a Namespace's manifest anew, with these annotations.
+    /// Gives a Namespace exactly these annotations: in its manifest, or with kubectl.
     ///
     /// # Errors
     /// When the scenario has no such namespace.
     pub fn annotate(&self, namespace: &str, annotations: &[(&str, &str)]) -> Result<()> {
+        if self.has_kubernetes() {
+            return self.annotate_object(namespace, annotations);
+        }
         let known = self.scenario().namespaces.iter().find(|n| n.name == namespace);
         let mut labels = known.with_context(|| format!("there is no namespace {namespace:?}"))?.labels.clone();
         labels.insert("kubernetes.io/metadata.name".into(), namespace.into());

@@ -11,8 +11,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::lab::{Lab, wait_for};
-use crate::netns;
 use crate::state::MARKER;
+use crate::{kube, netns};
 
 /// How long a command in a place may run, in seconds.
 const RUN_SECONDS: &str = "60";
@@ -130,10 +130,14 @@ impl Place<'_> {
         Err(command.exec()).with_context(|| format!("cannot run {program}"))
     }
 
-    /// What every command gets: the mark of the lab, and trust in the internet's authority.
+    /// What every command gets: the mark of the lab, and trust in the internet's authority; beside the API server its
+    /// administrator's kubeconfig.
     fn environment(&self, command: &mut Command) {
         let ca = self.lab.internet_ca();
         command.env(MARKER, self.lab.name()).env("CURL_CA_BUNDLE", &ca).env("SSL_CERT_FILE", &ca);
+        if let (kube::PLACE, Ok(kubeconfig)) = (self.name.as_str(), self.lab.kubeconfig()) {
+            command.env("KUBECONFIG", kubeconfig);
+        }
     }
 }
 

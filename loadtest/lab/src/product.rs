@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use crate::certs::{Authority, Files};
+use crate::kube::{self, gateway_kubeconfig};
 use crate::scenario::{CLUSTER_DOMAIN, Cni, SYSTEM_NAMESPACE, Scenario};
 
 /// Where agents find gateways, on the gateway pod's own address.
@@ -65,6 +66,11 @@ impl Layout {
         self.folder.join("socket").join(format!("{node}.sock"))
     }
 
+    /// Everything of the control plane.
+    pub fn control(&self) -> PathBuf {
+        self.folder.join("control")
+    }
+
     /// Makes the folders.
     pub fn create(&self) -> Result<()> {
         let folders = [
@@ -90,7 +96,8 @@ impl Layout {
 /// # Errors
 /// When a file cannot be written.
 pub fn write(scenario: &Scenario, layout: &Layout) -> Result<()> {
-    for (name, text) in manifests(scenario)? {
+    let manifests = if scenario.kubernetes.is_some() { kube::files(scenario)? } else { manifests(scenario)? };
+    for (name, text) in manifests {
         std::fs::write(layout.manifests().join(name), text)?;
     }
     if let Some(policies) = &scenario.policies {
@@ -198,10 +205,9 @@ fn gateway(scenario: &Scenario, layout: &Layout, name: &str, node: &str, files: 
             json!({"name": g.name, "node": g.node, "address": address})
         })
         .collect();
-    json!({
+    let mut config = json!({
         "name": name,
         "node": node,
-        "directory": layout.manifests(),
         "control": format!("[::]:{CONTROL_PORT}"),
         "tls": tls(files),
         "socket": layout.socket(node),
@@ -219,7 +225,16 @@ fn gateway(scenario: &Scenario, layout: &Layout, name: &str, node: &str, files: 
         },
         "resolvers": [{"servers": resolvers, "protocol": "Udp"}],
         "exemptNamespaces": ["kube-system", SYSTEM_NAMESPACE],
-    })
+    });
+    if scenario.kubernetes.is_some() {
+        config["kubernetes"] = json!({
+            "kubeconfig": gateway_kubeconfig(&layout.control(), name),
+            "namespace": SYSTEM_NAMESPACE,
+        });
+    } else {
+        config["directory"] = json!(layout.manifests());
+    }
+    config
 }
 
 /// What the cluster DNS is the authority for: the cluster domain and the reverse zones of the pod ranges.
@@ -323,7 +338,8 @@ pub fn namespace_object(
     })
 }
 
-fn documents(objects: impl Iterator<Item = Value>) -> Result<String> {
+/// Objects as one text.
+pub(crate) fn documents(objects: impl Iterator<Item = Value>) -> Result<String> {
     Ok(objects.map(|o| yaml(&o)).collect::<Result<Vec<_>>>()?.join("---\n"))
 }
 

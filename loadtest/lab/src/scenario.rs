@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::family::{FAMILIES, Family};
+use crate::kube::{self, Kubernetes};
 
 /// A whole scenario.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -52,6 +53,9 @@ pub struct Scenario {
     /// Egress pools.
     #[serde(default)]
     pub pools: Vec<Pool>,
+    /// The cluster has an API server, where the product reads its objects; absent: it reads a directory.
+    #[serde(default)]
+    pub kubernetes: Option<Kubernetes>,
     /// Directory of policy manifests, relative to the scenario file.
     #[serde(default)]
     pub policies: Option<PathBuf>,
@@ -466,7 +470,7 @@ impl Scenario {
     }
 
     fn check_names(&self) -> Result<()> {
-        let mut places = BTreeSet::from(["fabric".to_owned(), "router".to_owned(), "internet".to_owned()]);
+        let mut places = BTreeSet::from(["fabric", "router", "internet", kube::PLACE].map(str::to_owned));
         let nodes = self.nodes.iter().map(|n| n.name.clone());
         let pods = self.pods.iter().map(Pod::key);
         for place in nodes.chain(pods).chain(self.gateways.iter().map(|g| g.name.clone())) {
@@ -564,6 +568,16 @@ impl Scenario {
                 "internet: no prefix contains resolver {ip}"
             );
         }
+        if self.kubernetes.is_some() {
+            ensure!(
+                self.service_ranges.is_some(),
+                "kubernetes: serviceRanges is missing, from which Services get addresses"
+            );
+            let control = [IpAddr::from(self.control().0), self.control().1.into()];
+            let taken =
+                self.nodes.iter().find(|n| control.contains(&n.ipv4.into()) || control.contains(&n.ipv6.into()));
+            ensure!(taken.is_none(), "kubernetes: the second address of the underlay is the API server's");
+        }
         if self.tidegate.is_some() {
             ensure!(!self.gateways.is_empty(), "tidegate needs at least one gateway");
         }
@@ -643,6 +657,12 @@ impl Scenario {
         let v4 = u32::from(self.underlay.ipv4.network()) + 1;
         let v6 = u128::from(self.underlay.ipv6.network()) + 1;
         (v4.into(), v6.into())
+    }
+
+    /// The API server's addresses on the underlay: the next ones.
+    pub fn control(&self) -> (Ipv4Addr, Ipv6Addr) {
+        let (v4, v6) = self.router();
+        ((u32::from(v4) + 1).into(), (u128::from(v6) + 1).into())
     }
 
     /// Where the cluster DNS listens.

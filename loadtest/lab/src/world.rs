@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use crate::family::Family;
 use crate::scenario::{Cni, Node, Pod, RpFilter, Scenario};
 use crate::state::State;
-use crate::{netns, rules};
+use crate::{kube, netns, rules};
 
 /// The gateway address in every pod, as ptp CNIs use it.
 const POD_GATEWAY4: &str = "169.254.1.1";
@@ -54,6 +54,9 @@ pub fn veth(pod: &Pod) -> String {
 /// When a reference of the scenario leads nowhere.
 pub fn places(scenario: &Scenario, netns: impl Fn(&str) -> String) -> Result<Vec<Place>> {
     let mut places = vec![fabric(scenario, &netns), router(scenario, &netns), internet(scenario)];
+    if scenario.kubernetes.is_some() {
+        places.push(control(scenario));
+    }
     for one in &scenario.nodes {
         places.push(node(scenario, one, &netns)?);
     }
@@ -140,7 +143,8 @@ fn fabric(scenario: &Scenario, netns: &impl Fn(&str) -> String) -> Place {
     let mut place = Place::new(scenario, "fabric", false);
     place.link("link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0");
     place.link("link set br0 up");
-    let ports = scenario.nodes.iter().map(|n| n.name.as_str()).chain(["router"]);
+    let control = scenario.kubernetes.as_ref().map(|_| kube::PLACE);
+    let ports = scenario.nodes.iter().map(|n| n.name.as_str()).chain(["router"]).chain(control);
     for (i, name) in ports.enumerate() {
         place.pair(&format!("port{i}"), &netns(name), scenario.mtu);
         place.link(format!("link set port{i} master br0 up"));
@@ -197,6 +201,23 @@ fn internet(scenario: &Scenario) -> Place {
     let source = source.map(|ip| format!(" src {ip}")).unwrap_or_default();
     place.of(Family::V4, format!("route add default via {}{source}", BACKBONE.0));
     place.of(Family::V6, "route add default via fe80::1 dev eth0");
+    place
+}
+
+/// The machine of the API server: on the underlay, and it knows the way to pods.
+fn control(scenario: &Scenario) -> Place {
+    let mut place = Place::new(scenario, kube::PLACE, false);
+    let (v4, v6) = scenario.control();
+    let (router4, router6) = scenario.router();
+    place.of(Family::V4, format!("addr add {v4}/{} dev eth0", scenario.underlay.ipv4.prefix_len()));
+    place.of(Family::V6, format!("addr add {v6}/{} dev eth0 nodad", scenario.underlay.ipv6.prefix_len()));
+    place.address("link set eth0 up");
+    place.of(Family::V4, format!("route add default via {router4}"));
+    place.of(Family::V6, format!("route add default via {router6}"));
+    for node in &scenario.nodes {
+        place.of(Family::V4, format!("route add {} via {}", node.pods.ipv4, node.ipv4));
+        place.of(Family::V6, format!("route add {} via {}", node.pods.ipv6, node.ipv6));
+    }
     place
 }
 
