@@ -86,6 +86,7 @@ fn settings(config: &Config) -> model::Settings {
         },
         exempt_namespaces: config.exempt_namespaces.clone(),
         cluster_prefixes: config.cluster.prefixes.clone(),
+        cluster_dns: config.cluster.dns.clone(),
     }
 }
 

@@ -3,11 +3,12 @@
 //! for the memory of pair indices.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use ipnet::IpNet;
 use parking_lot::Mutex;
 use tidegate_ebpf::Local;
 use tidegate_policy::model::{self, AddressSource, Node, Objects};
@@ -25,6 +26,10 @@ pub struct Compiled {
     pub world: Arc<World>,
     /// The cluster's nodes.
     pub nodes: BTreeMap<String, Node>,
+    /// In-cluster ranges beside those of the nodes.
+    pub prefixes: Vec<IpNet>,
+    /// Where the cluster's DNS is.
+    pub dns: Vec<SocketAddr>,
     /// Every egress address of every pool: never a relay's destination.
     pub egress: BTreeSet<IpAddr>,
     /// Classes that facts will have if no prefix rule holds their addresses: their grants are pushed ahead.
@@ -47,7 +52,8 @@ impl Compiled {
         for g in world.groups() {
             groups.entry(g.scope().key()).or_default().push(g.clone());
         }
-        Self { world, nodes: objects.nodes.clone(), egress, ahead, groups }
+        let (prefixes, dns) = (objects.settings.cluster_prefixes.clone(), objects.settings.cluster_dns.clone());
+        Self { world, nodes: objects.nodes.clone(), prefixes, dns, egress, ahead, groups }
     }
 
     /// What a class grants to each group of its scope.
@@ -175,12 +181,12 @@ impl Desired {
     pub fn state(&self, compiled: &Compiled, parts: &NodeStateParts, target: Target<'_>) -> NodeState {
         let config = &self.config;
         let mut out = NodeState::default();
-        let mut prefixes: BTreeSet<_> = config.cluster.prefixes.iter().map(ipnet::IpNet::trunc).collect();
-        prefixes.extend(compiled.nodes.values().flat_map(|n| &n.pod_prefixes).map(ipnet::IpNet::trunc));
+        let mut prefixes: BTreeSet<_> = compiled.prefixes.iter().map(IpNet::trunc).collect();
+        prefixes.extend(compiled.nodes.values().flat_map(|n| &n.pod_prefixes).map(IpNet::trunc));
         out.cluster = state::Cluster {
             prefixes: prefixes.into_iter().collect(),
             node_ports: Some((config.cluster.node_ports.first, config.cluster.node_ports.last)),
-            dns: config.cluster.dns.clone(),
+            dns: compiled.dns.clone(),
             ping: config.ping,
         };
         for (name, n) in &compiled.nodes {

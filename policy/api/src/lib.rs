@@ -11,6 +11,7 @@ mod core_v1;
 pub mod crd;
 mod de;
 mod format;
+pub mod index;
 mod lint;
 mod manifest;
 mod problem;

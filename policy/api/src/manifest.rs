@@ -179,6 +179,11 @@ impl Reading<'_> {
     }
 }
 
+/// Reads one object.
+pub(crate) fn one(tree: &Tree) -> Item {
+    object(tree, Vec::new())
+}
+
 fn object(tree: &Tree, base: Vec<Seg>) -> Item {
     let item = Item { line: tree.line, ..Item::default() };
     let mut r = Reading { tree, base, item, object: None };

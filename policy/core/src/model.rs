@@ -4,7 +4,7 @@
 //! refuse there what is not well formed; here only meaning is left.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -74,7 +74,7 @@ pub enum DnsFilter {
 }
 
 /// Cluster-wide settings of policy.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
     /// What a pod that nothing selects is.
     pub cluster_default: ClusterDefault,
@@ -84,6 +84,8 @@ pub struct Settings {
     pub exempt_namespaces: Vec<String>,
     /// In-cluster destinations: never a public name's answer, never steered.
     pub cluster_prefixes: Vec<IpNet>,
+    /// Where the cluster's DNS is: what goes there is DNS whatever the port.
+    pub cluster_dns: Vec<SocketAddr>,
 }
 
 /// A namespace with what its annotations say.
