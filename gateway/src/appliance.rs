@@ -22,7 +22,7 @@ use tidegate_dns::{ClusterDns, DnsConfig, Protocol, ResolverGroup};
 use tidegate_ebpf::{Datapath, Events, Options, Role};
 use tidegate_ledger::Ledger;
 use tidegate_policy::event::Emit;
-use tidegate_policy::model::{self, Objects, UnixSeconds};
+use tidegate_policy::model::{self, Objects, Touched, UnixSeconds};
 use tidegate_policy::world::World;
 use tidegate_sni::{Relay, RelayConfig};
 use tokio::signal::unix::{SignalKind, signal};
@@ -184,7 +184,7 @@ impl PolicyThread {
             }
             let due = world.as_ref().is_some_and(|w| w.next_change().is_some_and(|t| t <= now()));
             if changed || due || world.is_none() {
-                let compiled = Arc::new(World::compile(&objects, now(), world.as_deref()));
+                let compiled = Arc::new(World::compile(&objects, now(), world.as_deref().map(|w| (w, Touched::ALL))));
                 tracing::info!(
                     namespaces = objects.namespaces.len(),
                     pods = objects.pods.len(),

@@ -46,10 +46,10 @@ impl Compiled {
             AddressSource::PodNetwork => &[],
         });
         let egress = pairs.flat_map(|p| [p.ipv4.map(IpAddr::from), p.ipv6.map(IpAddr::from)]).flatten().collect();
-        let classes = |s: &Arc<Scope>| s.single_rule_classes().into_iter().map(|c| (s.key(), c)).collect::<Vec<_>>();
+        let classes = |s: &Arc<Scope>| s.single_rule_classes().map(|c| (s.key(), c)).collect::<Vec<_>>();
         let ahead = world.scopes().values().flat_map(classes).collect();
         let mut groups: BTreeMap<ScopeKey, Vec<Arc<Group>>> = BTreeMap::new();
-        for g in world.groups() {
+        for g in world.groups().values() {
             groups.entry(g.scope().key()).or_default().push(g.clone());
         }
         let (prefixes, dns) = (objects.settings.cluster_prefixes.clone(), objects.settings.cluster_dns.clone());

@@ -30,7 +30,7 @@ use tidegate_ebpf::{Capacities, Datapath, Options, Role};
 use tidegate_ledger::Ledger;
 use tidegate_policy::Reason;
 use tidegate_policy::event::{Emit, Event, Verdict, What};
-use tidegate_policy::model::{Objects, UnixSeconds};
+use tidegate_policy::model::{Objects, Touched, UnixSeconds};
 use tidegate_policy::world::World;
 use tidegate_proto::{Beat, PeerFact, PeerMessage};
 use tidegate_sni::Registry;
@@ -303,7 +303,7 @@ impl Soak {
 
     fn compile(&mut self) {
         let wall = UnixSeconds(WALL + (self.now - START) as i64 / 1000);
-        self.world = Arc::new(World::compile(&self.objects, wall, Some(&self.world)));
+        self.world = Arc::new(World::compile(&self.objects, wall, Some((&*self.world, Touched::ALL))));
         self.tell(ToCore::World(Arc::new(Compiled::new(self.world.clone(), &self.objects))));
         self.done.edits += 1;
         self.pump();

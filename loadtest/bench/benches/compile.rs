@@ -7,7 +7,8 @@ use std::net::IpAddr;
 use criterion::{Criterion, criterion_group, criterion_main};
 use ipnet::IpNet;
 use tidegate_policy::model::{
-    Cidr, Fqdn, Namespace, Objects, OnRevoke, Pod, Policy, PolicyMode, Ports, Rule, Selector, SniMode, UnixSeconds,
+    Cidr, Fqdn, Namespace, Objects, OnRevoke, Pod, Policy, PolicyMode, Ports, Rule, Selector, SniMode, Touched,
+    UnixSeconds,
 };
 use tidegate_policy::world::World;
 use tidegate_policy::{Name, Proto};
@@ -69,7 +70,7 @@ fn bench(c: &mut Criterion) {
         let before = World::compile(&o, UnixSeconds(0), None);
         o.policies.insert(("ns-3".into(), "p-3".into()), policy(3, 11));
         c.bench_function(&format!("edit/{n}"), |b| {
-            b.iter(|| World::compile(black_box(&o), UnixSeconds(0), Some(&before)));
+            b.iter(|| World::compile(black_box(&o), UnixSeconds(0), Some((&before, Touched::ALL))));
         });
     }
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tidegate_api::Reader;
 use tidegate_api::annotation::allow_item;
 use tidegate_policy::World;
-use tidegate_policy::model::UnixSeconds;
+use tidegate_policy::model::{Touched, UnixSeconds};
 
 /// A file of this process and thread that goes with its value.
 struct File(PathBuf);
@@ -43,7 +43,7 @@ pub fn manifest(data: &[u8]) -> bool {
     assert!(!again.changed, "the same file gives the same objects");
     assert_eq!(first.problems.len(), again.problems.len());
     let world = World::compile(&first.objects, UnixSeconds(1_700_000_000), None);
-    let incremental = World::compile(&first.objects, UnixSeconds(1_700_000_000), Some(&world));
+    let incremental = World::compile(&first.objects, UnixSeconds(1_700_000_000), Some((&world, Touched::ALL)));
     assert_eq!(world.issues(), incremental.issues());
     assert_eq!(world.node_state_parts([]), incremental.node_state_parts([]));
     let o = &first.objects;

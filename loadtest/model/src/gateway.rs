@@ -12,7 +12,7 @@ use tidegate_dns_core::serve::{Decision, Rules, decide, plan};
 use tidegate_dns_core::wire::{Parsed, parse, question};
 use tidegate_dns_core::{AddressDecision, Allow, AskMode, Asker, Denial, NameDecision, Scratch, View};
 use tidegate_ledger::{Answer, Classify, Config, FactRecord, Input, Ledger, NodeId, Output, OwnerId};
-use tidegate_policy::model::{Objects, UnixSeconds};
+use tidegate_policy::model::{Objects, Touched, UnixSeconds};
 use tidegate_policy::state::{self, Entry, FactUpdate, NodeState, Touch};
 use tidegate_policy::world::{self, NodeStateParts, World};
 use tidegate_policy::{ClassKey, Name, Proto, Reason, ScopeKey, Via};
@@ -197,7 +197,7 @@ impl Gateway {
 
     /// An edit, as the core takes it: classes first, then grants and facts.
     pub fn edit(&mut self, objects: &Objects, wall: UnixSeconds, now: Duration) {
-        let world = Arc::new(World::compile(objects, wall, Some(&self.world())));
+        let world = Arc::new(World::compile(objects, wall, Some((&*self.world(), Touched::ALL))));
         self.objects = objects.clone();
         let old = self.shared.set(world.clone());
         for scope in old.scopes().keys().filter(|k| world.scope(**k).is_none()) {
@@ -236,8 +236,7 @@ impl Gateway {
 
     /// Classes that facts have, and those that the next facts will have.
     fn live_classes(&self) -> BTreeSet<(ScopeKey, ClassKey)> {
-        let ahead =
-            |s: &Arc<world::Scope>| s.single_rule_classes().into_iter().map(|c| (s.key(), c)).collect::<Vec<_>>();
+        let ahead = |s: &Arc<world::Scope>| s.single_rule_classes().map(|c| (s.key(), c)).collect::<Vec<_>>();
         self.world().scopes().values().flat_map(ahead).chain(self.classes.active()).collect()
     }
 
@@ -421,7 +420,7 @@ impl Gateway {
 
     fn grants(&self, scope: ScopeKey, class: ClassKey) -> Vec<GrantEntry> {
         let world = self.world();
-        let groups = world.groups().iter().filter(|g| g.scope().key() == scope);
+        let groups = world.groups_of(scope);
         groups.filter_map(|g| Some(GrantEntry { group: g.key(), class, ports: g.grant(class)? })).collect()
     }
 

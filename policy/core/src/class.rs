@@ -5,9 +5,9 @@
 //! set of rules whose prefixes hold it. Rules stand in a class by their stable keys, so
 //! that a class means the same on every replica and after every edit that keeps its rules.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use crate::eval::Hits;
 use crate::key::KeyHasher;
@@ -84,6 +84,8 @@ pub struct Scope {
     pub(crate) relevant: Vec<u32>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) context: Arc<Context>,
+    /// What [`Scope::single_rule_classes`] found; later scopes with the same rules have it too.
+    pub(crate) ahead: Arc<OnceLock<BTreeMap<ClassKey, Arc<ClassDef>>>>,
 }
 
 impl Scope {
@@ -180,23 +182,40 @@ impl Scope {
 
     /// The classes of single names as the rules suggest them, for addresses that no prefix rule
     /// holds: pushed ahead, so that facts learnt by a stand-in find their grants.
-    pub fn single_rule_classes(&self) -> BTreeSet<ClassKey> {
+    pub fn single_rule_classes(&self) -> impl Iterator<Item = ClassKey> + '_ {
+        self.ahead.get_or_init(|| self.find_ahead()).keys().copied()
+    }
+
+    /// What a class is made of, if somebody has registered it or it is pushed ahead.
+    pub(crate) fn definition(&self, class: ClassKey) -> Option<Arc<ClassDef>> {
+        self.ahead.get().and_then(|a| a.get(&class)).cloned().or_else(|| self.registry.get(class))
+    }
+
+    fn find_ahead(&self) -> BTreeMap<ClassKey, Arc<ClassDef>> {
         let own = self.own.rules.iter().filter(|r| matches!(r.says, Says::Allow | Says::Deny));
         let cluster = (0..self.cluster.rules.len() as u32)
             .filter(|id| self.is_relevant(*id))
             .map(|id| self.cluster.rule(id))
             .filter(|r| matches!(r.says, Says::Accept | Says::Deny | Says::Pass));
-        let mut out = BTreeSet::new();
+        let mut signatures = HashSet::new();
         for f in own.chain(cluster).flat_map(|r| &r.fqdns) {
             let pattern = match f {
                 Fqdn::Name(n) => Pattern::from(n),
                 Fqdn::Pattern(p) => p.clone(),
             };
             let Some(name) = pattern.sample() else { continue };
-            let names = vec![self.signature(&self.name_hits(name.as_str()).0)];
-            out.insert(self.registry.add(ClassDef { names, cidrs: Box::default() }));
+            signatures.insert(self.signature(&self.name_hits(name.as_str()).0));
         }
-        out
+        let def = |s| Arc::new(ClassDef { names: vec![s], cidrs: Box::default() });
+        signatures.into_iter().map(def).map(|d| (d.key(), d)).collect()
+    }
+
+    /// Whether both are the same to pods and leave by the same way.
+    pub fn same_way(&self, other: &Scope) -> bool {
+        self.namespace == other.namespace
+            && self.pool == other.pool
+            && self.source == other.source
+            && self.pair == other.pair
     }
 
     /// Whether both give every address the same class: if not, learnt facts have to be reclassified.

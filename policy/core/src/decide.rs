@@ -40,6 +40,7 @@ type Outcomes = HashMap<Hits, Arc<NameOutcome>, ahash::RandomState>;
 #[derive(Debug)]
 pub struct Group {
     key: GroupKey,
+    index: u32,
     scope: Arc<Scope>,
     selection: Selection,
     touch: Touch,
@@ -49,7 +50,7 @@ pub struct Group {
     on_revoke: OnRevoke,
     admin: Option<(PrefixSetKey, Arc<Prefixes>)>,
     own: Option<(PrefixSetKey, Arc<Prefixes>)>,
-    pub(crate) issues: Vec<Issue>,
+    pub(crate) issues: Arc<[Issue]>,
     outcomes: ArcSwap<Outcomes>,
 }
 
@@ -63,9 +64,11 @@ pub(crate) struct GroupParts {
 }
 
 impl Group {
-    pub(crate) fn new(p: GroupParts) -> Self {
+    /// `index` is its place in the world; `like` an earlier group of this key, whose work is taken over if it is the same.
+    pub(crate) fn new(p: GroupParts, index: u32, like: Option<&Group>) -> Self {
         let mut g = Group {
             key: p.key,
+            index,
             scope: p.scope,
             selection: p.selection,
             touch: p.touch,
@@ -74,9 +77,14 @@ impl Group {
             on_revoke: OnRevoke::Reset,
             admin: None,
             own: None,
-            issues: Vec::new(),
+            issues: Arc::default(),
             outcomes: ArcSwap::default(),
         };
+        if let Some(like) = like.filter(|like| like.says_the_same(&g)) {
+            (g.binds, g.on_revoke) = (like.binds, like.on_revoke);
+            (g.admin, g.own, g.issues) = (like.admin.clone(), like.own.clone(), like.issues.clone());
+            return g;
+        }
         let own = &g.selection.own;
         if !own.is_empty() && own.iter().all(|id| g.scope.own.policy(*id).on_revoke == OnRevoke::Drain) {
             g.on_revoke = OnRevoke::Drain;
@@ -90,7 +98,7 @@ impl Group {
         let interned = |p: Prefixes| crate::prefix::key_of(&p).map(|k| (k, Arc::new(p)));
         g.admin = interned(crate::prefix::flatten(&g.rules(), crate::prefix::Half::Admin));
         g.own = interned(crate::prefix::flatten(&g.rules(), crate::prefix::Half::Rest));
-        g.issues = crate::clip::issues(&g);
+        g.issues = crate::clip::issues(&g).into();
         g
     }
 
@@ -110,6 +118,14 @@ impl Group {
             && self.audit == p.audit
     }
 
+    /// Whether the same rules decide here and there in the same way: what machines are told is the same.
+    pub fn says_the_same(&self, other: &Group) -> bool {
+        self.scope.same_classes(&other.scope)
+            && self.selection == other.selection
+            && self.touch == other.touch
+            && self.audit == other.audit
+    }
+
     pub(crate) fn rules(&self) -> Rules<'_> {
         Rules {
             own: &self.scope.own,
@@ -122,6 +138,11 @@ impl Group {
     /// Its identity: the scope and the set of selecting policies; never their content.
     pub fn key(&self) -> GroupKey {
         self.key
+    }
+
+    /// Its place in the world, the same for as long as there is a group with this key.
+    pub fn index(&self) -> u32 {
+        self.index
     }
 
     /// Its scope.
@@ -237,7 +258,7 @@ impl Group {
     /// An address with several names gets the union. Where it takes the name to tell allowed from denied,
     /// TCP is inspected and UDP is denied. For guarded groups a deny holds only if it holds for every name.
     pub fn grant(&self, class: ClassKey) -> Option<PortSet> {
-        let def = self.scope.registry.get(class)?;
+        let def = self.scope.definition(class)?;
         let rules = self.rules();
         let bare = self.scope.hits_of(&def.cidrs);
         let named: Vec<Hits> = def.names.iter().map(|s| self.scope.hits_of(s).and(&bare)).collect();

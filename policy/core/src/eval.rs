@@ -19,7 +19,7 @@ use crate::special::{ENCRYPTED_DNS, metadata_range};
 use crate::{Carry, PortRange, PortSet, Proto, Via};
 
 /// The policies that select the pods of a group, as dense ids of its layers.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Selection {
     /// Own policies, the annotation among them.
     pub own: Vec<u32>,

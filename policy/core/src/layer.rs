@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -20,6 +20,7 @@ use crate::model::{
 };
 use crate::pattern::Pattern;
 use crate::ranges::Ranges;
+use crate::space::Window;
 
 /// Sorted dense rule ids.
 pub(crate) type Ids = SmallVec<[u32; 8]>;
@@ -133,13 +134,64 @@ pub(crate) struct Layer {
 }
 
 impl Layer {
-    /// Whether a layer compiled from this source now would be the same.
-    pub fn is_current(&self, source: &Source, now: UnixSeconds) -> bool {
-        let in_time = !self.timed || (self.valid.0 <= now && self.valid.1.is_none_or(|end| now < end));
-        in_time && self.source == *source
+    /// The layer without a rule.
+    pub fn empty() -> Arc<Self> {
+        static EMPTY: LazyLock<Arc<Layer>> = LazyLock::new(|| {
+            let source = Source::Own { namespace: String::new(), policies: Vec::new(), allow: None };
+            Arc::new(Layer::compile(source, UnixSeconds(0)))
+        });
+        EMPTY.clone()
     }
 
-    pub fn compile(source: Source, now: UnixSeconds) -> Self {
+    /// The layer of a namespace; `old` if that is the same.
+    pub fn own(
+        name: &str,
+        own: &[(&str, &Policy)],
+        rules: Option<&Vec<Rule>>,
+        now: UnixSeconds,
+        old: Option<&Arc<Self>>,
+    ) -> Arc<Self> {
+        if own.is_empty() && rules.is_none() {
+            return Self::empty();
+        }
+        let same = |l: &&Arc<Self>| match &l.source {
+            Source::Own { namespace, policies, allow } => {
+                namespace == name
+                    && allow.as_ref() == rules
+                    && policies.iter().map(|(n, p)| (n.as_str(), p)).eq(own.iter().copied())
+            }
+            Source::Cluster(_) => false,
+        };
+        if let Some(old) = old.filter(|l| l.in_time(now)).filter(same) {
+            return old.clone();
+        }
+        let policies = own.iter().map(|(n, p)| ((*n).to_owned(), (*p).clone())).collect();
+        Arc::new(Self::compile(Source::Own { namespace: name.to_owned(), policies, allow: rules.cloned() }, now))
+    }
+
+    /// The layer of all cluster policies; `old` if that is the same.
+    pub fn cluster(all: &BTreeMap<String, ClusterPolicy>, now: UnixSeconds, old: Option<&Arc<Self>>) -> Arc<Self> {
+        let same = |l: &&Arc<Self>| match &l.source {
+            Source::Cluster(policies) => policies.iter().map(|(n, p)| (n, p)).eq(all.iter()),
+            Source::Own { .. } => false,
+        };
+        if let Some(old) = old.filter(|l| l.in_time(now)).filter(same) {
+            return old.clone();
+        }
+        Arc::new(Self::compile(Source::Cluster(all.iter().map(|(n, p)| (n.clone(), p.clone())).collect()), now))
+    }
+
+    /// Whether it would be the same if it were compiled from its source at this time.
+    pub fn in_time(&self, now: UnixSeconds) -> bool {
+        self.window().is_none_or(|w| w.holds(now))
+    }
+
+    /// When it is the same; absent where time plays no role.
+    pub fn window(&self) -> Option<Window> {
+        self.timed.then_some(Window { from: Some(self.valid.0), until: self.valid.1 })
+    }
+
+    fn compile(source: Source, now: UnixSeconds) -> Self {
         let mut b = Builder::new(now);
         match &source {
             Source::Own { namespace, policies, allow } => {

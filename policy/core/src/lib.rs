@@ -22,6 +22,8 @@ pub mod port;
 pub mod prefix;
 mod ranges;
 pub mod reason;
+pub mod shards;
+mod space;
 pub mod special;
 pub mod state;
 pub mod world;

@@ -40,15 +40,22 @@ pub struct Objects {
     pub settings: Settings,
 }
 
-/// What of the objects is other than it was at the last compile.
+/// What of the objects is other than it was at the last compile. To say too much costs time; what is not said is not
+/// seen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Touched {
     /// Anything may be: a cluster policy, a pool, a node or a setting changed.
     pub all: bool,
-    /// Namespaces which changed themselves or have changed policies: all of their pods are looked at again.
+    /// Namespaces which changed themselves, have changed policies or were given another pair: all of their pods are looked
+    /// at again.
     pub namespaces: BTreeSet<String>,
-    /// Single pods, by (namespace, name).
+    /// Single pods, by (namespace, name): new, changed or gone.
     pub pods: BTreeSet<(String, String)>,
+}
+
+impl Touched {
+    /// Anything may be.
+    pub const ALL: &'static Touched = &Touched { all: true, namespaces: BTreeSet::new(), pods: BTreeSet::new() };
 }
 
 /// What a pod that no policy selects is.

@@ -1,7 +1,7 @@
 //! The compiled policy of a whole cluster at one moment: immutable, cheap to read from any thread.
 //!
 //! ```text
-//! let world = World::compile(&objects, now, previous.as_deref());    // parts that did not change are shared
+//! let world = World::compile(&objects, now, Some((&previous, &touched)));    // what was not touched is shared
 //! world.next_change()                                → when to compile again although nothing was edited
 //! world.endpoint(ip)                                 → who, touch, scope and group of a pod's address
 //! world.group(index) / world.group_by_key(key)       → &Arc<Group>:
@@ -15,7 +15,7 @@
 //!     scope.class(ip, names)                         → ClassKey, registered for every later world
 //!     scope.single_rule_classes()                    → classes whose grants are pushed ahead
 //!     scope.pool(), scope.pair(), scope.families()
-//! world.changed_scopes(&previous)                    → scopes whose facts have to be reclassified
+//! world.changes(&previous)                           → endpoints, scopes and groups that may be others, at their cost
 //! world.node_state_parts(active)                     → what is pushed: endpoints, groups, prefixes, grants, scopes
 //! world.retain_classes(&live)                        → forgets classes that no fact has
 //! world.issues()                                     → refused, clipped, conflicted
@@ -23,21 +23,24 @@
 //!
 //! Decisions say what enforcement does. In a group with [`Group::audit`] a deny is reported and passes.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use ipnet::IpNet;
 
 pub use crate::class::Scope;
+use crate::compile::{Contested, Slots};
 pub use crate::decide::Group;
 pub use crate::decision::{AddressDecision, Answer, BuiltIn, Decision, Explanation, NameDecision, NameFacts};
 pub use crate::eval::{Said, Step};
 use crate::event::Who;
 pub use crate::issue::{Issue, IssueKind, IssueReason, PolicyRef};
 use crate::layer::Layer;
-use crate::model::{DnsFilter, Objects, Pair, UnixSeconds};
+use crate::model::{DnsFilter, Objects, Pair, Touched, UnixSeconds};
 use crate::ranges::Ranges;
+use crate::shards::Shards;
+use crate::space::{Space, Window};
 use crate::state::{self, Prefixes, Touch};
 use crate::{ClassKey, GroupKey, PortSet, PrefixSetKey, ScopeKey};
 
@@ -59,7 +62,7 @@ pub struct Member {
     pub scope: ScopeKey,
     /// Its group.
     pub group: GroupKey,
-    /// The group's dense index in this world.
+    /// The group's index in this world.
     pub index: u32,
 }
 
@@ -89,15 +92,35 @@ impl Context {
 pub struct World {
     pub(crate) now: UnixSeconds,
     pub(crate) context: Arc<Context>,
-    pub(crate) own: BTreeMap<String, Arc<Layer>>,
     pub(crate) cluster: Arc<Layer>,
-    pub(crate) scopes: BTreeMap<ScopeKey, Arc<Scope>>,
-    pub(crate) groups: Vec<Arc<Group>>,
-    pub(crate) by_key: BTreeMap<GroupKey, u32>,
-    pub(crate) endpoints: HashMap<IpAddr, Endpoint, ahash::RandomState>,
-    pub(crate) issues: Vec<Issue>,
+    pub(crate) spaces: Shards<Arc<str>, Arc<Space>>,
+    pub(crate) scopes: Shards<ScopeKey, Arc<Scope>>,
+    pub(crate) groups: Shards<GroupKey, Arc<Group>>,
+    pub(crate) slots: Slots,
+    pub(crate) endpoints: Shards<IpAddr, Endpoint>,
+    /// Addresses that several pods have.
+    pub(crate) contested: Shards<IpAddr, Arc<Contested>>,
+    /// Namespaces for which time plays a role.
+    pub(crate) timed: Shards<Arc<str>, Window>,
+    /// Namespaces with issues.
+    pub(crate) flawed: Shards<Arc<str>, ()>,
+    /// Put together when somebody asks.
+    pub(crate) issues: OnceLock<Vec<Issue>>,
     pub(crate) next_change: Option<UnixSeconds>,
     pub(crate) registry: Arc<crate::class::Registry>,
+}
+
+/// What may be other than in an earlier world.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Addresses that are new, gone, or of another pod, kind, scope or group.
+    pub endpoints: Vec<IpAddr>,
+    /// Scopes that are new, gone, or leave by another way.
+    pub scopes: BTreeSet<ScopeKey>,
+    /// Scopes that are new or whose facts may have other classes.
+    pub classes: BTreeSet<ScopeKey>,
+    /// Groups that are new, gone, or for which other rules decide.
+    pub groups: BTreeSet<GroupKey>,
 }
 
 /// A scope as it is pushed; owner and epoch are the pusher's.
@@ -127,9 +150,10 @@ pub struct NodeStateParts {
 }
 
 impl World {
-    /// Compiles. `now` decides which rules have ended and which audits run. What did not change since
-    /// `previous` is shared with it; the result is the same with or without it.
-    pub fn compile(objects: &Objects, now: UnixSeconds, previous: Option<&World>) -> World {
+    /// Compiles. `now` decides which rules have ended and which audits run. `previous` is an earlier world with all that
+    /// was touched since: only that, and what time changed, is compiled anew; all else is shared with it. The result is
+    /// the same with or without it, but for the indices of groups.
+    pub fn compile(objects: &Objects, now: UnixSeconds, previous: Option<(&World, &Touched)>) -> World {
         crate::compile::compile(objects, now, previous)
     }
 
@@ -145,7 +169,15 @@ impl World {
 
     /// What is wrong with the objects, sorted.
     pub fn issues(&self) -> &[Issue] {
-        &self.issues
+        self.issues.get_or_init(|| {
+            let spaces = self.flawed.keys().filter_map(|name| self.spaces.get(name));
+            let spaces = spaces.flat_map(|s| &s.issues);
+            let addresses = self.contested.values().flat_map(|c| &c.issues);
+            let mut all: Vec<Issue> = self.cluster.issues.iter().chain(spaces).chain(addresses).cloned().collect();
+            all.sort_unstable();
+            all.dedup();
+            all
+        })
     }
 
     /// What is known of a pod's address.
@@ -158,8 +190,13 @@ impl World {
         self.endpoints.iter().map(|(ip, e)| (*ip, e))
     }
 
-    /// All scopes that have endpoints, by key.
-    pub fn scopes(&self) -> &BTreeMap<ScopeKey, Arc<Scope>> {
+    /// The addresses of a namespace's pods; some may be known as another pod's.
+    pub fn addresses_of(&self, namespace: &str) -> impl Iterator<Item = IpAddr> {
+        self.spaces.get(namespace).into_iter().flat_map(|s| s.pods.values()).flat_map(|r| r.addresses.iter().copied())
+    }
+
+    /// All scopes that have pods, by key.
+    pub fn scopes(&self) -> &Shards<ScopeKey, Arc<Scope>> {
         &self.scopes
     }
 
@@ -168,24 +205,30 @@ impl World {
         self.scopes.get(&key)
     }
 
+    /// The groups of a scope.
+    pub fn groups_of(&self, scope: ScopeKey) -> impl Iterator<Item = &Arc<Group>> {
+        let space = self.scope(scope).and_then(|s| self.spaces.get(s.namespace()));
+        space.into_iter().flat_map(|s| s.groups()).filter(move |g| g.scope().key() == scope)
+    }
+
     /// The pair that a scope leaves by.
     pub fn pair_of(&self, scope: ScopeKey) -> Option<Pair> {
         self.scope(scope)?.pair()
     }
 
-    /// All groups; the place is the dense index of [`Member::index`].
-    pub fn groups(&self) -> &[Arc<Group>] {
+    /// All groups, by key.
+    pub fn groups(&self) -> &Shards<GroupKey, Arc<Group>> {
         &self.groups
     }
 
-    /// A group by its dense index.
+    /// A group by its index, [`Member::index`].
     pub fn group(&self, index: u32) -> Option<&Arc<Group>> {
-        self.groups.get(index as usize)
+        self.slots.get(index)
     }
 
     /// A group by its key.
     pub fn group_by_key(&self, key: GroupKey) -> Option<&Arc<Group>> {
-        self.group(*self.by_key.get(&key)?)
+        self.groups.get(&key)
     }
 
     /// The group of a pod's address; absent for unknown and untouched pods.
@@ -198,10 +241,34 @@ impl World {
         self.endpoints.contains_key(&ip) || self.context.in_cluster(ip)
     }
 
+    /// What may be other than in an earlier world. Costs what is.
+    pub fn changes(&self, previous: &World) -> Changes {
+        let mut out = Changes::default();
+        self.endpoints.compare(&previous.endpoints, |ip, old, new| {
+            if old != new {
+                out.endpoints.push(*ip);
+            }
+        });
+        self.scopes.compare(&previous.scopes, |key, old, new| {
+            let both = old.zip(new);
+            if both.is_none_or(|(a, b)| !Arc::ptr_eq(a, b) && !a.same_way(b)) {
+                out.scopes.insert(*key);
+            }
+            if new.is_some() && both.is_none_or(|(a, b)| !Arc::ptr_eq(a, b) && !a.same_classes(b)) {
+                out.classes.insert(*key);
+            }
+        });
+        self.groups.compare(&previous.groups, |key, old, new| {
+            if old.zip(new).is_none_or(|(a, b)| !Arc::ptr_eq(a, b) && !a.says_the_same(b)) {
+                out.groups.insert(*key);
+            }
+        });
+        out
+    }
+
     /// The scopes that are new or whose facts may have other classes than in `previous`.
     pub fn changed_scopes(&self, previous: &World) -> Vec<ScopeKey> {
-        let same = |s: &Scope| previous.scope(s.key()).is_some_and(|p| p.same_classes(s));
-        self.scopes.values().filter(|s| !same(s)).map(|s| s.key()).collect()
+        self.changes(previous).classes.into_iter().collect()
     }
 
     /// Forgets all classes but these. Facts, and whatever else still names a class, must be in `live`.
@@ -218,9 +285,9 @@ impl World {
     /// group of the scope gets a grant for each. A class that nobody has registered has no grant: a fact of it allows nothing.
     pub fn node_state_parts(&self, active: impl IntoIterator<Item = (ScopeKey, ClassKey)>) -> NodeStateParts {
         let mut out = NodeStateParts::default();
-        for (ip, e) in &self.endpoints {
+        for (ip, e) in self.endpoints() {
             out.endpoints.insert(
-                *ip,
+                ip,
                 state::Endpoint {
                     node: e.who.node.to_string(),
                     namespace: e.who.namespace.to_string(),
@@ -235,7 +302,7 @@ impl World {
             out.scopes.insert(s.key(), part);
         }
         let mut of_scope: BTreeMap<ScopeKey, Vec<&Arc<Group>>> = BTreeMap::new();
-        for g in &self.groups {
+        for g in self.groups.values() {
             of_scope.entry(g.scope().key()).or_default().push(g);
             let sets = [g.admin_prefixes(), g.own_prefixes()];
             for (key, set) in sets.into_iter().flatten() {

@@ -63,7 +63,7 @@ fn audit_runs_until_its_end() {
     assert!(g.audit());
     assert_eq!(g.a("b.com"), Answer::NxDomain, "decisions say what enforcement does");
     assert_eq!(w.next_change(), Some(UnixSeconds(2000)));
-    let later = World::compile(&o, UnixSeconds(2000), Some(&w));
+    let later = World::compile(&o, UnixSeconds(2000), Some((&w, Touched::ALL)));
     let h = later.group_of(ip("10.1.0.1")).unwrap();
     assert!(!h.audit() && h.key() == g.key());
     assert_eq!(later.next_change(), None);
@@ -78,14 +78,14 @@ fn rules_end_at_their_time() {
     let w = o.world();
     assert_eq!(w.next_change(), Some(UnixSeconds(1500)));
     assert_eq!(w.group_of(ip("10.1.0.1")).unwrap().a("a.com"), Answer::Bind);
-    let same = World::compile(&o, UnixSeconds(1499), Some(&w));
-    assert!(Arc::ptr_eq(&same.groups()[0], &w.groups()[0]));
-    let later = World::compile(&o, UnixSeconds(1500), Some(&w));
+    let same = World::compile(&o, UnixSeconds(1499), Some((&w, Touched::ALL)));
+    assert!(same.groups().values().zip(w.groups().values()).all(|(a, b)| Arc::ptr_eq(a, b)));
+    let later = World::compile(&o, UnixSeconds(1500), Some((&w, Touched::ALL)));
     let g = later.group_of(ip("10.1.0.1")).unwrap();
     assert_eq!((g.a("a.com"), g.a("b.com"), g.touch()), (Answer::NxDomain, Answer::Bind, Touch::Isolated));
     assert_eq!(later.changed_scopes(&w), [g.scope().key()]);
     // Time that goes back brings the rule back.
-    let back = World::compile(&o, UnixSeconds(1000), Some(&later));
+    let back = World::compile(&o, UnixSeconds(1000), Some((&later, Touched::ALL)));
     assert_eq!(back.group_of(ip("10.1.0.1")).unwrap().a("a.com"), Answer::Bind);
 }
 
@@ -282,15 +282,15 @@ fn keys_are_stable_and_unchanged_parts_are_shared() {
         g.scope().class(ip("192.0.2.9"), &[name("z.b.com"), name("a.com"), name("y.b.com")]),
         "rules, not names"
     );
-    let same = World::compile(&o, UnixSeconds(1001), Some(&w));
-    assert!(w.groups().iter().zip(same.groups()).all(|(a, b)| Arc::ptr_eq(a, b)));
+    let same = World::compile(&o, UnixSeconds(1001), Some((&w, Touched::ALL)));
+    assert!(w.groups().values().zip(same.groups().values()).all(|(a, b)| Arc::ptr_eq(a, b)));
     assert!(same.changed_scopes(&w).is_empty());
     assert!(Arc::ptr_eq(&w.endpoint(ip("10.1.0.1")).unwrap().who, &same.endpoint(ip("10.1.0.1")).unwrap().who));
 
     // An edit of a rule's ports: same group, same class, another grant; the other namespace is shared.
     let before = g.grant(class).unwrap();
     o.policies.get_mut(&("shop".into(), "p".into())).unwrap().egress[0].ports = vec![port("8443")];
-    let edited = World::compile(&o, UnixSeconds(1001), Some(&w));
+    let edited = World::compile(&o, UnixSeconds(1001), Some((&w, Touched::ALL)));
     let h = edited.group_of(ip("10.1.0.1")).unwrap();
     assert_eq!(h.key(), g.key());
     assert_eq!(h.scope().class(ip("192.0.2.1"), &[name("a.com"), name("q.b.com")]), class);
@@ -300,10 +300,10 @@ fn keys_are_stable_and_unchanged_parts_are_shared() {
 
     // A class outlives the rule: it then grants nothing by name.
     o.policies.get_mut(&("shop".into(), "p".into())).unwrap().egress.clear();
-    let empty = World::compile(&o, UnixSeconds(1001), Some(&edited));
+    let empty = World::compile(&o, UnixSeconds(1001), Some((&edited, Touched::ALL)));
     assert!(empty.group_of(ip("10.1.0.1")).unwrap().grant(class).unwrap().is_empty());
     // Another selecting policy is another group; the scope stays.
-    let more = World::compile(&o.clone().own("q", allow(&["c.com"])), UnixSeconds(1001), Some(&empty));
+    let more = World::compile(&o.clone().own("q", allow(&["c.com"])), UnixSeconds(1001), Some((&empty, Touched::ALL)));
     let m = more.group_of(ip("10.1.0.1")).unwrap();
     assert!(m.key() != g.key() && m.scope().key() == g.scope().key());
     more.retain_classes(&BTreeSet::new());
@@ -319,7 +319,7 @@ fn what_is_pushed_hangs_together() {
     let w = o.world();
     let g = w.group_of(ip("10.1.0.1")).unwrap();
     let scope = g.scope().key();
-    let ahead = g.scope().single_rule_classes();
+    let ahead: Vec<_> = g.scope().single_rule_classes().collect();
     let learnt = g.scope().class(ip("192.0.2.1"), &[name("x.b.com")]);
     assert!(ahead.contains(&learnt), "the class of one name is there before anybody asks");
     let parts = w.node_state_parts(ahead.iter().map(|c| (scope, *c)));

@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 #![allow(clippy::unwrap_used, reason = "texts of tests are well formed")]
 
+pub mod same;
+
 use std::net::IpAddr;
 use std::sync::Arc;
 
