@@ -145,6 +145,10 @@ pub struct Index {
     external: Arc<ExternalNames>,
     /// The pairs that each namespace was assigned.
     assigned: BTreeMap<String, Vec<(String, Pair)>>,
+    /// Namespaces that are being deleted.
+    ending: BTreeSet<String>,
+    /// Policies that were deleted with their namespace. They hold as long as its pods may still run: until it is gone.
+    orphans: BTreeSet<Key>,
     touched: Touched,
     /// Counts the changes of what [`Index::records`] says, resourceVersions aside.
     noted: u64,
@@ -161,6 +165,8 @@ impl Index {
             cluster: Cluster::default(),
             external: Arc::default(),
             assigned: BTreeMap::new(),
+            ending: BTreeSet::new(),
+            orphans: BTreeSet::new(),
             touched: Touched::default(),
             noted: 0,
         }
@@ -224,6 +230,11 @@ impl Index {
             Err(problems) => (None, problems),
         };
         let good = read.is_some();
+        match feed {
+            Feed::Namespaces if meta["deletionTimestamp"].is_string() => drop(self.ending.insert(key.1.clone())),
+            Feed::EgressPolicies => drop(self.orphans.remove(&key)),
+            _ => {}
+        }
         if let Some(value) = read {
             self.hold(feed, &key, Some(value));
         }
@@ -261,7 +272,17 @@ impl Index {
     fn remove(&mut self, feed: Feed, key: &Key) {
         if self.records.get_mut(&feed).is_some_and(|r| r.remove(key).is_some()) {
             self.noted += 1;
+            if feed == Feed::EgressPolicies && self.ending.contains(&key.0) {
+                // Not somebody's wish, and pods take their time to end: without it they would be open until then.
+                self.orphans.insert(key.clone());
+                return;
+            }
             self.hold(feed, key, None);
+            if feed == Feed::Namespaces && self.ending.remove(&key.1) {
+                for orphan in self.orphans.extract_if(.., |o| o.0 == key.1).collect::<Vec<_>>() {
+                    self.hold(Feed::EgressPolicies, &orphan, None);
+                }
+            }
         }
     }
 

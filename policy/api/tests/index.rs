@@ -149,6 +149,39 @@ fn a_namespace_made_anew_is_another_one() {
 }
 
 #[test]
+fn a_deleted_namespaces_policies_hold_until_it_is_gone() {
+    let ending = |uid: &str| {
+        let mut object = namespace("shop", uid, json!({}));
+        object["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+        object
+    };
+    let mut i = index();
+    i.apply(Feed::Namespaces, &namespace("shop", "u", json!({})));
+    i.apply(Feed::EgressPolicies, &policy("one", "p", 1, 443));
+    i.apply(Feed::EgressPolicies, &policy("two", "q", 1, 444));
+    i.delete(Feed::EgressPolicies, &policy("two", "q", 1, 444));
+    assert_eq!(ports(i.objects()), [("one", 443)], "what is deleted by itself is gone");
+    i.apply(Feed::Namespaces, &ending("u"));
+    i.take_touched();
+    i.restarted(Feed::EgressPolicies, &BTreeSet::new());
+    assert_eq!(ports(i.objects()), [("one", 443)]);
+    assert!(i.record(Feed::EgressPolicies, "shop", "one").is_none() && !i.is_touched());
+    i.delete(Feed::Namespaces, &ending("u"));
+    assert!(i.objects().policies.is_empty());
+    assert_eq!(i.take_touched(), touched(false, &["shop"], &[]));
+
+    // The name's next owner has nothing of the old one's, even if nobody saw that one go.
+    i.apply(Feed::Namespaces, &ending("u"));
+    i.apply(Feed::EgressPolicies, &policy("one", "p", 1, 443));
+    i.delete(Feed::EgressPolicies, &policy("one", "p", 1, 443));
+    i.apply(Feed::Namespaces, &namespace("shop", "v", json!({})));
+    assert!(i.objects().policies.is_empty());
+    i.apply(Feed::EgressPolicies, &policy("one", "r", 1, 445));
+    i.delete(Feed::EgressPolicies, &policy("one", "r", 1, 445));
+    assert!(i.objects().policies.is_empty(), "it is not ending");
+}
+
+#[test]
 fn an_address_moves_to_another_namespace_within_a_batch() {
     let mut i = index();
     i.apply(Feed::Pods, &pod("shop", "a", "1", &["10.0.0.1"]));
