@@ -39,6 +39,8 @@ pub struct Options {
     pub tidegate: Option<PathBuf>,
     /// Make everything ready and start nothing of the product: [`Lab::start_product`] does.
     pub idle: bool,
+    /// Print every kubectl command.
+    pub tell_kubectl: bool,
 }
 
 impl Options {
@@ -142,7 +144,7 @@ impl Lab {
         );
         let state = State::create(&options.name, scenario)?;
         let layout = Layout { folder: state::folder(&options.name) };
-        let mut this = Self { state, layout, lab, tidegate, owned: true, told: AtomicBool::new(false) };
+        let mut this = Self { state, layout, lab, tidegate, owned: true, told: options.tell_kubectl.into() };
         this.build(options.idle).context("the lab did not come up")?;
         Ok(this)
     }

@@ -417,6 +417,16 @@ impl Scenario {
         Ok(scenario)
     }
 
+    /// The same world with an API server, where the product reads its objects.
+    ///
+    /// # Errors
+    /// When it lacks what an API server needs.
+    pub fn with_kubernetes(mut self) -> Result<Self> {
+        self.kubernetes.get_or_insert_default();
+        self.check_references()?;
+        Ok(self)
+    }
+
     /// Reads a scenario from text; `policies` stays as written, and `extends` is not known.
     ///
     /// # Errors

@@ -4,6 +4,7 @@
 //! of the manifests' folder. There is no kubelet: the lab says in each pod's status where it runs.
 
 mod objects;
+mod pods;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -23,21 +24,22 @@ use tidegate_kube::{Addresses, Api, Output, Site, Tool, tool};
 use crate::lab::{Lab, wait_for};
 use crate::scenario::{SYSTEM_NAMESPACE, Scenario};
 use crate::state::{MARKER, Process};
-use crate::{family::Family, netns};
+use crate::{family::Family, netns, state};
 
 pub(crate) use objects::{Id, files};
+pub use pods::Guest;
 
 /// The place of the API server.
 pub const PLACE: &str = "control";
-/// The ServiceAccount of gateways.
-const GATEWAY_ACCOUNT: &str = "tidegate-gateway";
+/// The audience of the tokens that agents show to gateways.
+const AUDIENCE: &str = "tidegate";
 /// How long the API server may take until it answers. It is ready in 4 s on an idle machine; others may be busy.
 const READY: Duration = Duration::from_secs(120);
 /// How long a killed server may take to be gone.
 const GONE: Duration = Duration::from_secs(5);
 /// How manifests are applied: what one no longer says goes, whoever else wrote meanwhile.
 const APPLY: [&str; 3] = ["apply", "--server-side", "--force-conflicts"];
-/// How long a gateway's token lives, in seconds.
+/// How long tokens live, in seconds.
 const TOKEN_SECONDS: u32 = 86_400;
 
 /// That the cluster has an API server, which is where the product reads its objects.
@@ -68,6 +70,11 @@ pub fn site(scenario: &Scenario, folder: &Path) -> Site {
 /// The kubeconfig of a gateway, in the control plane's folder.
 pub fn gateway_kubeconfig(folder: &Path, gateway: &str) -> PathBuf {
     folder.join(format!("{gateway}.kubeconfig"))
+}
+
+/// The token that a node's agent shows to gateways, in the control plane's folder.
+pub fn agent_token(folder: &Path, node: &str) -> PathBuf {
+    folder.join(format!("{node}.agent.token"))
 }
 
 impl Lab {
@@ -225,8 +232,17 @@ impl Lab {
                 self.apply_manifest(name, text)?;
             }
         }
-        let gateways = self.scenario().gateways.clone();
-        gateways.iter().try_for_each(|gateway| self.write_gateway_kubeconfig(&gateway.name))
+        let site = self.site()?;
+        for gateway in &self.scenario().gateways {
+            let file = site.folder().join(format!("{}.token", gateway.name));
+            self.write_token(objects::GATEWAY_SERVICE, &gateway.name, None, &file)?;
+            site.write_token_kubeconfig(&gateway_kubeconfig(site.folder(), &gateway.name), &gateway.name, &file)?;
+        }
+        for node in &self.scenario().nodes {
+            let file = agent_token(site.folder(), &node.name);
+            self.write_token(objects::AGENT_ACCOUNT, &objects::agent_pod(&node.name), Some(AUDIENCE), &file)?;
+        }
+        Ok(())
     }
 
     /// Installs CRDs, roles and accounts, as the chart has them. Nobody starts pods for its Deployment and DaemonSet.
@@ -246,17 +262,19 @@ impl Lab {
         self.kubectl(&wait).map(drop)
     }
 
-    /// Asks for a token of a gateway's pod, and writes the kubeconfig that shows it.
-    fn write_gateway_kubeconfig(&self, gateway: &str) -> Result<()> {
-        let site = self.site()?;
-        let path = format!("/api/v1/namespaces/{SYSTEM_NAMESPACE}/serviceaccounts/{GATEWAY_ACCOUNT}/token");
-        let pod = json!({"apiVersion": "v1", "kind": "Pod", "name": gateway});
-        let spec = json!({"expirationSeconds": TOKEN_SECONDS, "boundObjectRef": pod});
+    /// Asks for a token that is bound to a pod of the gateways' namespace, and writes it to a file; without an audience it is
+    /// for the API server.
+    ///
+    /// # Errors
+    /// What the API server says against it.
+    pub fn write_token(&self, account: &str, pod: &str, audience: Option<&str>, file: &Path) -> Result<()> {
+        let path = format!("/api/v1/namespaces/{SYSTEM_NAMESPACE}/serviceaccounts/{account}/token");
+        let bound = json!({"apiVersion": "v1", "kind": "Pod", "name": pod});
+        let audiences: Vec<&str> = audience.into_iter().collect();
+        let spec = json!({"expirationSeconds": TOKEN_SECONDS, "boundObjectRef": bound, "audiences": audiences});
         let made = self.request("POST", &path, &json!({"spec": spec}))?;
         let token = made["status"]["token"].as_str().context("the API server gave no token")?;
-        let file = site.folder().join(format!("{gateway}.token"));
-        fs::write(&file, token)?;
-        site.write_token_kubeconfig(&gateway_kubeconfig(site.folder(), gateway), gateway, &file)
+        state::replace(file, token.as_bytes())
     }
 
     /// Brings the API to what a manifest now says: applies its objects, deletes those that only the text before had.

@@ -5,9 +5,11 @@ use serde_json::{Value, json};
 
 use crate::family::Family;
 use crate::product::{documents, manifests};
-use crate::scenario::{Pod, SYSTEM_NAMESPACE, Scenario};
+use crate::scenario::{Node, Pod, SYSTEM_NAMESPACE, Scenario};
 
-/// The headless Service of gateways.
+/// The ServiceAccount of agents.
+pub const AGENT_ACCOUNT: &str = "tidegate-agent";
+/// The headless Service of gateways, and their ServiceAccount.
 pub const GATEWAY_SERVICE: &str = "tidegate-gateway";
 /// Where gateways listen.
 const CONTROL_PORT: u16 = 7443;
@@ -17,6 +19,10 @@ pub const ROLES: &str = "
 apiVersion: v1
 kind: ServiceAccount
 metadata: {name: tidegate-gateway, namespace: tidegate-system}
+---
+apiVersion: v1
+kind: ServiceAccount
+metadata: {name: tidegate-agent, namespace: tidegate-system}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
@@ -154,7 +160,38 @@ pub fn files(scenario: &Scenario) -> Result<Vec<(String, String)>> {
         files.push((name, documents(objects)?));
     }
     files.push(("services.yaml".into(), documents(services(scenario)?.into_iter())?));
+    files.push(("agents.yaml".into(), documents(scenario.nodes.iter().map(|node| agent(scenario, node)))?));
     Ok(files)
+}
+
+/// The name of the agent's pod on a node.
+pub fn agent_pod(node: &str) -> String {
+    format!("tidegate-agent-{node}")
+}
+
+/// The agent's pod, as its DaemonSet makes it: on the node's own network.
+fn agent(scenario: &Scenario, node: &Node) -> Value {
+    let ips: Vec<Value> = scenario.node_addresses(node).iter().map(|ip| json!({"ip": ip})).collect();
+    let first = ips.first().map(|ip| ip["ip"].clone());
+    native(
+        scenario,
+        json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {
+                "name": agent_pod(&node.name), "namespace": SYSTEM_NAMESPACE,
+                "labels": {
+                    "app.kubernetes.io/name": "tidegate",
+                    "app.kubernetes.io/instance": "tidegate",
+                    "app.kubernetes.io/component": "agent",
+                },
+            },
+            "spec": {
+                "nodeName": node.name, "hostNetwork": true, "serviceAccountName": AGENT_ACCOUNT,
+                "containers": [{"name": "main", "image": "lab"}],
+            },
+            "status": {"phase": "Running", "podIP": first, "podIPs": ips, "hostIP": first, "hostIPs": ips},
+        }),
+    )
 }
 
 /// An object as people and kubelets write it.

@@ -1,0 +1,64 @@
+//! Pods that come and go while the lab runs: objects only, as their networks are the scenario's.
+
+use std::net::IpAddr;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::lab::Lab;
+
+/// A Pod object.
+#[derive(Clone, Debug)]
+pub struct Guest<'a> {
+    /// `NAMESPACE/NAME`.
+    pub key: &'a str,
+    /// Its node.
+    pub node: &'a str,
+    /// Its labels.
+    pub labels: Value,
+    /// Its addresses, at most one of each family; they may be those of a pod of the scenario that was deleted.
+    pub addresses: Vec<IpAddr>,
+    /// Whether it is on its node's own network.
+    pub host_network: bool,
+}
+
+fn path(key: &str) -> Result<(String, &str)> {
+    let (namespace, name) = key.split_once('/').context("a pod is called NAMESPACE/NAME")?;
+    Ok((format!("/api/v1/namespaces/{namespace}/pods"), name))
+}
+
+impl Lab {
+    /// Makes a Pod object that runs.
+    ///
+    /// # Errors
+    /// What the API server says against it.
+    pub fn make_pod(&self, guest: &Guest<'_>) -> Result<()> {
+        let (pods, name) = path(guest.key)?;
+        let spec = json!({
+            "nodeName": guest.node, "hostNetwork": guest.host_network, "containers": [{"name": "main", "image": "lab"}],
+        });
+        let metadata = json!({"name": name, "labels": guest.labels});
+        self.request("POST", &pods, &json!({"metadata": metadata, "spec": spec}))?;
+        self.set_addresses(guest.key, &guest.addresses)
+    }
+
+    /// Says in a pod's status which addresses it has, as its kubelet would.
+    ///
+    /// # Errors
+    /// What the API server says against it.
+    pub fn set_addresses(&self, key: &str, addresses: &[IpAddr]) -> Result<()> {
+        let (pods, name) = path(key)?;
+        let ips: Vec<Value> = addresses.iter().map(|ip| json!({"ip": ip})).collect();
+        let status = json!({"phase": "Running", "podIP": addresses.first(), "podIPs": ips});
+        self.request("PATCH", &format!("{pods}/{name}/status"), &json!({"status": status})).map(drop)
+    }
+
+    /// Deletes a Pod object at once, as its kubelet does when the containers have ended.
+    ///
+    /// # Errors
+    /// What the API server says against it.
+    pub fn delete_pod(&self, key: &str) -> Result<()> {
+        let (pods, name) = path(key)?;
+        self.request("DELETE", &format!("{pods}/{name}"), &json!({"gracePeriodSeconds": 0})).map(drop)
+    }
+}
