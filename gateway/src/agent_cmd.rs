@@ -14,10 +14,20 @@ use crate::{audit, telemetry};
 
 fn load(path: &Path) -> Result<Config> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let config: Config = serde_saphyr::from_str(&text)
+    let mut config: Config = serde_saphyr::from_str(&text)
         .with_context(|| format!("{} is not a valid agent configuration", path.display()))?;
+    // The pods of a DaemonSet share their configuration.
+    if config.node.is_empty() {
+        config.node = std::env::var("NODE_NAME").unwrap_or_default();
+    }
     config.validate().with_context(|| format!("{} is not a valid agent configuration", path.display()))?;
     Ok(config)
+}
+
+/// Prints what a configuration file means.
+pub fn check(path: &Path) -> Result<()> {
+    println!("{}", serde_json::to_string_pretty(&load(path)?)?);
+    Ok(())
 }
 
 /// What readiness waits for.

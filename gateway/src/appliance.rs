@@ -41,7 +41,13 @@ use crate::push::Streams;
 use crate::relay_check::RelayCheck;
 use crate::watch::Watch;
 use crate::way::Keeper;
-use crate::{admin, audit, core, descriptors, peers, push, telemetry};
+use crate::{admin, audit, core, descriptors, peers, push, resolv, telemetry};
+
+/// Prints what a configuration file means.
+pub fn check(path: &Path) -> Result<()> {
+    println!("{}", serde_json::to_string_pretty(&Config::load(path)?)?);
+    Ok(())
+}
 
 /// Removes everything of this gateway from its network namespace but sysctls, and its kernel maps.
 pub fn cleanup(path: &Path) -> Result<()> {
@@ -265,7 +271,12 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
 
 /// Runs a gateway until SIGTERM or SIGINT.
 pub fn run(path: &Path) -> Result<()> {
-    let config = Arc::new(Config::load(path)?);
+    let mut config = Config::load(path)?;
+    if config.resolvers.is_empty() {
+        let servers = resolv::read(Path::new("/etc/resolv.conf"))?;
+        config.resolvers.push(config::Resolver { servers, ..config::Resolver::default() });
+    }
+    let config = Arc::new(config);
     telemetry::logs()?;
     let effective = serde_json::to_value(&*config)?;
     tracing::info!(config = %effective, version = env!("CARGO_PKG_VERSION"), "effective configuration");

@@ -59,7 +59,8 @@ pub struct Config {
     /// What is inside the cluster. With `kubernetes` it is added to what the API server says.
     #[serde(default)]
     pub cluster: Cluster,
-    /// Where names outside are resolved.
+    /// Where names outside are resolved. Empty: where the machine's `/etc/resolv.conf` says.
+    #[serde(default)]
     pub resolvers: Vec<Resolver>,
     /// What a pod is that nothing selects. Default `Untouched`.
     #[serde(default)]
@@ -227,7 +228,7 @@ impl Default for PortSpan {
 }
 
 /// Servers that answer names outside.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Resolver {
     /// Only for names at or below these; absent: for every name.
@@ -406,7 +407,6 @@ impl Config {
             ensure!(known, "owners[{i}].gateway: {} is not in gateways", o.gateway);
             ensure!(o.ipv4.is_some() || o.ipv6.is_some(), "owners[{i}]: ipv4 or ipv6 must name the pair");
         }
-        ensure!(!self.resolvers.is_empty(), "resolvers: at least one");
         for (i, r) in self.resolvers.iter().enumerate() {
             ensure!(!r.servers.is_empty(), "resolvers[{i}].servers: at least one");
         }

@@ -14,12 +14,14 @@ mod egress;
 mod handover;
 mod journal;
 mod kube;
+mod overview;
 mod ownership;
 mod peers;
 mod places;
 mod policy_cmd;
 mod push;
 mod relay_check;
+mod resolv;
 mod status;
 mod telemetry;
 mod watch;
@@ -29,6 +31,7 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
@@ -54,6 +57,9 @@ enum Command {
         /// end. It must not run.
         #[arg(long)]
         cleanup: bool,
+        /// Only read the configuration file, and print what it means with every default.
+        #[arg(long, conflicts_with = "cleanup")]
+        check: bool,
     },
     /// Run the agent of a node: kernel programs, guard, tunnel, held addresses.
     ///
@@ -65,6 +71,9 @@ enum Command {
         /// Remove everything of Tidegate from this node instead, and end. No agent may run.
         #[arg(long)]
         cleanup: bool,
+        /// Only read the configuration file, and print what it means with every default.
+        #[arg(long, conflicts_with = "cleanup")]
+        check: bool,
     },
     /// Tools for people who write policy.
     Policy {
@@ -73,12 +82,44 @@ enum Command {
     },
     /// Print the definitions of Tidegate's resources, for `kubectl apply --server-side -f -`. The chart brings them, too.
     Crds,
-    /// Print the status of a running gateway or agent. Exit code 1 if it is not ready.
+    /// Print the status of a running gateway or agent, or with --cluster that of gateways, nodes, pools and policies.
+    ///
+    /// Exit code 1 if it is not ready: with --cluster, if no gateway or not every node's agent is.
     Status {
         /// Its admin address: `admin` in its configuration.
-        #[arg(long, default_value = "127.0.0.1:9090")]
+        #[arg(long, default_value = "127.0.0.1:9090", conflicts_with = "cluster")]
         admin: SocketAddr,
+        /// Ask the API server instead.
+        #[arg(long)]
+        cluster: bool,
+        #[command(flatten)]
+        api: Api,
+        /// How it is printed; a component's own status is always JSON.
+        #[arg(short, long, value_enum, default_value_t)]
+        output: overview::Format,
+        /// Wait until it is ready, at most so many seconds.
+        #[arg(long, default_value_t = 0, requires = "cluster")]
+        wait: u64,
     },
+    /// Take Tidegate out of every node and pool of a cluster, before its objects are deleted: the hook of `helm uninstall`.
+    Uninstall {
+        #[command(flatten)]
+        api: Api,
+        /// How long nodes and gateways may take, in seconds; what is not done then stays.
+        #[arg(long, default_value_t = 300)]
+        timeout: u64,
+    },
+}
+
+/// How the API server is reached.
+#[derive(Debug, clap::Args)]
+struct Api {
+    /// Absent: $KUBECONFIG, ~/.kube/config, or in a pod its ServiceAccount.
+    #[arg(long)]
+    kubeconfig: Option<PathBuf>,
+    /// The namespace in which Tidegate is installed.
+    #[arg(short, long, default_value = "tidegate-system")]
+    namespace: String,
 }
 
 /// A thread that died by a bug must not leave a process behind that looks alive: enforcement stays in the kernel, and
@@ -96,21 +137,44 @@ fn crds() -> anyhow::Result<u8> {
     Ok(0)
 }
 
+fn uninstall(api: Api, timeout: u64) -> anyhow::Result<u8> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let done = runtime.block_on(async {
+        let connection = overview::connect(api.kubeconfig, api.namespace).await?;
+        anyhow::Ok(tidegate_kubernetes::uninstall(&connection, Duration::from_secs(timeout)).await?)
+    })?;
+    println!("{} of {} nodes have nothing of Tidegate any more", done.clean, done.nodes);
+    println!("pools let go: {}, objects removed: {}", done.pools, done.objects);
+    if done.clean < done.nodes {
+        eprintln!("the other nodes keep enforcing: run `tidegate agent --config FILE --cleanup` there, or boot them");
+    }
+    if !done.gateways_ended {
+        eprintln!("gateways have not ended yet");
+    }
+    Ok(0)
+}
+
 fn main() -> ExitCode {
     let command = Cli::parse().command;
-    if matches!(command, Command::Gateway { .. } | Command::Agent { .. }) {
+    if matches!(command, Command::Gateway { check: false, .. } | Command::Agent { check: false, .. }) {
         abort_on_panic();
     }
     let result = match command {
-        Command::Gateway { config, cleanup: false } => appliance::run(&config).map(|()| 0),
-        Command::Gateway { config, cleanup: true } => appliance::cleanup(&config).map(|()| 0),
-        Command::Agent { config, cleanup: false } => agent_cmd::run(&config).map(|()| 0),
-        Command::Agent { config, cleanup: true } => agent_cmd::cleanup(&config).map(|()| 0),
+        Command::Gateway { config, check: true, .. } => appliance::check(&config).map(|()| 0),
+        Command::Gateway { config, cleanup: false, .. } => appliance::run(&config).map(|()| 0),
+        Command::Gateway { config, cleanup: true, .. } => appliance::cleanup(&config).map(|()| 0),
+        Command::Agent { config, check: true, .. } => agent_cmd::check(&config).map(|()| 0),
+        Command::Agent { config, cleanup: false, .. } => agent_cmd::run(&config).map(|()| 0),
+        Command::Agent { config, cleanup: true, .. } => agent_cmd::cleanup(&config).map(|()| 0),
         Command::Policy { command } => {
             policy_cmd::run(&command, &mut std::io::stdout().lock(), &mut std::io::stderr().lock()).map_err(Into::into)
         }
         Command::Crds => crds(),
-        Command::Status { admin } => status::run(admin),
+        Command::Status { cluster: true, api, output, wait, .. } => {
+            overview::run(api.kubeconfig, api.namespace, output, Duration::from_secs(wait))
+        }
+        Command::Status { admin, .. } => status::run(admin),
+        Command::Uninstall { api, timeout } => uninstall(api, timeout),
     };
     match result {
         Ok(code) => ExitCode::from(code),

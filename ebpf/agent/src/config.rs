@@ -12,7 +12,8 @@ use tidegate_ebpf::{Capacities, OVERLAYS};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Config {
-    /// This node's name, as its Node object has it.
+    /// This node's name, as its Node object has it. Absent: the environment's `NODE_NAME`.
+    #[serde(default)]
     pub node: String,
     /// Every gateway replica.
     pub gateways: Vec<GatewayAddress>,

@@ -4,5 +4,8 @@
 #![forbid(unsafe_code)]
 
 mod client;
+pub mod objects;
+mod uninstall;
 
 pub use client::{Connection, Error, Settings, within};
+pub use uninstall::{FINALIZER, Removed, uninstall};

@@ -65,7 +65,7 @@ fn cluster() -> (Cluster, Api) {
         String::from_utf8(out.stdout).unwrap()
     };
     helm(&["lint", "--strict"]);
-    let manifests = helm(&["template", "tidegate"]);
+    let manifests = helm(&["template", "tidegate", "--no-hooks"]);
     let apply = |text: &str| {
         let out = cluster.kubectl(&["apply", "--server-side", "--validate=strict", "-f", "-"], text).unwrap();
         assert!(out.ok, "{out}");

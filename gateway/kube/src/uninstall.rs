@@ -1,0 +1,205 @@
+//! Takes Tidegate out of a cluster before the chart's objects go: the hook of `helm uninstall`.
+//!
+//! 1. The agents' DaemonSet becomes one whose pods remove everything from their node and then sleep. Pods take the network
+//!    plugin's way from then on.
+//! 2. The gateways end, which by now carry nothing, so that nobody puts finalizers back.
+//! 3. The pools' finalizer and the objects that Tidegate itself made go.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::objects::{delete, get, list, merge};
+use crate::{Connection, Error};
+
+/// Holds a pool that is in use.
+pub const FINALIZER: &str = "tidegate.dev/in-use";
+/// How often it is looked how far nodes and gateways are.
+const LOOK: Duration = Duration::from_secs(1);
+const GROUP: &str = "/apis/tidegate.dev/v1alpha1";
+
+/// What was done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Removed {
+    /// Nodes with an agent.
+    pub nodes: u64,
+    /// Nodes of these that have nothing of Tidegate any more.
+    pub clean: u64,
+    /// Whether every gateway has ended.
+    pub gateways_ended: bool,
+    /// Pools that were let go.
+    pub pools: usize,
+    /// Objects that Tidegate had made, and that are gone.
+    pub objects: usize,
+}
+
+/// Takes Tidegate out. What nodes and gateways have not done after `limit` is said, and the rest is done all the same.
+///
+/// # Errors
+/// The API server refused, or is away. It can be called again.
+pub async fn uninstall(connection: &Connection, limit: Duration) -> Result<Removed, Error> {
+    let mut removed = Removed::default();
+    let deadline = Instant::now() + limit;
+    let apps = format!("/apis/apps/v1/namespaces/{}", connection.namespace);
+    let agents = format!("{apps}/daemonsets/tidegate-agent");
+    if let Some(found) = get(connection, &agents).await? {
+        merge(connection, &agents, &cleaning(&found)).await?;
+        loop {
+            let now = get(connection, &agents).await?.unwrap_or_default();
+            (removed.nodes, removed.clean) = clean(&now);
+            if observed(&now) && removed.clean >= removed.nodes || Instant::now() >= deadline {
+                break;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+    let gateways = format!("{apps}/deployments/tidegate-gateway");
+    if get(connection, &gateways).await?.is_some() {
+        merge(connection, &gateways, &json!({"spec": {"replicas": 0}})).await?;
+    }
+    loop {
+        let now = get(connection, &gateways).await?;
+        removed.gateways_ended =
+            now.is_none_or(|d| observed(&d) && d["status"]["replicas"].as_u64().unwrap_or_default() == 0);
+        if removed.gateways_ended || Instant::now() >= deadline {
+            break;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    removed.pools = let_go(connection).await?;
+    for object in listed(connection, "namespaceegresses").await? {
+        let metadata = &object["metadata"];
+        let (Some(namespace), Some(name)) = (metadata["namespace"].as_str(), metadata["name"].as_str()) else {
+            continue;
+        };
+        delete(connection, &format!("{GROUP}/namespaces/{namespace}/namespaceegresses/{name}")).await?;
+        removed.objects += 1;
+    }
+    Ok(removed)
+}
+
+/// A collection; empty if its definition is not there.
+async fn listed(connection: &Connection, resource: &str) -> Result<Vec<Value>, Error> {
+    match list(connection, &format!("{GROUP}/{resource}"), "").await {
+        Err(error) if error.code() == Some(404) => Ok(Vec::new()),
+        other => other,
+    }
+}
+
+/// Removes our finalizer from every pool that has it, and no other.
+async fn let_go(connection: &Connection) -> Result<usize, Error> {
+    let mut n = 0;
+    for pool in listed(connection, "egresspools").await? {
+        let Some(patch) = without_finalizer(&pool) else { continue };
+        let Some(name) = pool["metadata"]["name"].as_str() else { continue };
+        // With the version that was read: somebody else's finalizer that came meanwhile is a conflict, and the hook runs again.
+        match merge(connection, &format!("{GROUP}/egresspools/{name}"), &patch).await {
+            Err(error) if error.code() == Some(404) => {}
+            Err(error) => return Err(error),
+            Ok(_) => n += 1,
+        }
+    }
+    Ok(n)
+}
+
+fn without_finalizer(pool: &Value) -> Option<Value> {
+    let metadata = &pool["metadata"];
+    let all = metadata["finalizers"].as_array()?;
+    let rest: Vec<&Value> = all.iter().filter(|f| *f != FINALIZER).collect();
+    (rest.len() < all.len())
+        .then(|| json!({"metadata": {"finalizers": rest, "resourceVersion": metadata["resourceVersion"]}}))
+}
+
+/// What makes the agents' DaemonSet one that cleans up: the agent's own container with `--cleanup` comes first, and is tried
+/// again until it succeeds; then the pod sleeps, and is ready.
+fn cleaning(agents: &Value) -> Value {
+    let pod = &agents["spec"]["template"]["spec"];
+    // The hook may be repeated.
+    if pod["initContainers"].is_array() {
+        return json!({});
+    }
+    let mut clean_up = pod["containers"][0].clone();
+    let sleep = json!({
+        "name": "agent",
+        "image": clean_up["image"],
+        "imagePullPolicy": clean_up["imagePullPolicy"],
+        "command": ["/bin/sleep"],
+        "args": ["infinity"],
+        "securityContext": {
+            "allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true, "runAsUser": 65532, "runAsNonRoot": true,
+        },
+    });
+    if let Some(container) = clean_up.as_object_mut() {
+        container.insert("name".into(), "clean-up".into());
+        for probe in ["livenessProbe", "readinessProbe", "startupProbe"] {
+            container.remove(probe);
+        }
+        if let Some(args) = container.entry("args").or_insert_with(|| json!([])).as_array_mut() {
+            args.push("--cleanup".into());
+        }
+    }
+    json!({"spec": {
+        // The old agent must have ended: both on one node would wait for each other.
+        "updateStrategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": "100%"}},
+        "template": {"spec": {"initContainers": [clean_up], "containers": [sleep], "terminationGracePeriodSeconds": 1}},
+    }})
+}
+
+/// Whether the controller has seen the object's present form.
+fn observed(object: &Value) -> bool {
+    object["status"]["observedGeneration"].as_i64() >= object["metadata"]["generation"].as_i64()
+}
+
+/// Nodes with an agent, and those of them whose pod has cleaned up.
+fn clean(agents: &Value) -> (u64, u64) {
+    let count = |key: &str| agents["status"][key].as_u64().unwrap_or_default();
+    // Ready ones may be of the old form.
+    let clean = if observed(agents) { count("updatedNumberScheduled").min(count("numberReady")) } else { 0 };
+    (count("desiredNumberScheduled"), clean)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_agents_clean_up_and_then_sleep() {
+        let agents = json!({"spec": {"template": {"spec": {"containers": [{
+            "name": "agent", "image": "i", "args": ["agent", "--config", "/c"], "livenessProbe": {"x": 1},
+            "volumeMounts": [{"name": "bpf"}], "securityContext": {"privileged": true},
+        }]}}}});
+        let patch = cleaning(&agents);
+        let spec = &patch["spec"]["template"]["spec"];
+        let first = &spec["initContainers"][0];
+        assert_eq!(first["args"], json!(["agent", "--config", "/c", "--cleanup"]));
+        assert!(first["livenessProbe"].is_null() && first["securityContext"]["privileged"] == true);
+        assert_eq!(first["volumeMounts"], json!([{"name": "bpf"}]));
+        assert_eq!(
+            (&spec["containers"][0]["image"], &spec["containers"][0]["command"]),
+            (&json!("i"), &json!(["/bin/sleep"]))
+        );
+        // The second time there is nothing to do.
+        assert_eq!(cleaning(&patch), json!({}));
+    }
+
+    #[test]
+    fn a_node_counts_once_the_new_pod_is_ready() {
+        let at = |generation: i64, updated: u64, ready: u64| {
+            json!({"metadata": {"generation": 2}, "status": {"observedGeneration": generation,
+                "desiredNumberScheduled": 3, "updatedNumberScheduled": updated, "numberReady": ready}})
+        };
+        assert_eq!(clean(&at(1, 3, 3)), (3, 0), "the controller has not seen it");
+        assert_eq!(clean(&at(2, 0, 3)), (3, 0), "the old ones are ready");
+        assert_eq!(clean(&at(2, 3, 2)), (3, 2));
+        assert_eq!(clean(&at(2, 3, 3)), (3, 3));
+    }
+
+    #[test]
+    fn only_our_finalizer_goes() {
+        let pool = |f: Value| json!({"metadata": {"resourceVersion": "7", "finalizers": f}});
+        let patch = without_finalizer(&pool(json!([FINALIZER, "other"]))).unwrap();
+        assert_eq!(patch, json!({"metadata": {"resourceVersion": "7", "finalizers": ["other"]}}));
+        assert_eq!(without_finalizer(&pool(json!(["other"]))), None);
+        assert_eq!(without_finalizer(&pool(Value::Null)), None);
+    }
+}

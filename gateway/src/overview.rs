@@ -1,0 +1,419 @@
+//! `tidegate status --cluster`: gateways, nodes, pools and policies, as the API server has them.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use serde_json::Value;
+use tidegate_kubernetes::{Connection, Error, Settings, objects};
+
+const GROUP: &str = "/apis/tidegate.dev/v1alpha1";
+/// How often it is looked while waiting.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// How the command prints.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// Tables for people.
+    #[default]
+    Table,
+    /// One JSON document.
+    Json,
+}
+
+/// What is there.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Overview {
+    /// Whether a gateway and every node's agent is ready.
+    pub ready: bool,
+    /// Why not, one sentence each.
+    pub waiting: Vec<String>,
+    gateways: Vec<Gateway>,
+    nodes: Nodes,
+    pools: Vec<Pool>,
+    policies: Vec<Policy>,
+    /// Collections that this user may not read.
+    forbidden: Vec<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+struct Gateway {
+    name: String,
+    node: String,
+    ready: bool,
+    addresses: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+struct Nodes {
+    desired: u64,
+    ready: u64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Pool {
+    name: String,
+    source: String,
+    pairs: Vec<Pair>,
+    conditions: Vec<Condition>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+struct Pair {
+    addresses: Vec<String>,
+    owner: Option<String>,
+    epoch: i64,
+    namespaces: u64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+struct Policy {
+    kind: String,
+    namespace: String,
+    name: String,
+    conditions: Vec<Condition>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+struct Condition {
+    #[serde(rename = "type")]
+    kind: String,
+    status: String,
+    reason: String,
+    message: String,
+    /// Whether it speaks of an older version of the object.
+    stale: bool,
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}
+
+fn array(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+fn conditions(object: &Value) -> Vec<Condition> {
+    let generation = object["metadata"]["generation"].as_i64();
+    let one = |c: &Value| Condition {
+        kind: text(&c["type"]),
+        status: text(&c["status"]),
+        reason: text(&c["reason"]),
+        message: text(&c["message"]),
+        stale: c["observedGeneration"].as_i64() < generation,
+    };
+    array(&object["status"]["conditions"]).iter().map(one).collect()
+}
+
+/// Makes an overview of what was read; the agents' DaemonSet is null if there is none.
+fn overview(pods: &[Value], agents: &Value, pools: &[Value], policies: &[Value], forbidden: Vec<String>) -> Overview {
+    let mut gateways: Vec<Gateway> = pods.iter().map(gateway).collect();
+    gateways.sort_by(|a, b| a.name.cmp(&b.name));
+    let count = |key: &str| agents["status"][key].as_u64().unwrap_or_default();
+    let nodes = Nodes { desired: count("desiredNumberScheduled"), ready: count("numberReady") };
+    let mut waiting = Vec::new();
+    if !gateways.iter().any(|g| g.ready) {
+        waiting.push(format!("none of {} gateways is ready", gateways.len()));
+    }
+    if agents.is_null() {
+        waiting.push("there are no agents".to_owned());
+    } else if agents["status"]["observedGeneration"].as_i64() < agents["metadata"]["generation"].as_i64() {
+        waiting.push("the agents have not been scheduled yet".to_owned());
+    } else if nodes.ready < nodes.desired {
+        waiting.push(format!("agents are ready on {} of {} nodes", nodes.ready, nodes.desired));
+    }
+    Overview {
+        ready: waiting.is_empty(),
+        waiting,
+        gateways,
+        nodes,
+        pools: pools.iter().map(pool).collect(),
+        policies: policies.iter().map(policy).collect(),
+        forbidden,
+    }
+}
+
+fn gateway(pod: &Value) -> Gateway {
+    let ready = |c: &Value| c["type"] == "Ready" && c["status"] == "True";
+    Gateway {
+        name: text(&pod["metadata"]["name"]),
+        node: text(&pod["spec"]["nodeName"]),
+        // One that is ending is no more.
+        ready: pod["metadata"]["deletionTimestamp"].is_null() && array(&pod["status"]["conditions"]).iter().any(ready),
+        addresses: array(&pod["status"]["podIPs"]).iter().map(|a| text(&a["ip"])).collect(),
+    }
+}
+
+fn pool(object: &Value) -> Pool {
+    let addresses = |p: &Value| ["ipv4", "ipv6"].iter().filter_map(|k| p[*k].as_str().map(str::to_owned)).collect();
+    let pair = |p: &Value| Pair {
+        addresses: addresses(p),
+        owner: p["owner"].as_str().map(str::to_owned),
+        epoch: p["epoch"].as_i64().unwrap_or_default(),
+        namespaces: p["namespaces"].as_u64().unwrap_or_default(),
+    };
+    Pool {
+        name: text(&object["metadata"]["name"]),
+        source: text(&object["spec"]["addressSource"]),
+        pairs: array(&object["status"]["addresses"]).iter().map(pair).collect(),
+        conditions: conditions(object),
+    }
+}
+
+fn policy(object: &Value) -> Policy {
+    Policy {
+        kind: text(&object["kind"]),
+        namespace: text(&object["metadata"]["namespace"]),
+        name: text(&object["metadata"]["name"]),
+        conditions: conditions(object),
+    }
+}
+
+/// Columns beside each other, two spaces apart.
+fn table(out: &mut String, rows: &[Vec<String>]) {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or_default();
+    let width = |c: usize| rows.iter().filter_map(|r| r.get(c)).map(|t| t.chars().count()).max().unwrap_or_default();
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    for row in rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            // A String takes every write.
+            let _ = write!(line, "{cell:width$}  ");
+        }
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+}
+
+/// The cells of a condition: `True`, `False (Reason)`, `-`; with `old` when it speaks of an older version.
+fn cell(conditions: &[Condition], kind: &str) -> String {
+    let Some(c) = conditions.iter().find(|c| c.kind == kind) else { return "-".into() };
+    let usual = if kind == "Conflicted" { "False" } else { "True" };
+    let mut cell = if c.status == usual { c.status.clone() } else { format!("{} ({})", c.status, c.reason) };
+    if c.stale {
+        cell += " old";
+    }
+    tidegate_api::printable(&cell)
+}
+
+impl Overview {
+    /// Tables for people.
+    pub fn render(&self) -> String {
+        let mut out = String::new();
+        let row = |cells: &[&str]| cells.iter().map(|c| (*c).to_owned()).collect::<Vec<String>>();
+        let mut rows = vec![row(&["GATEWAY", "NODE", "READY", "ADDRESSES"])];
+        for g in &self.gateways {
+            let addresses = g.addresses.join(", ");
+            rows.push(vec![g.name.clone(), g.node.clone(), if g.ready { "yes" } else { "no" }.into(), addresses]);
+        }
+        table(&mut out, &rows);
+        // A String takes every write, here and below.
+        let _ = writeln!(out, "\nNODES  {} of {} ready\n", self.nodes.ready, self.nodes.desired);
+        let mut rows = vec![row(&["POOL", "SOURCE", "ADDRESSES", "OWNER", "EPOCH", "NAMESPACES"])];
+        for p in &self.pools {
+            if p.pairs.is_empty() {
+                rows.push(vec![p.name.clone(), p.source.clone()]);
+            }
+            for pair in &p.pairs {
+                let owner = pair.owner.as_deref().unwrap_or("-").to_owned();
+                let addresses = pair.addresses.join(", ");
+                let (epoch, namespaces) = (pair.epoch.to_string(), pair.namespaces.to_string());
+                rows.push(vec![p.name.clone(), p.source.clone(), addresses, owner, epoch, namespaces]);
+            }
+        }
+        table(&mut out, &rows);
+        out.push('\n');
+        let mut rows = vec![row(&["POLICY", "ACCEPTED", "CONFLICTED", "PROGRAMMED", "MESSAGE"])];
+        for p in &self.policies {
+            let name = if p.namespace.is_empty() { p.name.clone() } else { format!("{}/{}", p.namespace, p.name) };
+            let short = if p.kind == "EgressPolicy" { "egp" } else { "cegp" };
+            let state = |kind| cell(&p.conditions, kind);
+            // The first that is not as it should be says most; else how many nodes have it.
+            let wrong = |c: &&Condition| (c.kind == "Conflicted") == (c.status == "True");
+            let said = p.conditions.iter().find(wrong).or_else(|| p.conditions.iter().find(|c| c.kind == "Programmed"));
+            let message = said.map(|c| tidegate_api::printable(&c.message)).unwrap_or_default();
+            let states = [state("Accepted"), state("Conflicted"), state("Programmed")];
+            rows.push([vec![format!("{short} {name}")], states.to_vec(), vec![message]].concat());
+        }
+        table(&mut out, &rows);
+        for kind in &self.forbidden {
+            let _ = writeln!(out, "you may not list {kind}");
+        }
+        out
+    }
+}
+
+/// The way to the API server of somebody at a shell, or of a pod: the kubeconfig that is named, `$KUBECONFIG`,
+/// `~/.kube/config` if it is there, else the pod's ServiceAccount.
+///
+/// # Errors
+/// There are no credentials, or they cannot be used.
+pub async fn connect(kubeconfig: Option<PathBuf>, namespace: String) -> Result<Connection> {
+    let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".kube/config")).filter(|p| p.exists());
+    let named = || std::env::var_os("KUBECONFIG").filter(|v| !v.is_empty()).map(PathBuf::from);
+    let settings = Settings {
+        kubeconfig: kubeconfig.or_else(named).or_else(home),
+        namespace: Some(namespace),
+        ..Settings::default()
+    };
+    Ok(Connection::new(settings).await?)
+}
+
+/// Reads everything. What this user may not read is left out and named.
+async fn read(connection: &Connection) -> Result<Overview> {
+    let mut forbidden = Vec::new();
+    let mut lists = Vec::new();
+    let own = &connection.namespace;
+    for (what, path, labels) in [
+        (
+            "pods",
+            format!("/api/v1/namespaces/{own}/pods"),
+            "app.kubernetes.io/name=tidegate,app.kubernetes.io/component=gateway",
+        ),
+        ("egresspools", format!("{GROUP}/egresspools"), ""),
+        ("clusteregresspolicies", format!("{GROUP}/clusteregresspolicies"), ""),
+        ("egresspolicies", format!("{GROUP}/egresspolicies"), ""),
+    ] {
+        let found = objects::list(connection, &path, labels).await;
+        lists.push(allowed(found, what, &mut forbidden)?.unwrap_or_default());
+    }
+    let agents = objects::get(connection, &format!("/apis/apps/v1/namespaces/{own}/daemonsets/tidegate-agent")).await;
+    let agents = allowed(agents, "daemonsets", &mut forbidden)?.flatten().unwrap_or_default();
+    let [pods, pools, cluster, own] = lists.try_into().unwrap_or_default();
+    // Items of a list do not say their kind.
+    let named = |kind: &str, items: Vec<Value>| -> Vec<Value> {
+        let kind = Value::from(kind);
+        items
+            .into_iter()
+            .map(|mut i| {
+                i["kind"] = kind.clone();
+                i
+            })
+            .collect()
+    };
+    let policies = [named("ClusterEgressPolicy", cluster), named("EgressPolicy", own)].concat();
+    Ok(overview(&pods, &agents, &pools, &policies, forbidden))
+}
+
+/// `None` if it is forbidden, which is remembered.
+fn allowed<T>(found: Result<T, Error>, what: &str, forbidden: &mut Vec<String>) -> Result<Option<T>> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if error.code() == Some(403) => {
+            forbidden.push(what.to_owned());
+            Ok(None)
+        }
+        Err(error) if error.code() == Some(404) => {
+            Err(error).with_context(|| format!("the cluster has no {what}: is Tidegate installed?"))
+        }
+        Err(error) => Err(error).with_context(|| format!("cannot list {what}")),
+    }
+}
+
+/// Prints what is there, and waits for it to be ready for so long. Exit code 0 if it is, 1 if not.
+///
+/// # Errors
+/// The API server cannot be asked.
+pub fn run(kubeconfig: Option<PathBuf>, namespace: String, format: Format, wait: Duration) -> Result<u8> {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot make a runtime")?;
+    runtime.block_on(async {
+        let connection = connect(kubeconfig, namespace).await?;
+        let deadline = Instant::now() + wait;
+        let overview = loop {
+            let found = read(&connection).await;
+            // An API server that comes up late is waited for, too.
+            if found.as_ref().is_ok_and(|o| o.ready) || Instant::now() >= deadline {
+                break found?;
+            }
+            tokio::time::sleep(LOOK).await;
+        };
+        match format {
+            Format::Table => print!("{}", overview.render()),
+            Format::Json => println!("{}", serde_json::to_string_pretty(&overview)?),
+        }
+        for why in &overview.waiting {
+            eprintln!("not ready: {why}");
+        }
+        Ok(u8::from(!overview.ready))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn condition(kind: &str, status: &str, reason: &str, message: &str, generation: i64) -> Value {
+        json!({"type": kind, "status": status, "reason": reason, "message": message, "observedGeneration": generation})
+    }
+
+    fn example() -> Overview {
+        let pod = |name: &str, ready: &str, ending: Value| {
+            json!({
+                "metadata": {"name": name, "deletionTimestamp": ending},
+                "spec": {"nodeName": "node-1"},
+                "status": {"conditions": [{"type": "Ready", "status": ready}], "podIPs": [{"ip": "10.244.1.2"}, {"ip": "fd00::2"}]},
+            })
+        };
+        let pods = [pod("gw-b", "True", json!("2026-11-20T10:00:00Z")), pod("gw-a", "True", Value::Null)];
+        let agents = json!({"metadata": {"generation": 2}, "status": {"observedGeneration": 2, "desiredNumberScheduled": 40, "numberReady": 38}});
+        let pools = [
+            json!({"metadata": {"name": "partner-a"}, "spec": {"addressSource": "Static"}, "status": {"addresses": [
+                {"ipv4": "203.0.113.10", "ipv6": "2001:db8::10", "owner": "gw-a", "epoch": 7, "namespaces": 12},
+                {"ipv4": "203.0.113.11", "epoch": 0, "namespaces": 0},
+            ]}}),
+            json!({"metadata": {"name": "new"}, "spec": {"addressSource": "PodNetwork"}}),
+        ];
+        let policies = [
+            json!({"kind": "ClusterEgressPolicy", "metadata": {"name": "guardrails", "generation": 3}, "status": {"conditions": [
+                condition("Accepted", "True", "Accepted", "", 3), condition("Conflicted", "False", "NoConflict", "", 3),
+                condition("Programmed", "False", "Pending", "38 of 40 nodes", 3),
+            ]}}),
+            json!({"kind": "EgressPolicy", "metadata": {"name": "web", "namespace": "shop", "generation": 2}, "status": {"conditions": [
+                condition("Accepted", "True", "Accepted", "", 1), condition("Conflicted", "True", "Pool", "another pool\nwins", 2),
+                condition("Programmed", "True", "Programmed", "40 of 40 nodes", 2),
+            ]}}),
+            json!({"kind": "EgressPolicy", "metadata": {"name": "new", "namespace": "shop", "generation": 1}}),
+        ];
+        overview(&pods, &agents, &pools, &policies, vec!["pods".into()])
+    }
+
+    #[test]
+    fn people_see_what_matters() {
+        let expected = "\
+GATEWAY  NODE    READY  ADDRESSES
+gw-a     node-1  yes    10.244.1.2, fd00::2
+gw-b     node-1  no     10.244.1.2, fd00::2
+
+NODES  38 of 40 ready
+
+POOL       SOURCE      ADDRESSES                   OWNER  EPOCH  NAMESPACES
+partner-a  Static      203.0.113.10, 2001:db8::10  gw-a   7      12
+partner-a  Static      203.0.113.11                -      0      0
+new        PodNetwork
+
+POLICY           ACCEPTED  CONFLICTED   PROGRAMMED       MESSAGE
+cegp guardrails  True      False        False (Pending)  38 of 40 nodes
+egp shop/web     True old  True (Pool)  True             another pool\\nwins
+egp shop/new     -         -            -
+you may not list pods
+";
+        assert_eq!(example().render(), expected);
+    }
+
+    #[test]
+    fn ready_is_a_gateway_and_every_agent() {
+        assert_eq!(example().waiting, ["agents are ready on 38 of 40 nodes"]);
+        let pod = json!({"metadata": {"name": "a"}, "status": {"conditions": [{"type": "Ready", "status": "True"}]}});
+        let agents = |seen: i64, ready: u64| json!({"metadata": {"generation": 2}, "status": {"observedGeneration": seen, "desiredNumberScheduled": 2, "numberReady": ready}});
+        assert!(overview(std::slice::from_ref(&pod), &agents(2, 2), &[], &[], Vec::new()).ready);
+        assert!(!overview(std::slice::from_ref(&pod), &agents(1, 2), &[], &[], Vec::new()).ready);
+        assert!(!overview(&[], &agents(2, 2), &[], &[], Vec::new()).ready);
+        assert!(!overview(&[pod], &Value::Null, &[], &[], Vec::new()).ready);
+    }
+}

@@ -1,0 +1,8 @@
+//! The chart: rendered, checked against the real API server, installed in it, and its rights tried.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+mod image;
+mod install;
+mod schemas;
+mod values;
