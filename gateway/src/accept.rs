@@ -31,7 +31,7 @@ const BREATHER: Duration = Duration::from_millis(100);
 /// `most` handshakes the oldest is given up: an honest one takes milliseconds. `tls` is asked for each of them.
 pub fn incoming(
     listener: TcpListener,
-    tls: impl FnMut() -> Arc<ServerConfig> + Send + 'static,
+    tls: impl FnMut() -> Option<Arc<ServerConfig>> + Send + 'static,
     most: usize,
 ) -> ReceiverStream<io::Result<TlsStream<TcpStream>>> {
     let (out, done) = mpsc::channel(1);
@@ -41,7 +41,7 @@ pub fn incoming(
 
 async fn accept(
     listener: TcpListener,
-    mut tls: impl FnMut() -> Arc<ServerConfig>,
+    mut tls: impl FnMut() -> Option<Arc<ServerConfig>>,
     most: usize,
     out: mpsc::Sender<io::Result<TlsStream<TcpStream>>>,
 ) {
@@ -68,7 +68,9 @@ async fn accept(
         {
             oldest.abort();
         }
-        let (tls, out) = (TlsAcceptor::from(tls()), out.clone());
+        // Before there is a certificate nobody can be served.
+        let Some(tls) = tls() else { continue };
+        let (tls, out) = (TlsAcceptor::from(tls), out.clone());
         let handshake = tokio::spawn(async move {
             let shaken = async {
                 stream.set_nodelay(true)?;
@@ -102,7 +104,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let config = Arc::new(config);
-        (incoming(listener, move || config.clone(), most), address)
+        (incoming(listener, move || Some(config.clone()), most), address)
     }
 
     async fn is_closed(stream: &mut TcpStream) -> bool {

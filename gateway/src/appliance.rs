@@ -17,9 +17,11 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result, anyhow};
 use arc_swap::ArcSwap;
 use crossbeam_channel::Sender;
+use parking_lot::Mutex;
 use tidegate_api::Reader;
 use tidegate_dns::{ClusterDns, DnsConfig, Protocol, ResolverGroup};
 use tidegate_ebpf::{Datapath, Events, Options, Role};
+use tidegate_identity::{Files, Paths, Source};
 use tidegate_ledger::Ledger;
 use tidegate_policy::event::Emit;
 use tidegate_policy::model::{self, Objects, Touched, UnixSeconds};
@@ -283,6 +285,8 @@ pub fn run(path: &Path) -> Result<()> {
     tidegate_ebpf::preflight().map_err(|e| anyhow!("{e}"))?;
     let metrics = telemetry::install_metrics()?;
     let tls = config.tls.clone().context("tls: certificates must be given")?;
+    let paths = Paths { certificate: tls.certificate, key: tls.key, ca: tls.ca };
+    let identity = Source::Files(Arc::new(Mutex::new(Files::new(paths))));
     let kube = config.kubernetes.as_ref().map(|k| Kube::start(&config, k, runtime()?)).transpose()?;
     let readiness = Readiness::default();
     let starting = readiness.guard("start");
@@ -467,7 +471,7 @@ pub fn run(path: &Path) -> Result<()> {
         let (end, ended) = tokio::sync::oneshot::channel::<()>();
         let mut serve = std::pin::pin!(push::serve(
             config.control,
-            &tls,
+            identity.clone(),
             shares.handshakes,
             Streams::new(to_core.clone()),
             async {
@@ -476,7 +480,8 @@ pub fn run(path: &Path) -> Result<()> {
             }
         ));
         for (peer, address) in config.peers() {
-            let client = peers::Client { name: config.name.clone(), peer: peer.to_owned(), address, tls: tls.clone() };
+            let client =
+                peers::Client { name: config.name.clone(), peer: peer.to_owned(), address, identity: identity.clone() };
             tokio::spawn(client.run(to_core.clone()));
         }
         drop(starting);

@@ -6,12 +6,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use crossbeam_channel::Sender;
+use tidegate_identity::{Source, connect};
 use tidegate_proto::wire::PeerHello;
 use tidegate_proto::wire::control_client::ControlClient;
 use tidegate_proto::{MAX_MESSAGE, PeerMessage};
-use tonic::transport::{Certificate, ClientTlsConfig, Endpoint, Identity};
 
-use crate::config::Tls;
 use crate::core::ToCore;
 
 const CONNECT: Duration = Duration::from_secs(1);
@@ -30,7 +29,7 @@ pub struct Client {
     /// Its control endpoint.
     pub address: SocketAddr,
     /// This gateway's identity.
-    pub tls: Tls,
+    pub identity: Source,
 }
 
 impl Client {
@@ -51,21 +50,9 @@ impl Client {
     }
 
     async fn once(&self, core: &Sender<ToCore>, spoke: &mut bool) -> Result<std::convert::Infallible> {
-        // Read anew each time: certificates are replaced while we run.
-        let read =
-            |path: &std::path::Path| std::fs::read(path).with_context(|| format!("cannot read {}", path.display()));
-        let tls = ClientTlsConfig::new()
-            .ca_certificate(Certificate::from_pem(read(&self.tls.ca)?))
-            .identity(Identity::from_pem(read(&self.tls.certificate)?, read(&self.tls.key)?))
-            .domain_name(format!("{}.gateway.tidegate", self.peer))
-            .timeout(CONNECT);
-        let channel = Endpoint::from_shared(format!("https://{}", self.address))?
-            .tls_config(tls)?
-            .connect_timeout(CONNECT)
-            .tcp_nodelay(true)
-            .connect()
-            .await?;
-        let mut client = ControlClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+        let own = self.identity.now()?;
+        let connection = connect(self.address, &own, Some(&self.peer), CONNECT, |endpoint| endpoint).await?;
+        let mut client = ControlClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE);
         let mut inbound = client.peer(PeerHello { gateway: self.name.clone() }).await?.into_inner();
         tracing::info!(peer = self.peer, "stream from another gateway is up");
         loop {

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use tidegate_ebpf::{Capacities, OVERLAYS};
+use tidegate_identity::is_name;
 
 /// Where the node agent finds its gateways, its pods and its kernel state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,10 +16,18 @@ pub struct Config {
     /// This node's name, as its Node object has it. Absent: the environment's `NODE_NAME`.
     #[serde(default)]
     pub node: String,
-    /// Every gateway replica.
+    /// Every gateway replica. This or `discover`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gateways: Vec<GatewayAddress>,
-    /// The agent's own identity and the authority that signed the gateways'.
-    pub tls: Tls,
+    /// Where the gateways are found. This or `gateways`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub discover: Option<Discover>,
+    /// The agent's own identity and the authority that signed the gateways', in files. This or `join`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<Tls>,
+    /// How the agent gets its identity from a gateway. This or `tls`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub join: Option<Join>,
     /// The Unix socket on which a gateway of this node hands over its network namespace.
     #[serde(default = "default_socket")]
     pub socket: PathBuf,
@@ -73,6 +82,32 @@ pub struct GatewayAddress {
     pub name: String,
     /// Its gRPC address and port.
     pub address: SocketAddr,
+}
+
+/// A name whose addresses are the gateways'. What they are called is in their certificates.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Discover {
+    /// A DNS name, such as a headless Service's `tidegate-gateway.tidegate-system.svc.cluster.local`. Asked for with the
+    /// system's resolver; the first 64 addresses count.
+    pub service: String,
+    /// The port of the gateways' control endpoints.
+    #[serde(default = "default_control_port")]
+    pub port: u16,
+}
+
+/// How a certificate is got: a gateway gives it to whoever shows a ServiceAccount token of a pod on this node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Join {
+    /// The projected token, for the audience that the gateways want (`tidegate`). Read each time that it is shown.
+    pub token: PathBuf,
+    /// The authorities that sign gateways' certificates, PEM. Read again when it changes.
+    pub ca: PathBuf,
+    /// Folder of the certificate and its key, which serve until they end when the agent restarts. Not on a disk, and
+    /// nobody else's.
+    #[serde(default = "default_folder")]
+    pub folder: PathBuf,
 }
 
 /// PEM files of a mutual TLS identity. They are read again at every connect, so that rotation needs no restart.
@@ -150,6 +185,14 @@ fn default_pins() -> PathBuf {
     PathBuf::from("/sys/fs/bpf/tidegate")
 }
 
+fn default_control_port() -> u16 {
+    7443
+}
+
+fn default_folder() -> PathBuf {
+    PathBuf::from("/run/tidegate/identity")
+}
+
 fn default_tunnel_port() -> u16 {
     8475
 }
@@ -181,19 +224,6 @@ fn refuse(key: &'static str, problem: impl Into<String>) -> Result<(), ConfigErr
     Err(ConfigError { key, problem: problem.into() })
 }
 
-/// A name that can stand as a label before `.node.tidegate` or `.gateway.tidegate` in a certificate.
-fn is_name(s: &str) -> bool {
-    !s.is_empty()
-        && s.len() <= 190
-        && s.split('.').all(|label| {
-            !label.is_empty()
-                && label.len() <= 63
-                && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
-                && !label.starts_with('-')
-                && !label.ends_with('-')
-        })
-}
-
 impl Config {
     /// Checks what the types cannot say.
     ///
@@ -203,8 +233,24 @@ impl Config {
         if !is_name(&self.node) {
             return refuse("node", format!("{:?} is not a DNS name", self.node));
         }
-        if self.gateways.is_empty() {
-            return refuse("gateways", "at least one gateway is needed");
+        match &self.discover {
+            None if self.gateways.is_empty() => {
+                return refuse("gateways", "at least one gateway is needed, or `discover`");
+            }
+            Some(_) if !self.gateways.is_empty() => {
+                return refuse("discover", "either `gateways` or `discover`, not both");
+            }
+            Some(d) if !is_name(d.service.strip_suffix('.').unwrap_or(&d.service)) => {
+                return refuse("discover.service", format!("{:?} is not a DNS name", d.service));
+            }
+            Some(Discover { port: 0, .. }) => return refuse("discover.port", "must not be 0"),
+            _ => {}
+        }
+        match (&self.tls, &self.join) {
+            (None, None) => return refuse("tls", "files, or `join`, are needed"),
+            (Some(_), Some(_)) => return refuse("join", "either `tls` or `join`, not both"),
+            (None, Some(j)) if !j.folder.is_absolute() => return refuse("join.folder", "must be an absolute path"),
+            _ => {}
         }
         if self.gateways.len() > 64 {
             return refuse("gateways", "at most 64 gateways are supported");
@@ -277,6 +323,22 @@ mod tests {
         })
     }
 
+    fn join() -> Join {
+        Join { token: "/t".into(), ca: "/c".into(), folder: "/f".into() }
+    }
+
+    #[test]
+    fn gateways_can_be_found_and_give_the_identity() {
+        let c = parse(serde_json::json!({
+            "node": "node-1",
+            "discover": {"service": "tidegate-gateway.tidegate-system.svc.cluster.local"},
+            "join": {"token": "/var/run/secrets/tidegate/token", "ca": "/etc/tidegate/ca.crt"},
+        }));
+        c.validate().unwrap();
+        assert_eq!(c.discover.unwrap().port, 7443);
+        assert_eq!(c.join.unwrap().folder, PathBuf::from("/run/tidegate/identity"));
+    }
+
     fn parse(v: serde_json::Value) -> Config {
         serde_json::from_value(v).unwrap()
     }
@@ -320,6 +382,21 @@ mod tests {
         let cases: &[Case] = &[
             ("node", |c| c.node = "a b".into()),
             ("gateways", |c| c.gateways.clear()),
+            ("discover", |c| c.discover = Some(Discover { service: "gw".into(), port: 1 })),
+            ("discover.service", |c| {
+                c.gateways.clear();
+                c.discover = Some(Discover { service: "a b".into(), port: 1 });
+            }),
+            ("discover.port", |c| {
+                c.gateways.clear();
+                c.discover = Some(Discover { service: "gw.svc.cluster.local.".into(), port: 0 });
+            }),
+            ("tls", |c| c.tls = None),
+            ("join", |c| c.join = Some(join())),
+            ("join.folder", |c| {
+                c.tls = None;
+                c.join = Some(Join { folder: "x".into(), ..join() });
+            }),
             ("gateways.name", |c| c.gateways.push(c.gateways[0].clone())),
             ("gateways.name", |c| c.gateways[0].name = "-x".into()),
             ("gateways.address", |c| c.gateways[0].address.set_port(0)),

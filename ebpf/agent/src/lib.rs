@@ -17,8 +17,10 @@ pub mod announce;
 pub mod config;
 pub mod devices;
 pub mod events;
+pub mod find;
 pub mod guard;
 mod held;
+pub mod join;
 pub mod links;
 pub mod merge;
 mod node;
@@ -30,7 +32,9 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tidegate_ebpf::{Options, Role};
+use tidegate_identity::{Files, Paths, Source};
 use tidegate_policy::event::Emit;
 use tidegate_proto::Seen;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -112,7 +116,8 @@ pub async fn run(
     let (stop_tx, stop) = oneshot::channel();
     let (started_tx, started) = oneshot::channel();
     let (ended_tx, mut ended) = oneshot::channel();
-    let inputs = node::Inputs { state, facts, plugs, stop, seen: seen_tx };
+    let (trouble, identity) = watch::channel(None);
+    let inputs = node::Inputs { state, facts, plugs, stop, seen: seen_tx, identity };
     let shared = Arc::new(config.clone());
     std::thread::Builder::new()
         .name("reconciler".into())
@@ -126,18 +131,54 @@ pub async fn run(
     let listener = plug::listen(&config.socket).map_err(AgentError::io(config.socket.display().to_string()))?;
     let mut tasks = JoinSet::new();
     tasks.spawn(plug::serve(listener, plug_tx));
-    let boot = stream::random();
-    for (index, gateway) in config.gateways.iter().enumerate() {
-        let client = stream::Client {
-            node: config.node.clone(),
+    let names = find::Names::default();
+    let (targets, known) = watch::channel(config.gateways.iter().map(|g| g.address).collect());
+    let identity = match (&config.tls, &config.join) {
+        (Some(tls), _) => {
+            let config::Tls { certificate, key, ca } = tls.clone();
+            Source::Files(Arc::new(Mutex::new(Files::new(Paths { certificate, key, ca }))))
+        }
+        (None, Some(join)) => {
+            let (issued, source) = watch::channel(None);
+            let joiner =
+                join::Joiner { node: config.node.clone(), join: join.clone(), targets: known, issued, trouble };
+            tasks.spawn(joiner.run());
+            Source::Issued(source)
+        }
+        // Refused by the check above.
+        (None, None) => return Err(config::ConfigError { key: "tls", problem: "missing".into() }.into()),
+    };
+    let client = {
+        let (node, boot, names) = (config.node.clone(), stream::random(), names.clone());
+        move |address, name| stream::Client {
+            node: node.clone(),
             boot,
-            index,
-            gateway: gateway.clone(),
-            tls: config.tls.clone(),
+            address,
+            name,
+            names: names.clone(),
+            identity: identity.clone(),
             seen: seen.clone(),
-        };
-        tasks.spawn(client.clone().state(state_tx.clone()));
-        tasks.spawn(client.facts(facts_tx.clone()));
+        }
+    };
+    match config.discover.clone() {
+        None => {
+            for gateway in &config.gateways {
+                let client = client(gateway.address, Some(gateway.name.clone()));
+                tasks.spawn(client.clone().state(state_tx.clone()));
+                tasks.spawn(client.facts(facts_tx.clone()));
+            }
+        }
+        Some(config::Discover { service, port }) => {
+            let (state_tx, facts_tx) = (state_tx.clone(), facts_tx.clone());
+            let streams = move |address| {
+                let client = client(address, None);
+                let (state, facts) = (client.clone().state(state_tx.clone()), client.facts(facts_tx.clone()));
+                async move {
+                    tokio::join!(state, facts);
+                }
+            };
+            tasks.spawn(find::find(find::EVERY, move || find::resolve(service.clone(), port), names, targets, streams));
+        }
     }
     drop((state_tx, facts_tx));
 

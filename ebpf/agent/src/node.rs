@@ -2,7 +2,10 @@
 //! what the gateways say for this node's pods. Facts come first in its queue, since a
 //! DNS reply waits for each of them.
 
+mod gateways;
 mod passes;
+
+use gateways::Gateways;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -58,6 +61,8 @@ pub struct Inputs {
     pub stop: oneshot::Receiver<()>,
     /// Where it goes what this node sees of the gateways.
     pub seen: watch::Sender<Seen>,
+    /// What is wrong with the agent's own certificate.
+    pub identity: watch::Receiver<Option<String>>,
 }
 
 /// The body of the reconciler's thread. `started` is told once the programs are loaded and the uplinks guarded.
@@ -97,7 +102,7 @@ struct Node {
     people: Arc<People>,
     status: watch::Sender<Status>,
 
-    models: Vec<Model>,
+    gateways: Gateways,
     merged: NodeState,
     told: Told,
     /// Since when there is a snapshot to apply.
@@ -106,10 +111,6 @@ struct Node {
     adopted: bool,
     /// Whether a snapshot was applied.
     ready: bool,
-    /// When each gateway's `Facts` stream last said something, and whether it ended since.
-    signs: Vec<Option<(Instant, bool)>>,
-    /// Gateways whose `Facts` stream is up and in the kernel, from its first snapshot on.
-    in_sync: Vec<bool>,
     /// Gateways whose scopes' DNS goes to a stand-in.
     silent: BTreeSet<String>,
     /// Acks that wait for a pass.
@@ -185,9 +186,7 @@ impl Node {
                 }
             });
         }
-        let models = config.gateways.iter().map(|_| Model::default()).collect();
-        let signs = vec![None; config.gateways.len()];
-        let in_sync = vec![false; config.gateways.len()];
+        let gateways = Gateways::new(config.gateways.iter().map(|g| g.name.as_str()));
         let mut node = Self {
             config,
             netlink,
@@ -197,12 +196,10 @@ impl Node {
             announcer,
             people,
             status,
-            models,
+            gateways,
             merged: NodeState::default(),
             told: Told::default(),
             heard: None,
-            signs,
-            in_sync,
             silent: BTreeSet::new(),
             adopted,
             ready: false,
@@ -249,6 +246,11 @@ impl Node {
                 _ = step.tick() => {
                     steps += 1;
                     self.listen(&inputs.seen);
+                    if inputs.identity.has_changed().unwrap_or(false) {
+                        let trouble = inputs.identity.borrow_and_update().clone();
+                        self.problem("identity", trouble);
+                        self.tell();
+                    }
                     self.step(steps).await;
                 }
                 () = changed.notified(), if look.is_none() => look = Some(Instant::now() + GATHER),
@@ -263,39 +265,74 @@ impl Node {
 
     // --- what comes in ---
 
+    /// The number of a gateway that speaks.
+    fn number(&mut self, name: &Arc<str>) -> Option<usize> {
+        let owns = |name: &str| self.merged.scopes.values().any(|s| s.owner == name);
+        let Some((index, anew)) = self.gateways.enter(name, owns) else {
+            tracing::error!(gateway = &**name, "there are more gateways than this node can follow; not heard");
+            return None;
+        };
+        if anew {
+            self.clear(index);
+        }
+        Some(index)
+    }
+
+    /// The number is another gateway's now, or nobody's.
+    fn clear(&mut self, index: usize) {
+        self.told.forget(index);
+        self.pending.remove(&index);
+    }
+
+    /// Forgets gateways that were found and are gone.
+    fn forget(&mut self) {
+        let scopes = &self.merged.scopes;
+        let gone = self.gateways.forget(Instant::now(), |name| scopes.values().any(|s| s.owner == name));
+        for (index, name) in gone {
+            tracing::info!(gateway = &*name, "a gateway that is gone is forgotten");
+            metrics::gauge!(events::GATEWAY_UP, "gateway" => name.to_string()).set(0.0);
+            self.clear(index);
+        }
+    }
+
     fn facts(&mut self, facts: stream::Facts) {
-        let Some(name) = self.config.gateways.get(facts.gateway).map(|g| g.name.clone()) else { return };
+        let Some(index) = self.number(&facts.gateway) else { return };
+        let Some(gateway) = self.gateways.get_mut(index) else { return };
         if facts.away {
-            self.in_sync[facts.gateway] = false;
-            if let Some(Some((_, ended))) = self.signs.get_mut(facts.gateway) {
+            gateway.in_sync = false;
+            if let Some((_, ended)) = &mut gateway.sign {
                 *ended = true;
             }
             self.stand_in();
             return;
         }
-        self.signs[facts.gateway] = Some((facts.at, false));
-        if self.silent.contains(&name) {
+        gateway.sign = Some((facts.at, false));
+        let in_sync = gateway.in_sync;
+        if self.silent.contains(&*facts.gateway) {
             self.stand_in();
         }
         if let Some((batch, ack)) = facts.batch {
-            let known = batch.snapshot || self.in_sync[facts.gateway];
-            self.in_sync[facts.gateway] = self.batch(facts.gateway, batch, &ack) && known;
+            let known = batch.snapshot || in_sync;
+            let held = self.batch(index, batch, &ack) && known;
+            if let Some(gateway) = self.gateways.get_mut(index) {
+                gateway.in_sync = held;
+            }
         }
-        self.beat(facts.gateway);
+        self.beat(index);
     }
 
     /// Tells the kernel that it knows all that the gateway told. Last, since from then on what is not known here is dropped
     /// and not steered: not before the grants of the facts are there too. Programs of another layout do not see it. What
     /// waited too long in the queue is no sign of life any more.
-    fn beat(&mut self, gateway: usize) {
-        let alive = self.signs[gateway].is_some_and(|(at, ended)| !ended && at.elapsed() < stream::SILENCE);
-        let name = &self.config.gateways[gateway].name;
-        if self.in_sync[gateway]
+    fn beat(&mut self, index: usize) {
+        let Some(gateway) = self.gateways.get(index) else { return };
+        let alive = gateway.sign.is_some_and(|(at, ended)| !ended && at.elapsed() < stream::SILENCE);
+        if gateway.in_sync
             && self.ready
             && alive
-            && let Err(e) = self.datapath.heartbeat(name)
+            && let Err(e) = self.datapath.heartbeat(&gateway.name)
         {
-            tracing::error!(gateway = name, error = %e, "heartbeat");
+            tracing::error!(gateway = &*gateway.name, error = %e, "heartbeat");
         }
     }
 
@@ -307,7 +344,7 @@ impl Node {
         let keys: Vec<_> = grants.iter().map(|(g, c, _)| (*g, *c)).collect();
         let now = self.epoch.elapsed();
         let mut result = Ok(());
-        let changed = self.models[gateway].grants(batch.boot_id, grants, now);
+        let changed = self.gateways.get_mut(gateway).is_some_and(|g| g.model.grants(batch.boot_id, grants, now));
         if changed {
             self.merge();
         }
@@ -325,11 +362,12 @@ impl Node {
         held
     }
 
-    /// Steers the DNS of silent gateways' scopes to those that stand in, and back.
+    /// Steers the DNS of silent gateways' scopes to those that stand in, and back. One that was never heard is silent.
     fn stand_in(&mut self) {
-        let silent = |sign: &Option<(Instant, bool)>| sign.is_none_or(|(at, ended)| ended || at.elapsed() >= QUIET);
-        let gateways = self.config.gateways.iter().zip(&self.signs);
-        let now: BTreeSet<String> = gateways.filter(|(_, s)| silent(s)).map(|(g, _)| g.name.clone()).collect();
+        let silent = |sign: Option<(Instant, bool)>| sign.is_none_or(|(at, ended)| ended || at.elapsed() >= QUIET);
+        let told = self.merged.gateways.keys().filter(|name| self.gateways.index(name).is_none()).cloned();
+        let heard = self.gateways.iter().filter(|g| silent(g.sign)).map(|g| g.name.to_string());
+        let now: BTreeSet<String> = heard.chain(told).collect();
         if now == self.silent {
             return;
         }
@@ -346,12 +384,9 @@ impl Node {
     /// Notices gateways that fell silent, and tells every gateway which ones this node sees.
     fn listen(&mut self, told: &watch::Sender<Seen>) {
         self.stand_in();
-        let gateways = self.config.gateways.iter().zip(&self.signs);
+        let spoke = |sign: Option<(Instant, bool)>| sign.is_some_and(|(at, _)| at.elapsed() < SEEN);
         let seen = Seen {
-            gateways: gateways
-                .filter(|(_, s)| s.is_some_and(|(at, _)| at.elapsed() < SEEN))
-                .map(|(g, _)| g.name.clone())
-                .collect(),
+            gateways: self.gateways.iter().filter(|g| spoke(g.sign)).map(|g| g.name.to_string()).collect(),
             claims: self.merged.scopes.iter().map(|(k, s)| ScopeClaim { scope: *k, epoch: s.epoch }).collect(),
         };
         told.send_if_modified(|old| {
@@ -367,21 +402,28 @@ impl Node {
         let now = self.epoch.elapsed();
         for message in all {
             match message {
-                stream::State::Away { gateway } => self.models[gateway].away(),
+                stream::State::Away { gateway } => {
+                    let index = self.gateways.index(&gateway);
+                    if let Some(gateway) = index.and_then(|i| self.gateways.get_mut(i)) {
+                        gateway.model.away();
+                    }
+                }
                 stream::State::Update { gateway, update, ack } => {
                     let applied = Applied { boot: update.boot, sequence: update.sequence, error: None };
-                    match self.models[gateway].update(update, now) {
-                        Ok(()) => drop(self.pending.insert(gateway, (ack, applied))),
+                    let Some(index) = self.number(&gateway) else { continue };
+                    let Some(gateway) = self.gateways.get_mut(index) else { continue };
+                    match gateway.model.update(update, now) {
+                        Ok(()) => drop(self.pending.insert(index, (ack, applied))),
                         Err(e) => acknowledge(&ack, applied, Err(e.to_string())),
                     }
                 }
             }
         }
-        for (gateway, model) in self.config.gateways.iter().zip(&self.models) {
-            let up = if model.live() { 1.0 } else { 0.0 };
-            metrics::gauge!(events::GATEWAY_UP, "gateway" => gateway.name.clone()).set(up);
+        for gateway in self.gateways.iter() {
+            let up = if gateway.model.live() { 1.0 } else { 0.0 };
+            metrics::gauge!(events::GATEWAY_UP, "gateway" => gateway.name.to_string()).set(up);
         }
-        if self.heard.is_none() && self.models.iter().any(Model::known) {
+        if self.heard.is_none() && self.gateways.iter().any(|g| g.model.known()) {
             self.heard = Some(Instant::now());
             // The pass that comes at the latest, if other gateways stay silent.
             let changed = Arc::clone(&self.changed);
@@ -422,7 +464,7 @@ impl Node {
         if let Some(other) = self.gateway.as_ref().filter(|g| g.connection.is_some() && g.name != hello.gateway) {
             return Err(format!("gateway {} is plugged in on this node", other.name));
         }
-        if !self.config.gateways.iter().any(|g| g.name == hello.gateway) {
+        if self.config.discover.is_none() && self.gateways.index(&hello.gateway).is_none() {
             return Err(format!("gateway {} is not in the agent's configuration", hello.gateway));
         }
         let mtu = hello.tunnel_mtu.min(self.tunnel_mtu);
@@ -458,8 +500,8 @@ impl Node {
 
     /// The node's own view of ownership, which a gateway that is cut off does not have.
     fn may_hold(&self, gateway: &str) -> bool {
-        let index = self.config.gateways.iter().position(|g| g.name == gateway);
-        let claims = index.map(|i| &self.models[i]).filter(|m| m.known()).map(Model::state);
+        let heard = self.gateways.iter().find(|g| *g.name == *gateway).map(|g| &g.model);
+        let claims = heard.filter(|m| m.known()).map(Model::state);
         merge::may_hold(gateway, claims, &self.merged)
     }
 
@@ -485,12 +527,10 @@ impl Node {
     /// Out of what every gateway says, what this node's kernel should hold.
     fn merge(&mut self) {
         let sources: Vec<Source<'_>> = self
-            .config
             .gateways
             .iter()
-            .zip(&self.models)
-            .filter(|(_, m)| m.known())
-            .map(|(g, m)| Source { name: &g.name, live: m.live(), state: m.state() })
+            .filter(|g| g.model.known())
+            .map(|g| Source { name: &g.name, live: g.model.live(), state: g.model.state() })
             .collect();
         self.merged = merge::merge(&sources);
         if self.gateway.as_ref().is_some_and(|g| !self.may_hold(&g.name)) {
@@ -509,6 +549,7 @@ impl Node {
             return;
         }
         self.count();
+        self.forget();
         if steps.is_multiple_of(u64::from(self.config.full_pass_seconds) * STEPS_PER_SECOND) {
             self.full_pass().await;
         } else {

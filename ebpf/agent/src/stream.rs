@@ -5,18 +5,21 @@
 
 use std::fs;
 use std::io::Read;
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
+use tidegate_identity::Source;
 use tidegate_proto::wire::control_client::ControlClient;
 use tidegate_proto::wire::{FactsAck, StateAck};
 use tidegate_proto::{FactsBatch, Joiner, MAX_MESSAGE, Seen, StateBatch, Up, WireError};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::wrappers::WatchStream;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use tonic::transport::{Channel, Endpoint};
 
-use crate::config::{GatewayAddress, Tls};
+use crate::find::{Held, Names};
 use crate::merge::Update;
 
 /// A `Facts` stream without a message for so long is dead: gateways send a heartbeat every 200 ms.
@@ -47,8 +50,8 @@ pub type Ack = watch::Sender<Applied>;
 pub enum State {
     /// An update; a whole one, parts are joined.
     Update {
-        /// Index of the gateway in the configuration.
-        gateway: usize,
+        /// The gateway's name.
+        gateway: Arc<str>,
         /// What it says.
         update: Update,
         /// Where the ack goes.
@@ -56,16 +59,16 @@ pub enum State {
     },
     /// The stream ended.
     Away {
-        /// Index of the gateway in the configuration.
-        gateway: usize,
+        /// The gateway's name.
+        gateway: Arc<str>,
     },
 }
 
 /// From a `Facts` stream. Every one of them is also a sign of life.
 #[derive(Debug)]
 pub struct Facts {
-    /// Index of the gateway in the configuration.
-    pub gateway: usize,
+    /// The gateway's name.
+    pub gateway: Arc<str>,
     /// When it arrived.
     pub at: Instant,
     /// The batch; absent for a heartbeat.
@@ -77,17 +80,12 @@ pub struct Facts {
 /// Why a stream ended.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
-    /// A PEM file cannot be read.
-    #[error("{path}: {source}")]
-    File {
-        /// The file.
-        path: String,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// No connection.
+    /// No certificate, or no connection.
     #[error("connect: {}", chain(.0))]
-    Transport(#[from] tonic::transport::Error),
+    Connect(#[from] tidegate_identity::Error),
+    /// The gateway is connected at another of its addresses.
+    #[error("gateway {0} is connected at another address")]
+    Elsewhere(String),
     /// The gateway ended the stream.
     #[error("{}: {}", .0.code(), .0.message())]
     Status(Box<tonic::Status>),
@@ -140,15 +138,20 @@ pub struct Client {
     pub node: String,
     /// Chosen at the agent's start.
     pub boot: u64,
-    /// Index of the gateway in the configuration.
-    pub index: usize,
-    /// The gateway.
-    pub gateway: GatewayAddress,
+    /// The gateway's control endpoint.
+    pub address: SocketAddr,
+    /// Its name; absent: whichever is in its certificate.
+    pub name: Option<String>,
+    /// Who is connected where.
+    pub names: Names,
     /// The agent's identity.
-    pub tls: Tls,
+    pub identity: Source,
     /// What the node sees of the gateways, for each of them.
     pub seen: watch::Receiver<Seen>,
 }
+
+/// Who has spoken on a stream, and that nobody else speaks for it meanwhile.
+type Spoke = Option<(Arc<str>, Held)>;
 
 impl Client {
     /// Keeps a `State` stream until `out` is closed.
@@ -156,12 +159,17 @@ impl Client {
         let mut backoff = Backoff::default();
         while !out.is_closed() {
             let started = Instant::now();
-            let mut spoke = false;
+            let mut spoke = None;
             let Err(e) = self.state_once(&out, &mut spoke).await;
-            if spoke && out.send(State::Away { gateway: self.index }).await.is_err() {
+            let name = spoke.as_ref().map(|(name, _)| Arc::clone(name));
+            if let Some(gateway) = &name
+                && out.send(State::Away { gateway: Arc::clone(gateway) }).await.is_err()
+            {
                 return;
             }
-            self.wait("State", &mut backoff, spoke, started, e).await;
+            // Only now: whoever else connects to it speaks after that.
+            drop(spoke);
+            self.wait("State", &mut backoff, name, started, e).await;
         }
     }
 
@@ -170,51 +178,64 @@ impl Client {
         let mut backoff = Backoff::default();
         while !out.is_closed() {
             let started = Instant::now();
-            let mut spoke = false;
+            let mut spoke = None;
             let Err(e) = self.facts_once(&out, &mut spoke).await;
-            let away = Facts { gateway: self.index, at: Instant::now(), batch: None, away: true };
-            if spoke && out.send(away).await.is_err() {
-                return;
+            let name = spoke.as_ref().map(|(name, _)| Arc::clone(name));
+            if let Some(gateway) = &name {
+                let gateway = Arc::clone(gateway);
+                let away = Facts { gateway, at: Instant::now(), batch: None, away: true };
+                if out.send(away).await.is_err() {
+                    return;
+                }
             }
-            self.wait("Facts", &mut backoff, spoke, started, e).await;
+            drop(spoke);
+            self.wait("Facts", &mut backoff, name, started, e).await;
         }
     }
 
-    async fn wait(&self, stream: &str, backoff: &mut Backoff, spoke: bool, started: Instant, error: StreamError) {
-        if matches!(error, StreamError::Stopping) {
-            return;
+    async fn wait(
+        &self,
+        stream: &str,
+        backoff: &mut Backoff,
+        spoke: Option<Arc<str>>,
+        started: Instant,
+        error: StreamError,
+    ) {
+        match error {
+            StreamError::Stopping => return,
+            StreamError::Elsewhere(name) => {
+                tracing::debug!(gateway = name, address = %self.address, stream, "connected at another address");
+                return self.names.free(&name, self.address).await;
+            }
+            _ => {}
         }
-        let gateway = self.gateway.name.as_str();
+        let gateway = spoke.as_deref().or(self.name.as_deref()).unwrap_or_default();
+        let address = self.address;
         // One line for a loss or a first failure; the rest of a long outage is for those who look closely.
-        if spoke || backoff.0 == BACKOFF_FIRST {
-            tracing::warn!(gateway, stream, %error, "stream lost; connecting again");
+        if spoke.is_some() || backoff.0 == BACKOFF_FIRST {
+            tracing::warn!(gateway, %address, stream, %error, "stream lost; connecting again");
         } else {
-            tracing::debug!(gateway, stream, %error, "no stream yet");
+            tracing::debug!(gateway, %address, stream, %error, "no stream yet");
         }
-        if spoke && started.elapsed() > BACKOFF_LAST {
+        if spoke.is_some() && started.elapsed() > BACKOFF_LAST {
             *backoff = Backoff::default();
         }
         sleep(backoff.next(random())).await;
     }
 
-    async fn connect(&self) -> Result<ControlClient<Channel>, StreamError> {
-        let read = |path: &std::path::Path| {
-            fs::read(path).map_err(|source| StreamError::File { path: path.display().to_string(), source })
+    async fn connect(&self) -> Result<(ControlClient<Channel>, Arc<str>, Held), StreamError> {
+        let own = self.identity.now()?;
+        let settings = |endpoint: Endpoint| {
+            endpoint
+                .http2_keep_alive_interval(KEEPALIVE_EVERY)
+                .keep_alive_timeout(KEEPALIVE_WAIT)
+                .keep_alive_while_idle(true)
         };
-        let tls = ClientTlsConfig::new()
-            .ca_certificate(Certificate::from_pem(read(&self.tls.ca)?))
-            .identity(Identity::from_pem(read(&self.tls.certificate)?, read(&self.tls.key)?))
-            .domain_name(format!("{}.gateway.tidegate", self.gateway.name))
-            .timeout(CONNECT);
-        let endpoint = Endpoint::from_shared(format!("https://{}", self.gateway.address))?
-            .tls_config(tls)?
-            .connect_timeout(CONNECT)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEPALIVE_EVERY)
-            .keep_alive_timeout(KEEPALIVE_WAIT)
-            .keep_alive_while_idle(true);
-        let channel = endpoint.connect().await?;
-        Ok(ControlClient::new(channel).max_decoding_message_size(MAX_MESSAGE))
+        let wanted = self.name.as_deref();
+        let connection = tidegate_identity::connect(self.address, &own, wanted, CONNECT, settings).await?;
+        let name: Arc<str> = connection.gateway.as_str().into();
+        let held = self.names.hold(&name, self.address).ok_or(StreamError::Elsewhere(connection.gateway))?;
+        Ok((ControlClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE), name, held))
     }
 
     fn hello(&self) -> Up {
@@ -230,13 +251,14 @@ impl Client {
     async fn state_once(
         &self,
         out: &mpsc::Sender<State>,
-        spoke: &mut bool,
+        spoke: &mut Spoke,
     ) -> Result<std::convert::Infallible, StreamError> {
-        let mut client = self.connect().await?;
+        let (mut client, gateway, held) = self.connect().await?;
+        let mut held = Some(held);
         let (ack, acks) = watch::channel(Applied::default());
         let hello = stream::once(std::future::ready(StateAck::from(self.hello())));
         let mut inbound = client.state(hello.chain(Self::acks(acks))).await?.into_inner();
-        tracing::info!(gateway = self.gateway.name.as_str(), "State stream is up");
+        tracing::info!(gateway = &*gateway, "State stream is up");
         let mut joiner = Joiner::<StateBatch>::default();
         let mut last: Option<(u64, u64)> = None;
         loop {
@@ -245,7 +267,7 @@ impl Client {
                 () = out.closed() => return Err(StreamError::Stopping),
             };
             let part = StateBatch::try_from(message)?;
-            if part.gateway != self.gateway.name {
+            if part.gateway != *gateway {
                 return Err(StreamError::Protocol("another gateway answers at this address"));
             }
             let Some(whole) = joiner.push(part)? else { continue };
@@ -253,8 +275,10 @@ impl Client {
             last = Some((whole.boot_id, whole.sequence));
             let StateBatch { boot_id: boot, sequence, snapshot, set, delete, .. } = whole;
             let update = Update { boot, sequence, snapshot, set, delete };
-            *spoke = true;
-            let update = State::Update { gateway: self.index, update, ack: ack.clone() };
+            if let Some(held) = held.take() {
+                *spoke = Some((Arc::clone(&gateway), held));
+            }
+            let update = State::Update { gateway: Arc::clone(&gateway), update, ack: ack.clone() };
             out.send(update).await.map_err(|_| StreamError::Stopping)?;
         }
     }
@@ -262,16 +286,17 @@ impl Client {
     async fn facts_once(
         &self,
         out: &mpsc::Sender<Facts>,
-        spoke: &mut bool,
+        spoke: &mut Spoke,
     ) -> Result<std::convert::Infallible, StreamError> {
-        let mut client = self.connect().await?;
+        let (mut client, gateway, held) = self.connect().await?;
+        let mut held = Some(held);
         let (ack, acks) = watch::channel(Applied::default());
         let seen = WatchStream::new(self.seen.clone()).map(FactsAck::from);
         // The hello comes first; of what follows, acks and news take turns.
         let hello = stream::once(std::future::ready(FactsAck::from(self.hello())));
         let outbound = hello.chain(stream::select(Self::acks(acks), seen));
         let mut inbound = client.facts(outbound).await?.into_inner();
-        tracing::info!(gateway = self.gateway.name.as_str(), "Facts stream is up");
+        tracing::info!(gateway = &*gateway, "Facts stream is up");
         let mut joiner = Joiner::<FactsBatch>::default();
         let mut last: Option<(u64, u64)> = None;
         loop {
@@ -282,7 +307,9 @@ impl Client {
             let message = message.map_err(|_| StreamError::Silent)??.ok_or(StreamError::Closed)?;
             let at = Instant::now();
             let part = FactsBatch::try_from(message)?;
-            *spoke = true;
+            if let Some(held) = held.take() {
+                *spoke = Some((Arc::clone(&gateway), held));
+            }
             let batch = if part.is_heartbeat() {
                 None
             } else if let Some(whole) = joiner.push(part)? {
@@ -292,7 +319,7 @@ impl Client {
             } else {
                 None
             };
-            let facts = Facts { gateway: self.index, at, batch, away: false };
+            let facts = Facts { gateway: Arc::clone(&gateway), at, batch, away: false };
             out.send(facts).await.map_err(|_| StreamError::Stopping)?;
         }
     }

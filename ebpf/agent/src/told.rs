@@ -57,6 +57,16 @@ impl Told {
         }
         out
     }
+
+    /// Another gateway will have this number: the former one stands by nothing any more. What nobody else stands by expires.
+    pub fn forget(&mut self, gateway: usize) {
+        let bit = 1u64 << (gateway % 64);
+        self.boots.remove(&gateway);
+        self.by.retain(|_, by| {
+            *by &= !bit;
+            *by != 0
+        });
+    }
 }
 
 #[cfg(test)]
@@ -108,5 +118,17 @@ mod tests {
         assert_eq!(t.take(0, batch(1, true, vec![set(2)])), vec![gone(1), set(2)]);
         assert_eq!(t.take(0, batch(2, true, vec![])), vec![]);
         assert!(t.by.is_empty(), "nobody stands by it; the kernel lets it expire");
+    }
+
+    #[test]
+    fn a_number_that_is_given_anew_begins_with_nothing() {
+        let mut t = Told::default();
+        t.take(0, batch(1, true, vec![set(1), set(2)]));
+        t.take(1, batch(9, true, vec![set(2)]));
+        t.forget(0);
+        assert_eq!(t.len(), 1);
+        // The next one takes nothing back that it never told, even with the same boot.
+        assert_eq!(t.take(0, batch(1, true, vec![])), vec![]);
+        assert_eq!(t.take(1, batch(9, true, vec![])), vec![gone(2)]);
     }
 }

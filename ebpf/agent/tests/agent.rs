@@ -159,7 +159,9 @@ fn config(w: &World, gateways: Vec<GatewayAddress>) -> Config {
     Config {
         node: "n1".into(),
         gateways,
-        tls: w.ca.sign("n1.node.tidegate"),
+        discover: None,
+        tls: Some(w.ca.sign("n1.node.tidegate")),
+        join: None,
         socket: w.ca.folder().join("agent.sock"),
         pins: w.pins.clone(),
         ..serde_json::from_value(serde_json::json!({

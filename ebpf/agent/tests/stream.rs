@@ -6,11 +6,15 @@
 #[allow(dead_code)]
 mod gateway;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use gateway::{Authority, both, serve};
-use tidegate_agent::config::{GatewayAddress, Tls};
+use parking_lot::Mutex;
+use tidegate_agent::config::Tls;
+use tidegate_agent::find::Names;
 use tidegate_agent::stream::{Applied, Client, Facts, State};
+use tidegate_identity::{Files, Paths, Source};
 use tidegate_policy::ScopeKey;
 use tidegate_policy::state::{Entry, Scope};
 use tidegate_proto::{FactsBatch, Seen, StateBatch, Up};
@@ -19,13 +23,19 @@ use tokio::time::{Instant, timeout};
 
 const WAIT: Duration = Duration::from_secs(10);
 
+fn identity(tls: Tls) -> Source {
+    let Tls { certificate, key, ca } = tls;
+    Source::Files(Arc::new(Mutex::new(Files::new(Paths { certificate, key, ca }))))
+}
+
 fn client(tls: Tls, address: std::net::SocketAddr) -> Client {
     Client {
         node: "n1".into(),
         boot: 77,
-        index: 3,
-        gateway: GatewayAddress { name: "gw-a".into(), address },
-        tls,
+        address,
+        name: Some("gw-a".into()),
+        names: Names::default(),
+        identity: identity(tls),
         seen: tokio::sync::watch::channel(Seen::default()).1,
     }
 }
@@ -61,14 +71,15 @@ async fn streams_come_up_with_mutual_tls_carry_acks_and_come_back() {
     assert_eq!((state.hear().await, facts.hear().await), (hello.clone(), hello));
 
     state.say(snapshot(1)).await;
-    let State::Update { gateway: 3, update, ack } = next(&mut state_rx).await else { panic!("an update") };
+    let State::Update { gateway, update, ack } = next(&mut state_rx).await else { panic!("an update") };
+    assert_eq!(&*gateway, "gw-a");
     assert!(update.snapshot && update.boot == 5 && update.set.len() == 1);
     ack.send(Applied { boot: 5, sequence: 1, error: Some("no".into()) }).unwrap();
     assert_eq!(state.hear().await, Up::Applied { boot_id: 5, sequence: 1, error: Some("no".into()) });
 
     facts.say(FactsBatch { boot_id: 5, sequence: 1, snapshot: true, ..FactsBatch::default() }).await;
     facts.say(FactsBatch::heartbeat(5, 1)).await;
-    let Facts { gateway: 3, batch: Some((batch, ack)), .. } = next(&mut facts_rx).await else { panic!("facts") };
+    let Facts { batch: Some((batch, ack)), .. } = next(&mut facts_rx).await else { panic!("facts") };
     assert!(batch.snapshot);
     ack.send(Applied { boot: 5, sequence: 1, error: None }).unwrap();
     assert_eq!(facts.hear().await, Up::Applied { boot_id: 5, sequence: 1, error: None });
@@ -82,7 +93,7 @@ async fn streams_come_up_with_mutual_tls_carry_acks_and_come_back() {
 
     // A state stream that ends is told and opened anew.
     drop(state);
-    assert!(matches!(next(&mut state_rx).await, State::Away { gateway: 3 }));
+    assert!(matches!(next(&mut state_rx).await, State::Away { .. }));
     loop {
         if let gateway::Opened::State(mut state) = next(&mut opened).await {
             assert!(matches!(state.hear().await, Up::Hello { .. }));

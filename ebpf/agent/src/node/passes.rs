@@ -12,7 +12,6 @@ use crate::devices::{EGRESS_SIDE, POD_SIDE, TUNNEL};
 use crate::events;
 use crate::guard::Desired;
 use crate::links::{Kind, Link};
-use crate::merge::Model;
 
 /// The most neighbours to ask for in one second.
 const MAX_RESOLVE: usize = 64;
@@ -136,12 +135,11 @@ impl Node {
         self.topology.uplinks(self.config.uplinks.as_deref())
     }
 
-    /// Whether a snapshot is to be applied. After a restart the other gateways get a moment.
+    /// Whether a snapshot is to be applied. After a restart the other gateways get a moment; nobody knows how many there
+    /// are where they are found.
     fn settled(&self) -> bool {
-        self.ready
-            || self
-                .heard
-                .is_some_and(|at| !self.adopted || at.elapsed() >= SETTLE || self.models.iter().all(Model::live))
+        let all = || self.config.discover.is_none() && self.gateways.iter().all(|g| g.model.live());
+        self.ready || self.heard.is_some_and(|at| !self.adopted || at.elapsed() >= SETTLE || all())
     }
 
     /// Compares everything with what should be there, and puts right what others changed.
@@ -228,7 +226,7 @@ impl Node {
                     events::repaired("pin", done.pinned);
                     self.problems.remove("maps");
                     if !std::mem::replace(&mut self.ready, true) {
-                        (0..self.signs.len()).for_each(|gateway| self.beat(gateway));
+                        self.gateways.numbers().into_iter().for_each(|index| self.beat(index));
                     }
                     Ok(())
                 }
