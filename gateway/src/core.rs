@@ -6,11 +6,13 @@
 
 mod answers;
 mod classes;
+mod classifier;
 mod clock;
 mod failover;
 mod ids;
 mod message;
 mod nodes;
+mod sent;
 mod settling;
 #[cfg(test)]
 mod soak;
@@ -35,11 +37,12 @@ use tidegate_proto::{Claim, PeerFact, Seen};
 use tidegate_sni::Registry;
 use tokio::sync::{mpsc, oneshot};
 
-pub use self::classes::Classifier;
 use self::classes::{Classes, placed};
+pub use self::classifier::Classifier;
 pub use self::clock::Clock;
 pub use self::ids::Ids;
 pub use self::message::{Bind, ToCore};
+use self::sent::Sent;
 pub use self::settling::Settling;
 pub use self::status::{NodeStatus, PairStatus, Status};
 use crate::admin::Guard;
@@ -120,11 +123,8 @@ struct Node {
     agent: Option<u64>,
     /// What its agent said last on the Facts stream that is up.
     seen: Option<Seen>,
-    /// What the State stream was sent, grants of the Facts stream included.
-    held: NodeState,
-    /// Whether the stream has begun with a snapshot, as each must.
-    begun: bool,
-    state_seq: u64,
+    /// What the State stream was sent.
+    sent: Sent,
     facts_seq: u64,
     status: NodeStatus,
 }
@@ -322,7 +322,7 @@ impl Run {
             ToCore::StateUp { node, id, out } => {
                 let n = self.nodes.entry(node.clone()).or_default();
                 n.state = Some((id, out));
-                (n.held, n.begun) = (NodeState::default(), false);
+                n.sent.anew();
                 // An empty snapshot would take policy away from the node's pods: before there is one, nothing is said.
                 if self.settled {
                     let parts = self.parts();
@@ -343,6 +343,7 @@ impl Run {
                             "a node could not apply its state in whole"
                         );
                     }
+                    n.sent.applied(ack.sequence);
                     n.status.applied = ack.sequence;
                     n.status.error = ack.error;
                     let id = self.core.shared.nodes.id(&node);

@@ -1,40 +1,30 @@
-//! Which classes facts have.
+//! Which classes facts have. Pure.
 
-use std::collections::BTreeMap;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ahash::AHashMap;
-use tidegate_ledger::Classify;
 use tidegate_policy::world::World;
-use tidegate_policy::{ClassKey, Name, ScopeKey};
+use tidegate_policy::{ClassKey, ScopeKey};
 
-use super::Shared;
+/// How long the grants of a class outlive its last fact: a node may hear of that later than of its new state. Beyond
+/// two seconds without facts it steers what it does not know.
+const LINGER: Duration = Duration::from_secs(5);
 
-/// Finds classes in whatever policy holds now.
-pub struct Classifier(pub Arc<Shared>);
-
-impl Classify for Classifier {
-    fn class(&self, scope: ScopeKey, ip: IpAddr, names: &mut dyn Iterator<Item = &Name>) -> ClassKey {
-        match self.0.world.load().scope(scope) {
-            Some(s) => s.class(ip, names),
-            // No grant has this class: it allows nothing.
-            None => ClassKey(0),
-        }
-    }
-}
-
-/// Which classes facts have, so that their grants are pushed and those of others are not.
+/// Which classes facts have or had just now, so that their grants are pushed and those of others are not.
 #[derive(Default)]
-pub(super) struct Classes {
-    pub(super) of: AHashMap<(ScopeKey, IpAddr), ClassKey>,
-    pub(super) count: BTreeMap<(ScopeKey, ClassKey), u32>,
+pub struct Classes {
+    of: AHashMap<(ScopeKey, IpAddr), ClassKey>,
+    count: BTreeMap<(ScopeKey, ClassKey), u32>,
+    /// Classes that lost their last fact, and when, in that order.
+    left: VecDeque<(Duration, (ScopeKey, ClassKey))>,
 }
 
 impl Classes {
-    /// Notes a fact's class; says whether no other fact of the scope had it.
-    pub(super) fn note(&mut self, scope: ScopeKey, ip: IpAddr, class: Option<ClassKey>) -> bool {
+    /// Notes at `now` a fact's class, `None` if the fact is gone; says whether no other fact of the scope had it.
+    pub fn note(&mut self, scope: ScopeKey, ip: IpAddr, class: Option<ClassKey>, now: Duration) -> bool {
         let old = match class {
             Some(c) => self.of.insert((scope, ip), c),
             None => self.of.remove(&(scope, ip)),
@@ -48,20 +38,30 @@ impl Classes {
             *n -= 1;
             if *n == 0 {
                 self.count.remove(&(scope, old));
+                self.left.push_back((now, (scope, old)));
             }
         }
+        while self.left.pop_front_if(|(at, _)| now.saturating_sub(*at) >= LINGER).is_some() {}
         let Some(class) = class else { return false };
         let n = self.count.entry((scope, class)).or_default();
         *n += 1;
         *n == 1
     }
 
-    pub(super) fn active(&self) -> impl Iterator<Item = (ScopeKey, ClassKey)> {
-        self.count.keys().copied()
+    /// Classes that facts have at `now`, or had just before.
+    pub fn active(&self, now: Duration) -> impl Iterator<Item = (ScopeKey, ClassKey)> {
+        let left = self.left.iter().filter(move |(at, _)| now.saturating_sub(*at) < LINGER);
+        self.count.keys().copied().chain(left.map(|(_, key)| *key))
+    }
+
+    /// How many addresses have a class, and how many classes they have.
+    #[cfg(test)]
+    pub fn len(&self) -> (usize, usize) {
+        (self.of.len(), self.count.len())
     }
 }
 
 /// Which nodes have a pod of which scope.
-pub(super) fn placed(world: &World) -> BTreeSet<(ScopeKey, Arc<str>)> {
+pub fn placed(world: &World) -> BTreeSet<(ScopeKey, Arc<str>)> {
     world.endpoints().filter_map(|(_, e)| Some((e.member?.scope, e.who.node.clone()))).collect()
 }

@@ -29,7 +29,7 @@ impl Run {
 
     /// Classes that facts have, and those that the next facts will have.
     fn live_classes(&self) -> impl Iterator<Item = (ScopeKey, ClassKey)> {
-        self.classes.active().chain(self.compiled.ahead.iter().copied())
+        self.classes.active(self.core.shared.now()).chain(self.compiled.ahead.iter().copied())
     }
 
     pub(super) fn parts(&self) -> NodeStateParts {
@@ -38,10 +38,11 @@ impl Run {
 
     /// Our own kernel must hold facts, with their classes' grants, before any answer says them.
     pub(super) fn local(&mut self, updates: &[FactUpdate]) {
+        let now = self.core.shared.now();
         let mut new = Vec::new();
         for update in updates {
             let class = update.value.map(|v| v.class);
-            let first = self.classes.note(update.scope, update.ip, class);
+            let first = self.classes.note(update.scope, update.ip, class, now);
             let Some(class) = class.filter(|_| first) else { continue };
             // Of scopes that another gateway owns this kernel carries nothing.
             let scope = self.compiled.world.scope(update.scope);
@@ -66,21 +67,20 @@ impl Run {
     pub(super) fn push(&mut self, node: NodeId, seq: u64, snapshot: bool, facts: Vec<FactUpdate>) {
         let Some(name) = self.core.shared.nodes.name(node.0) else { return };
         let Some(n) = self.nodes.get_mut(&*name) else { return };
-        // What the State stream was sent but the node has not acked yet, the ack of these facts must not rely on.
-        let behind = n.state.is_none() || n.state_seq > n.status.applied;
         let classes: BTreeSet<(ScopeKey, ClassKey)> =
             facts.iter().filter_map(|f| Some((f.scope, f.value.as_ref()?.class))).collect();
-        let mut grants = Vec::new();
-        for (scope, class) in classes {
-            for (group, ports) in self.compiled.grants(scope, class) {
-                if behind || n.held.grants.get(&(group, class)) != Some(&ports) {
-                    n.held.set(Entry::Grant(group, class, ports.clone()));
-                    grants.push(GrantEntry { group, class, ports });
-                }
-            }
-        }
+        let needed = classes.into_iter().flat_map(|(scope, class)| {
+            let grants = self.compiled.grants(scope, class).into_iter();
+            grants.map(move |(group, ports)| GrantEntry { group, class, ports })
+        });
+        let grants = n.sent.missing(n.state.is_some(), needed);
+        let named = n.sent.name(&self.core.gateway, self.core.boot_id, &grants);
         n.facts_seq = seq;
         let batch = FactsBatch { boot_id: self.core.boot_id, sequence: seq, snapshot, more: false, grants, facts };
+        if let Some(named) = named {
+            self.say(&name, named);
+        }
+        let Some(n) = self.nodes.get_mut(&*name) else { return };
         let Some((_, out)) = &n.facts else { return };
         if batch.into_messages().into_iter().any(|m| out.try_send(m).is_err()) {
             tracing::warn!(node = &*name, "a node does not keep up with its facts: it will start anew");
@@ -90,31 +90,25 @@ impl Run {
 
     pub(super) fn send_state(&mut self, node: &str, parts: &NodeStateParts) {
         let Some(n) = self.nodes.get_mut(node) else { return };
-        let Some((_, out)) = &n.state else { return };
-        let wanted = self.core.desired.state(&self.compiled, parts, Target::Node(node));
-        let snapshot = !std::mem::replace(&mut n.begun, true);
-        let (set, delete) = if snapshot { (wanted.entries(), Vec::new()) } else { n.held.diff(&wanted) };
-        if !snapshot && set.is_empty() && delete.is_empty() {
+        if n.state.is_none() {
             return;
         }
-        n.state_seq += 1;
-        n.status.sent = n.state_seq;
+        let wanted = self.core.desired.state(&self.compiled, parts, Target::Node(node));
+        let Some(batch) = n.sent.state(&self.core.gateway, self.core.boot_id, wanted) else { return };
         // A stream's first state is what the node mostly holds already, and without its facts' acks nothing waits.
-        if !snapshot && n.facts.is_some() {
+        if !batch.snapshot && n.facts.is_some() {
             let pod = |e: &Entry| if let Entry::Endpoint(ip, _) = e { Some(*ip) } else { None };
             let id = NodeId(self.core.shared.nodes.id(node));
-            self.core.shared.settling.sent(id, n.state_seq, set.iter().filter_map(pod));
+            self.core.shared.settling.sent(id, batch.sequence, batch.set.iter().filter_map(pod));
         }
-        n.held = wanted;
-        let batch = StateBatch {
-            gateway: self.core.gateway.clone(),
-            boot_id: self.core.boot_id,
-            sequence: n.state_seq,
-            snapshot,
-            more: false,
-            set,
-            delete,
-        };
+        self.say(node, batch);
+    }
+
+    /// Puts a message into a node's State stream.
+    fn say(&mut self, node: &str, batch: StateBatch) {
+        let Some(n) = self.nodes.get_mut(node) else { return };
+        let Some((_, out)) = &n.state else { return };
+        n.status.sent = batch.sequence;
         if batch.into_messages().into_iter().any(|m| out.try_send(m).is_err()) {
             tracing::warn!(node, "a node does not keep up with its state: it will start anew");
             n.state = None;

@@ -524,8 +524,8 @@ impl Soak {
         put("nodes of the ledger", c.nodes);
         put("held by nodes", c.held);
         put("waiting", c.waiting + run.waiting.len() + run.core.rx.len());
-        put("classes of facts", run.classes.of.len());
-        put("classes", run.classes.count.len());
+        put("classes of facts", run.classes.len().0);
+        put("classes", run.classes.len().1);
         put("registered classes", run.compiled.world.class_count());
         put("grants", run.own.grants.len());
         put("groups", run.own.groups.len());
