@@ -245,11 +245,11 @@ impl Lab {
         Ok(())
     }
 
-    /// Installs CRDs, roles and accounts, as the chart has them. Nobody starts pods for its Deployment and DaemonSet.
+    /// Installs the chart. Nobody makes pods of its Deployment and DaemonSet: those are the scenario's.
     fn install_chart(&self) -> Result<()> {
         let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../helm/tidegate");
         let out = Command::new(tool(Tool::Helm)?)
-            .args(["template", "tidegate", "--namespace", SYSTEM_NAMESPACE])
+            .args(["template", "tidegate", "--no-hooks", "--namespace", SYSTEM_NAMESPACE])
             .arg(&chart)
             .output()
             .context("cannot run helm")?;
@@ -257,7 +257,6 @@ impl Lab {
         let text = String::from_utf8(out.stdout)?;
         let args = [&APPLY[..], &["-f", "-"]].concat();
         self.kubectl_with(&args, &text)?.success()?;
-        self.kubectl_with(&args, objects::ROLES)?.success()?;
         let wait = ["wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"];
         self.kubectl(&wait).map(drop)
     }

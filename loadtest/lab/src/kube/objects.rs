@@ -14,58 +14,6 @@ pub const GATEWAY_SERVICE: &str = "tidegate-gateway";
 /// Where gateways listen.
 const CONTROL_PORT: u16 = 7443;
 
-/// The gateways' account and what it may do, least by least.
-pub const ROLES: &str = "
-apiVersion: v1
-kind: ServiceAccount
-metadata: {name: tidegate-gateway, namespace: tidegate-system}
----
-apiVersion: v1
-kind: ServiceAccount
-metadata: {name: tidegate-agent, namespace: tidegate-system}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: tidegate-gateway}
-rules:
-- {apiGroups: [''], resources: [namespaces, nodes, pods, services], verbs: [get, list, watch]}
-- {apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [get, list, watch]}
-- {apiGroups: [networking.k8s.io], resources: [servicecidrs], verbs: [get, list, watch]}
-- apiGroups: [tidegate.dev]
-  resources: [clusteregresspolicies, egresspolicies, egresspools, namespaceegresses]
-  verbs: [get, list, watch]
-- apiGroups: [tidegate.dev]
-  resources: [clusteregresspolicies/status, egresspolicies/status, egresspools/status, namespaceegresses/status]
-  verbs: [patch, update]
-- {apiGroups: [tidegate.dev], resources: [egresspools], verbs: [patch]}
-- {apiGroups: [tidegate.dev], resources: [namespaceegresses], verbs: [create, delete]}
-- {apiGroups: [events.k8s.io], resources: [events], verbs: [create, patch]}
-- {apiGroups: [authentication.k8s.io], resources: [tokenreviews], verbs: [create]}
-- {apiGroups: [authorization.k8s.io], resources: [subjectaccessreviews], verbs: [create]}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {name: tidegate-gateway}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: tidegate-gateway}
-subjects: [{kind: ServiceAccount, name: tidegate-gateway, namespace: tidegate-system}]
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: Role
-metadata: {name: tidegate-gateway, namespace: tidegate-system}
-rules:
-- {apiGroups: [coordination.k8s.io], resources: [leases], verbs: [create]}
-- {apiGroups: [coordination.k8s.io], resources: [leases], resourceNames: [tidegate-gateway], verbs: [get, patch, update]}
-- {apiGroups: [''], resources: [secrets, configmaps], verbs: [create]}
-- {apiGroups: [''], resources: [secrets], resourceNames: [tidegate-ca], verbs: [get, list, patch, update, watch]}
-- {apiGroups: [''], resources: [configmaps], resourceNames: [tidegate-trust], verbs: [get, list, patch, update, watch]}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: RoleBinding
-metadata: {name: tidegate-gateway, namespace: tidegate-system}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: tidegate-gateway}
-subjects: [{kind: ServiceAccount, name: tidegate-gateway, namespace: tidegate-system}]
-";
-
 /// An object's name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Id {
@@ -223,7 +171,7 @@ fn native(scenario: &Scenario, mut object: Value) -> Value {
     object
 }
 
-/// Services with their EndpointSlices, and the gateways' slices.
+/// Services with their EndpointSlices, and the slices of the gateways' Service, which is the chart's.
 fn services(scenario: &Scenario) -> Result<Vec<Value>> {
     let mut all = Vec::new();
     for service in &scenario.services {
@@ -251,14 +199,6 @@ fn services(scenario: &Scenario) -> Result<Vec<Value>> {
     let pods = scenario.gateways.iter().map(|g| scenario.pod(&format!("{SYSTEM_NAMESPACE}/{}", g.name)));
     let pods = pods.collect::<Result<Vec<_>>>()?;
     let control = [("control".to_owned(), "TCP", CONTROL_PORT)];
-    all.push(json!({
-        "apiVersion": "v1", "kind": "Service",
-        "metadata": {"name": GATEWAY_SERVICE, "namespace": SYSTEM_NAMESPACE},
-        "spec": {
-            "clusterIP": "None", "ipFamilyPolicy": "PreferDualStack", "publishNotReadyAddresses": true,
-            "ports": [{"name": "control", "protocol": "TCP", "port": CONTROL_PORT}],
-        },
-    }));
     all.extend(slices(scenario, SYSTEM_NAMESPACE, GATEWAY_SERVICE, &control, &pods));
     Ok(all)
 }
