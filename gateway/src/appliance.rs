@@ -43,7 +43,7 @@ use crate::push::Streams;
 use crate::relay_check::RelayCheck;
 use crate::watch::Watch;
 use crate::way::Keeper;
-use crate::{admin, audit, core, descriptors, peers, push, resolv, telemetry};
+use crate::{admin, audit, core, descriptors, members, peering, peers, push, resolv, telemetry};
 
 /// Prints what a configuration file means.
 pub fn check(path: &Path) -> Result<()> {
@@ -380,7 +380,19 @@ pub fn run(path: &Path) -> Result<()> {
         }
     };
     let journal_health = journal.as_ref().map(Journal::health);
-    let mut ownership = Ownership::new(&config.name, config.peers().map(|(name, _)| name.to_owned()), shared.now());
+    let configured = members::configured(&config);
+    let with_address = configured.iter().filter(|m| !m.addresses.is_empty());
+    let mut ownership = Ownership::new(&config.name, with_address.map(|m| m.name.clone()), shared.now());
+    let followed = kube.as_ref().filter(|_| configured.is_empty());
+    let follows = followed.is_some();
+    let (members, gateways) = tokio::sync::watch::channel((!follows).then_some(configured));
+    if kube.is_some() {
+        ownership = ownership.recorded(!follows);
+    }
+    let api = kube.as_ref().map(|kube| peering::record(kube, to_core.clone()));
+    if let Some(kube) = followed {
+        peering::follow(kube, members);
+    }
     ownership.recall(recovered.claims);
 
     let core_thread = {
@@ -396,6 +408,7 @@ pub fn run(path: &Path) -> Result<()> {
             gateway: config.name.clone(),
             flow_idle: Duration::from_secs(config.flow_idle_seconds),
             ownership,
+            api,
             journal,
             recovered: recovered.facts,
             starting: Some(readiness.guard("peers")),
@@ -453,6 +466,7 @@ pub fn run(path: &Path) -> Result<()> {
                         "ipv6": s.pair().and_then(|p| p.ipv6),
                     })).collect::<Vec<_>>(),
                     "problems": problems.load().iter().cloned()
+                        .chain(shared.status.load().problems.iter().cloned())
                         .chain(journal_health.iter().flat_map(|h| h.problems()))
                         .collect::<Vec<_>>(),
                 })
@@ -479,11 +493,11 @@ pub fn run(path: &Path) -> Result<()> {
                 let _ = ended.await;
             }
         ));
-        for (peer, address) in config.peers() {
-            let client =
-                peers::Client { name: config.name.clone(), peer: peer.to_owned(), address, identity: identity.clone() };
-            tokio::spawn(client.run(to_core.clone()));
-        }
+        let (name, core, identity) = (config.name.clone(), to_core.clone(), identity.clone());
+        let client =
+            move |peer, addresses| peers::Client { name: name.clone(), peer, addresses, identity: identity.clone() };
+        let me = config.name.clone();
+        tokio::spawn(async move { peering::keep(&me, gateways, follows, core, client).await });
         drop(starting);
         tokio::select! {
             r = &mut serve => r.and_then(|()| Err(anyhow!("the control server ended"))),

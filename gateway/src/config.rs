@@ -3,14 +3,13 @@
 //! Unknown keys are refused; every key has its unit, default and range beside it.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use tidegate_ebpf::Capacities;
-use tidegate_proto::Pair;
 
 use crate::egress::nft::MAX_CONNECTIONS;
 
@@ -427,37 +426,6 @@ impl Config {
         ensure!(!self.device.is_empty() && self.device.len() < 16, "device: 1 to 15 characters");
         Ok(())
     }
-
-    /// The gateways that may hold a pair, in order: the one that it is pinned to, then rendezvous order (the highest
-    /// hash of gateway, pool and pair first). Gateways without an address stand alone: only the first of the order counts
-    /// then.
-    pub fn candidates(&self, pair: &Pair) -> Vec<String> {
-        let pinned = self.owners.iter().find(|o| {
-            o.pool == pair.pool
-                && (o.ipv4.is_some() && o.ipv4 == pair.ipv4
-                    || o.ipv4.is_none() && o.ipv6.is_some() && o.ipv6 == pair.ipv6)
-        });
-        let rank = |g: &Replica| {
-            let text = format!("{:?}/{:?}", pair.ipv4.map(IpAddr::from), pair.ipv6.map(IpAddr::from));
-            let hash = tidegate_policy::key::KeyHasher::new("owner")
-                .field(g.name.as_bytes())
-                .field(pair.pool.as_bytes())
-                .field(text.as_bytes())
-                .finish();
-            (pinned.is_some_and(|o| o.gateway == g.name), hash)
-        };
-        let mut all: Vec<&Replica> = self.gateways.iter().collect();
-        all.sort_by_key(|g| std::cmp::Reverse(rank(g)));
-        let first = all.first().map(|g| g.name.clone());
-        let takes_over = |g: &&Replica| g.address.is_some() || Some(&g.name) == first.as_ref();
-        let alone = all.first().is_some_and(|g| g.address.is_none());
-        all.iter().filter(|g| takes_over(g)).take(if alone { 1 } else { all.len() }).map(|g| g.name.clone()).collect()
-    }
-
-    /// The other gateways that have an address.
-    pub fn peers(&self) -> impl Iterator<Item = (&str, SocketAddr)> {
-        self.gateways.iter().filter(|g| g.name != self.name).filter_map(|g| Some((g.name.as_str(), g.address?)))
-    }
 }
 
 #[cfg(test)]
@@ -484,17 +452,6 @@ resolvers: [{servers: ["198.51.100.53:53"]}]
         c.check().unwrap();
         assert_eq!(c.flow_idle_seconds, 7200);
         assert_eq!(c.cluster.node_ports.first, 30000);
-        let pair = |last: u8| Pair { pool: "p".into(), ipv4: Some([203, 0, 113, last].into()), ipv6: None };
-        assert_eq!(c.candidates(&pair(10)), ["gw-b"], "without addresses nobody takes over");
-        assert_eq!(c.candidates(&pair(11)).len(), 1);
-        let mut c = c;
-        for g in &mut c.gateways {
-            g.address = Some("192.0.2.1:7443".parse().unwrap());
-        }
-        assert_eq!(c.candidates(&pair(10)), ["gw-b", "gw-a"]);
-        let firsts: BTreeSet<String> = (0..64).map(|i| c.candidates(&pair(i)).remove(0)).collect();
-        assert_eq!(firsts.len(), 2, "pairs are spread over the gateways");
-        assert_eq!(c.peers().map(|(n, _)| n).collect::<Vec<_>>(), ["gw-b"]);
     }
 
     const KUBERNETES: &str = r#"

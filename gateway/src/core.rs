@@ -12,6 +12,7 @@ mod failover;
 mod ids;
 mod message;
 mod nodes;
+mod recorded;
 mod sent;
 mod settling;
 #[cfg(test)]
@@ -27,6 +28,7 @@ use ahash::AHashMap;
 use arc_swap::ArcSwap;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use tidegate_ebpf::{Datapath, Place, Program};
+use tidegate_kubernetes::pools;
 use tidegate_ledger::{Input, Ledger, NodeId, Output};
 use tidegate_policy::model::Objects;
 use tidegate_policy::state::NodeState;
@@ -40,6 +42,7 @@ use tokio::sync::{mpsc, oneshot};
 use self::classes::{Classes, placed};
 pub use self::classifier::Classifier;
 pub use self::clock::Clock;
+use self::failover::candidates;
 pub use self::ids::Ids;
 pub use self::message::{Bind, ToCore};
 use self::sent::Sent;
@@ -158,6 +161,8 @@ pub struct Core {
     pub flow_idle: Duration,
     /// Who owns what.
     pub ownership: Ownership,
+    /// Where owners are recorded; absent without Kubernetes.
+    pub api: Option<mpsc::Sender<pools::Command>>,
     /// Where facts outlive a restart.
     pub journal: Option<Journal>,
     /// What an earlier run left in it.
@@ -185,6 +190,12 @@ struct Run {
     moved: Option<Duration>,
     /// Whether this gateway is about to end.
     leaving: Option<failover::Leaving>,
+    /// Pools that are deleted and held because they are in use.
+    deleted: BTreeSet<String>,
+    /// What is in use, as it was last told.
+    used: pools::Used,
+    /// What is wrong with ownership, for people.
+    problems: Vec<String>,
     /// What the journal has of claims.
     written: Vec<Claim>,
     placed: BTreeSet<(ScopeKey, Arc<str>)>,
@@ -253,6 +264,9 @@ impl Run {
             move_over: None,
             moved: None,
             leaving: None,
+            deleted: BTreeSet::new(),
+            used: pools::Used::new(),
+            problems: Vec::new(),
             written: Vec::new(),
             compiled: Arc::new(Compiled::new(core.shared.world.load_full(), &Objects::default())),
             classes: Classes::default(),
@@ -403,6 +417,8 @@ impl Run {
             }
             ToCore::Unplugged => (self.attached, self.move_over) = (false, None),
             ToCore::Leave { reply } => self.leave(reply),
+            ToCore::Members(members) => self.members(members),
+            ToCore::Api(event) => self.api(event),
             ToCore::PeerUp { gateway, out } => self.peer_up(gateway, out),
             ToCore::Peer { gateway, message } => self.peer(&gateway, message),
             ToCore::Stop => {}
@@ -465,16 +481,17 @@ impl Run {
         let world = compiled.world.clone();
         let old = self.core.shared.world.swap(world.clone());
         self.core.shared.egress.store(Arc::new(compiled.egress.clone()));
-        self.core.ownership.set_pairs(self.core.desired.pairs(&world));
+        self.core.ownership.set_pairs(candidates(self.core.desired.pairs(&compiled)));
         self.heed(None);
         self.core.ownership.set_nodes(|n| compiled.nodes.contains_key(n));
         let now = self.core.shared.now();
         if self.core.ownership.tick(now) {
             self.moved.get_or_insert(now);
         }
-        self.set_claims(&world);
-        self.core.shared.pairs.store(Arc::new(self.core.desired.held(&world)));
         self.compiled = compiled;
+        self.set_claims();
+        self.record();
+        self.core.shared.pairs.store(Arc::new(self.core.desired.held(&world)));
         for scope in old.scopes().keys().filter(|k| world.scope(**k).is_none()) {
             self.feed(Input::ScopeGone { scope: *scope });
         }
@@ -524,6 +541,7 @@ impl Run {
         let pair = |c: Claim| PairStatus { pair: c.pair.to_string(), owner: c.owner, epoch: c.epoch, held: c.held };
         self.core.shared.status.store(Arc::new(Status {
             pairs: self.core.ownership.claims().into_iter().map(pair).collect(),
+            problems: self.problems(),
             nodes: self.nodes.iter().map(|(k, n)| (k.clone(), n.status.clone())).collect(),
             facts: self.core.ledger.counts().facts,
             connections: self.core.registry.len(),

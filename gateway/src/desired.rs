@@ -11,7 +11,7 @@ use arc_swap::ArcSwap;
 use ipnet::IpNet;
 use parking_lot::Mutex;
 use tidegate_ebpf::Local;
-use tidegate_policy::model::{self, AddressSource, Node, Objects};
+use tidegate_policy::model::{self, AddressSource, Labels, Node, Objects, Selector};
 use tidegate_policy::state::{self, NodeState};
 use tidegate_policy::world::{Group, NodeStateParts, Scope, World};
 use tidegate_policy::{ClassKey, GroupKey, PortSet, ScopeKey};
@@ -19,6 +19,7 @@ use tidegate_proto::Pair;
 
 use crate::config::Config;
 use crate::egress::nft::HeldPair;
+use crate::members::{self, Members};
 
 /// One compile with what the kernel needs beside policy.
 pub struct Compiled {
@@ -34,6 +35,8 @@ pub struct Compiled {
     pub egress: BTreeSet<IpAddr>,
     /// Classes that facts will have if no prefix rule holds their addresses: their grants are pushed ahead.
     pub ahead: BTreeSet<(ScopeKey, ClassKey)>,
+    /// The nodes whose gateways may hold a pool, of those that choose.
+    gateway_nodes: BTreeMap<String, Selector>,
     /// The groups of each scope.
     groups: BTreeMap<ScopeKey, Vec<Arc<Group>>>,
 }
@@ -53,7 +56,15 @@ impl Compiled {
             groups.entry(g.scope().key()).or_default().push(g.clone());
         }
         let (prefixes, dns) = (objects.settings.cluster_prefixes.clone(), objects.settings.cluster_dns.clone());
-        Self { world, nodes: objects.nodes.clone(), prefixes, dns, egress, ahead, groups }
+        let chosen = |(name, p): (&String, &model::Pool)| Some((name.clone(), p.gateway_nodes.clone()?));
+        let gateway_nodes = objects.pools.iter().filter_map(chosen).collect();
+        Self { world, nodes: objects.nodes.clone(), prefixes, dns, egress, ahead, gateway_nodes, groups }
+    }
+
+    /// Whether gateways of a node may hold the pool.
+    pub fn takes(&self, pool: &str, node: &str) -> bool {
+        let labels = self.nodes.get(node).map(|n| &n.labels);
+        self.gateway_nodes.get(pool).is_none_or(|s| s.matches(labels.unwrap_or(&Labels::default())))
     }
 
     /// What a class grants to each group of its scope.
@@ -96,9 +107,19 @@ pub struct Ownership {
     pub standbys: Vec<String>,
 }
 
+/// The gateways in the order in which a pair falls to them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Order {
+    /// Those that may hold it.
+    pub candidates: Vec<String>,
+    /// The others, which can still answer names for it.
+    pub others: Vec<String>,
+}
+
 /// Builds desired states.
 pub struct Desired {
     config: Arc<Config>,
+    members: ArcSwap<Members>,
     claims: ArcSwap<BTreeMap<Pair, Ownership>>,
     /// Indices of pairs; an index is never given to another pair while the process lives, so that
     /// a mark that is still on its way never means another address.
@@ -108,7 +129,8 @@ pub struct Desired {
 impl Desired {
     /// For this configuration.
     pub fn new(config: Arc<Config>) -> Self {
-        Self { config, claims: ArcSwap::default(), indices: Mutex::default() }
+        let members = ArcSwap::from_pointee(Members { listed: members::configured(&config), lingering: Vec::new() });
+        Self { config, members, claims: ArcSwap::default(), indices: Mutex::default() }
     }
 
     /// How often the kernel's maps are compared with what should be there.
@@ -133,6 +155,16 @@ impl Desired {
         next
     }
 
+    /// Who the gateways are from now on.
+    pub fn set_members(&self, members: Members) {
+        self.members.store(Arc::new(members));
+    }
+
+    /// Who the gateways are.
+    pub fn members(&self) -> Arc<Members> {
+        self.members.load_full()
+    }
+
     /// What the core decided of ownership.
     pub fn set_claims(&self, claims: BTreeMap<Pair, Ownership>) {
         self.claims.store(Arc::new(claims));
@@ -148,10 +180,18 @@ impl Desired {
         Some(Pair { pool: scope.pool().to_string(), ipv4, ipv6 })
     }
 
-    /// Every pair that a scope has now, with its candidates.
-    pub fn pairs(&self, world: &World) -> BTreeMap<Pair, Vec<String>> {
-        let pairs: BTreeSet<Pair> = world.scopes().values().filter_map(|s| Self::pair(s)).collect();
-        pairs.into_iter().map(|p| (p.clone(), self.config.candidates(&p))).collect()
+    /// Every pair that a scope has now, with those of the gateways that may hold it, in order, and all of them.
+    pub fn pairs(&self, compiled: &Compiled) -> BTreeMap<Pair, Order> {
+        let (members, owners) = (self.members.load(), &self.config.owners);
+        let pairs: BTreeSet<Pair> = compiled.world.scopes().values().filter_map(|s| Self::pair(s)).collect();
+        let order = |pair: Pair| {
+            let all = members::order(&members.listed, owners, &pair);
+            let candidates = members::candidates(&all, owners, &pair, |node| compiled.takes(&pair.pool, node));
+            let reachable = all.iter().filter(|m| !m.addresses.is_empty());
+            let others = reachable.map(|m| m.name.clone()).filter(|n| !candidates.contains(n)).collect();
+            (pair, Order { candidates, others })
+        };
+        pairs.into_iter().map(order).collect()
     }
 
     /// How a scope leaves, if this gateway owns it.
@@ -192,7 +232,8 @@ impl Desired {
         for (name, n) in &compiled.nodes {
             out.nodes.insert(name.clone(), state::Node { addresses: n.addresses.clone() });
         }
-        for g in &config.gateways {
+        let members = self.members.load();
+        for g in members.all() {
             out.gateways.insert(g.name.clone(), state::Gateway { node: g.node.clone() });
         }
         // A node needs its own endpoints, untouched ones too; where a gateway runs, and in our own kernel, every endpoint
@@ -200,7 +241,7 @@ impl Desired {
         // one, and a pod is never without its policy while ownership moves.
         let (everything, here) = match target {
             Target::Own => (true, None),
-            Target::Node(n) => (config.gateways.iter().any(|g| g.node == n), Some(n)),
+            Target::Node(n) => (members.all().any(|g| g.node == n), Some(n)),
         };
         for (ip, e) in &parts.endpoints {
             let local = here == Some(e.node.as_str());

@@ -13,6 +13,12 @@
 //!   no more than that there is a higher epoch.
 //! - A gateway that cannot serve for 2 s, as one whose node's agent is dead cannot, lets go if another one can.
 //! - One that is told to end says so, takes nothing more, and carries on until another one has its pairs in place.
+//! - With Kubernetes a claim is written into the status of its pool before it is made, over what stands there, and what
+//!   stands there is a claim like those that peers tell (`crate::records`). While the API server is silent claims go by
+//!   the peers alone. It is no witness of death: who lost only the API server keeps serving, and who lost only its peers
+//!   and agents does until somebody else is recorded.
+//! - Whoever holds a pair and is no candidate any more serves until one has it.
+//! - Peers come and go. One that is not listed any more counts until it is silent.
 //! - What a new owner has not in place yet only that owner goes by, and says to others: nodes follow the highest epoch,
 //!   whoever tells them. Its own word, or a second, ends that.
 
@@ -20,6 +26,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use tidegate_proto::{Beat, Claim, Pair};
+
+use crate::records::{MAX_STEP, Records, Write, credible};
 
 /// Silence that is taken for death.
 pub const SILENCE: Duration = Duration::from_secs(2);
@@ -29,18 +37,24 @@ pub const PLACE: Duration = Duration::from_secs(1);
 /// at different speeds, and the first of the order should be it.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// The time for which a pair that was lost is left alone doubles so often: 2 s become 4 minutes.
+const MAX_DOUBLINGS: u32 = 7;
 /// So long after a claim it still gives way to epochs that nodes report.
 const CORRECT: Duration = Duration::from_secs(5);
-/// How far above the known epoch a node's word may be.
-const MAX_STEP: u64 = 1 << 20;
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Peer {
+    /// When it became known.
+    since: Duration,
+    /// Whether it is one of the gateways. One that is not any more is forgotten when it is silent.
+    listed: bool,
+    /// Whether its pod is about to end.
+    terminating: bool,
     /// When its last beat came; absent if never.
     heard: Option<Duration>,
     /// Since when it lives without being able.
     unable: Option<Duration>,
-    /// Whether it is about to end.
+    /// Whether it says that it is about to end.
     leaving: bool,
     /// What it serves.
     holds: BTreeMap<Pair, u64>,
@@ -48,11 +62,53 @@ struct Peer {
     synced: bool,
 }
 
+impl Peer {
+    fn new(now: Duration) -> Self {
+        Self {
+            since: now,
+            listed: true,
+            terminating: false,
+            heard: None,
+            unable: None,
+            leaving: false,
+            holds: BTreeMap::new(),
+            synced: false,
+        }
+    }
+
+    /// Whether others take its pairs over.
+    fn leaves(&self) -> bool {
+        self.leaving || self.terminating
+    }
+
+    /// Whether nothing has come from it for so long that it may be dead. One that was never heard has as long to speak.
+    fn silent(&self, now: Duration) -> bool {
+        now.saturating_sub(self.heard.unwrap_or(self.since)) >= SILENCE
+    }
+}
+
+/// Another gateway of the cluster, as the API server lists it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// Its name.
+    pub name: String,
+    /// Whether its pod is about to end.
+    pub terminating: bool,
+}
+
 #[derive(Debug)]
 struct Agent {
     sees: BTreeSet<String>,
     /// The lowest epoch that its node follows, of each pair.
     follows: BTreeMap<Pair, u64>,
+}
+
+/// A pair that was taken from this gateway while it served.
+#[derive(Debug)]
+struct Lost {
+    owner: String,
+    at: Duration,
+    times: u32,
 }
 
 /// Who owns a pair, as far as this gateway knows.
@@ -66,7 +122,7 @@ pub struct Known {
 
 impl Known {
     /// Whether it wins against another claim.
-    fn beats(&self, other: &Self) -> bool {
+    pub fn beats(&self, other: &Self) -> bool {
         self.epoch > other.epoch || self.epoch == other.epoch && self.owner < other.owner
     }
 }
@@ -77,6 +133,10 @@ pub struct Ownership {
     me: String,
     started: Duration,
     peers: BTreeMap<String, Peer>,
+    /// Whether it is known who the peers are.
+    listed: bool,
+    /// What stands in the status of pools; absent without Kubernetes.
+    records: Option<Records>,
     agents: BTreeMap<String, Agent>,
     /// Every agent that was ever connected, of nodes that are part of the cluster.
     ever: BTreeSet<String>,
@@ -91,6 +151,8 @@ pub struct Ownership {
     floors: BTreeMap<Pair, u64>,
     /// What this gateway serves, and since when.
     held: BTreeMap<Pair, Duration>,
+    /// What it served until somebody else was recorded.
+    lost: BTreeMap<Pair, Lost>,
     able: bool,
     /// Since when this gateway has not been able.
     unable: Option<Duration>,
@@ -106,7 +168,9 @@ impl Ownership {
         Self {
             me: me.to_owned(),
             started: now,
-            peers: peers.into_iter().filter(|p| p != me).map(|p| (p, Peer::default())).collect(),
+            peers: peers.into_iter().filter(|p| p != me).map(|p| (p, Peer::new(now))).collect(),
+            listed: true,
+            records: None,
             agents: BTreeMap::new(),
             ever: BTreeSet::new(),
             pairs: BTreeMap::new(),
@@ -115,11 +179,71 @@ impl Ownership {
             decided: Default::default(),
             floors: BTreeMap::new(),
             held: BTreeMap::new(),
+            lost: BTreeMap::new(),
             able: false,
             unable: None,
             cut_off: None,
             leaving: false,
         }
+    }
+
+    /// The same, with an API server that records who owns what, and lists the peers unless it is known who they are.
+    pub fn recorded(mut self, known: bool) -> Self {
+        self.records = Some(Records::new(&self.me, self.started));
+        self.listed = known;
+        self
+    }
+
+    /// Who the other gateways are.
+    pub fn set_peers(&mut self, listed: impl IntoIterator<Item = Listed>, now: Duration) {
+        self.listed = true;
+        self.peers.values_mut().for_each(|p| p.listed = false);
+        for l in listed.into_iter().filter(|l| l.name != self.me) {
+            let peer = self.peers.entry(l.name).or_insert_with(|| Peer::new(now));
+            (peer.listed, peer.terminating) = (true, l.terminating);
+        }
+    }
+
+    /// The API server has answered.
+    pub fn api_answered(&mut self, now: Duration) {
+        if let Some(r) = &mut self.records {
+            r.answered(now);
+        }
+    }
+
+    /// Whether there is an API server and it does not answer.
+    pub fn api_silent(&self, now: Duration) -> bool {
+        self.records.as_ref().is_some_and(|r| r.is_silent(now))
+    }
+
+    /// What stands in the status of a pool; `None` where there is no such object.
+    pub fn set_records(&mut self, pool: &str, records: Option<&[(Pair, Known)]>, now: Duration) {
+        let Some(r) = &mut self.records else { return };
+        let written = r.stands(pool, records);
+        for (pair, record) in records.into_iter().flatten() {
+            let known = self.known.get(pair).map_or(0, |k| k.epoch);
+            if !record.owner.is_empty() && credible(record, known) {
+                self.hear(pair.clone(), record.clone(), record.owner != self.me, now);
+            }
+        }
+        for (pair, epoch) in written {
+            let mine = Known { owner: self.me.clone(), epoch };
+            let wins = |k: &Known| mine.beats(k) || *k == mine;
+            // While it was written the world may have changed. Then others take it, as from anybody who lets go.
+            if self.able
+                && !self.leaving
+                && self.pairs.contains_key(&pair)
+                && self.known.get(&pair).is_none_or(wins)
+                && self.coming.get(&pair).is_none_or(|(k, _)| wins(k))
+            {
+                self.claim(pair, epoch, now);
+            }
+        }
+    }
+
+    /// What is to be written into the status of pools since the last time.
+    pub fn writes(&mut self) -> Vec<Write> {
+        self.records.as_mut().map(Records::take).unwrap_or_default()
     }
 
     /// Claims of an earlier run: their epochs are a floor.
@@ -133,6 +257,7 @@ impl Ownership {
     pub fn set_pairs(&mut self, pairs: BTreeMap<Pair, Vec<String>>) {
         self.held.retain(|p, _| pairs.contains_key(p));
         self.floors.retain(|p, _| pairs.contains_key(p));
+        self.lost.retain(|p, _| pairs.contains_key(p));
         self.pairs = pairs;
     }
 
@@ -173,20 +298,26 @@ impl Ownership {
     pub fn beat(&mut self, peer: &str, beat: &Beat, now: Duration) {
         let Some(p) = self.peers.get_mut(peer) else { return };
         p.heard = Some(now);
+        self.lost.retain(|_, l| l.owner != peer);
         p.unable = if beat.able { None } else { p.unable.or(Some(now)) };
         p.leaving = beat.leaving;
         p.holds = beat.claims.iter().filter(|c| c.held && c.owner == peer).map(|c| (c.pair.clone(), c.epoch)).collect();
         for c in &beat.claims {
             let claim = Known { owner: c.owner.clone(), epoch: c.epoch };
-            // Of what others own it says only what is in place. One that serves the pair and does not leave yields at once.
-            let waits = beat.placing && c.held && c.owner == peer && (self.leaving || !self.held.contains_key(&c.pair));
-            if !waits {
-                self.note(c.pair.clone(), claim);
-            } else if self.known.get(&c.pair).is_none_or(|k| claim.beats(k))
-                && self.coming.get(&c.pair).is_none_or(|(k, _)| claim.beats(k))
-            {
-                self.coming.insert(c.pair.clone(), (claim, now));
-            }
+            // Of what others own it says only what is in place.
+            self.hear(c.pair.clone(), claim, beat.placing && c.held && c.owner == peer, now);
+        }
+    }
+
+    /// Somebody claims a pair. One that serves it, may, and does not leave yields at once; others wait until all is in place.
+    fn hear(&mut self, pair: Pair, claim: Known, placing: bool, now: Duration) {
+        let gives = self.leaving || self.pairs.get(&pair).is_some_and(|c| !c.contains(&self.me));
+        if !(placing && (gives || !self.held.contains_key(&pair))) {
+            self.note(pair, claim);
+        } else if self.known.get(&pair).is_none_or(|k| claim.beats(k))
+            && self.coming.get(&pair).is_none_or(|(k, _)| claim.beats(k))
+        {
+            self.coming.insert(pair, (claim, now));
         }
     }
 
@@ -219,7 +350,8 @@ impl Ownership {
 
     /// Whether the start is over: every peer's facts have come, or the time for that is over.
     pub fn settled(&self, now: Duration) -> bool {
-        now.saturating_sub(self.started) >= SILENCE || self.peers.values().all(|p| p.synced && p.heard.is_some())
+        now.saturating_sub(self.started) >= SILENCE
+            || self.listed && self.peers.values().all(|p| p.synced && p.heard.is_some())
     }
 
     /// Decides at `now`; says whether anything that this gateway holds, or knows of owners, may have changed.
@@ -231,16 +363,22 @@ impl Ownership {
                 self.note(pair, claim);
             }
         }
-        if self.isolated(now) {
-            self.held.clear();
+        let gone: Vec<String> = self.peers.iter().filter(|(_, p)| !p.listed).map(|(n, _)| n.clone()).collect();
+        for peer in gone.iter().filter(|p| !self.lives(p, now)).collect::<Vec<_>>() {
+            self.peers.remove(peer);
+        }
+        if self.is_cut_off(now) {
             self.cut_off = Some(now);
+            // While the API server answers it says who else took over.
+            if self.records.as_ref().is_none_or(|r| r.is_silent(now)) {
+                self.held.clear();
+            }
         }
         self.unable = if self.able { None } else { self.unable.or(Some(now)) };
         if self.unable.is_some_and(|since| now.saturating_sub(since) >= SILENCE) && self.has_heir(now) {
             self.held.clear();
         }
-        let (known, me) = (&self.known, &self.me);
-        self.held.retain(|pair, _| known.get(pair).is_some_and(|k| k.owner == *me));
+        self.yield_to_others(now);
         for (pair, since) in &self.held {
             // Nodes spoke after the claim was made: they would not follow it.
             let floor = self.floors.get(pair).copied().unwrap_or(0);
@@ -253,13 +391,22 @@ impl Ownership {
         if self.settled(now) && self.able && !self.leaving && self.is_back(now) {
             let free: Vec<Pair> =
                 self.pairs.iter().filter(|(p, c)| self.is_mine(p, c, now)).map(|(p, _)| p.clone()).collect();
-            for pair in free {
-                let known = self.known.get(&pair).map_or(0, |k| k.epoch);
-                let coming = self.coming.remove(&pair).map_or(0, |(k, _)| k.epoch);
-                let floor = self.floors.get(&pair).copied().unwrap_or(0);
+            for pair in &free {
+                let known = self.known.get(pair).map_or(0, |k| k.epoch);
+                let coming = self.coming.get(pair).map_or(0, |(k, _)| k.epoch);
+                let floor = self.floors.get(pair).copied().unwrap_or(0);
                 let epoch = known.max(coming).max(floor).saturating_add(1);
-                self.known.insert(pair.clone(), Known { owner: self.me.clone(), epoch });
-                self.held.insert(pair, now);
+                if self.records.as_mut().is_none_or(|r| r.may_claim(pair, epoch, now)) {
+                    self.claim(pair.clone(), epoch, now);
+                }
+            }
+            self.forget_wishes(|p| free.contains(p));
+        } else {
+            self.forget_wishes(|_| false);
+        }
+        if let Some(r) = &mut self.records {
+            for (pair, known) in self.known.iter().filter(|(p, _)| self.held.contains_key(*p)) {
+                r.keep(pair, known.epoch, now);
             }
         }
         // Beats have changed what is known since the last time.
@@ -270,15 +417,51 @@ impl Ownership {
         changed
     }
 
+    /// Lets go what others own.
+    fn yield_to_others(&mut self, now: Duration) {
+        let (known, lost, me, recorded) = (&self.known, &mut self.lost, &self.me, self.records.is_some());
+        let peers = &self.peers;
+        self.held.retain(|pair, _| {
+            let Some(k) = known.get(pair) else { return false };
+            if k.owner != *me && recorded && peers.contains_key(&k.owner) {
+                let times = lost.get(pair).map_or(1, |l| l.times.saturating_add(1));
+                lost.insert(pair.clone(), Lost { owner: k.owner.clone(), at: now, times });
+            }
+            k.owner == *me
+        });
+    }
+
+    /// Whether somebody took a pair from this gateway and was not heard since, which ends it: each took the other one for dead. Both
+    /// reach the API server, and would take it from each other for ever if they did not wait longer each time.
+    fn is_disputed(&self, pair: &Pair, now: Duration) -> bool {
+        self.lost
+            .get(pair)
+            .is_some_and(|l| now.saturating_sub(l.at) < SILENCE * 2u32.saturating_pow(l.times.min(MAX_DOUBLINGS)))
+    }
+
+    fn claim(&mut self, pair: Pair, epoch: u64, now: Duration) {
+        self.coming.remove(&pair);
+        self.known.insert(pair.clone(), Known { owner: self.me.clone(), epoch });
+        self.held.insert(pair, now);
+    }
+
+    fn forget_wishes(&mut self, wanted: impl Fn(&Pair) -> bool) {
+        let held = &self.held;
+        if let Some(r) = &mut self.records {
+            r.retain(|p| held.contains_key(p) || wanted(p));
+        }
+    }
+
     /// Whether this gateway serves the pair.
     pub fn holds(&self, pair: &Pair) -> bool {
         self.held.contains_key(pair)
     }
 
-    /// Who owns a pair: the highest claim known, else the first candidate at epoch 0.
+    /// Who owns a pair: the highest claim known, else the first candidate, if there is one, at epoch 0.
     pub fn owner(&self, pair: &Pair) -> Option<Known> {
-        let first = self.pairs.get(pair)?.first()?;
-        Some(self.known.get(pair).cloned().unwrap_or_else(|| Known { owner: first.clone(), epoch: 0 }))
+        let candidates = self.pairs.get(pair)?;
+        let first = || Some(Known { owner: candidates.first()?.clone(), epoch: 0 });
+        self.known.get(pair).cloned().or_else(first)
     }
 
     /// Every claim known, for the beat and the journal.
@@ -307,11 +490,7 @@ impl Ownership {
     /// Whether a peer lives: it was heard lately, or most agents see it.
     fn lives(&self, peer: &str, now: Duration) -> bool {
         let Some(p) = self.peers.get(peer) else { return peer == self.me };
-        if p.heard.is_some_and(|at| now.saturating_sub(at) < SILENCE) {
-            return true;
-        }
-        // A peer that was never heard has as long to speak.
-        if p.heard.is_none() && now.saturating_sub(self.started) < SILENCE {
+        if !p.silent(now) {
             return true;
         }
         let see = self.agents.values().filter(|a| a.sees.contains(peer)).count();
@@ -323,8 +502,16 @@ impl Ownership {
         if self.held.contains_key(pair) {
             return false;
         }
-        // What it held when it was last heard it still holds, as long as it lives and does not offer it.
-        if self.peers.iter().any(|(name, p)| p.holds.contains_key(pair) && !p.leaving && self.lives(name, now)) {
+        // What it held when it was last heard it still holds, as long as it lives, does not offer it, and may.
+        let stays = |name: &String, p: &Peer| !p.leaves() && candidates.contains(name) && self.lives(name, now);
+        if self.peers.iter().any(|(name, p)| p.holds.contains_key(pair) && stays(name, p)) {
+            return false;
+        }
+        if self.is_disputed(pair, now) {
+            return false;
+        }
+        // One that is about to hold it, too.
+        if self.coming.get(pair).is_some_and(|(k, _)| self.takes(&k.owner, now)) {
             return false;
         }
         let fresh = !self.known.contains_key(pair) && !self.floors.contains_key(pair);
@@ -333,7 +520,7 @@ impl Ownership {
                 return true;
             }
             let Some(p) = self.peers.get(candidate) else { continue };
-            if p.leaving || !self.lives(candidate, now) {
+            if p.leaves() || !self.lives(candidate, now) {
                 continue;
             }
             let patience = if fresh { PATIENCE } else { SILENCE };
@@ -344,9 +531,14 @@ impl Ownership {
         false
     }
 
+    /// Whether a peer lives and takes pairs.
+    fn takes(&self, peer: &str, now: Duration) -> bool {
+        self.peers.get(peer).is_some_and(|p| !p.leaves() && p.unable.is_none()) && self.lives(peer, now)
+    }
+
     /// Whether another gateway could take over now.
     fn has_heir(&self, now: Duration) -> bool {
-        let able = |p: &Peer| !p.leaving && p.unable.is_none();
+        let able = |p: &Peer| !p.leaves() && p.unable.is_none();
         self.peers.values().any(|p| able(p) && p.heard.is_some_and(|at| now.saturating_sub(at) < SILENCE))
     }
 
@@ -357,12 +549,8 @@ impl Ownership {
     }
 
     /// Whether this gateway has lost every peer and most of its agents.
-    fn isolated(&self, now: Duration) -> bool {
-        let silent = |p: &Peer| match p.heard {
-            Some(at) => now.saturating_sub(at) >= SILENCE,
-            None => now.saturating_sub(self.started) >= SILENCE,
-        };
-        !self.peers.is_empty() && self.peers.values().all(silent) && self.agents.len() * 2 < self.ever.len()
+    fn is_cut_off(&self, now: Duration) -> bool {
+        !self.peers.is_empty() && self.peers.values().all(|p| p.silent(now)) && self.agents.len() * 2 < self.ever.len()
     }
 }
 

@@ -20,7 +20,60 @@ struct Sim {
     follows: BTreeMap<(String, Pair), Known>,
     /// How long it takes until what a gateway claims is in place.
     place: Duration,
+    /// How far the clocks of gateways are ahead.
+    skew: BTreeMap<String, Duration>,
+    api: Option<Api>,
     now: Duration,
+}
+
+/// What stands in the status of a pool.
+type Stands = Vec<(Pair, Known)>;
+
+/// An API server that fails, lags and lets only one writer win.
+#[derive(Default)]
+struct Api {
+    stands: BTreeMap<Pair, Known>,
+    down: bool,
+    /// It answers, and writes nothing.
+    refuses: bool,
+    /// Gateways that do not reach it.
+    cut: BTreeSet<String>,
+    /// How long what is said takes each way.
+    lag: Duration,
+    writes: Vec<(Duration, String, Write)>,
+    told: Vec<(Duration, String, Stands)>,
+    /// Claims that were written, and those that came too late.
+    written: u32,
+    late: u32,
+}
+
+impl Api {
+    fn reaches(&self, gateway: &str) -> bool {
+        !self.down && !self.cut.contains(gateway)
+    }
+
+    fn tell(&mut self, gateway: &str, now: Duration) {
+        let all = self.stands.iter().map(|(p, k)| (p.clone(), k.clone())).collect();
+        self.told.push((now + self.lag, gateway.to_owned(), all));
+    }
+
+    /// Takes what is there by now, and says which gateways hear of it.
+    fn step(&mut self, now: Duration, gateways: &[String]) {
+        for (due, from, w) in std::mem::take(&mut self.writes) {
+            if due > now {
+                self.writes.push((due, from, w));
+            } else if self.refuses || !self.reaches(&from) {
+                // Nobody is told.
+            } else if self.stands.get(&w.pair) == w.over.as_ref() {
+                self.written += 1;
+                self.stands.insert(w.pair, w.claim);
+                gateways.iter().for_each(|g| self.tell(g, now));
+            } else {
+                self.late += 1;
+                self.tell(&from, now);
+            }
+        }
+    }
 }
 
 impl Sim {
@@ -33,6 +86,8 @@ impl Sim {
             deaf: BTreeSet::new(),
             follows: BTreeMap::new(),
             place: Duration::ZERO,
+            skew: BTreeMap::new(),
+            api: None,
             now: Duration::from_secs(1000),
         };
         for name in names {
@@ -42,15 +97,25 @@ impl Sim {
     }
 
     fn start(&mut self, name: &str, all: &[&str], claims: Vec<Claim>) {
-        let mut o = Ownership::new(name, all.iter().map(|g| (*g).to_owned()), self.now);
+        let now = self.local(name);
+        let mut o = Ownership::new(name, all.iter().map(|g| (*g).to_owned()), now);
+        if let Some(api) = &mut self.api {
+            o = o.recorded(false);
+            o.set_peers(all.iter().map(|g| listed(g)), now);
+            api.tell(name, self.now);
+        }
         o.recall(claims);
         o.set_pairs(self.pairs.clone());
         o.set_able(true);
         self.gateways.insert(name.to_owned(), o);
     }
 
+    fn local(&self, gateway: &str) -> Duration {
+        self.now + self.skew.get(gateway).copied().unwrap_or_default()
+    }
+
     fn beat(&self, o: &Ownership) -> Beat {
-        let placing = o.held.values().any(|since| self.now < *since + self.place);
+        let placing = o.held.values().any(|since| self.local(&o.me) < *since + self.place);
         Beat { able: o.able, claims: o.claims(), leaving: o.leaving, placing }
     }
 
@@ -61,9 +126,10 @@ impl Sim {
         let beats: Vec<(String, Beat)> = self.gateways.iter().map(|(n, o)| (n.clone(), self.beat(o))).collect();
         for (from, beat) in &beats {
             for to in names.iter().filter(|t| *t != from && !self.cut.contains(&((*t).clone(), from.clone()))) {
+                let now = self.local(to);
                 if let Some(o) = self.gateways.get_mut(to) {
                     o.synced(from);
-                    o.beat(from, beat, self.now);
+                    o.beat(from, beat, now);
                 }
             }
         }
@@ -74,7 +140,7 @@ impl Sim {
                 let o = &self.gateways[g];
                 for c in o.claims() {
                     // What it has not in place it does not tell.
-                    if o.held.get(&c.pair).is_some_and(|since| self.now < *since + self.place) {
+                    if o.held.get(&c.pair).is_some_and(|since| self.local(g) < *since + self.place) {
                         continue;
                     }
                     let claim = Known { owner: c.owner, epoch: c.epoch };
@@ -91,9 +157,47 @@ impl Sim {
                 if heard.contains(g) { o.seen(node, heard.clone(), epochs.clone()) } else { o.agent_gone(node) }
             }
         }
-        for o in self.gateways.values_mut() {
-            o.tick(self.now);
+        self.ask_api(&names);
+        for name in &names {
+            let now = self.local(name);
+            let Some(o) = self.gateways.get_mut(name) else { continue };
+            o.tick(now);
+            if let Some(api) = &mut self.api {
+                let at = self.now + api.lag;
+                api.writes.extend(o.writes().into_iter().map(|w| (at, name.clone(), w)));
+            }
         }
+    }
+
+    fn ask_api(&mut self, names: &[String]) {
+        let Some(mut api) = self.api.take() else { return };
+        api.step(self.now, names);
+        for (due, to, stands) in std::mem::take(&mut api.told) {
+            let now = self.local(&to);
+            if due > self.now {
+                api.told.push((due, to, stands));
+            } else if let Some(o) = self.gateways.get_mut(&to).filter(|_| api.reaches(&to)) {
+                o.set_records("p", Some(&stands), now);
+            }
+        }
+        for name in names.iter().filter(|n| api.reaches(n)) {
+            let now = self.local(name);
+            self.gateways.get_mut(name).unwrap().api_answered(now);
+        }
+        self.api = Some(api);
+    }
+
+    fn api(&mut self) -> &mut Api {
+        self.api.as_mut().unwrap()
+    }
+
+    /// Everybody who can hears the API server again.
+    fn api_back(&mut self) {
+        let (now, names) = (self.now, self.gateways.keys().cloned().collect::<Vec<_>>());
+        let api = self.api();
+        (api.down, api.refuses) = (false, false);
+        api.cut.clear();
+        names.iter().for_each(|n| api.tell(n, now));
     }
 
     fn pass(&mut self, seconds: f64) {
@@ -109,6 +213,10 @@ impl Sim {
     fn epoch(&self, g: &str, p: &Pair) -> u64 {
         self.gateways[g].owner(p).unwrap().epoch
     }
+}
+
+fn listed(name: &str) -> Listed {
+    Listed { name: name.to_owned(), terminating: false }
 }
 
 fn two() -> Sim {
@@ -415,6 +523,35 @@ fn pairs_that_policy_lost_are_let_go() {
     assert!(!a.holds(&pair(1)) && a.claims().is_empty() && a.owner(&pair(1)).is_none());
 }
 
+#[test]
+fn a_holder_that_is_no_candidate_any_more_serves_until_one_has_the_pair() {
+    let mut s = three();
+    s.place = Duration::from_millis(500);
+    let change = |s: &mut Sim, candidates: &[&str]| {
+        s.pairs.insert(pair(1), candidates.iter().map(|g| (*g).to_owned()).collect());
+        let pairs = s.pairs.clone();
+        s.gateways.values_mut().for_each(|o| o.set_pairs(pairs.clone()));
+    };
+    // Nobody may: better it than none.
+    change(&mut s, &[]);
+    s.pass(5.0);
+    assert_eq!(s.holders(&pair(1)), ["a"]);
+    assert_eq!(s.gateways["b"].owner(&pair(1)).unwrap().owner, "a");
+    change(&mut s, &["c"]);
+    while !s.gateways["c"].holds(&pair(1)) {
+        s.step();
+    }
+    s.pass(0.3);
+    assert_eq!(s.holders(&pair(1)), ["a", "c"], "what the new one needs is not in place yet");
+    s.pass(0.5);
+    assert_eq!((s.holders(&pair(1)), s.epoch("c", &pair(1))), (vec!["c"], 2));
+    // And nobody claims what nobody may.
+    change(&mut s, &[]);
+    s.gateways.remove("c");
+    s.pass(5.0);
+    assert!(s.holders(&pair(1)).is_empty());
+}
+
 fn noise(seed: &mut u64) -> u64 {
     *seed ^= *seed << 13;
     *seed ^= *seed >> 7;
@@ -427,69 +564,125 @@ fn noise(seed: &mut u64) -> u64 {
 /// the nodes follow.
 #[test]
 fn random_faults_end_in_one_holder() {
+    for seed in 1..=40 {
+        random_faults(seed, None);
+    }
+}
+
+/// The same with an API server that answers all the time, late: no epoch of a pair ever has two holders.
+#[test]
+fn random_faults_with_an_api_server_never_use_an_epoch_twice() {
+    for seed in 1..=15 {
+        random_faults(seed, Some(false));
+    }
+}
+
+/// The same with one that fails, too, and clocks that are minutes apart.
+#[test]
+fn random_faults_of_the_api_server_as_well_end_in_one_holder() {
+    for seed in 1..=15 {
+        random_faults(seed, Some(true));
+    }
+}
+
+/// `api`: whether there is an API server, and whether that fails.
+fn random_faults(seed: u64, api: Option<bool>) {
     let all = ["a", "b", "c"];
-    for seed in 1..=40u64 {
-        let mut seed = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let mut s = Sim::new(&all, &[(pair(1), &["a", "b", "c"]), (pair(2), &["c", "a", "b"])]);
-        s.place = Duration::from_millis(noise(&mut seed) % 4 * 200);
-        let mut journals: BTreeMap<String, Vec<Claim>> = BTreeMap::new();
-        let mut clash: BTreeMap<(Pair, u64), u32> = BTreeMap::new();
-        let mut before = s.follows.clone();
-        for _ in 0..150 {
-            let name = all[noise(&mut seed) as usize % 3];
-            let other = all[noise(&mut seed) as usize % 3];
-            let node = NODES[noise(&mut seed) as usize % 4];
-            match noise(&mut seed) % 8 {
-                0 => {
-                    if let Some(o) = s.gateways.remove(name) {
-                        journals.insert(name.to_owned(), o.claims());
+    let mut seed = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let pairs: [(Pair, &[&str]); 2] = [(pair(1), &["a", "b", "c"]), (pair(2), &["c", "a", "b"])];
+    let lag = Duration::from_millis(noise(&mut seed) % 4 * 100);
+    let mut s = if api.is_some() { with_api(&all, &pairs, lag) } else { Sim::new(&all, &pairs) };
+    s.place = Duration::from_millis(noise(&mut seed) % 4 * 200);
+    let mut journals: BTreeMap<String, Vec<Claim>> = BTreeMap::new();
+    let mut clash: BTreeMap<(Pair, u64), u32> = BTreeMap::new();
+    let mut ever: BTreeMap<(Pair, u64), String> = BTreeMap::new();
+    let mut before = s.follows.clone();
+    for _ in 0..150 {
+        let name = all[noise(&mut seed) as usize % 3];
+        let other = all[noise(&mut seed) as usize % 3];
+        let node = NODES[noise(&mut seed) as usize % 4];
+        match noise(&mut seed) % if api == Some(true) { 12 } else { 8 } {
+            0 => {
+                if let Some(o) = s.gateways.remove(name) {
+                    journals.insert(name.to_owned(), o.claims());
+                }
+            }
+            1 | 2 if !s.gateways.contains_key(name) => {
+                let claims = if noise(&mut seed).is_multiple_of(2) {
+                    Vec::new()
+                } else {
+                    journals.remove(name).unwrap_or_default()
+                };
+                s.start(name, &all, claims);
+            }
+            3 => drop(s.cut.insert((name.to_owned(), other.to_owned()))),
+            4 => s.cut.clear(),
+            5 => drop(s.deaf.insert((node.to_owned(), name.to_owned()))),
+            6 => s.deaf.clear(),
+            8 => s.api().down = true,
+            9 => s.api().refuses = true,
+            10 => drop(s.api().cut.insert(name.to_owned())),
+            11 => s.api_back(),
+            _ => {}
+        }
+        for _ in 0..noise(&mut seed) % 20 {
+            s.step();
+            for (key, old) in &before {
+                assert!(s.follows[key].epoch >= old.epoch);
+            }
+            before = s.follows.clone();
+            for p in [pair(1), pair(2)] {
+                let holders: Vec<&str> = s.holders(&p);
+                let mut epochs: Vec<u64> = holders.iter().map(|g| s.epoch(g, &p)).collect();
+                if api == Some(false) {
+                    for (g, e) in holders.iter().zip(&epochs) {
+                        let owner = ever.entry((p.clone(), *e)).or_insert_with(|| (*g).to_owned());
+                        assert_eq!(owner, g, "two have held {p} at epoch {e}");
                     }
                 }
-                1 | 2 if !s.gateways.contains_key(name) => {
-                    let claims = if noise(&mut seed).is_multiple_of(2) {
-                        Vec::new()
-                    } else {
-                        journals.remove(name).unwrap_or_default()
-                    };
-                    s.start(name, &all, claims);
+                let count = epochs.len();
+                epochs.dedup();
+                if epochs.len() < count && s.cut.is_empty() {
+                    *clash.entry((p.clone(), epochs[0])).or_default() += 1;
                 }
-                3 => drop(s.cut.insert((name.to_owned(), other.to_owned()))),
-                4 => s.cut.clear(),
-                5 => drop(s.deaf.insert((node.to_owned(), name.to_owned()))),
-                6 => s.deaf.clear(),
-                _ => {}
-            }
-            for _ in 0..noise(&mut seed) % 20 {
-                s.step();
-                for (key, old) in &before {
-                    assert!(s.follows[key].epoch >= old.epoch);
-                }
-                before = s.follows.clone();
-                for p in [pair(1), pair(2)] {
-                    let mut epochs: Vec<u64> = s.holders(&p).iter().map(|g| s.epoch(g, &p)).collect();
-                    let count = epochs.len();
-                    epochs.dedup();
-                    if epochs.len() < count && s.cut.is_empty() {
-                        *clash.entry((p.clone(), epochs[0])).or_default() += 1;
-                    }
-                }
-            }
-        }
-        assert!(clash.values().all(|steps| *steps <= 2), "{clash:?}");
-        s.cut.clear();
-        s.deaf.clear();
-        for name in all {
-            if !s.gateways.contains_key(name) {
-                s.start(name, &all, Vec::new());
-            }
-        }
-        s.pass(6.0);
-        for p in [pair(1), pair(2)] {
-            let holders = s.holders(&p);
-            assert_eq!(holders.len(), 1, "{holders:?}");
-            for node in NODES {
-                assert_eq!(s.follows[&(node.to_owned(), p.clone())].owner, holders[0]);
             }
         }
     }
+    assert!(clash.values().all(|steps| *steps <= 2), "{clash:?}");
+    s.cut.clear();
+    s.deaf.clear();
+    for name in all {
+        if !s.gateways.contains_key(name) {
+            s.start(name, &all, Vec::new());
+        }
+    }
+    if api.is_some() {
+        s.api_back();
+    }
+    s.pass(6.0);
+    for p in [pair(1), pair(2)] {
+        let holders = s.holders(&p);
+        assert_eq!(holders.len(), 1, "{holders:?}");
+        for node in NODES {
+            assert_eq!(s.follows[&(node.to_owned(), p.clone())].owner, holders[0]);
+        }
+        if let Some(api) = &s.api {
+            let (stands, held) = (&api.stands[&p], s.epoch(holders[0], &p));
+            assert_eq!((stands.owner.as_str(), stands.epoch), (holders[0], held));
+        }
+    }
+    // And so it stays.
+    let owners: Vec<(String, u64)> = [1, 2].map(|i| owner(&s, i)).into();
+    s.pass(10.0);
+    assert_eq!(owners, [1, 2].map(|i| owner(&s, i)));
 }
+
+fn owner(s: &Sim, i: u8) -> (String, u64) {
+    let holder = s.holders(&pair(i))[0].to_owned();
+    let epoch = s.epoch(&holder, &pair(i));
+    (holder, epoch)
+}
+
+#[path = "ownership_api_tests.rs"]
+mod api;
+use api::with_api;

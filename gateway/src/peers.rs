@@ -10,6 +10,7 @@ use tidegate_identity::{Source, connect};
 use tidegate_proto::wire::PeerHello;
 use tidegate_proto::wire::control_client::ControlClient;
 use tidegate_proto::{MAX_MESSAGE, PeerMessage};
+use tokio::sync::watch;
 
 use crate::core::ToCore;
 
@@ -26,19 +27,25 @@ pub struct Client {
     pub name: String,
     /// The other one.
     pub peer: String,
-    /// Its control endpoint.
-    pub address: SocketAddr,
+    /// Its control endpoints, tried in turn; none: it is not one of the gateways any more.
+    pub addresses: watch::Receiver<Vec<SocketAddr>>,
     /// This gateway's identity.
     pub identity: Source,
 }
 
 impl Client {
-    /// Keeps the stream until the core is gone.
+    /// Keeps the stream as long as the other one is a gateway, and after that until it breaks.
     pub async fn run(self, core: Sender<ToCore>) {
         let mut said = String::new();
+        let mut turn = 0;
         loop {
+            let all = self.addresses.borrow().clone();
+            if all.is_empty() {
+                return;
+            }
             let mut spoke = false;
-            let Err(error) = self.once(&core, &mut spoke).await;
+            let Err(error) = self.once(all[turn % all.len()], &core, &mut spoke).await;
+            turn += usize::from(!spoke);
             let text = format!("{error:#}");
             // The same failure again and again is one line.
             if spoke || text != said {
@@ -49,9 +56,14 @@ impl Client {
         }
     }
 
-    async fn once(&self, core: &Sender<ToCore>, spoke: &mut bool) -> Result<std::convert::Infallible> {
+    async fn once(
+        &self,
+        address: SocketAddr,
+        core: &Sender<ToCore>,
+        spoke: &mut bool,
+    ) -> Result<std::convert::Infallible> {
         let own = self.identity.now()?;
-        let connection = connect(self.address, &own, Some(&self.peer), CONNECT, |endpoint| endpoint).await?;
+        let connection = connect(address, &own, Some(&self.peer), CONNECT, |endpoint| endpoint).await?;
         let mut client = ControlClient::new(connection.channel).max_decoding_message_size(MAX_MESSAGE);
         let mut inbound = client.peer(PeerHello { gateway: self.name.clone() }).await?.into_inner();
         tracing::info!(peer = self.peer, "stream from another gateway is up");

@@ -4,7 +4,9 @@
 #![forbid(unsafe_code)]
 
 mod client;
+pub mod members;
 pub mod objects;
+pub mod pools;
 mod uninstall;
 
 pub use client::{Connection, Error, Settings, within};

@@ -6,14 +6,13 @@ use std::time::Duration;
 
 use tidegate_ledger::{FactRecord, Input, NodeId, OwnerId};
 use tidegate_policy::Reason;
-use tidegate_policy::world::World;
 use tidegate_proto::wire::PeerUpdate;
-use tidegate_proto::{Beat, PeerFact, PeerMessage, ScopeClaim};
+use tidegate_proto::{Beat, Pair, PeerFact, PeerMessage, ScopeClaim};
 use tidegate_sni::Live;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{MAX_PENDING, Run};
-use crate::desired::{self, Desired};
+use crate::desired::{self, Desired, Order};
 use crate::ownership::PLACE;
 
 /// How long a gateway that is told to end waits at most until others have its pairs.
@@ -50,7 +49,7 @@ impl Run {
         }
         if self.core.ownership.tick(now) {
             let world = self.compiled.world.clone();
-            self.set_claims(&world);
+            self.set_claims();
             let pairs = self.core.desired.held(&world);
             if **self.core.shared.pairs.load() != pairs {
                 self.core.shared.pairs.store(Arc::new(pairs));
@@ -76,6 +75,7 @@ impl Run {
         if in_place && self.attached {
             self.core.starting = None;
         }
+        self.write();
         let claims = self.core.ownership.claims();
         if claims != self.written {
             for c in claims.iter().filter(|c| !self.written.contains(c)) {
@@ -138,20 +138,25 @@ impl Run {
     }
 
     /// Hands what is known of ownership to those who build states and judge connections.
-    pub(super) fn set_claims(&mut self, world: &World) {
+    pub(super) fn set_claims(&mut self) {
         let ownership = &self.core.ownership;
         let mut out = BTreeMap::new();
-        for (pair, candidates) in self.core.desired.pairs(world) {
+        let mut nobody = Vec::new();
+        for (pair, Order { candidates, others }) in self.core.desired.pairs(&self.compiled) {
+            if candidates.is_empty() {
+                nobody.push(pair.clone());
+            }
             let Some(known) = ownership.owner(&pair) else { continue };
             let claim = desired::Ownership {
                 held: ownership.holds(&pair),
-                standbys: candidates.into_iter().filter(|c| *c != known.owner).collect(),
+                standbys: candidates.into_iter().chain(others).filter(|c| *c != known.owner).collect(),
                 owner: known.owner,
                 epoch: known.epoch,
             };
             out.insert(pair, claim);
         }
         self.core.desired.set_claims(out);
+        self.note_problems(&nobody);
     }
 
     /// A record with names instead of this process's ids.
@@ -230,7 +235,7 @@ impl Run {
     /// Another gateway asks: it gets all facts, those too that still wait for policy here.
     pub(super) fn peer_up(&mut self, gateway: String, out: mpsc::Sender<PeerUpdate>) {
         if !self.core.ownership.is_peer(&gateway) {
-            tracing::warn!(peer = gateway, "a gateway that is not in the configuration, or has no address there, asks");
+            tracing::warn!(peer = gateway, "a gateway that is not known, or has no address, asks");
             return;
         }
         let now = self.core.shared.now();
@@ -312,6 +317,11 @@ impl Run {
             self.feed(Input::Import(records));
         }
     }
+}
+
+/// The candidates of each pair.
+pub(super) fn candidates(pairs: BTreeMap<Pair, Order>) -> BTreeMap<Pair, Vec<String>> {
+    pairs.into_iter().map(|(pair, order)| (pair, order.candidates)).collect()
 }
 
 fn aged(mut fact: PeerFact, by: Duration) -> PeerFact {

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
+use tidegate_kubernetes::members::Member;
+use tidegate_kubernetes::pools;
 use tidegate_ledger::{NodeId, OwnerId};
 use tidegate_policy::{Name, Reason, ScopeKey};
 use tidegate_proto::wire::{FactsUpdate, PeerUpdate, StateUpdate};
@@ -103,6 +105,10 @@ pub enum ToCore {
         /// What it sees.
         seen: Seen,
     },
+    /// Who the gateways are now.
+    Members(Vec<Member>),
+    /// The API server said something of owners.
+    Api(pools::Event),
     /// Another gateway asks for what this one knows.
     PeerUp {
         /// Its name, from its certificate.

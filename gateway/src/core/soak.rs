@@ -208,6 +208,7 @@ impl Soak {
             gateway: "gw-a".into(),
             flow_idle: Duration::from_secs(7200),
             ownership: Ownership::new("gw-a", ["gw-b".to_owned()], shared.now()),
+            api: None,
             journal: Some(journal),
             recovered: Vec::new(),
             starting: None,

@@ -30,6 +30,9 @@ pub struct Status {
     pub connections: usize,
     /// Who owns which egress pair.
     pub pairs: Vec<PairStatus>,
+    /// What is wrong with that.
+    #[serde(skip)]
+    pub problems: Vec<String>,
 }
 
 /// A pair's part of the status.

@@ -1,0 +1,379 @@
+//! Who owns which egress pair, in the status of `EgressPool`s: read by a watch, written by compare-and-swap.
+//!
+//! `status.addresses` is written here alone, as a merge patch that names the resourceVersion that it was made from: of two
+//! gateways that write at once one is refused, reads again, and finds what the other one wrote. Other fields of the status
+//! belong to other writers, who must leave the list out of what they apply. The finalizer `tidegate.dev/in-use` holds a
+//! pool that scopes use.
+
+mod object;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::TryStreamExt;
+use kube::api::{ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams};
+use kube::runtime::watcher;
+use kube::{Api, Client, ResourceExt};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior, sleep, timeout};
+
+pub use object::{Address, Owner, Record};
+
+use crate::FINALIZER;
+
+/// The API server is asked for a sign of life so often. Two seconds of silence count as an outage.
+const PROBE: Duration = Duration::from_millis(500);
+/// A request without an answer for so long has failed: a claim waits for less than a second to be written.
+const ANSWER: Duration = Duration::from_secs(1);
+/// Tries of one write. Each that fails has found a newer object.
+const TRIES: usize = 4;
+/// Pools that are written at the same time.
+const AT_ONCE: usize = 16;
+/// Counts and finalizers are looked after so often.
+const TEND: Duration = Duration::from_secs(5);
+/// A pool that is deleted is let go when it has been out of use for so long: a pod that moves from one policy to another
+/// may come back.
+const UNUSED: Duration = Duration::from_secs(3);
+/// Between two tries of a watch, at least and at most.
+const AGAIN: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(3));
+/// A watch starts anew after so many seconds, so that one whose connection hangs unnoticed does not stay behind.
+const WATCH_SECONDS: u32 = 60;
+
+/// A claim that is to be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Write {
+    /// The pool.
+    pub pool: String,
+    /// The pair.
+    pub address: Address,
+    /// What is to stand there.
+    pub claim: Owner,
+    /// What must stand there until then; absent: nothing.
+    pub over: Option<Owner>,
+}
+
+/// The pairs in use by pool, each with the number of namespaces that leave with it.
+pub type Used = BTreeMap<String, BTreeMap<Address, u32>>;
+
+/// What a gateway wants.
+#[derive(Clone, Debug)]
+pub enum Command {
+    /// A claim is to be written. What came of it is told by [`Event::Pool`].
+    Write(Write),
+    /// What is in use now.
+    Used(Used),
+}
+
+/// What the API server said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// It has answered.
+    Answered,
+    /// What stands in the status of a pool.
+    Pool {
+        /// Its name.
+        name: String,
+        /// Who owns its pairs; `None`: there is no such pool.
+        records: Option<Vec<Record>>,
+        /// Whether it is deleted, and held because it is in use.
+        deleted: bool,
+    },
+}
+
+/// The kind.
+pub fn resource() -> ApiResource {
+    ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk("tidegate.dev", "v1alpha1", "EgressPool"), "egresspools")
+}
+
+/// Runs for the gateway `me` until the commands end. `tell` must not block.
+pub async fn run(
+    client: Client,
+    me: String,
+    commands: mpsc::Receiver<Command>,
+    tell: impl Fn(Event) + Send + Sync + 'static,
+) {
+    let pools = Arc::new(Pools {
+        api: Api::all_with(client, &resource()),
+        me,
+        known: parking_lot::Mutex::default(),
+        tell: Box::new(tell),
+    });
+    tokio::select! {
+        () = pools.watch() => {}
+        () = pools.probe() => {}
+        () = pools.clone().obey(commands) => {}
+    }
+}
+
+struct Pools {
+    api: Api<DynamicObject>,
+    me: String,
+    /// The newest object of each pool that was seen.
+    known: parking_lot::Mutex<BTreeMap<String, DynamicObject>>,
+    tell: Box<dyn Fn(Event) + Send + Sync>,
+}
+
+/// How one try to write ended.
+enum Tried {
+    Done,
+    /// Somebody else was faster: read and try again.
+    Stale,
+}
+
+impl Pools {
+    /// Tells every change.
+    async fn watch(&self) {
+        let mut wait = AGAIN.0;
+        let mut listed = BTreeSet::new();
+        let config = watcher::Config::default().timeout(WATCH_SECONDS);
+        let mut stream = std::pin::pin!(watcher::watcher(self.api.clone(), config));
+        loop {
+            match stream.try_next().await {
+                Ok(Some(event)) => {
+                    wait = AGAIN.0;
+                    match event {
+                        watcher::Event::Init => listed.clear(),
+                        watcher::Event::InitApply(o) => {
+                            listed.insert(o.name_any());
+                            self.saw(o);
+                        }
+                        watcher::Event::InitDone => {
+                            let gone: Vec<String> =
+                                self.known.lock().keys().filter(|n| !listed.contains(*n)).cloned().collect();
+                            gone.iter().for_each(|n| self.gone(n));
+                        }
+                        watcher::Event::Apply(o) => self.saw(o),
+                        watcher::Event::Delete(o) => self.gone(&o.name_any()),
+                    }
+                }
+                Ok(None) => return,
+                Err(error) => {
+                    tracing::debug!(%error, "the watch of pools starts anew");
+                    sleep(wait).await;
+                    wait = (wait * 2).min(AGAIN.1);
+                }
+            }
+        }
+    }
+
+    /// Asks for something that the API server has to read from its storage.
+    async fn probe(&self) {
+        let mut tick = tokio::time::interval(PROBE);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut silent = false;
+        loop {
+            tick.tick().await;
+            let result = self.within(self.api.get_opt("default")).await;
+            match &result {
+                Ok(_) => (self.tell)(Event::Answered),
+                Err(error) if !silent => {
+                    tracing::warn!(error, "no answer from the API server: egress pairs go by the gateways' own word");
+                }
+                Err(_) => {}
+            }
+            if silent && result.is_ok() {
+                tracing::info!("the API server answers again");
+                // The watch may hang on a dead connection for a while yet.
+                match self.within(self.api.list(&Default::default())).await {
+                    Ok(list) => list.items.into_iter().for_each(|o| self.saw(o)),
+                    Err(error) => tracing::warn!(error, "cannot list pools"),
+                }
+            }
+            silent = result.is_err();
+        }
+    }
+
+    async fn obey(self: Arc<Self>, mut commands: mpsc::Receiver<Command>) {
+        let mut waiting: BTreeMap<String, BTreeMap<Address, Write>> = BTreeMap::new();
+        let mut busy: BTreeSet<String> = BTreeSet::new();
+        let mut tasks: JoinSet<String> = JoinSet::new();
+        let mut used: Option<Used> = None;
+        let mut unused: BTreeMap<String, Instant> = BTreeMap::new();
+        let mut tend = tokio::time::interval(TEND);
+        tend.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                command = commands.recv() => match command {
+                    Some(Command::Write(w)) => {
+                        waiting.entry(w.pool.clone()).or_default().insert(w.address, w);
+                    }
+                    Some(Command::Used(u)) => {
+                        used = Some(u);
+                        tend.reset_immediately();
+                    }
+                    None => return,
+                },
+                Some(ended) = tasks.join_next() => match ended {
+                    Ok(pool) => drop(busy.remove(&pool)),
+                    // A task that has panicked does not say for which pool: only what waits is lost.
+                    Err(_) => busy.clear(),
+                },
+                _ = tend.tick() => if let Some(used) = &used {
+                    self.tend(used, &mut unused).await;
+                },
+            }
+            let ready: Vec<String> = waiting
+                .keys()
+                .filter(|p| !busy.contains(*p))
+                .take(AT_ONCE.saturating_sub(tasks.len()))
+                .cloned()
+                .collect();
+            for pool in ready {
+                let Some(writes) = waiting.remove(&pool) else { continue };
+                busy.insert(pool.clone());
+                let (this, counts) = (self.clone(), used.as_ref().and_then(|u| u.get(&pool)).cloned());
+                tasks.spawn(async move {
+                    this.write(&pool, &writes, &counts.unwrap_or_default()).await;
+                    pool
+                });
+            }
+        }
+    }
+
+    /// Writes claims of one pool, or tells why that is too late.
+    async fn write(&self, pool: &str, writes: &BTreeMap<Address, Write>, counts: &BTreeMap<Address, u32>) {
+        let mut object = self.known.lock().get(pool).cloned();
+        for _ in 0..TRIES {
+            let read = match object.take() {
+                Some(o) => o,
+                None => match self.within(self.api.get_opt(pool)).await {
+                    Ok(Some(o)) => {
+                        self.saw(o.clone());
+                        o
+                    }
+                    Ok(None) => return self.gone(pool),
+                    Err(error) => return tracing::warn!(pool, error, "cannot read a pool to record its owner"),
+                },
+            };
+            let Some(addresses) = object::with_claims(&read, writes, counts) else {
+                // None of them stands over what it was meant for. What is remembered may be old: somebody has to have told.
+                if self.is_newest(&read).await {
+                    return self.tell(&read);
+                }
+                continue;
+            };
+            match self.patch_addresses(&read, addresses).await {
+                Ok(Tried::Done) => return,
+                Ok(Tried::Stale) => {}
+                Err(error) => return tracing::warn!(pool, error, "cannot record the owner of an egress pair"),
+            }
+        }
+        tracing::warn!(pool, "others write a pool all the time; its owner is not recorded yet");
+    }
+
+    /// Whether the API server has nothing newer; what it has is told.
+    async fn is_newest(&self, read: &DynamicObject) -> bool {
+        match self.within(self.api.get_opt(&read.name_any())).await {
+            Ok(Some(o)) => {
+                let same = o.resource_version() == read.resource_version();
+                self.saw(o);
+                same
+            }
+            Ok(None) => {
+                self.gone(&read.name_any());
+                true
+            }
+            Err(_) => true,
+        }
+    }
+
+    async fn patch_addresses(&self, read: &DynamicObject, addresses: serde_json::Value) -> Result<Tried, String> {
+        let name = read.name_any();
+        let patch = serde_json::json!({
+            "metadata": {"resourceVersion": read.resource_version()},
+            "status": {"addresses": addresses},
+        });
+        let (params, patch) = (PatchParams::default(), Patch::Merge(&patch));
+        self.patched(self.api.patch_status(&name, &params, &patch)).await
+    }
+
+    async fn patch_finalizers(&self, read: &DynamicObject, finalizers: Vec<String>) -> Result<Tried, String> {
+        let name = read.name_any();
+        let metadata = serde_json::json!({"resourceVersion": read.resource_version(), "finalizers": finalizers});
+        let patch = serde_json::json!({"metadata": metadata});
+        let (params, patch) = (PatchParams::default(), Patch::Merge(&patch));
+        self.patched(self.api.patch(&name, &params, &patch)).await
+    }
+
+    async fn patched(&self, request: impl Future<Output = kube::Result<DynamicObject>>) -> Result<Tried, String> {
+        match timeout(ANSWER, request).await {
+            Ok(Ok(o)) => {
+                (self.tell)(Event::Answered);
+                self.saw(o);
+                Ok(Tried::Done)
+            }
+            Ok(Err(kube::Error::Api(status))) if status.is_conflict() || status.is_not_found() => {
+                (self.tell)(Event::Answered);
+                Ok(Tried::Stale)
+            }
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err(format!("no answer within {} s", ANSWER.as_secs())),
+        }
+    }
+
+    /// Holds pools that are in use, lets those go that are not, and counts the namespaces of the pairs that are ours.
+    async fn tend(&self, used: &Used, unused: &mut BTreeMap<String, Instant>) {
+        let pools: Vec<DynamicObject> = self.known.lock().values().cloned().collect();
+        unused.retain(|p, _| !used.contains_key(p));
+        for pool in pools {
+            let name = pool.name_any();
+            let (held, deleted) =
+                (pool.finalizers().iter().any(|f| f == FINALIZER), pool.metadata.deletion_timestamp.is_some());
+            let result = match used.get(&name) {
+                Some(_) if !held && !deleted => {
+                    let all = pool.finalizers().iter().cloned().chain([FINALIZER.to_owned()]).collect();
+                    self.patch_finalizers(&pool, all).await
+                }
+                Some(counts) => match object::with_counts(&pool, &self.me, counts) {
+                    Some(addresses) => self.patch_addresses(&pool, addresses).await,
+                    None => continue,
+                },
+                None if held
+                    && deleted
+                    && unused.entry(name.clone()).or_insert_with(Instant::now).elapsed() >= UNUSED =>
+                {
+                    let rest = pool.finalizers().iter().filter(|f| *f != FINALIZER).cloned().collect();
+                    self.patch_finalizers(&pool, rest).await
+                }
+                None => continue,
+            };
+            if let Err(error) = result {
+                tracing::warn!(pool = name, error, "cannot look after a pool; trying again");
+            }
+        }
+    }
+
+    async fn within<T>(&self, request: impl Future<Output = kube::Result<T>>) -> Result<T, String> {
+        match timeout(ANSWER, request).await {
+            Ok(answer) => answer.map_err(|e| e.to_string()),
+            Err(_) => Err(format!("no answer within {} s", ANSWER.as_secs())),
+        }
+    }
+
+    /// Remembers an object, unless a newer one is known, and tells it.
+    fn saw(&self, new: DynamicObject) {
+        {
+            let mut known = self.known.lock();
+            if known.get(&new.name_any()).is_some_and(|old| object::is_older(&new, old)) {
+                return;
+            }
+            known.insert(new.name_any(), new.clone());
+        }
+        self.tell(&new);
+    }
+
+    fn gone(&self, name: &str) {
+        self.known.lock().remove(name);
+        (self.tell)(Event::Pool { name: name.to_owned(), records: None, deleted: false });
+    }
+
+    fn tell(&self, object: &DynamicObject) {
+        (self.tell)(Event::Pool {
+            name: object.name_any(),
+            records: Some(object::records(object)),
+            deleted: object.metadata.deletion_timestamp.is_some(),
+        });
+    }
+}

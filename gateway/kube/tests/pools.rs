@@ -1,0 +1,308 @@
+//! Owners of egress pairs against a real API server.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tidegate_kube::Cluster;
+use tidegate_kubernetes::members::{self, Member};
+use tidegate_kubernetes::pools::{self, Address, Command, Event, Owner, Record, Used, Write};
+use tidegate_kubernetes::{Connection, FINALIZER, Settings};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+const SOON: Duration = Duration::from_secs(20);
+
+fn cluster() -> Arc<Cluster> {
+    let cluster = Cluster::shared().unwrap();
+    define(&cluster);
+    cluster
+}
+
+/// Makes the kinds.
+fn define(cluster: &Cluster) {
+    let crds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../helm/tidegate/files/crds");
+    let apply = ["apply", "--server-side", "-f", crds.to_str().unwrap()];
+    cluster.kubectl(&apply, "").unwrap().success().unwrap();
+    let wait = ["wait", "--for=condition=Established", "crd/egresspools.tidegate.dev", "--timeout=10s"];
+    cluster.kubectl(&wait, "").unwrap().success().unwrap();
+}
+
+async fn connect(cluster: &Cluster) -> kube::Client {
+    let settings = Settings { kubeconfig: Some(cluster.kubeconfig()), ..Settings::default() };
+    Connection::new(settings).await.unwrap().client
+}
+
+fn pair(last: u8) -> Address {
+    Address { ipv4: Some([203, 0, 113, last].into()), ipv6: None }
+}
+
+fn by(gateway: &str, epoch: u64) -> Owner {
+    Owner { gateway: gateway.into(), epoch }
+}
+
+fn record(last: u8, gateway: &str, epoch: u64) -> Record {
+    Record { address: pair(last), owner: by(gateway, epoch) }
+}
+
+fn write(pool: &str, last: u8, claim: Owner, over: Option<Owner>) -> Command {
+    Command::Write(Write { pool: pool.into(), address: pair(last), claim, over })
+}
+
+/// The task of one gateway.
+struct Gateway {
+    commands: mpsc::Sender<Command>,
+    events: mpsc::UnboundedReceiver<Event>,
+    task: JoinHandle<()>,
+}
+
+impl Gateway {
+    async fn start(cluster: &Cluster, name: &str) -> Self {
+        let (commands, rx) = mpsc::channel(64);
+        let (tell, events) = mpsc::unbounded_channel();
+        let run = pools::run(connect(cluster).await, name.into(), rx, move |e| drop(tell.send(e)));
+        Self { commands, events, task: tokio::spawn(run) }
+    }
+
+    async fn send(&self, command: Command) {
+        self.commands.send(command).await.unwrap();
+    }
+
+    /// Waits until a pool's records are these.
+    async fn records(&mut self, pool: &str, wanted: &[Record]) {
+        self.told(pool, |e| matches!(e, Event::Pool { records: Some(r), .. } if r == wanted)).await;
+    }
+
+    async fn told(&mut self, pool: &str, mut is: impl FnMut(&Event) -> bool) {
+        let mut last = None;
+        let wait = async {
+            while let Some(event) = self.events.recv().await {
+                if matches!(&event, Event::Pool { name, .. } if name == pool) {
+                    if is(&event) {
+                        return;
+                    }
+                    last = Some(event);
+                }
+            }
+        };
+        if timeout(SOON, wait).await.is_err() {
+            panic!("of {pool} this was told last: {last:?}");
+        }
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+fn make(cluster: &Cluster, name: &str, lasts: &[u8]) {
+    let addresses: Vec<Value> = lasts.iter().map(|l| json!({"ipv4": format!("203.0.113.{l}")})).collect();
+    apply(cluster, name, &json!({"addressSource": "Static", "static": {"addresses": addresses}}));
+}
+
+fn apply(cluster: &Cluster, name: &str, spec: &Value) {
+    let pool = json!({
+        "apiVersion": "tidegate.dev/v1alpha1", "kind": "EgressPool", "metadata": {"name": name}, "spec": spec,
+    });
+    cluster
+        .kubectl(&["apply", "--server-side", "--force-conflicts", "-f", "-"], &pool.to_string())
+        .unwrap()
+        .success()
+        .unwrap();
+}
+
+fn get(cluster: &Cluster, name: &str) -> Value {
+    let out = cluster.kubectl(&["get", "egresspool", name, "-o", "json"], "").unwrap().success().unwrap();
+    serde_json::from_str(&out).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_claim_stands_over_what_it_was_meant_for_and_nothing_else() {
+    let cluster = cluster();
+    make(&cluster, "cas", &[1, 2]);
+    let (mut a, mut b) = (Gateway::start(&cluster, "gw-a").await, Gateway::start(&cluster, "gw-b").await);
+    a.records("cas", &[]).await;
+    a.send(write("cas", 1, by("gw-a", 1), None)).await;
+    b.records("cas", &[record(1, "gw-a", 1)]).await;
+    // Too late: told what stands there.
+    b.send(write("cas", 1, by("gw-b", 1), None)).await;
+    b.records("cas", &[record(1, "gw-a", 1)]).await;
+    b.send(write("cas", 1, by("gw-b", 2), Some(by("gw-a", 1)))).await;
+    a.records("cas", &[record(1, "gw-b", 2)]).await;
+    // A lower epoch is written over one that nobody believes.
+    a.send(write("cas", 1, by("gw-a", 1), Some(by("gw-b", 2)))).await;
+    a.send(write("cas", 2, by("gw-a", 1), None)).await;
+    a.records("cas", &[record(1, "gw-a", 1), record(2, "gw-a", 1)]).await;
+    // What others wrote of the status stays, theirs and ours, also what this version does not know of an entry.
+    let patch = json!({"status": {"conditions": [{
+        "type": "Accepted", "status": "True", "reason": "Valid", "message": "", "lastTransitionTime": "2026-11-20T00:00:00Z",
+    }]}});
+    let args = ["patch", "egresspool", "cas", "--subresource=status", "--type=merge", "-p", &patch.to_string()];
+    cluster.kubectl(&args, "").unwrap().success().unwrap();
+    a.send(write("cas", 1, by("gw-a", 2), Some(by("gw-a", 1)))).await;
+    a.records("cas", &[record(1, "gw-a", 2), record(2, "gw-a", 1)]).await;
+    let status = get(&cluster, "cas")["status"].clone();
+    assert_eq!(status["conditions"][0]["type"], "Accepted");
+    assert_eq!(
+        status["addresses"],
+        json!([
+            {"ipv4": "203.0.113.1", "owner": "gw-a", "epoch": 2, "namespaces": 0},
+            {"ipv4": "203.0.113.2", "owner": "gw-a", "epoch": 1, "namespaces": 0},
+        ])
+    );
+    // A pair that the pool has no more goes with the next claim.
+    make(&cluster, "cas", &[1]);
+    a.send(write("cas", 1, by("gw-a", 3), Some(by("gw-a", 2)))).await;
+    a.records("cas", &[record(1, "gw-a", 3)]).await;
+    // There is none: nobody records anything.
+    a.send(write("nowhere", 1, by("gw-a", 1), None)).await;
+    a.told("nowhere", |e| matches!(e, Event::Pool { records: None, .. })).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_many_that_race_one_wins_each_epoch() {
+    let cluster = cluster();
+    make(&cluster, "race", &[1, 2, 3, 4]);
+    let names = ["gw-a", "gw-b", "gw-c"];
+    let mut gateways = Vec::new();
+    for name in names {
+        gateways.push(Gateway::start(&cluster, name).await);
+    }
+    let mut stands: Vec<Option<Owner>> = vec![None; 4];
+    for epoch in 1..=10 {
+        // Everybody knows what stands there, wants every pair, and all at once.
+        for (g, name) in gateways.iter().zip(names) {
+            for (last, over) in (1..=4).zip(&stands) {
+                g.send(write("race", last, by(name, epoch), over.clone())).await;
+            }
+        }
+        // All of them are told the same in the end.
+        let mut found: Vec<Vec<Record>> = Vec::new();
+        for g in &mut gateways {
+            let done = |e: &Event| match e {
+                Event::Pool { records: Some(r), .. } if r.len() == 4 && r.iter().all(|r| r.owner.epoch == epoch) => {
+                    found.push(r.clone());
+                    true
+                }
+                _ => false,
+            };
+            g.told("race", done).await;
+        }
+        assert!(found.iter().all(|f| *f == found[0]), "{found:?}");
+        stands = found[0].iter().map(|r| Some(r.owner.clone())).collect();
+    }
+    let before = get(&cluster, "race")["metadata"]["resourceVersion"].clone();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(get(&cluster, "race")["metadata"]["resourceVersion"], before, "who came too late writes nothing");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_network_has_one_pair_without_addresses() {
+    let cluster = cluster();
+    apply(&cluster, "net", &json!({"addressSource": "PodNetwork"}));
+    let mut a = Gateway::start(&cluster, "gw-a").await;
+    let none = Address::default();
+    a.send(Command::Write(Write { pool: "net".into(), address: none, claim: by("gw-a", 1), over: None })).await;
+    a.records("net", &[Record { address: none, owner: by("gw-a", 1) }]).await;
+    // What somebody broke is no record, and does not stand for the pair without addresses.
+    let patch = json!({"status": {"addresses": [{"ipv4": "203.0.113.7", "epoch": 9, "namespaces": 0}]}});
+    let args = ["patch", "egresspool", "net", "--subresource=status", "--type=merge", "-p", &patch.to_string()];
+    cluster.kubectl(&args, "").unwrap().success().unwrap();
+    a.records("net", &[Record { address: pair(7), owner: by("", 9) }]).await;
+    a.send(Command::Write(Write { pool: "net".into(), address: none, claim: by("gw-a", 2), over: None })).await;
+    a.records("net", &[Record { address: none, owner: by("gw-a", 2) }]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pool_in_use_is_held_and_counted() {
+    let cluster = cluster();
+    make(&cluster, "used", &[1, 2]);
+    let mut a = Gateway::start(&cluster, "gw-a").await;
+    a.send(write("used", 1, by("gw-a", 1), None)).await;
+    a.send(write("used", 2, by("gw-b", 1), None)).await;
+    a.records("used", &[record(1, "gw-a", 1), record(2, "gw-b", 1)]).await;
+    let used = |n: u32| Used::from([("used".to_owned(), BTreeMap::from([(pair(1), n), (pair(2), 9)]))]);
+    a.send(Command::Used(used(3))).await;
+    let until = |what: &dyn Fn(&Value) -> bool| {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while Instant::now() < deadline {
+            if what(&get(&cluster, "used")) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        panic!("{}", get(&cluster, "used"));
+    };
+    until(&|p| p["metadata"]["finalizers"] == json!([FINALIZER]));
+    // Its own pairs are counted, those of others are theirs to count.
+    until(&|p| p["status"]["addresses"][0]["namespaces"] == 3);
+    assert_eq!(get(&cluster, "used")["status"]["addresses"][1]["namespaces"], 0);
+    cluster.kubectl(&["delete", "egresspool", "used", "--wait=false"], "").unwrap().success().unwrap();
+    a.told("used", |e| matches!(e, Event::Pool { deleted: true, records: Some(_), .. })).await;
+    // It goes on serving: claims are recorded.
+    a.send(write("used", 1, by("gw-a", 2), Some(by("gw-a", 1)))).await;
+    a.records("used", &[record(1, "gw-a", 2), record(2, "gw-b", 1)]).await;
+    std::thread::sleep(Duration::from_secs(7));
+    assert!(get(&cluster, "used")["metadata"]["deletionTimestamp"].is_string(), "held as long as it is in use");
+    a.send(Command::Used(Used::new())).await;
+    a.told("used", |e| matches!(e, Event::Pool { records: None, .. })).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_is_silence_and_the_end_of_it_is_heard() {
+    let cluster = Cluster::start().unwrap();
+    define(&cluster);
+    make(&cluster, "p", &[1]);
+    let mut a = Gateway::start(&cluster, "gw-a").await;
+    a.records("p", &[]).await;
+    cluster.stop_api_server();
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    while a.events.try_recv().is_ok() {}
+    a.send(write("p", 1, by("gw-a", 1), None)).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(a.events.try_recv().is_err(), "nothing is heard, and nothing taken for written");
+    cluster.start_api_server().unwrap();
+    timeout(SOON, async { while a.events.recv().await != Some(Event::Answered) {} }).await.unwrap();
+    // What nobody has answered is asked again.
+    a.send(write("p", 1, by("gw-a", 1), None)).await;
+    a.records("p", &[record(1, "gw-a", 1)]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn gateways_are_the_endpoints_of_their_service() {
+    let cluster = Cluster::shared().unwrap();
+    let _ = cluster.kubectl(&["create", "namespace", "gateways"], "").unwrap();
+    let slice = |name: &str, service: &str, endpoints: Value| {
+        let slice = json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": name, "namespace": "gateways", "labels": {"kubernetes.io/service-name": service}},
+            "ports": [{"name": "control", "port": 7443, "protocol": "TCP"}], "endpoints": endpoints,
+        });
+        cluster.kubectl(&["apply", "--server-side", "-f", "-"], &slice.to_string()).unwrap().success().unwrap();
+    };
+    let endpoint = |pod: &str, ip: &str, terminating: bool| {
+        json!({"addresses": [ip], "nodeName": "n1", "targetRef": {"kind": "Pod", "name": pod, "namespace": "gateways"},
+            "conditions": {"ready": false, "serving": true, "terminating": terminating}})
+    };
+    slice("s-1", "gw", json!([endpoint("gw-a", "192.0.2.1", false)]));
+    slice("s-9", "other", json!([endpoint("x", "192.0.2.9", false)]));
+    let (tell, mut told) = mpsc::unbounded_channel();
+    let client = connect(&cluster).await;
+    let task = tokio::spawn(async move { members::run(client, "gateways", "gw", move |m| drop(tell.send(m))).await });
+    let names = |m: &[Member]| m.iter().map(|m| (m.name.clone(), m.terminating)).collect::<Vec<_>>();
+    let mut next = async || timeout(SOON, told.recv()).await.unwrap().unwrap();
+    assert_eq!(names(&next().await), [("gw-a".to_owned(), false)]);
+    slice("s-2", "gw", json!([endpoint("gw-b", "192.0.2.2", false)]));
+    assert_eq!(names(&next().await), [("gw-a".to_owned(), false), ("gw-b".to_owned(), false)]);
+    slice("s-1", "gw", json!([endpoint("gw-a", "192.0.2.1", true)]));
+    assert_eq!(names(&next().await), [("gw-a".to_owned(), true), ("gw-b".to_owned(), false)]);
+    cluster.kubectl(&["delete", "endpointslice", "-n", "gateways", "s-1"], "").unwrap().success().unwrap();
+    assert_eq!(names(&next().await), [("gw-b".to_owned(), false)]);
+    task.abort();
+}
