@@ -12,28 +12,26 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use arc_swap::ArcSwap;
-use crossbeam_channel::Sender;
 use parking_lot::Mutex;
-use tidegate_api::Reader;
-use tidegate_dns::{ClusterDns, DnsConfig, Protocol, ResolverGroup};
+use tidegate_dns::{ClusterDns, ClusterServers, DnsConfig, Protocol, ResolverGroup};
 use tidegate_ebpf::{Datapath, Events, Options, Role};
 use tidegate_identity::{Files, Paths, Source};
 use tidegate_ledger::Ledger;
 use tidegate_policy::event::Emit;
-use tidegate_policy::model::{self, Objects, Touched, UnixSeconds};
+use tidegate_policy::model::Objects;
 use tidegate_policy::world::World;
 use tidegate_sni::{Relay, RelayConfig};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::admin::{Admin, Guard, Readiness};
+use crate::admin::{Admin, Readiness};
+use crate::cluster::ClusterNames;
 use crate::config::{self, Config};
 use crate::core::{Classifier, Core, Shared, ToCore};
 use crate::descriptors::{Shares, of_one};
-use crate::desired::{Compiled, Desired};
+use crate::desired::Desired;
 use crate::dns_view::CoreBinder;
 use crate::egress::nft::{RELAY_PORTS, REPLY};
 use crate::journal::{Clocks, Journal, Recovered};
@@ -41,9 +39,10 @@ use crate::kube::Kube;
 use crate::ownership::Ownership;
 use crate::push::Streams;
 use crate::relay_check::RelayCheck;
-use crate::watch::Watch;
+use crate::source::kubernetes::{Follower, health};
+use crate::source::{Compiler, Problems, now};
 use crate::way::Keeper;
-use crate::{admin, audit, core, descriptors, members, peering, peers, push, resolv, telemetry};
+use crate::{admin, audit, core, descriptors, members, peering, peers, push, resolv, source, telemetry};
 
 /// Prints what a configuration file means.
 pub fn check(path: &Path) -> Result<()> {
@@ -64,14 +63,6 @@ pub fn cleanup(path: &Path) -> Result<()> {
 const DNS_PORT: u16 = 53;
 /// Where intercepted TLS arrives. Only TPROXY reaches it.
 const RELAY_PORT: u16 = 15001;
-/// Manifests are read again at least so often, whatever the watch says.
-const REREAD: Duration = Duration::from_secs(10);
-
-fn now() -> UnixSeconds {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    UnixSeconds(i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
-}
-
 /// Whether this namespace has a route out for IPv4 and IPv6. Nothing is sent.
 fn families() -> (bool, bool) {
     let reaches = |from: SocketAddr, to: SocketAddr| UdpSocket::bind(from).and_then(|s| s.connect(to)).is_ok();
@@ -79,23 +70,6 @@ fn families() -> (bool, bool) {
     let v4 = reaches((Ipv4Addr::UNSPECIFIED, 0).into(), (Ipv4Addr::new(192, 0, 2, 1), 9).into());
     let v6 = reaches((Ipv6Addr::UNSPECIFIED, 0).into(), (Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1), 9).into());
     (v4, v6)
-}
-
-fn settings(config: &Config) -> model::Settings {
-    model::Settings {
-        cluster_default: match config.cluster_default {
-            config::ClusterDefault::Untouched => model::ClusterDefault::Untouched,
-            config::ClusterDefault::Audit => model::ClusterDefault::Audit,
-            config::ClusterDefault::Isolated => model::ClusterDefault::Isolated,
-        },
-        dns_filter: match config.dns_filter {
-            config::DnsFilter::Strict => model::DnsFilter::Strict,
-            config::DnsFilter::Open => model::DnsFilter::Open,
-        },
-        exempt_namespaces: config.exempt_namespaces.clone(),
-        cluster_prefixes: config.cluster.prefixes.clone(),
-        cluster_dns: config.cluster.dns.clone(),
-    }
 }
 
 /// Every port on which DNS is intercepted.
@@ -106,13 +80,13 @@ fn dns_ports(config: &Config) -> Vec<u16> {
     ports
 }
 
-fn dns_config(config: &Config, shares: &Shares) -> DnsConfig {
+fn dns_config(config: &Config, shares: &Shares, servers: ClusterServers) -> DnsConfig {
     let default = DnsConfig::default();
     DnsConfig {
         listen: dns_ports(config).into_iter().map(|port| (Ipv6Addr::UNSPECIFIED, port).into()).collect(),
         transparent: true,
         mark: Some(REPLY),
-        cluster: ClusterDns { servers: config.cluster.dns.clone(), suffixes: config.cluster.suffixes.clone() },
+        cluster: ClusterDns { servers, suffixes: config.cluster.suffixes.clone() },
         resolvers: config
             .resolvers
             .iter()
@@ -149,93 +123,6 @@ fn ledger_config(config: &Config) -> tidegate_ledger::Config {
         },
         track: true,
         ..tidegate_ledger::Config::default()
-    }
-}
-
-/// What is wrong with the manifests, for the status.
-type Problems = Arc<ArcSwap<Vec<String>>>;
-
-/// Reads manifests, compiles, and tells the core; forever.
-struct PolicyThread {
-    config: Arc<Config>,
-    core: Sender<ToCore>,
-    problems: Problems,
-    stop: Arc<AtomicBool>,
-    /// Dropped after the first complete read.
-    waiting: Option<Guard>,
-}
-
-impl PolicyThread {
-    fn run(mut self) {
-        let Some(directory) = &self.config.directory else { return };
-        let mut reader = Reader::new(directory);
-        let mut watch = Watch::new(directory)
-            .inspect_err(|error| tracing::warn!(%error, "no change notices: manifests are read again every 10 s"))
-            .ok();
-        let mut world: Option<Arc<World>> = None;
-        let mut objects = Objects::default();
-        let mut said: Vec<String> = Vec::new();
-        while !self.stop.load(Ordering::Relaxed) {
-            let loaded = reader.reload();
-            let texts: Vec<String> = loaded.problems.iter().map(ToString::to_string).collect();
-            let news = texts != said;
-            if news {
-                for text in &texts {
-                    tracing::warn!("{text}");
-                }
-                said.clone_from(&texts);
-            }
-            let changed = loaded.changed;
-            if changed {
-                objects = loaded.objects;
-                objects.settings = settings(&self.config);
-            }
-            let due = world.as_ref().is_some_and(|w| w.next_change().is_some_and(|t| t <= now()));
-            if changed || due || world.is_none() {
-                let compiled = Arc::new(World::compile(&objects, now(), world.as_deref().map(|w| (w, Touched::ALL))));
-                tracing::info!(
-                    namespaces = objects.namespaces.len(),
-                    pods = objects.pods.len(),
-                    policies = objects.policies.len() + objects.cluster_policies.len(),
-                    scopes = compiled.scopes().len(),
-                    groups = compiled.groups().len(),
-                    "policy compiled"
-                );
-                let message = Arc::new(Compiled::new(compiled.clone(), &objects));
-                world = Some(compiled);
-                if self.core.send(ToCore::World(message)).is_err() {
-                    return;
-                }
-                self.waiting = None;
-            }
-            if let Some(world) = world.as_ref().filter(|_| news || changed || due) {
-                let issues = world.issues().iter().map(ToString::to_string);
-                self.problems.store(Arc::new(texts.into_iter().chain(issues).collect()));
-            }
-            self.wait(watch.as_mut(), world.as_deref());
-        }
-    }
-
-    /// Until a file changes, a rule ends, or it is time to read again.
-    fn wait(&self, mut watch: Option<&mut Watch>, world: Option<&World>) {
-        let until = Instant::now() + REREAD;
-        while Instant::now() < until && !self.stop.load(Ordering::Relaxed) {
-            let step = Duration::from_millis(200);
-            match watch.as_deref_mut() {
-                Some(w) => match w.wait(step) {
-                    Ok(true) => return,
-                    Ok(false) => {}
-                    Err(error) => {
-                        tracing::warn!(%error, "the watch on the manifests failed");
-                        std::thread::sleep(step);
-                    }
-                },
-                None => std::thread::sleep(step),
-            }
-            if world.is_some_and(|w| w.next_change().is_some_and(|t| t <= now())) {
-                return;
-            }
-        }
     }
 }
 
@@ -288,6 +175,8 @@ pub fn run(path: &Path) -> Result<()> {
     let paths = Paths { certificate: tls.certificate, key: tls.key, ca: tls.ca };
     let identity = Source::Files(Arc::new(Mutex::new(Files::new(paths))));
     let kube = config.kubernetes.as_ref().map(|k| Kube::start(&config, k, runtime()?)).transpose()?;
+    let followed = kube.as_ref().zip(config.kubernetes.as_ref()).map(|(kube, k)| kube.watch(k));
+    let (changes, watched) = followed.unzip();
     let readiness = Readiness::default();
     let starting = readiness.guard("start");
 
@@ -318,7 +207,8 @@ pub fn run(path: &Path) -> Result<()> {
     let families = families();
     let desired = Arc::new(Desired::new(config.clone()));
     let empty = Arc::new(World::compile(&Objects::default(), now(), None));
-    let shared = Arc::new(Shared::new(empty));
+    let names = Arc::new(ClusterNames::new(config.cluster.suffixes.clone(), config.cluster.dns.clone()));
+    let shared = Arc::new(Shared::new(empty, names.clone()));
     let seeds: [u64; 4] = std::array::from_fn(|_| random());
     let ledger = Ledger::new(ledger_config(&config), seeds, Classifier(shared.clone()), shared.now());
     let bindings = ledger.bindings();
@@ -412,6 +302,8 @@ pub fn run(path: &Path) -> Result<()> {
             journal,
             recovered: recovered.facts,
             starting: Some(readiness.guard("peers")),
+            readiness: readiness.clone(),
+            watched: watched.clone(),
         };
         thread("core", move || core.run())?
     };
@@ -422,19 +314,24 @@ pub fn run(path: &Path) -> Result<()> {
         thread("events", move || runtime.block_on(kernel_events(events, shared, emit, events_ended)))?
     };
     let problems: Problems = Arc::default();
-    let policy = PolicyThread {
-        config: config.clone(),
-        core: to_core.clone(),
-        problems: problems.clone(),
-        stop: stop.clone(),
-        waiting: Some(readiness.guard("policy")),
+    let compiler = Compiler::new(to_core.clone(), problems.clone(), readiness.guard("policy"));
+    let policy_thread = match changes {
+        None => {
+            let (config, stop) = (config.clone(), stop.clone());
+            thread("policy", move || source::directory(&config, compiler, &stop))?
+        }
+        Some(changes) => {
+            let names = names.clone();
+            let follower = Follower { changes, names, compiler, runtime: runtime()?, stop: stop.clone() };
+            let config = config.clone();
+            thread("policy", move || follower.run(&config))?
+        }
     };
-    let policy_thread = thread("policy", move || policy.run())?;
 
     let dns_runtime = runtime()?;
     let binder = CoreBinder { shared: shared.clone(), bindings, core: to_core.clone() };
     let dns = tidegate_dns::Server::start(
-        dns_config(&config, &shares),
+        dns_config(&config, &shares, names.servers.clone()),
         shared.view.clone(),
         Arc::new(binder),
         emit.clone(),
@@ -465,6 +362,7 @@ pub fn run(path: &Path) -> Result<()> {
                         "ipv4": s.pair().and_then(|p| p.ipv4),
                         "ipv6": s.pair().and_then(|p| p.ipv6),
                     })).collect::<Vec<_>>(),
+                    "kubernetes": watched.as_ref().map(health),
                     "problems": problems.load().iter().cloned()
                         .chain(shared.status.load().problems.iter().cloned())
                         .chain(journal_health.iter().flat_map(|h| h.problems()))

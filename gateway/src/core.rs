@@ -27,8 +27,10 @@ use std::time::{Duration, Instant};
 use ahash::AHashMap;
 use arc_swap::ArcSwap;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use tidegate_api::index::Feed;
 use tidegate_ebpf::{Datapath, Place, Program};
 use tidegate_kubernetes::pools;
+use tidegate_kubernetes::watch::Watched;
 use tidegate_ledger::{Input, Ledger, NodeId, Output};
 use tidegate_policy::model::Objects;
 use tidegate_policy::state::NodeState;
@@ -48,11 +50,13 @@ pub use self::message::{Bind, ToCore};
 use self::sent::Sent;
 pub use self::settling::Settling;
 pub use self::status::{NodeStatus, PairStatus, Status};
-use crate::admin::Guard;
+use crate::admin::{Guard, Readiness};
+use crate::cluster::ClusterNames;
 use crate::desired::{Compiled, Desired};
 use crate::dns_view::DnsView;
 use crate::egress::TOWARDS_PODS;
 use crate::egress::nft::HeldPair;
+use crate::generations::Generations;
 use crate::journal::Journal;
 use crate::ownership::Ownership;
 use crate::push::StreamId;
@@ -94,11 +98,13 @@ pub struct Shared {
     pub clock: Clock,
     /// What `tidegate status` shows.
     pub status: ArcSwap<Status>,
+    /// What the DNS service is told of the cluster.
+    pub names: Arc<ClusterNames>,
 }
 
 impl Shared {
     /// What there is before policy was compiled, with a world that has none. The clock starts.
-    pub fn new(empty: Arc<World>) -> Self {
+    pub fn new(empty: Arc<World>, names: Arc<ClusterNames>) -> Self {
         Self {
             world: ArcSwap::new(empty.clone()),
             view: Arc::new(ArcSwap::from_pointee(DnsView::empty(empty))),
@@ -110,6 +116,7 @@ impl Shared {
             settling: Settling::default(),
             clock: Clock::start(),
             status: ArcSwap::from_pointee(Status::default()),
+            names,
         }
     }
 
@@ -169,10 +176,20 @@ pub struct Core {
     pub recovered: Vec<PeerFact>,
     /// Dropped when the gateway begins to serve.
     pub starting: Option<Guard>,
+    /// Held back while this gateway knows less than another one.
+    pub readiness: Readiness,
+    /// What follows the API server, if that is the source.
+    pub watched: Option<Watched<Feed>>,
 }
 
 struct Run {
     core: Core,
+    /// What this gateway and others have seen of the API server.
+    generations: Generations,
+    /// Held while this gateway knows less than another one.
+    stale: Option<Guard>,
+    /// When lists that are behind were last told to hurry.
+    hurried: Duration,
     due: Due,
     /// Whether the start is over: peers were heard, or had their time.
     settled: bool,
@@ -256,6 +273,9 @@ impl Run {
         let full = now + core.desired.full_pass();
         Self {
             due: Due { beat: now, decide: now, count: now, spread: now, full },
+            generations: Generations::default(),
+            stale: None,
+            hurried: now,
             settled: false,
             next: None,
             pending: vec![(now, recovered)],
@@ -416,6 +436,7 @@ impl Run {
                 }
             }
             ToCore::Unplugged => (self.attached, self.move_over) = (false, None),
+            ToCore::Versions(versions) => self.generations.set_own(versions),
             ToCore::Leave { reply } => self.leave(reply),
             ToCore::Members(members) => self.members(members),
             ToCore::Api(event) => self.api(event),
@@ -519,12 +540,17 @@ impl Run {
         }
         self.send_states();
         // Only now: by what nodes were sent, pods have to settle before they get answers of the new policy.
-        let view = DnsView::new(&self.compiled, self.core.families);
-        self.core.shared.view.store(Arc::new(view));
+        self.open_view();
         let cut = self.core.registry.revoke(|live| !still_allowed(&world, live), Reason::Revoked);
         if cut > 0 {
             tracing::info!(connections = cut, "connections that policy no longer allows were reset");
         }
+    }
+
+    /// Gives the DNS service the policy of now; nothing while this gateway is stale.
+    fn open_view(&self) {
+        let view = DnsView::new(&self.compiled, self.core.families, self.core.shared.names.clone());
+        self.core.shared.view.store(Arc::new(view.closed(self.stale.is_some())));
     }
 
     /// Publishes counters, and the status.

@@ -14,6 +14,7 @@ use tidegate_policy::world::{self, Answer, World};
 use tidegate_policy::{Name, Proto, Reason, Via};
 use tokio::sync::oneshot;
 
+use crate::cluster::ClusterNames;
 use crate::core::{Bind, Shared, ToCore};
 use crate::desired::{Compiled, Desired};
 
@@ -25,12 +26,14 @@ pub struct DnsView {
     world: Arc<World>,
     egress: BTreeSet<IpAddr>,
     askers: HashMap<IpAddr, Asker, ahash::RandomState>,
+    names: Arc<ClusterNames>,
+    closed: bool,
 }
 
 impl DnsView {
     /// The view of a compile. Pods of scopes that other gateways own are answered too: this gateway stands in while
     /// their owner is silent. `families` says whether the pod's own network has a way out for IPv4 and IPv6.
-    pub fn new(compiled: &Compiled, families: (bool, bool)) -> Self {
+    pub fn new(compiled: &Compiled, families: (bool, bool), names: Arc<ClusterNames>) -> Self {
         let mut askers = HashMap::default();
         for (ip, e) in compiled.world.endpoints() {
             let Some(m) = e.member else { continue };
@@ -65,18 +68,34 @@ impl DnsView {
             world: compiled.world.clone(),
             egress: compiled.egress.clone(),
             askers,
+            names,
+            closed: false,
         }
+    }
+
+    /// The same, but answers nobody if `closed`: this gateway knows less of policy than another one.
+    pub fn closed(self, closed: bool) -> Self {
+        Self { closed, ..self }
     }
 
     /// A view that knows nobody.
     pub fn empty(world: Arc<World>) -> Self {
-        Self { generation: 0, world, egress: BTreeSet::new(), askers: HashMap::default() }
+        let (egress, askers, names) = (BTreeSet::new(), HashMap::default(), Arc::default());
+        Self { generation: 0, world, egress, askers, names, closed: false }
     }
 }
 
 impl View for DnsView {
     fn generation(&self) -> u64 {
         self.generation
+    }
+
+    fn closed(&self) -> Option<Reason> {
+        self.closed.then_some(Reason::NoGateway)
+    }
+
+    fn leads_to(&self, name: &str) -> Option<Name> {
+        self.names.target(name)
     }
 
     fn asker(&self, client: IpAddr) -> Option<&Asker> {

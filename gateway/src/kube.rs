@@ -6,14 +6,16 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use anyhow::{Context, Result};
+use tidegate_api::index::Feed;
+use tidegate_kubernetes::watch::{Change, Watched, watch};
 use tidegate_kubernetes::{Connection, Settings};
 use tokio::runtime::{Handle, Runtime};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::config::{Config, Kubernetes};
+use crate::source::kubernetes::lists;
 
 /// The running thread. Its tasks end when it is dropped.
-#[allow(dead_code, reason = "the first tasks come with the watches")]
 pub struct Kube {
     runtime: Handle,
     connection: Arc<Connection>,
@@ -21,7 +23,6 @@ pub struct Kube {
     thread: Option<JoinHandle<()>>,
 }
 
-#[allow(dead_code, reason = "the first tasks come with the watches")]
 impl Kube {
     /// Reads the credentials and starts the thread. Nothing is sent yet: the API server may be away.
     ///
@@ -47,6 +48,15 @@ impl Kube {
         let thread = std::thread::Builder::new().name("kube".into()).spawn(body);
         let thread = Some(thread.context("cannot start the kube thread")?);
         Ok(Self { runtime: handle, connection: Arc::new(connection), stop: Some(stop), thread })
+    }
+
+    /// Follows everything that policy comes from: the changes, and how that goes.
+    pub fn watch(&self, kubernetes: &Kubernetes) -> (mpsc::Receiver<Change<Feed>>, Watched<Feed>) {
+        let (changes, watched, tasks) = watch(&self.connection, lists(kubernetes));
+        for task in tasks {
+            self.spawn(task);
+        }
+        (changes, watched)
     }
 
     /// The way to the API server.

@@ -116,7 +116,7 @@ impl Sim {
 
     fn beat(&self, o: &Ownership) -> Beat {
         let placing = o.held.values().any(|since| self.local(&o.me) < *since + self.place);
-        Beat { able: o.able, claims: o.claims(), leaving: o.leaving, placing }
+        Beat { able: o.able, claims: o.claims(), leaving: o.leaving, placing, versions: Vec::new() }
     }
 
     /// Lets 100 ms pass: beats, agents' words, decisions.

@@ -64,6 +64,19 @@ pub struct Beat {
     /// that ends, or after a second: a gateway that is about to end carries on meanwhile.
     #[prost(bool, tag = "4")]
     pub placing: bool,
+    /// How far it has seen the API server: nothing if that is not its source.
+    #[prost(message, repeated, tag = "5")]
+    pub versions: ::prost::alloc::vec::Vec<ListVersion>,
+}
+/// The newest object of a list that a gateway has seen.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListVersion {
+    /// The list, such as egresspolicies. One that is not known is ignored.
+    #[prost(string, tag = "1")]
+    pub list: ::prost::alloc::string::String,
+    /// The resourceVersion; comparable within the list.
+    #[prost(uint64, tag = "2")]
+    pub version: u64,
 }
 /// Who owns an egress pair.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

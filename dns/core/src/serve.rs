@@ -185,6 +185,12 @@ pub fn decide<V: View + ?Sized>(name: &str, qtype: u16, asker: &Asker, view: &V,
         return Decision::Deny(deny(rcode::NOERROR, Reason::DnsType, None));
     }
     if rules.is_cluster(name) {
+        let target = view.leads_to(name).filter(|t| !rules.is_cluster(t.as_str()));
+        if let Some(target) = target
+            && let Decision::Deny(outcome) = decide(target.as_str(), qtype, asker, view, rules)
+        {
+            return Decision::Deny(Outcome { rcode: rcode::NOERROR, ..outcome });
+        }
         return Decision::Go(Go::open(Route::Cluster, Verdict::Allow, Reason::Allowed, None));
     }
     if is_at_or_below(name, encrypted::DISCOVERY) {

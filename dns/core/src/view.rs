@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use tidegate_policy::event::{RuleRef, Who};
-use tidegate_policy::{GroupKey, Reason, ScopeKey};
+use tidegate_policy::{GroupKey, Name, Reason, ScopeKey};
 
 use crate::encrypted;
 
@@ -107,6 +107,18 @@ pub enum AddressDecision {
 pub trait View: Send + Sync + 'static {
     /// Changes whenever any decision of the view may have changed.
     fn generation(&self) -> u64;
+
+    /// Why no query is answered now, if none is: each then gets SERVFAIL.
+    fn closed(&self) -> Option<Reason> {
+        None
+    }
+
+    /// Where a canonical name of the cluster leads to outside it, if it is known to (an ExternalName Service). Asking
+    /// the cluster's DNS for it would be a lookup of that name, so policy decides about that name first.
+    fn leads_to(&self, name: &str) -> Option<Name> {
+        let _ = name;
+        None
+    }
 
     /// The pod with this address; `None` if it is not known (it gets SERVFAIL, `unknown-pod`).
     fn asker(&self, client: IpAddr) -> Option<&Asker>;

@@ -1,8 +1,10 @@
 //! What the DNS service is told.
 
 use std::net::{Ipv6Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use tidegate_dns_core::budget::BudgetLimits;
 use tidegate_dns_core::{MAX_ADDRESSES, StoreLimits};
 
@@ -28,11 +30,33 @@ pub struct ResolverGroup {
     pub suffixes: Vec<String>,
 }
 
+/// Servers that may become others while they are asked. Cheap to clone: all clones are the same.
+#[derive(Clone, Debug, Default)]
+pub struct ClusterServers(Arc<ArcSwap<Vec<SocketAddr>>>);
+
+impl ClusterServers {
+    /// These, in order of preference.
+    pub fn new(servers: Vec<SocketAddr>) -> Self {
+        Self(Arc::new(ArcSwap::from_pointee(servers)))
+    }
+
+    /// Others, from the next query on.
+    pub fn set(&self, servers: Vec<SocketAddr>) {
+        if **self.0.load() != servers {
+            self.0.store(Arc::new(servers));
+        }
+    }
+
+    pub(crate) fn get(&self) -> Arc<Vec<SocketAddr>> {
+        self.0.load_full()
+    }
+}
+
 /// The cluster's own DNS.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct ClusterDns {
     /// Its endpoints.
-    pub servers: Vec<SocketAddr>,
+    pub servers: ClusterServers,
     /// Its suffixes (`cluster.local`, reverse zones): canonical, no final dot.
     pub suffixes: Vec<String>,
 }

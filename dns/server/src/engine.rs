@@ -172,6 +172,9 @@ impl<V: View, B: Binder> Engine<V, B> {
             self.record(flow, view, Some(&query), asker, &outcome, false, scratch, repeats);
             Step::Reply
         };
+        if let Some(reason) = view.closed() {
+            return fail(reason, scratch, repeats);
+        }
         let Some(asker) = asker else {
             return fail(Reason::UnknownPod, scratch, repeats);
         };
@@ -199,6 +202,7 @@ impl<V: View, B: Binder> Engine<V, B> {
             let last = round + 1 == ROUNDS;
             let asker = view.asker(flow.client.ip()).cloned();
             let outcome = match &asker {
+                _ if view.closed().is_some() => view.closed().map(|reason| serve::failure(reason, None)),
                 Some(asker) => self.round(&query, asker, &view, limit, last, &mut fetched, scratch).await,
                 None => Some(serve::failure(Reason::UnknownPod, None)),
             };

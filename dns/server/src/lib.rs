@@ -33,7 +33,7 @@ use tidegate_policy::event::Emit;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
-pub use config::{ClusterDns, DnsConfig, Protocol, ResolverGroup};
+pub use config::{ClusterDns, ClusterServers, DnsConfig, Protocol, ResolverGroup};
 pub use record::{DROPS, QUERIES, SECONDS};
 
 use crate::engine::Engine;

@@ -12,7 +12,7 @@ use tidegate_dns_core::wire::rcode;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::clock::Clock;
-use crate::config::{DnsConfig, Protocol};
+use crate::config::{ClusterServers, DnsConfig, Protocol};
 use crate::socket;
 
 /// Why no server gave an answer.
@@ -33,7 +33,7 @@ pub enum UpstreamError {
 }
 
 struct Group {
-    servers: Vec<SocketAddr>,
+    servers: ClusterServers,
     protocol: Protocol,
     suffixes: Vec<String>,
     /// Index of the server that answered last.
@@ -41,8 +41,8 @@ struct Group {
 }
 
 impl Group {
-    fn new(servers: &[SocketAddr], protocol: Protocol, suffixes: &[String]) -> Self {
-        Self { servers: servers.to_vec(), protocol, suffixes: suffixes.to_vec(), preferred: AtomicUsize::new(0) }
+    fn new(servers: ClusterServers, protocol: Protocol, suffixes: &[String]) -> Self {
+        Self { servers, protocol, suffixes: suffixes.to_vec(), preferred: AtomicUsize::new(0) }
     }
 }
 
@@ -61,8 +61,12 @@ impl Upstream {
     /// Takes the servers from the configuration.
     pub fn new(config: &DnsConfig, clock: Clock) -> Self {
         Self {
-            cluster: Group::new(&config.cluster.servers, Protocol::Udp, &[]),
-            groups: config.resolvers.iter().map(|g| Group::new(&g.servers, g.protocol, &g.suffixes)).collect(),
+            cluster: Group::new(config.cluster.servers.clone(), Protocol::Udp, &[]),
+            groups: config
+                .resolvers
+                .iter()
+                .map(|g| Group::new(ClusterServers::new(g.servers.clone()), g.protocol, &g.suffixes))
+                .collect(),
             mark: config.upstream_mark,
             try_timeout: config.try_timeout,
             overall: config.overall_timeout,
@@ -88,20 +92,24 @@ impl Upstream {
 
     /// Resolves the question `key` ([`tidegate_dns_core::wire::Query::key`]).
     pub async fn query(&self, route: Route, name: &str, key: &[u8]) -> Result<Stored, UpstreamError> {
-        let group = self.group(route, name).filter(|g| !g.servers.is_empty()).ok_or(UpstreamError::NoResolver)?;
+        let group = self.group(route, name).ok_or(UpstreamError::NoResolver)?;
+        let servers = group.servers.get();
+        if servers.is_empty() {
+            return Err(UpstreamError::NoResolver);
+        }
         let mut last = UpstreamError::Timeout;
         let tries = async {
             let first = group.preferred.load(Ordering::Relaxed);
             // Each server twice, a lone one three times, as time allows.
-            for i in 0..(2 * group.servers.len()).max(3) {
-                let at = (first + i) % group.servers.len();
-                match self.ask(group.servers[at], group.protocol, key).await {
+            for i in 0..(2 * servers.len()).max(3) {
+                let at = (first + i) % servers.len();
+                match self.ask(servers[at], group.protocol, key).await {
                     Ok(stored) => {
                         group.preferred.store(at, Ordering::Relaxed);
                         return Ok(stored);
                     }
                     // Asking the same server again brings the same answer.
-                    Err(e @ UpstreamError::Answer(_)) if group.servers.len() == 1 => return Err(e),
+                    Err(e @ UpstreamError::Answer(_)) if servers.len() == 1 => return Err(e),
                     Err(e) => last = e,
                 }
             }

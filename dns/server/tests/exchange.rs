@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use hickory_proto::op::{Message, ResponseCode};
 use hickory_proto::rr::rdata::opt::{EdnsCode, EdnsOption};
-use tidegate_dns::{ClusterDns, DnsConfig, Protocol, ResolverGroup};
+use tidegate_dns::{ClusterDns, ClusterServers, DnsConfig, Protocol, ResolverGroup};
 use tidegate_dns_core::budget::BudgetLimits;
 use tidegate_dns_core::{Allow, AskMode, Denial, NameDecision};
 use tidegate_policy::Reason;
@@ -397,7 +397,8 @@ fn names_go_to_the_servers_of_their_suffix() {
     let mut c = config(&[up.address]);
     let suffixes = vec!["corp.example".to_owned()];
     c.resolvers.push(ResolverGroup { servers: vec![corp.address], protocol: Protocol::Tcp, suffixes });
-    c.cluster = ClusterDns { servers: vec![cluster.address], suffixes: vec!["cluster.local".into()] };
+    c.cluster =
+        ClusterDns { servers: ClusterServers::new(vec![cluster.address]), suffixes: vec!["cluster.local".into()] };
     let b = Bench::start(c, Table::allowing(&["git.corp.example", "xcorp.example"]));
     let one = |n: &str| ips(&b.ask(1, n, 1))[0].to_string();
     assert_eq!(one("git.corp.example"), "192.0.2.50");

@@ -8,6 +8,7 @@ pub mod members;
 pub mod objects;
 pub mod pools;
 mod uninstall;
+pub mod watch;
 
 pub use client::{Connection, Error, Settings, within};
 pub use uninstall::{FINALIZER, Removed, uninstall};

@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{MAX_PENDING, Run};
 use crate::desired::{self, Desired, Order};
+use crate::generations::HURRY;
 use crate::ownership::PLACE;
 
 /// How long a gateway that is told to end waits at most until others have its pairs.
@@ -32,6 +33,7 @@ impl Run {
     /// Ends the start when its time has come, and brings everything to a new ownership.
     pub(super) fn decide(&mut self) {
         let now = self.core.shared.now();
+        self.judge_generations(now);
         self.core.ownership.set_able(self.able());
         if !self.settled {
             if !self.core.ownership.settled(now) {
@@ -98,6 +100,38 @@ impl Run {
         }
     }
 
+    /// Whether this gateway sees as much of the API server as the others do. One that does not answers nobody and takes
+    /// no pair until it does.
+    fn judge_generations(&mut self, now: Duration) {
+        let behind = self.generations.behind(now);
+        if let Some(watched) = &self.core.watched
+            && now.saturating_sub(self.hurried) >= HURRY
+        {
+            for (feed, _) in behind.iter().filter(|(_, lag)| **lag >= HURRY) {
+                watched.hurry(*feed);
+                self.hurried = now;
+            }
+        }
+        let stale = self.generations.is_stale(now);
+        if stale == self.stale.is_some() {
+            return;
+        }
+        if stale {
+            let lists: Vec<&str> = behind.keys().map(|f| f.name()).collect();
+            tracing::warn!(
+                ?lists,
+                "other gateways have seen more of the API server: this one steps back until it has, too"
+            );
+        } else {
+            tracing::info!("this gateway has caught up with the others");
+        }
+        self.stale = stale.then(|| self.core.readiness.guard("stale"));
+        if self.settled {
+            self.open_view();
+        }
+        self.beat_peers();
+    }
+
     /// Puts our program in the place of another layout's. Until that has worked this gateway is not able: packets are
     /// judged by maps that nobody writes any more.
     fn move_over(&mut self, now: Duration) {
@@ -123,6 +157,7 @@ impl Run {
         let node = self.core.desired.local().node;
         self.attached
             && (self.settled || self.next.is_some())
+            && self.stale.is_none()
             && self.nodes.get(&node).is_none_or(|n| n.facts.is_some())
     }
 
@@ -219,8 +254,10 @@ impl Run {
         Beat {
             able: self.able(),
             claims: ownership.claims(),
-            leaving: ownership.leaving(),
+            // One that is stale offers what it holds, as one that is about to end does: others need not wait.
+            leaving: ownership.leaving() || self.stale.is_some(),
             placing: self.moved.is_some(),
+            versions: self.generations.told(),
         }
     }
 
@@ -264,6 +301,7 @@ impl Run {
         }
         if let Some(beat) = &message.beat {
             self.core.ownership.beat(gateway, beat, now);
+            self.generations.heard(gateway, &beat.versions, now);
         }
         if message.snapshot && !message.more {
             self.core.ownership.synced(gateway);

@@ -14,6 +14,7 @@ use tidegate_proto::{PeerMessage, Seen};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::desired::Compiled;
+use crate::generations::Versions;
 use crate::push::{Ack, StreamId};
 
 /// What a DNS answer waits for.
@@ -42,6 +43,8 @@ pub struct Bind {
 pub enum ToCore {
     /// Policy was compiled anew.
     World(Arc<Compiled>),
+    /// What was compiled so far has seen the API server up to here.
+    Versions(Versions),
     /// An answer waits for its addresses to be bound.
     Bind(Box<Bind>),
     /// A State stream is up.

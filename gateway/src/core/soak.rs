@@ -37,6 +37,7 @@ use tidegate_sni::Registry;
 use tokio::sync::mpsc;
 
 use super::{Classifier, Core, Run, Shared, ToCore, channel};
+use crate::admin::Readiness;
 use crate::audit;
 use crate::desired::{Compiled, Desired};
 use crate::dns_view::CoreBinder;
@@ -188,7 +189,7 @@ impl Soak {
         let desired = Arc::new(Desired::new(config.clone()));
         let objects = cluster::objects();
         let empty = Arc::new(World::compile(&Objects::default(), UnixSeconds(WALL), None));
-        let shared = Arc::new(Shared::new(empty.clone()));
+        let shared = Arc::new(Shared::new(empty.clone(), Arc::default()));
         shared.clock.set.store(START, Ordering::Relaxed);
         let limits = tidegate_ledger::Config { track: true, ..tidegate_ledger::Config::default() };
         let ledger = Ledger::new(limits, [1, 2, 3, 4], Classifier(shared.clone()), shared.now());
@@ -212,6 +213,8 @@ impl Soak {
             journal: Some(journal),
             recovered: Vec::new(),
             starting: None,
+            readiness: Readiness::default(),
+            watched: None,
         });
         run.attached = true;
         let (to_peer, peer) = mpsc::channel(1 << 16);

@@ -11,6 +11,8 @@ use super::{
 };
 use crate::wire;
 
+/// Lists of the API server that a gateway may speak of.
+const MAX_LISTS: usize = 64;
 /// Facts in one message.
 const PART: usize = 2048;
 
@@ -63,6 +65,8 @@ pub struct Beat {
     /// Not all that it claims for itself is in place yet. Others go by such a claim, and say it to nodes and others, once
     /// that ends, or after a second: a gateway that is about to end carries on meanwhile.
     pub placing: bool,
+    /// The newest resourceVersion that it has seen of each list of the API server.
+    pub versions: Vec<(String, u64)>,
 }
 
 /// A fact that another gateway, or this one before its restart, has learnt.
@@ -155,6 +159,7 @@ impl From<Beat> for wire::Beat {
             claims: b.claims.into_iter().map(Into::into).collect(),
             leaving: b.leaving,
             placing: b.placing,
+            versions: b.versions.into_iter().map(|(list, version)| wire::ListVersion { list, version }).collect(),
         }
     }
 }
@@ -165,7 +170,10 @@ impl TryFrom<wire::Beat> for Beat {
     fn try_from(b: wire::Beat) -> Result<Self, WireError> {
         bounded(b.claims.len(), MAX_CLAIMS, "beat.claims")?;
         let claims = b.claims.into_iter().map(Claim::try_from).collect::<Result<_, _>>()?;
-        Ok(Self { able: b.able, claims, leaving: b.leaving, placing: b.placing })
+        bounded(b.versions.len(), MAX_LISTS, "beat.versions")?;
+        let version = |v: wire::ListVersion| Ok((name_from_wire(v.list, "list_version.list")?, v.version));
+        let versions = b.versions.into_iter().map(version).collect::<Result<_, WireError>>()?;
+        Ok(Self { able: b.able, claims, leaving: b.leaving, placing: b.placing, versions })
     }
 }
 
@@ -317,7 +325,8 @@ mod tests {
         let pair = Pair { pool: "p".into(), ipv4: Some([203, 0, 113, 10].into()), ipv6: None };
         let claim = Claim { pair, owner: "gw-a".into(), epoch: u64::MAX, held: true };
         let none = Claim { pair: Pair { pool: "q".into(), ipv4: None, ipv6: None }, held: false, ..claim.clone() };
-        let beat = Some(Beat { able: true, claims: vec![claim, none], leaving: true, placing: true });
+        let versions = vec![("pods".to_owned(), 7)];
+        let beat = Some(Beat { able: true, claims: vec![claim, none], leaving: true, placing: true, versions });
         let m = PeerMessage { boot_id: 3, snapshot: true, more: false, facts: vec![fact(1), fact(2)], beat };
         let messages = m.clone().into_messages();
         assert_eq!(messages.len(), 1);

@@ -12,7 +12,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use hickory_proto::op::Message;
 use parking_lot::Mutex;
-use tidegate_dns::{ClusterDns, DnsConfig, Protocol, ResolverGroup, Server};
+use tidegate_dns::{ClusterDns, ClusterServers, DnsConfig, Protocol, ResolverGroup, Server};
 use tidegate_dns_core::{AddressDecision, AskMode, Asker, BindRequest, Binder, NameDecision, View};
 use tidegate_policy::event::{Event, Who};
 use tidegate_policy::{GroupKey, Reason, ScopeKey};
@@ -207,7 +207,7 @@ pub fn config(upstream: &[SocketAddr]) -> DnsConfig {
         transparent: false,
         workers: 2,
         resolvers: vec![ResolverGroup { servers: upstream.to_vec(), protocol: Protocol::Udp, suffixes: vec![] }],
-        cluster: ClusterDns { servers: vec![], suffixes: vec!["cluster.local".into()] },
+        cluster: ClusterDns { servers: ClusterServers::default(), suffixes: vec!["cluster.local".into()] },
         try_timeout: Duration::from_millis(900),
         overall_timeout: Duration::from_millis(3000),
         ..DnsConfig::default()

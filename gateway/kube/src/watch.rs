@@ -1,0 +1,433 @@
+//! Lists that are followed: every object once, then its changes, as JSON and in the order of the API server.
+//!
+//! A list is read in pages, of the newest state (an API server that is behind must not show an older one). From its
+//! resourceVersion on it is watched. A watch that ends goes on where it was; one that the API server cannot go on with
+//! (410) begins with a list again. The API server sends a bookmark about every minute: a watch that says nothing for
+//! [`SILENT`] is given up for another one, as is one that [`Watched::hurry`] asks for. What went before stays the truth
+//! until there is news, so an outage takes nothing away.
+//!
+//! The queue to whoever takes the changes is bounded. While it is full nothing is read, and the API server keeps what is
+//! not read, or ends the watch.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use futures_util::{AsyncBufReadExt, AsyncReadExt};
+use kube::core::Request;
+use kube::core::params::{ListParams, WatchParams};
+use serde::Deserialize;
+use serde_json::Value;
+use tokio::sync::{Notify, mpsc};
+
+use crate::client::{Connection, Error, within};
+
+/// A watch that says nothing for so long has been lost: bookmarks come every minute.
+pub const SILENT: Duration = Duration::from_secs(80);
+/// The API server ends a watch after so long. Seconds.
+const WATCH: u32 = 290;
+/// Objects of one page.
+const PAGE: u32 = 500;
+/// The longest event, in octets. Objects have at most 1.5 MiB or so in etcd.
+const MAX_EVENT: u64 = 8 << 20;
+/// Changes that may wait.
+const QUEUE: usize = 1024;
+/// The wait after the first failure, and the longest.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
+/// A watch that ends earlier is not followed by another one at once.
+const LIVED: Duration = Duration::from_secs(1);
+/// How long a kind that the API server does not have, and need not have, is left alone.
+const ABSENT: Duration = Duration::from_secs(60);
+
+/// A list to follow.
+#[derive(Clone, Debug)]
+pub struct List<F> {
+    /// What the changes are marked with.
+    pub feed: F,
+    /// The path of the API, such as `/api/v1/pods`.
+    pub path: String,
+    /// Server-side field selector; empty: all.
+    pub fields: String,
+    /// Server-side label selector; empty: all.
+    pub labels: String,
+    /// Whether an API server that does not know the kind is taken for one that has none of it.
+    pub optional: bool,
+}
+
+/// An object's namespace, empty for cluster-scoped kinds, and name.
+pub type Key = (String, String);
+
+/// What happened.
+#[derive(Debug)]
+pub enum Event {
+    /// The object is there, or has changed.
+    Applied(Box<Value>),
+    /// The object is gone; this is its last state.
+    Deleted(Box<Value>),
+    /// A list has come in whole: these are all objects that there are.
+    Restarted(BTreeSet<Key>),
+    /// Nothing, up to a resourceVersion.
+    Bookmark,
+}
+
+/// A change of a list.
+#[derive(Debug)]
+pub struct Change<F> {
+    /// The list.
+    pub feed: F,
+    /// What happened.
+    pub event: Event,
+    /// The resourceVersion up to which everything is known by then; absent in the middle of a list.
+    pub reached: Option<u64>,
+    /// The resourceVersion of the object, or of its deletion.
+    pub newest: Option<u64>,
+}
+
+/// How a list fares.
+#[derive(Clone, Debug, Default)]
+pub struct Health {
+    /// When the API server last said something.
+    pub heard: Option<Instant>,
+    /// The last resourceVersion.
+    pub version: u64,
+    /// Whether a list came in whole.
+    pub listed: bool,
+    /// Since when it fails, and why.
+    pub failing: Option<(Instant, String)>,
+    /// Lists that came in whole since the start.
+    pub lists: u64,
+    /// Events of watches since the start.
+    pub events: u64,
+}
+
+struct Shared {
+    health: Mutex<Health>,
+    hurry: Notify,
+}
+
+impl Shared {
+    fn health(&self) -> MutexGuard<'_, Health> {
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The lists that are followed. Cheap to clone.
+#[derive(Clone)]
+pub struct Watched<F>(Arc<BTreeMap<F, Shared>>);
+
+impl<F: Ord + Copy> Watched<F> {
+    /// How each of them fares.
+    pub fn health(&self) -> BTreeMap<F, Health> {
+        self.0.iter().map(|(feed, shared)| (*feed, shared.health().clone())).collect()
+    }
+
+    /// Gives the list's connection up for another one: this one is behind.
+    pub fn hurry(&self, feed: F) {
+        if let Some(shared) = self.0.get(&feed) {
+            shared.hurry.notify_one();
+        }
+    }
+
+    /// Since when at least one of them fails, and why.
+    pub fn failing(&self) -> Option<(Instant, String)> {
+        self.0.values().filter_map(|s| s.health().failing.clone()).min_by_key(|(since, _)| *since)
+    }
+}
+
+/// Prepares to follow lists: the changes, how they fare, and one task for each, which ends when nobody takes the changes
+/// any more.
+pub fn watch<F>(
+    connection: &Connection,
+    lists: Vec<List<F>>,
+) -> (mpsc::Receiver<Change<F>>, Watched<F>, Vec<impl Future<Output = ()> + Send + 'static + use<F>>)
+where
+    F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static,
+{
+    let (out, changes) = mpsc::channel(QUEUE);
+    let shared = |l: &List<F>| (l.feed, Shared { health: Mutex::default(), hurry: Notify::new() });
+    let watched = Watched(Arc::new(lists.iter().map(shared).collect()));
+    let tasks = lists.into_iter().map(|list| {
+        let request = Request::new(list.path.clone());
+        Follow { client: connection.client.clone(), request, list, out: out.clone(), watched: watched.clone() }.run()
+    });
+    let tasks = tasks.collect();
+    (changes, watched, tasks)
+}
+
+/// Why a list or a watch ended.
+enum End {
+    /// It goes on where it was.
+    Again,
+    /// It begins with a list.
+    Anew(String),
+    /// Nobody takes the changes any more.
+    Left,
+    /// The API server does not know the kind, and need not.
+    Absent,
+    /// It failed.
+    Failed(Error),
+}
+
+impl From<Error> for End {
+    fn from(error: Error) -> Self {
+        // 410: the version is too old. 504: it is one that the API server does not have yet, as after a restored backup.
+        match error.code() {
+            Some(410 | 504) => End::Anew(error.to_string()),
+            _ => End::Failed(error),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Page {
+    metadata: PageMeta,
+    #[serde(default)]
+    items: Option<Vec<Value>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct PageMeta {
+    resource_version: Option<String>,
+    #[serde(rename = "continue")]
+    more: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct WatchEvent {
+    #[serde(rename = "type")]
+    kind: String,
+    object: Value,
+}
+
+struct Follow<F> {
+    client: kube::Client,
+    request: Request,
+    list: List<F>,
+    out: mpsc::Sender<Change<F>>,
+    watched: Watched<F>,
+}
+
+impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
+    async fn run(self) {
+        let feed = self.list.feed;
+        let Some(shared) = self.watched.0.get(&feed) else { return };
+        let mut version: Option<String> = None;
+        let mut wait = BACKOFF.0;
+        let mut lived = false;
+        loop {
+            let end = match &mut version {
+                None => match self.all(shared).await {
+                    Ok(v) => {
+                        version = Some(v);
+                        wait = BACKOFF.0;
+                        continue;
+                    }
+                    Err(end) => end,
+                },
+                Some(v) => {
+                    let (before, started) = (v.clone(), Instant::now());
+                    let end = self.changes(shared, v).await;
+                    lived = started.elapsed() >= LIVED;
+                    if *v != before || lived {
+                        wait = BACKOFF.0;
+                    }
+                    end
+                }
+            };
+            let pause = match end {
+                End::Left => return,
+                End::Again if lived => Duration::ZERO,
+                End::Again => next(&mut wait),
+                End::Anew(why) => {
+                    tracing::info!(list = ?feed, why, "the list is read again");
+                    version = None;
+                    // A server that says so again and again is not to be asked without a pause.
+                    next(&mut wait)
+                }
+                End::Absent => {
+                    let known = Change { feed, event: Event::Restarted(BTreeSet::new()), reached: None, newest: None };
+                    if self.say(known).await.is_err() {
+                        return;
+                    }
+                    shared.health().listed = true;
+                    ABSENT
+                }
+                End::Failed(error) => {
+                    let mut health = shared.health();
+                    let since = health.failing.as_ref().map_or_else(Instant::now, |(since, _)| *since);
+                    if health.failing.as_ref().is_none_or(|(_, why)| *why != error.to_string()) {
+                        tracing::warn!(list = ?feed, %error, "the API server cannot be followed; trying again");
+                    }
+                    health.failing = Some((since, error.to_string()));
+                    drop(health);
+                    next(&mut wait)
+                }
+            };
+            tokio::select! {
+                () = self.out.closed() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    async fn say(&self, change: Change<F>) -> Result<(), End> {
+        self.out.send(change).await.map_err(|_| End::Left)
+    }
+
+    /// Reads the list; says its version.
+    async fn all(&self, shared: &Shared) -> Result<String, End> {
+        let List { feed, fields, labels, .. } = &self.list;
+        let mut seen = BTreeSet::new();
+        let mut more: Option<String> = None;
+        loop {
+            let selector = |s: &String| (!s.is_empty()).then(|| s.clone());
+            let params = ListParams {
+                field_selector: selector(fields),
+                label_selector: selector(labels),
+                limit: Some(PAGE),
+                continue_token: more.take(),
+                ..ListParams::default()
+            };
+            let request = self.request.list(&params).map_err(|e| End::Failed(kube::Error::BuildRequest(e).into()))?;
+            let page: Page = match within(self.client.request(request)).await {
+                Err(error) if error.code() == Some(404) && self.list.optional => return Err(End::Absent),
+                answer => answer?,
+            };
+            heard(shared);
+            for object in page.items.into_iter().flatten() {
+                let newest = number(&object["metadata"]["resourceVersion"]);
+                let text = |field: &str| object["metadata"][field].as_str().unwrap_or_default().to_owned();
+                seen.insert((text("namespace"), text("name")));
+                let event = Event::Applied(Box::new(object));
+                self.say(Change { feed: *feed, event, reached: None, newest }).await?;
+            }
+            let version = page.metadata.resource_version.unwrap_or_default();
+            more = page.metadata.more.filter(|m| !m.is_empty());
+            if more.is_some() {
+                continue;
+            }
+            let reached = version.parse().ok();
+            self.say(Change { feed: *feed, event: Event::Restarted(seen), reached, newest: None }).await?;
+            let mut health = shared.health();
+            health.listed = true;
+            health.lists += 1;
+            health.version = reached.unwrap_or_default();
+            health.failing = None;
+            return Ok(version);
+        }
+    }
+
+    /// Follows the list from a version on, which it moves.
+    async fn changes(&self, shared: &Shared, version: &mut String) -> End {
+        let List { feed, fields, labels, .. } = &self.list;
+        let selector = |s: &String| (!s.is_empty()).then(|| s.clone());
+        let params = WatchParams {
+            field_selector: selector(fields),
+            label_selector: selector(labels),
+            timeout: Some(WATCH),
+            ..WatchParams::default()
+        };
+        let request = match self.request.watch(&params, version) {
+            Ok(request) => request,
+            Err(error) => return End::Failed(kube::Error::BuildRequest(error).into()),
+        };
+        let stream = match within(self.client.request_stream(request)).await {
+            Ok(stream) => stream,
+            Err(error) => return error.into(),
+        };
+        heard(shared);
+        shared.health().failing = None;
+        let mut stream = std::pin::pin!(stream);
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            let mut limited = (&mut stream).take(MAX_EVENT);
+            let read = tokio::select! {
+                read = tokio::time::timeout(SILENT, limited.read_until(b'\n', &mut line)) => read,
+                () = shared.hurry.notified() => {
+                    tracing::warn!(list = ?feed, "the watch is behind: another one takes its place");
+                    return End::Again;
+                }
+            };
+            match read {
+                Err(_) => {
+                    tracing::warn!(list = ?feed, "the watch said nothing for {} s: another one takes its place", SILENT.as_secs());
+                    return End::Again;
+                }
+                Ok(Err(error)) => return End::Failed(Error::Broken(error.to_string())),
+                // The API server ends each watch after a while.
+                Ok(Ok(0)) => return End::Again,
+                Ok(Ok(_)) if line.last() != Some(&b'\n') => {
+                    return End::Failed(Error::Broken(format!("an event ends after {} octets", line.len())));
+                }
+                Ok(Ok(_)) => {}
+            }
+            heard(shared);
+            let event: WatchEvent = match serde_json::from_slice(&line) {
+                Ok(event) => event,
+                Err(error) => return End::Anew(format!("an event cannot be read: {error}")),
+            };
+            let object = event.object;
+            if event.kind == "ERROR" {
+                let code = object["code"].as_u64();
+                let message = object["message"].as_str().unwrap_or_default().to_owned();
+                return match code {
+                    Some(410 | 504) => End::Anew(message),
+                    _ => End::Failed(Error::Broken(message)),
+                };
+            }
+            let text = object["metadata"]["resourceVersion"].as_str().map(str::to_owned);
+            let reached = number(&object["metadata"]["resourceVersion"]);
+            let (event, newest) = match event.kind.as_str() {
+                "ADDED" | "MODIFIED" => (Event::Applied(Box::new(object)), reached),
+                "DELETED" => (Event::Deleted(Box::new(object)), reached),
+                "BOOKMARK" => (Event::Bookmark, None),
+                // A kind of event that is not known could be a change: a list shows it.
+                other => return End::Anew(format!("an event of the unknown type {other}")),
+            };
+            if let Err(end) = self.say(Change { feed: *feed, event, reached, newest }).await {
+                return end;
+            }
+            let mut health = shared.health();
+            health.events += 1;
+            if let Some(text) = text {
+                health.version = reached.unwrap_or(health.version);
+                *version = text;
+            }
+        }
+    }
+}
+
+fn heard(shared: &Shared) {
+    shared.health().heard = Some(Instant::now());
+}
+
+/// resourceVersions are decimal numbers (KEP-5504).
+fn number(version: &Value) -> Option<u64> {
+    version.as_str()?.parse().ok()
+}
+
+/// The time to wait, between half and all of `wait`, so that gateways do not come back all at once; the next wait is twice
+/// as long.
+fn next(wait: &mut Duration) -> Duration {
+    let now = *wait;
+    *wait = (now * 2).min(BACKOFF.1);
+    now.mul_f64(rand::random_range(0.5..1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_grow_to_a_bound_and_differ() {
+        let mut wait = BACKOFF.0;
+        let waits: Vec<Duration> = (0..20).map(|_| next(&mut wait)).collect();
+        assert!(waits[0] <= BACKOFF.0 && waits[0] >= BACKOFF.0 / 2);
+        let last = &waits[10..];
+        assert!(last.iter().all(|w| *w <= BACKOFF.1 && *w >= BACKOFF.1 / 2));
+        assert!(last.iter().collect::<BTreeSet<_>>().len() > 5);
+    }
+}

@@ -1,0 +1,252 @@
+//! Lists of a real API server are followed: through outages, silence, floods and answers that make no sense.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tidegate_kube::Cluster;
+use tidegate_kubernetes::watch::{Change, Event, List, Watched, watch};
+use tidegate_kubernetes::{Connection, Settings};
+use tokio::sync::mpsc;
+
+use self::support::Proxy;
+
+const MAPS: &str = "maps";
+
+/// Follows the ConfigMaps of a namespace into what a consumer would hold.
+struct Follower {
+    changes: mpsc::Receiver<Change<&'static str>>,
+    watched: Watched<&'static str>,
+    held: BTreeMap<String, String>,
+    lists: usize,
+    reached: u64,
+    newest: u64,
+}
+
+impl Follower {
+    async fn new(kubeconfig: std::path::PathBuf, namespace: &str) -> Self {
+        let settings = Settings { kubeconfig: Some(kubeconfig), service: "gw".into(), ..Settings::default() };
+        let connection = Connection::new(settings).await.unwrap();
+        let list = List {
+            feed: MAPS,
+            path: format!("/api/v1/namespaces/{namespace}/configmaps"),
+            fields: String::new(),
+            labels: "watched=yes".into(),
+            optional: false,
+        };
+        let (changes, watched, tasks) = watch(&connection, vec![list]);
+        for task in tasks {
+            tokio::spawn(task);
+        }
+        Self { changes, watched, held: BTreeMap::new(), lists: 0, reached: 0, newest: 0 }
+    }
+
+    fn take(&mut self, change: Change<&'static str>) {
+        let name = |o: &Value| o["metadata"]["name"].as_str().unwrap().to_owned();
+        match change.event {
+            Event::Applied(o) => drop(self.held.insert(name(&o), o["data"]["v"].as_str().unwrap_or("").to_owned())),
+            Event::Deleted(o) => drop(self.held.remove(&name(&o))),
+            Event::Restarted(seen) => {
+                self.lists += 1;
+                self.held.retain(|name, _| seen.iter().any(|(_, n)| n == name));
+            }
+            Event::Bookmark => {}
+        }
+        let reached = change.reached.unwrap_or_default();
+        assert!(reached == 0 || reached >= self.reached, "versions rise");
+        self.reached = self.reached.max(reached);
+        self.newest = self.newest.max(change.newest.unwrap_or_default());
+    }
+
+    /// Takes changes until something holds; panics after `limit`. Says how long it took.
+    async fn until(&mut self, limit: Duration, what: &str, holds: impl Fn(&Self) -> bool) -> Duration {
+        let started = Instant::now();
+        while !holds(self) {
+            let left = limit.checked_sub(started.elapsed()).unwrap_or_else(|| {
+                panic!("{what}: not within {limit:?}; {:?} {:?}", self.held, self.watched.health());
+            });
+            if let Ok(change) = tokio::time::timeout(left.min(Duration::from_millis(100)), self.changes.recv()).await {
+                self.take(change.expect("the tasks run"));
+            }
+        }
+        started.elapsed()
+    }
+
+    fn has(&self, wanted: &[(&str, &str)]) -> bool {
+        self.held.len() == wanted.len() && wanted.iter().all(|(n, v)| self.held.get(*n).is_some_and(|h| h == v))
+    }
+}
+
+fn map(namespace: &str, name: &str, value: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{watched: 'yes'}}}}\ndata: {{v: '{value}'}}\n---\n"
+    )
+}
+
+fn apply(cluster: &Cluster, text: &str) {
+    cluster.kubectl(&["apply", "--server-side", "-f", "-"], text).unwrap().success().unwrap();
+}
+
+fn delete(cluster: &Cluster, namespace: &str, name: &str) {
+    cluster.kubectl(&["delete", "configmap", "-n", namespace, name], "").unwrap().success().unwrap();
+}
+
+fn made(cluster: &Cluster, namespace: &str) {
+    cluster.kubectl(&["create", "namespace", namespace], "").unwrap().success().unwrap();
+}
+
+const SOON: Duration = Duration::from_secs(20);
+
+#[tokio::test]
+async fn changes_come_in_order_and_only_those_that_were_asked_for() {
+    let cluster = Cluster::shared().unwrap();
+    made(&cluster, "order");
+    apply(&cluster, &(map("order", "a", "1") + &map("order", "b", "1")));
+    apply(&cluster, &map("order", "other", "1").replace("'yes'", "'no'"));
+    let mut f = Follower::new(cluster.kubeconfig(), "order").await;
+    f.until(SOON, "the list", |f| f.lists == 1).await;
+    assert!(f.has(&[("a", "1"), ("b", "1")]));
+    assert!(f.reached >= f.newest && f.newest > 0, "a list has reached all of its objects");
+    apply(&cluster, &map("order", "a", "2"));
+    delete(&cluster, "order", "b");
+    apply(&cluster, &map("order", "c", "1"));
+    let took = f.until(SOON, "the changes", |f| f.has(&[("a", "2"), ("c", "1")])).await;
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    // What leaves the selector is gone.
+    apply(&cluster, &map("order", "c", "1").replace("'yes'", "'no'"));
+    f.until(SOON, "the label", |f| f.has(&[("a", "2")])).await;
+    assert_eq!(f.newest, f.reached, "a deletion has a version, too");
+    let health = f.watched.health()[MAPS].clone();
+    assert!(health.listed && health.lists == 1 && health.events >= 4 && health.failing.is_none());
+    assert!(health.version == f.reached && f.watched.failing().is_none());
+}
+
+#[tokio::test]
+async fn a_list_of_many_pages_and_a_flood_come_whole() {
+    let cluster = Cluster::shared().unwrap();
+    made(&cluster, "flood");
+    let many = |range: std::ops::Range<u32>, value: &str| {
+        range.map(|n| map("flood", &format!("m{n}"), value)).collect::<String>()
+    };
+    apply(&cluster, &many(0..700, "1"));
+    let mut f = Follower::new(cluster.kubeconfig(), "flood").await;
+    // Nobody takes anything for a while: the queue is full, and stays bounded.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    apply(&cluster, &many(0..700, "2"));
+    f.until(Duration::from_secs(60), "all", |f| f.held.len() == 700 && f.held.values().all(|v| v == "2")).await;
+    assert_eq!(f.lists, 1, "a flood is no reason to list again");
+}
+
+#[tokio::test]
+async fn an_outage_takes_nothing_away_and_its_changes_come_after_it() {
+    let cluster = Cluster::start().unwrap();
+    made(&cluster, "outage");
+    apply(&cluster, &(map("outage", "a", "1") + &map("outage", "b", "1")));
+    let mut f = Follower::new(cluster.kubeconfig(), "outage").await;
+    f.until(SOON, "the list", |f| f.lists == 1).await;
+    // While it is away for this client alone, others change things.
+    let proxy = Proxy::start(&cluster);
+    let mut cut = Follower::new(proxy.kubeconfig(), "outage").await;
+    cut.until(SOON, "the list", |f| f.lists == 1).await;
+
+    proxy.refuse();
+    cut.until(SOON, "the failure", |f| f.watched.failing().is_some()).await;
+    apply(&cluster, &map("outage", "a", "2"));
+    delete(&cluster, "outage", "b");
+    apply(&cluster, &map("outage", "c", "1"));
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    cut.until(SOON, "nothing", |_| true).await;
+    assert!(cut.has(&[("a", "1"), ("b", "1")]), "last known good: {:?}", cut.held);
+    proxy.forward();
+    cut.until(SOON, "the changes", |f| f.has(&[("a", "2"), ("c", "1")])).await;
+    cut.until(SOON, "health", |f| f.watched.failing().is_none()).await;
+    assert_eq!(cut.lists, 1, "it goes on where it was");
+
+    cluster.stop_api_server();
+    f.until(SOON, "the failure", |f| f.watched.failing().is_some()).await;
+    assert!(f.has(&[("a", "2"), ("c", "1")]));
+    let why = f.watched.failing().unwrap().1;
+    assert!(!why.is_empty());
+    cluster.start_api_server().unwrap();
+    delete(&cluster, "outage", "c");
+    f.until(Duration::from_secs(40), "the deletion", |f| f.has(&[("a", "2")])).await;
+    assert!(f.watched.failing().is_none());
+}
+
+#[tokio::test]
+async fn a_watch_that_hangs_is_replaced_when_somebody_says_so() {
+    let cluster = Cluster::shared().unwrap();
+    made(&cluster, "hang");
+    apply(&cluster, &map("hang", "a", "1"));
+    let proxy = Proxy::start(&cluster);
+    let mut f = Follower::new(proxy.kubeconfig(), "hang").await;
+    f.until(SOON, "the list", |f| f.lists == 1).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    // Connections stay up, and nothing comes through them any more.
+    proxy.swallow();
+    apply(&cluster, &map("hang", "a", "2"));
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    f.until(SOON, "nothing", |_| true).await;
+    assert!(f.has(&[("a", "1")]) && f.watched.failing().is_none(), "nobody can tell");
+    // New connections work again, the old one does not.
+    proxy.forward_new();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    f.until(SOON, "nothing", |_| true).await;
+    assert!(f.has(&[("a", "1")]));
+    f.watched.hurry(MAPS);
+    let took = f.until(SOON, "the change", |f| f.has(&[("a", "2")])).await;
+    assert!(took < Duration::from_secs(3), "{took:?}");
+    assert_eq!(f.lists, 1);
+}
+
+#[tokio::test]
+async fn a_version_that_is_too_old_leads_to_a_new_list() {
+    let cluster = Cluster::start().unwrap();
+    made(&cluster, "old");
+    apply(&cluster, &(map("old", "a", "1") + &map("old", "b", "1")));
+    let proxy = Proxy::start(&cluster);
+    let mut f = Follower::new(proxy.kubeconfig(), "old").await;
+    f.until(SOON, "the list", |f| f.lists == 1).await;
+    proxy.refuse();
+    f.until(SOON, "the failure", |f| f.watched.failing().is_some()).await;
+    delete(&cluster, "old", "b");
+    apply(&cluster, &map("old", "a", "2"));
+    // A new API server has no events of before it began, and etcd forgets what is compacted.
+    cluster.stop_api_server();
+    support::compact(&cluster);
+    cluster.start_api_server().unwrap();
+    proxy.forward();
+    f.until(Duration::from_secs(40), "the state of now", |f| f.has(&[("a", "2")])).await;
+    assert_eq!(f.lists, 2, "{:?}", f.watched.health());
+}
+
+#[tokio::test]
+async fn a_kind_that_is_not_there_is_said_or_taken_for_empty() {
+    let cluster = Cluster::shared().unwrap();
+    let settings = Settings { kubeconfig: Some(cluster.kubeconfig()), ..Settings::default() };
+    let connection = Connection::new(settings).await.unwrap();
+    assert_eq!(connection.namespace, "default");
+    let list = |feed, optional| List {
+        feed,
+        path: "/apis/tidegate.dev/v1alpha1/nothings".into(),
+        fields: String::new(),
+        labels: String::new(),
+        optional,
+    };
+    let (mut changes, watched, tasks) = watch(&connection, vec![list("must", false), list("may", true)]);
+    for task in tasks {
+        tokio::spawn(task);
+    }
+    let change = tokio::time::timeout(SOON, changes.recv()).await.unwrap().unwrap();
+    assert!(change.feed == "may" && matches!(change.event, Event::Restarted(seen) if seen.is_empty()));
+    let deadline = Instant::now() + SOON;
+    while watched.failing().is_none() && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(watched.failing().unwrap().1.contains("not found") || watched.failing().unwrap().1.contains("404"));
+    let health = watched.health();
+    assert!(health["may"].listed && !health["must"].listed);
+}

@@ -1,0 +1,225 @@
+//! The API server as the source: its changes go into the index, and what they touch is compiled.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tidegate_api::index::{Feed, Index};
+use tidegate_kubernetes::watch::{Change, Event, List, Watched};
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+
+use super::{Compiler, Ended, settings};
+use crate::cluster::ClusterNames;
+use crate::config::{Config, Kubernetes};
+use crate::core::ToCore;
+use crate::generations::{Version, Versions};
+
+/// Changes within this time are one compile, as long as they keep coming for at most [`FLOOD`].
+const SETTLE: Duration = Duration::from_millis(20);
+/// A flood of changes is compiled at least so often.
+const FLOOD: Duration = Duration::from_millis(250);
+/// The stop flag and the clock are looked at so often.
+const STEP: Duration = Duration::from_millis(200);
+/// The problems of objects are put together at most so often.
+const SAY: Duration = Duration::from_secs(1);
+/// The most problems that are logged and shown; every object's own status says its own.
+const MAX_PROBLEMS: usize = 1000;
+
+/// What is followed.
+pub fn lists(kubernetes: &Kubernetes) -> Vec<List<Feed>> {
+    let dns = &kubernetes.cluster_dns;
+    let list = |feed: Feed| {
+        let path = |rest: &str| format!("/apis/tidegate.dev/v1alpha1/{rest}");
+        let slices = |namespace: &str| format!("/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices");
+        let of_service = |name: &str| format!("kubernetes.io/service-name={name}");
+        let (path, fields, labels) = match feed {
+            Feed::Namespaces => ("/api/v1/namespaces".into(), String::new(), String::new()),
+            // Pods that have ended hold no address and never will.
+            Feed::Pods => {
+                let live = "status.phase!=Succeeded,status.phase!=Failed";
+                ("/api/v1/pods".into(), live.into(), String::new())
+            }
+            Feed::Nodes => ("/api/v1/nodes".into(), String::new(), String::new()),
+            Feed::ServiceCidrs => ("/apis/networking.k8s.io/v1/servicecidrs".into(), String::new(), String::new()),
+            Feed::ApiEndpoints => (slices("default"), String::new(), of_service("kubernetes")),
+            Feed::DnsService => {
+                let path = format!("/api/v1/namespaces/{}/services", dns.namespace);
+                (path, format!("metadata.name={}", dns.name), String::new())
+            }
+            Feed::DnsEndpoints => (slices(&dns.namespace), String::new(), of_service(&dns.name)),
+            Feed::ExternalNames => ("/api/v1/services".into(), "spec.type=ExternalName".into(), String::new()),
+            Feed::EgressPools => (path("egresspools"), String::new(), String::new()),
+            Feed::ClusterEgressPolicies => (path("clusteregresspolicies"), String::new(), String::new()),
+            Feed::EgressPolicies => (path("egresspolicies"), String::new(), String::new()),
+            Feed::NamespaceEgresses => (path("namespaceegresses"), String::new(), String::new()),
+        };
+        // ServiceCIDRs came with Kubernetes 1.33.
+        List { feed, path, fields, labels, optional: feed == Feed::ServiceCidrs }
+    };
+    Feed::ALL.into_iter().map(list).collect()
+}
+
+/// Takes changes and compiles them, until told to stop.
+pub struct Follower {
+    /// The changes.
+    pub changes: mpsc::Receiver<Change<Feed>>,
+    /// What the DNS service is told of the cluster.
+    pub names: Arc<ClusterNames>,
+    /// Compiles.
+    pub compiler: Compiler,
+    /// Waits for changes.
+    pub runtime: Runtime,
+    /// Ends it.
+    pub stop: Arc<AtomicBool>,
+}
+
+impl Follower {
+    /// Runs until told to stop, or until the core has ended.
+    pub fn run(mut self, config: &Config) {
+        let mut state = State::new(config);
+        while !self.stop.load(Ordering::Relaxed) {
+            match self.take(&mut state) {
+                Ok(true) if self.step(&mut state).is_err() => return,
+                Ok(_) => {}
+                // The tasks have ended: so does the gateway.
+                Err(Ended) => return,
+            }
+        }
+    }
+
+    /// Takes what is there; says whether something may have to be done.
+    fn take(&mut self, state: &mut State) -> Result<bool, Ended> {
+        let (changes, stop) = (&mut self.changes, &self.stop);
+        self.runtime.block_on(async {
+            match tokio::time::timeout(STEP, changes.recv()).await {
+                Err(_) => return Ok(true),
+                Ok(None) => return Err(Ended),
+                Ok(Some(change)) => state.take(change),
+            }
+            let until = Instant::now() + FLOOD;
+            while Instant::now() < until && !stop.load(Ordering::Relaxed) {
+                match tokio::time::timeout(SETTLE, changes.recv()).await {
+                    Ok(Some(change)) => state.take(change),
+                    Ok(None) | Err(_) => break,
+                }
+            }
+            Ok(true)
+        })
+    }
+
+    fn step(&mut self, state: &mut State) -> Result<(), Ended> {
+        // Half of the objects is not what anybody wrote.
+        if state.listed.len() < Feed::ALL.len() {
+            return Ok(());
+        }
+        self.names.set(state.index.external_names(), state.index.dns_servers());
+        let first = !self.compiler.started();
+        let compile = first || state.index.is_touched() || self.compiler.is_due();
+        if compile {
+            let touched = state.index.take_touched();
+            self.compiler.compile(state.index.objects(), &touched)?;
+        }
+        if std::mem::take(&mut state.moved) || first {
+            let versions = state.versions.clone();
+            self.compiler.core.send(ToCore::Versions(versions)).map_err(|_| Ended)?;
+        }
+        let mut news = false;
+        if state.said.is_none_or(|(noted, at)| noted != state.index.noted() && at.elapsed() >= SAY) {
+            state.said = Some((state.index.noted(), Instant::now()));
+            news = self.compiler.say(state.problems());
+        }
+        if news || compile {
+            self.compiler.publish();
+        }
+        Ok(())
+    }
+}
+
+/// What has come so far.
+struct State {
+    index: Index,
+    /// Feeds whose first list has come in whole.
+    listed: BTreeSet<Feed>,
+    versions: Versions,
+    /// Whether they moved since they were last told.
+    moved: bool,
+    /// Which problems were put together last, and when.
+    said: Option<(u64, Instant)>,
+}
+
+impl State {
+    fn new(config: &Config) -> Self {
+        Self {
+            index: Index::new(settings(config)),
+            listed: BTreeSet::new(),
+            versions: Versions::new(),
+            moved: false,
+            said: None,
+        }
+    }
+
+    fn take(&mut self, change: Change<Feed>) {
+        let Change { feed, event, reached, newest } = change;
+        let version = self.versions.entry(feed).or_default();
+        match event {
+            Event::Applied(object) => self.index.apply(feed, &object),
+            Event::Deleted(object) => self.index.delete(feed, &object),
+            Event::Restarted(seen) => {
+                self.index.restarted(feed, &seen);
+                self.listed.insert(feed);
+                // Versions can go back when a cluster is restored from a backup. What is newest then, the list says.
+                if reached.is_some_and(|r| r < version.reached) {
+                    *version = Version::default();
+                }
+            }
+            Event::Bookmark => {}
+        }
+        version.newest = version.newest.max(newest.unwrap_or_default());
+        version.reached = version.reached.max(reached.unwrap_or_default());
+        self.moved |= reached.is_some();
+    }
+
+    /// What is wrong with objects, in their order.
+    fn problems(&self) -> Vec<String> {
+        let all = Feed::ALL.into_iter().flat_map(|feed| {
+            let records = self.index.records(feed).filter(|(_, r)| !r.problems.is_empty());
+            records.flat_map(move |((namespace, name), r)| {
+                let slash = if namespace.is_empty() { "" } else { "/" };
+                let kind = feed.kind().1;
+                let keeps = if !r.good && r.held { " (its last good version stays)" } else { "" };
+                r.problems.iter().map(move |p| format!("{kind} {namespace}{slash}{name}: {p}{keeps}"))
+            })
+        });
+        all.take(MAX_PROBLEMS).collect()
+    }
+}
+
+/// How the lists fare, for the status.
+pub fn health(watched: &Watched<Feed>) -> Value {
+    let ago = |at: Instant| (at.elapsed().as_secs_f64() * 10.0).round() / 10.0;
+    let lists: BTreeMap<&str, Value> = watched
+        .health()
+        .into_iter()
+        .map(|(feed, h)| {
+            let value = json!({
+                "heardSecondsAgo": h.heard.map(ago),
+                "resourceVersion": h.version,
+                "complete": h.listed,
+                "failingForSeconds": h.failing.as_ref().map(|(since, _)| ago(*since)),
+                "why": h.failing.map(|(_, why)| why),
+                "lists": h.lists,
+                "events": h.events,
+            });
+            (feed.name(), value)
+        })
+        .collect();
+    let failing = watched.failing();
+    json!({
+        "reachable": failing.is_none(),
+        "awayForSeconds": failing.as_ref().map(|(since, _)| ago(*since)),
+        "lists": lists,
+    })
+}
