@@ -210,7 +210,7 @@ struct Run {
     /// Pools that are deleted and held because they are in use.
     deleted: BTreeSet<String>,
     /// What is in use, as it was last told.
-    used: pools::Used,
+    used: Option<pools::Used>,
     /// What is wrong with ownership, for people.
     problems: Vec<String>,
     /// What the journal has of claims.
@@ -285,7 +285,7 @@ impl Run {
             moved: None,
             leaving: None,
             deleted: BTreeSet::new(),
-            used: pools::Used::new(),
+            used: None,
             problems: Vec::new(),
             written: Vec::new(),
             compiled: Arc::new(Compiled::new(core.shared.world.load_full(), &Objects::default())),

@@ -71,8 +71,8 @@ impl Run {
     /// Says which pools are in use, if that has changed.
     pub(super) fn record(&mut self) {
         let Some(api) = &self.core.api else { return };
-        let used = used(&self.compiled.world);
-        if used != self.used && api.try_send(Command::Used(used.clone())).is_ok() {
+        let used = Some(used(&self.compiled.world));
+        if used != self.used && used.iter().all(|u| api.try_send(Command::Used(u.clone())).is_ok()) {
             self.used = used;
         }
     }
