@@ -53,7 +53,15 @@ pub fn node_of(lab: &Lab, gateway: &str, family: Family) -> IpAddr {
 /// The demo's cluster, with the shop's pair at gw-a.
 #[track_caller]
 pub fn up(name: &str) -> Lab {
-    let scenario = Scenario::load(concat!(env!("CARGO_MANIFEST_DIR"), "/../scenarios/demo.yaml").as_ref()).unwrap();
+    up_like("demo.yaml", name, |_| {})
+}
+
+/// The same with another scenario file, or a changed one.
+#[track_caller]
+pub fn up_like(file: &str, name: &str, change: impl FnOnce(&mut Scenario)) -> Lab {
+    let scenarios = concat!(env!("CARGO_MANIFEST_DIR"), "/../scenarios/");
+    let mut scenario = Scenario::load(format!("{scenarios}{file}").as_ref()).unwrap();
+    change(&mut scenario);
     let options = Options { lab: Some(env!("CARGO_BIN_EXE_tidegate-lab").into()), ..Options::unique(name) };
     let mut lab = Lab::up(scenario, &options).unwrap();
     if owner(&lab, "gw-b").0 != "gw-a" {

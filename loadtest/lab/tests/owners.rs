@@ -1,0 +1,217 @@
+//! With Kubernetes: owners of egress pairs stand in the status of their pools, and whoever takes over is recorded. The API
+//! server, the owner and the ways between them fail one after the other.
+//!
+//! One lab, one test: each step begins where the last one ended.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+#[path = "failover/common.rs"]
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{
+    PODS, READY, Traffic, Wire, egress, gaps, kill, learn, node_of, owner, owner_of, status, under_traffic, up_like,
+    wait_owner,
+};
+use serde_json::{Value, json};
+use tidegate_lab::Lab;
+use tidegate_lab::family::FAMILIES;
+use tidegate_lab::lab::wait_for;
+use tidegate_lab::netns::{ip_batch, nft};
+
+const POOL: &str = "/apis/tidegate.dev/v1alpha1/egresspools/partner-a";
+/// Names are back so soon, and egress addresses.
+const NAMES: Duration = Duration::from_secs(1);
+const ADDRESSES: Duration = Duration::from_secs(3);
+/// What traffic may notice of what should not touch it, on a busy machine.
+const CALM: (Duration, Duration) = (Duration::from_millis(700), Duration::from_secs(1));
+
+#[test]
+fn owners() {
+    // The gateways are those that the API server lists.
+    let mut lab = up_like("variants/kubernetes.yaml", "owners", |s| {
+        let tidegate = s.tidegate.as_mut().unwrap();
+        tidegate.gateway.insert("gateways".into(), json!([]));
+    });
+    let wire = Wire::watch(&lab);
+    learn(&lab, &["tcp.example.com", "www.example.com", "api.example.com"]);
+    let (_, epoch) = recorded(&lab);
+    wait_recorded(&lab, "gw-a", epoch);
+    owner_dies(&mut lab, &wire);
+    owner_loses_the_api_server_alone(&mut lab);
+    owner_dies_without_an_api_server(&mut lab, &wire);
+    owner_is_cut_off_from_everything(&mut lab, &wire);
+    pool_is_deleted_and_serves_on(&mut lab);
+    lab.down().unwrap();
+}
+
+/// What stands in the status of the shop's pool.
+fn recorded(lab: &Lab) -> (String, u64) {
+    let pool = lab.request("GET", POOL, &Value::Null).unwrap();
+    let entry = &pool["status"]["addresses"][0];
+    (entry["owner"].as_str().unwrap_or_default().into(), entry["epoch"].as_u64().unwrap_or_default())
+}
+
+/// Waits until this owner is recorded, with an epoch that is at least this and the one that the owner says; gives it.
+#[track_caller]
+fn wait_recorded(lab: &Lab, gateway: &str, least: u64) -> u64 {
+    let agree = || {
+        let (who, epoch) = recorded(lab);
+        let own = owner_of(lab, gateway, "203.0.113.10");
+        (who == gateway && epoch >= least && own == (who, epoch, true)).then_some(epoch)
+    };
+    let found = wait_for(Duration::from_secs(10), agree);
+    found.unwrap_or_else(|| panic!("{:?} is recorded; {gateway} says {:?}", recorded(lab), owner(lab, gateway)))
+}
+
+fn other(gateway: &str) -> &'static str {
+    if gateway == "gw-a" { "gw-b" } else { "gw-a" }
+}
+
+/// The owner dies: names and the same addresses come from the other one, which is recorded.
+fn owner_dies(lab: &mut Lab, wire: &Wire) {
+    let (who, epoch) = recorded(lab);
+    assert_eq!(who, "gw-a");
+    let (dead, traffic) = under_traffic(lab, &PODS, |lab| {
+        let dead = kill(lab, "gw-a");
+        wait_owner(lab, "gw-b", "gw-b", Duration::from_secs(10));
+        std::thread::sleep(Duration::from_secs(1));
+        dead
+    });
+    gaps("owner killed", &traffic, dead, NAMES, ADDRESSES);
+    assert_eq!(wait_recorded(lab, "gw-b", epoch + 1), epoch + 1);
+    lab.start("gw-a").unwrap();
+    lab.wait_ready("gw-a", READY).unwrap();
+    wait_owner(lab, "gw-a", "gw-b", Duration::from_secs(10));
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(recorded(lab), ("gw-b".into(), epoch + 1), "who returns takes nothing");
+    wire.only(dead, &["gw-b"]);
+}
+
+/// What comes from a gateway's pod does not reach the API server any more.
+fn cut_api(lab: &Lab, gateway: &str) {
+    let pod = lab.scenario().pod(&format!("tidegate-system/{gateway}")).unwrap().clone();
+    let (v4, v6) = lab.scenario().control();
+    let rules = format!(
+        "table inet lab-api {{ chain cut {{ type filter hook forward priority -300; policy accept;
+         ip saddr {} ip daddr {v4} drop;
+         ip6 saddr {} ip6 daddr {v6} drop; }}; }}",
+        pod.ipv4.unwrap(),
+        pod.ipv6.unwrap()
+    );
+    nft(lab.place(&pod.node).unwrap().netns(), &rules).unwrap();
+}
+
+fn mend_api(lab: &Lab, gateway: &str) {
+    let node = lab.scenario().pod(&format!("tidegate-system/{gateway}")).unwrap().node.clone();
+    nft(lab.place(&node).unwrap().netns(), "delete table inet lab-api").unwrap();
+}
+
+/// Whether a gateway says that the API server does not answer.
+fn misses_api(lab: &Lab, gateway: &str) -> bool {
+    status(lab, gateway)["problems"].to_string().contains("the API server does not answer")
+}
+
+/// It keeps serving, and nothing is decided anew.
+fn owner_loses_the_api_server_alone(lab: &mut Lab) {
+    let before = recorded(lab);
+    assert_eq!(before.0, "gw-b");
+    let (cut, traffic) = under_traffic(lab, &PODS, |lab| {
+        let cut = Instant::now();
+        cut_api(lab, "gw-b");
+        assert!(wait_for(Duration::from_secs(10), || misses_api(lab, "gw-b").then_some(())).is_some());
+        assert!(!misses_api(lab, "gw-a"));
+        std::thread::sleep(Duration::from_secs(5));
+        mend_api(lab, "gw-b");
+        assert!(wait_for(Duration::from_secs(15), || (!misses_api(lab, "gw-b")).then_some(())).is_some());
+        cut
+    });
+    gaps("API server cut off", &traffic, cut, CALM.0, CALM.1);
+    assert_eq!(recorded(lab), before);
+    for g in ["gw-a", "gw-b"] {
+        assert_eq!(owner(lab, g), before, "{g}");
+    }
+}
+
+/// The other one takes over by the gateways' own word, and is recorded once that can be.
+fn owner_dies_without_an_api_server(lab: &mut Lab, wire: &Wire) {
+    let (who, epoch) = recorded(lab);
+    assert_eq!(who, "gw-b");
+    let calm = |what: &str, since: Instant, traffic: &[Traffic]| gaps(what, traffic, since, CALM.0, CALM.1);
+    let (down, traffic) = under_traffic(lab, &PODS, |lab| {
+        let down = Instant::now();
+        lab.stop_api_server().unwrap();
+        assert!(wait_for(Duration::from_secs(10), || misses_api(lab, "gw-a").then_some(())).is_some());
+        std::thread::sleep(Duration::from_secs(3));
+        down
+    });
+    calm("API server down", down, &traffic);
+    let (dead, traffic) = under_traffic(lab, &PODS, |lab| {
+        let dead = kill(lab, "gw-b");
+        wait_owner(lab, "gw-a", "gw-a", Duration::from_secs(10));
+        std::thread::sleep(Duration::from_secs(1));
+        dead
+    });
+    gaps("owner killed without an API server", &traffic, dead, NAMES, ADDRESSES);
+    let (back, traffic) = under_traffic(lab, &PODS, |lab| {
+        let back = Instant::now();
+        lab.start_api_server().unwrap();
+        assert_eq!(wait_recorded(lab, "gw-a", epoch + 1), epoch + 1);
+        back
+    });
+    calm("API server back", back, &traffic);
+    lab.start("gw-b").unwrap();
+    lab.wait_ready("gw-b", READY).unwrap();
+    wait_owner(lab, "gw-b", "gw-a", Duration::from_secs(10));
+    wire.only(dead, &["gw-a"]);
+}
+
+/// It withdraws, and nobody else's traffic suffers; back again it reads who owns the pair now.
+fn owner_is_cut_off_from_everything(lab: &mut Lab, wire: &Wire) {
+    let (who, epoch) = recorded(lab);
+    assert_eq!(who, "gw-a");
+    let node = lab.scenario().gateways.iter().find(|g| g.name == who).unwrap().node.clone();
+    let port = lab.scenario().nodes.iter().position(|n| n.name == node).unwrap();
+    let fabric = lab.place("fabric").unwrap().netns().to_owned();
+    let (cut, traffic) = under_traffic(lab, &PODS, |lab| {
+        let cut = Instant::now();
+        ip_batch(&fabric, &[format!("link set port{port} down")]).unwrap();
+        wait_owner(lab, "gw-b", "gw-b", Duration::from_secs(10));
+        let withdrawn = || (!owner_of(lab, "gw-a", "203.0.113.10").2).then_some(());
+        assert!(wait_for(Duration::from_secs(10), withdrawn).is_some(), "the owner withdraws");
+        std::thread::sleep(Duration::from_secs(1));
+        cut
+    });
+    gaps("owner cut off", &traffic, cut, NAMES, ADDRESSES);
+    let epoch = wait_recorded(lab, "gw-b", epoch + 1);
+    let (back, traffic) = under_traffic(lab, &PODS, |lab| {
+        let back = Instant::now();
+        ip_batch(&fabric, &[format!("link set port{port} up")]).unwrap();
+        wait_owner(lab, "gw-a", "gw-b", Duration::from_secs(20));
+        std::thread::sleep(Duration::from_secs(4));
+        back
+    });
+    gaps("owner is back", &traffic, back, CALM.0, CALM.1);
+    assert_eq!(recorded(lab), ("gw-b".into(), epoch));
+    wire.only(cut, &["gw-b"]);
+}
+
+/// A pool that is deleted while it is used is held, says so, and carries on.
+fn pool_is_deleted_and_serves_on(lab: &mut Lab) {
+    let finalizers = |p: &Value| p["metadata"]["finalizers"] == json!(["tidegate.dev/in-use"]);
+    lab.wait_object(POOL, Duration::from_secs(20), finalizers).unwrap();
+    let owner = other("gw-a");
+    let (deleted, traffic) = under_traffic(lab, &PODS, |lab| {
+        let deleted = Instant::now();
+        lab.kubectl(&["delete", "egresspool", "partner-a", "--wait=false"]).unwrap();
+        let said = || status(lab, owner)["problems"].to_string().contains("partner-a: it is deleted and still used");
+        assert!(wait_for(Duration::from_secs(10), || said().then_some(())).is_some());
+        std::thread::sleep(Duration::from_secs(9));
+        deleted
+    });
+    gaps("pool deleted", &traffic, deleted, CALM.0, CALM.1);
+    assert!(lab.request("GET", POOL, &Value::Null).unwrap()["metadata"]["deletionTimestamp"].is_string());
+    for family in FAMILIES {
+        assert_ne!(node_of(lab, owner, family), egress(family));
+    }
+}
