@@ -3,6 +3,9 @@
 //! The port is on the pod network, so anybody may knock. Who shows no certificate of the cluster's authority holds
 //! little, for a short time, and cannot keep nodes and other gateways out; a process that has no file descriptor
 //! left waits for one instead of giving up.
+//!
+//! A client that offers the protocol [`JOIN`] wants a certificate: it need not show one, and its connection goes
+//! to those who give them. There are few of these, and each ends in time.
 
 use std::collections::VecDeque;
 use std::io;
@@ -10,15 +13,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::ServerConfig;
+use rustls::server::Acceptor;
+use tidegate_identity::{Credentials, JOIN};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::places::Places;
+use crate::places::{Place, Places};
+use crate::timed::Timed;
 
 /// The longest that a handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(5);
@@ -27,24 +33,64 @@ const PER_SOURCE: usize = 8;
 /// How long accept waits after it failed, for want of descriptors most likely.
 const BREATHER: Duration = Duration::from_millis(100);
 
-/// Connections whose handshakes are done, as long as the stream is there. Must run in a tokio runtime. Of more than
-/// `most` handshakes the oldest is given up: an honest one takes milliseconds. `tls` is asked for each of them.
+/// The longest life of a connection that wants a certificate.
+const JOINING: Duration = Duration::from_secs(20);
+/// The most of those, and of one address.
+const JOINS: usize = 64;
+const JOINS_PER_SOURCE: usize = 4;
+
+/// A connection that wants a certificate, with its places.
+pub type Joining = Timed<TlsStream<TcpStream>, (OwnedSemaphorePermit, Place)>;
+
+/// Connections whose handshakes are done.
+pub struct Incoming {
+    /// Of nodes and gateways.
+    pub control: ReceiverStream<io::Result<TlsStream<TcpStream>>>,
+    /// Of those who want a certificate.
+    pub joining: ReceiverStream<io::Result<Joining>>,
+}
+
+/// With what a handshake is done.
+struct Choice {
+    usual: Arc<ServerConfig>,
+    /// For who wants a certificate; absent: nobody gives any.
+    joining: Option<Arc<ServerConfig>>,
+}
+
+/// Connections whose handshakes are done, as long as the control stream is there. Must run in a tokio runtime. Of more
+/// than `most` handshakes the oldest is given up: an honest one takes milliseconds. `own` is asked for each of them.
 pub fn incoming(
     listener: TcpListener,
-    tls: impl FnMut() -> Option<Arc<ServerConfig>> + Send + 'static,
+    mut own: impl FnMut() -> Option<Arc<Credentials>> + Send + 'static,
+    most: usize,
+) -> Incoming {
+    let (out, done) = mpsc::channel(1);
+    let (joining, joined) = mpsc::channel(JOINS);
+    let choose = move || own().map(|own| Choice { usual: own.server(), joining: Some(own.joining()) });
+    tokio::spawn(accept(listener, choose, most.max(1), out, joining));
+    Incoming { control: ReceiverStream::new(done), joining: ReceiverStream::new(joined) }
+}
+
+/// As [`incoming`], where nobody gets certificates.
+pub fn plain(
+    listener: TcpListener,
+    mut config: impl FnMut() -> Option<Arc<ServerConfig>> + Send + 'static,
     most: usize,
 ) -> ReceiverStream<io::Result<TlsStream<TcpStream>>> {
     let (out, done) = mpsc::channel(1);
-    tokio::spawn(accept(listener, tls, most.max(1), out));
+    let choose = move || config().map(|usual| Choice { usual, joining: None });
+    tokio::spawn(accept(listener, choose, most.max(1), out, mpsc::channel(1).0));
     ReceiverStream::new(done)
 }
 
 async fn accept(
     listener: TcpListener,
-    mut tls: impl FnMut() -> Option<Arc<ServerConfig>>,
+    mut choose: impl FnMut() -> Option<Choice>,
     most: usize,
     out: mpsc::Sender<io::Result<TlsStream<TcpStream>>>,
+    joining: mpsc::Sender<io::Result<Joining>>,
 ) {
+    let (joins, joins_places) = (Arc::new(Semaphore::new(JOINS)), Places::new(JOINS_PER_SOURCE));
     let places = Places::new(PER_SOURCE);
     let mut pending: VecDeque<AbortHandle> = VecDeque::new();
     loop {
@@ -69,16 +115,27 @@ async fn accept(
             oldest.abort();
         }
         // Before there is a certificate nobody can be served.
-        let Some(tls) = tls() else { continue };
-        let (tls, out) = (TlsAcceptor::from(tls), out.clone());
+        let Some(choice) = choose() else { continue };
+        let (out, joining, joins, joins_places) = (out.clone(), joining.clone(), joins.clone(), joins_places.clone());
         let handshake = tokio::spawn(async move {
             let shaken = async {
                 stream.set_nodelay(true)?;
-                tls.accept(stream).await
+                let hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
+                let joins = hello.client_hello().alpn().is_some_and(|mut all| all.any(|p| p == JOIN));
+                let joining = choice.joining.filter(|_| joins);
+                let joins = joining.is_some();
+                Ok::<_, io::Error>((hello.into_stream(joining.unwrap_or(choice.usual)).await?, joins))
             };
             match timeout(HANDSHAKE, shaken).await {
                 // The receiver is gone when the port closes.
-                Ok(Ok(stream)) => drop(out.send(Ok(stream)).await),
+                Ok(Ok((stream, false))) => drop(out.send(Ok(stream)).await),
+                Ok(Ok((stream, true))) => {
+                    let places = joins_places.take(peer.ip()).zip(joins.try_acquire_owned().ok());
+                    // Where nobody gives certificates, and beyond the limits, the connection is closed.
+                    if let Some((place, permit)) = places {
+                        let _ = joining.try_send(Ok(Timed::new(stream, JOINING, (permit, place))));
+                    }
+                }
                 Ok(Err(error)) => tracing::debug!(%peer, %error, "no handshake on the control port"),
                 Err(_) => tracing::debug!(%peer, "a handshake on the control port took too long"),
             }
@@ -91,20 +148,20 @@ async fn accept(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustls::server::ResolvesServerCertUsingSni;
     use tokio::io::AsyncReadExt;
 
-    async fn port(most: usize) -> (ReceiverStream<io::Result<TlsStream<TcpStream>>>, std::net::SocketAddr) {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_cert_resolver(Arc::new(ResolvesServerCertUsingSni::new()));
+    async fn port(most: usize) -> (Incoming, std::net::SocketAddr) {
+        let own = Arc::new(credentials());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let config = Arc::new(config);
-        (incoming(listener, move || Some(config.clone()), most), address)
+        (incoming(listener, move || Some(own.clone()), most), address)
+    }
+
+    fn credentials() -> Credentials {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let params = rcgen::CertificateParams::new(vec!["gw-a.gateway.tidegate".to_owned()]).unwrap();
+        let own = params.self_signed(&key).unwrap();
+        Credentials::from_pem(own.pem().as_bytes(), key.serialize_pem().as_bytes(), own.pem().as_bytes()).unwrap()
     }
 
     async fn is_closed(stream: &mut TcpStream) -> bool {

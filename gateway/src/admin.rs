@@ -7,9 +7,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context as Task, Poll};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -25,10 +23,10 @@ use axum::serve::IncomingStream;
 use metrics_exporter_prometheus::PrometheusHandle;
 use parking_lot::Mutex;
 use serde_json::Value;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::places::{Place, Places};
+use crate::timed::Timed;
 
 /// The most connections at a time.
 const MAX_CONNECTIONS: usize = 64;
@@ -128,40 +126,53 @@ fn bind(address: SocketAddr) -> Result<TcpListener> {
 }
 
 fn run(listener: TcpListener, admin: Admin, life: Duration) -> Result<Server> {
+    thread("admin", async move {
+        let listener = match tokio::net::TcpListener::from_std(listener) {
+            Ok(l) => Bounded {
+                listener: l,
+                permits: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+                places: Places::new(MAX_PER_SOURCE),
+                life,
+            },
+            Err(e) => return tracing::error!("the admin port cannot be served: {e}"),
+        };
+        if let Err(e) = axum::serve(listener, router(admin).into_make_service_with_connect_info::<Peer>()).await {
+            tracing::error!("the admin port has ended: {e}");
+        }
+    })
+}
+
+/// Runs a server on a thread and a runtime of its own until it is dropped. Open connections end then, at most one answer
+/// is cut.
+///
+/// # Errors
+/// When there is no thread or no runtime.
+pub fn thread(name: &str, serve: impl Future<Output = ()> + Send + 'static) -> Result<Server> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .context("the admin port's runtime cannot be started")?;
+        .with_context(|| format!("the runtime of the {name} port cannot be started"))?;
     let (stop, stopped) = oneshot::channel::<()>();
-    let thread = std::thread::Builder::new()
-        .name("admin".to_owned())
-        .spawn(move || {
-            runtime.block_on(async move {
-                let listener = match tokio::net::TcpListener::from_std(listener) {
-                    Ok(l) => Bounded {
-                        listener: l,
-                        permits: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
-                        places: Places::new(MAX_PER_SOURCE),
-                        life,
-                    },
-                    Err(e) => return tracing::error!("the admin port cannot be served: {e}"),
-                };
-                // Open connections end with the runtime, at most one scrape is cut.
-                tokio::select! {
-                    r = axum::serve(listener, router(admin).into_make_service_with_connect_info::<Peer>()) => {
-                        if let Err(e) = r {
-                            tracing::error!("the admin port has ended: {e}");
-                        }
-                    }
-                    _ = stopped => {}
-                }
-            });
-        })
-        .context("the admin port's thread cannot be started")?;
+    let body = move || {
+        runtime.block_on(async move {
+            tokio::select! {
+                () = serve => {}
+                _ = stopped => {}
+            }
+        });
+    };
+    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(body);
+    let thread = thread.with_context(|| format!("the thread of the {name} port cannot be started"))?;
     Ok(Server { stop: Some(stop), thread: Some(thread) })
 }
 
-fn json(value: &Value) -> Response {
+/// Metrics in Prometheus' text format.
+pub fn metrics_page(metrics: &PrometheusHandle) -> Response {
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], metrics.render()).into_response()
+}
+
+/// A JSON document.
+pub fn json(value: &Value) -> Response {
     // A Value always serialises.
     let text = serde_json::to_string_pretty(value).unwrap_or_default();
     ([(header::CONTENT_TYPE, "application/json")], text + "\n").into_response()
@@ -169,8 +180,7 @@ fn json(value: &Value) -> Response {
 
 fn router(admin: Admin) -> Router {
     let Admin { metrics, readiness, config, status } = admin;
-    let metrics_page =
-        move || async move { ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], metrics.render()) };
+    let metrics_page = move || async move { metrics_page(&metrics) };
     let ready_page = move || async move {
         match readiness.waiting_for() {
             w if w.is_empty() => (StatusCode::OK, "ready\n".to_owned()),
@@ -206,6 +216,9 @@ async fn only_local(ConnectInfo(Peer(peer)): ConnectInfo<Peer>, request: Request
     (StatusCode::FORBIDDEN, "ask on loopback: tidegate status\n").into_response()
 }
 
+/// A connection with its places.
+type Connection = Timed<tokio::net::TcpStream, (OwnedSemaphorePermit, Place)>;
+
 /// A listener with few connections, each with an end; no source may take them all.
 struct Bounded {
     listener: tokio::net::TcpListener,
@@ -224,52 +237,12 @@ impl axum::serve::Listener for Bounded {
             // Beyond the limits a connection is closed at once: waiting would hold up everybody behind it.
             let Some(place) = self.places.take(peer.ip()) else { continue };
             let Ok(permit) = self.permits.clone().try_acquire_owned() else { continue };
-            let end = Box::pin(tokio::time::sleep(self.life));
-            return (Connection { stream, end, _permit: permit, _place: place }, peer);
+            return (Timed::new(stream, self.life, (permit, place)), peer);
         }
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
         self.listener.local_addr()
-    }
-}
-
-/// A connection that ends in time even if its client neither asks nor reads.
-struct Connection {
-    stream: tokio::net::TcpStream,
-    end: Pin<Box<tokio::time::Sleep>>,
-    _permit: OwnedSemaphorePermit,
-    _place: Place,
-}
-
-impl Connection {
-    fn check(&mut self, cx: &mut Task<'_>) -> io::Result<()> {
-        match self.end.as_mut().poll(cx) {
-            Poll::Ready(()) => Err(io::ErrorKind::TimedOut.into()),
-            Poll::Pending => Ok(()),
-        }
-    }
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Task<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        self.check(cx)?;
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Task<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        self.check(cx)?;
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Task<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Task<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 

@@ -46,6 +46,7 @@ pub fn run(path: &Path) -> Result<()> {
             gateway: None,
             node: config.node.clone(),
             boot: audit::boot_id()?,
+            recent: None,
         })
         .context("cannot start the audit log")?,
     );

@@ -15,10 +15,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use parking_lot::Mutex;
 use tidegate_dns::{ClusterDns, ClusterServers, DnsConfig, Protocol, ResolverGroup};
 use tidegate_ebpf::{Datapath, Events, Options, Role};
-use tidegate_identity::{Files, Paths, Source};
 use tidegate_ledger::Ledger;
 use tidegate_policy::event::Emit;
 use tidegate_policy::model::Objects;
@@ -27,6 +25,7 @@ use tidegate_sni::{Relay, RelayConfig};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::{Admin, Readiness};
+use crate::api::Api;
 use crate::cluster::ClusterNames;
 use crate::config::{self, Config};
 use crate::core::{Classifier, Core, Shared, ToCore};
@@ -34,6 +33,7 @@ use crate::descriptors::{Shares, of_one};
 use crate::desired::Desired;
 use crate::dns_view::CoreBinder;
 use crate::egress::nft::{RELAY_PORTS, REPLY};
+use crate::identity::Identity;
 use crate::journal::{Clocks, Journal, Recovered};
 use crate::kube::Kube;
 use crate::ownership::Ownership;
@@ -42,7 +42,7 @@ use crate::relay_check::RelayCheck;
 use crate::source::kubernetes::{Follower, health};
 use crate::source::{Compiler, Problems, now};
 use crate::way::Keeper;
-use crate::{admin, audit, core, descriptors, members, peering, peers, push, resolv, source, telemetry};
+use crate::{admin, api, audit, core, descriptors, members, peering, peers, push, resolv, source, telemetry};
 
 /// Prints what a configuration file means.
 pub fn check(path: &Path) -> Result<()> {
@@ -171,14 +171,14 @@ pub fn run(path: &Path) -> Result<()> {
     tracing::info!(config = %effective, version = env!("CARGO_PKG_VERSION"), "effective configuration");
     tidegate_ebpf::preflight().map_err(|e| anyhow!("{e}"))?;
     let metrics = telemetry::install_metrics()?;
-    let tls = config.tls.clone().context("tls: certificates must be given")?;
-    let paths = Paths { certificate: tls.certificate, key: tls.key, ca: tls.ca };
-    let identity = Source::Files(Arc::new(Mutex::new(Files::new(paths))));
     let kube = config.kubernetes.as_ref().map(|k| Kube::start(&config, k, runtime()?)).transpose()?;
     let followed = kube.as_ref().zip(config.kubernetes.as_ref()).map(|(kube, k)| kube.watch(k));
     let (changes, watched) = followed.unzip();
     let readiness = Readiness::default();
     let starting = readiness.guard("start");
+    let Identity { source: identity, joins, reviews } =
+        Identity::start(&config, kube.as_ref(), readiness.guard("certificate"))?;
+    let recent = config.api.map(|_| audit::Recent::default());
 
     let writer = Arc::new(
         audit::start(audit::Config {
@@ -186,6 +186,7 @@ pub fn run(path: &Path) -> Result<()> {
             gateway: Some(config.name.clone()),
             node: config.node.clone(),
             boot: audit::boot_id()?,
+            recent: recent.clone(),
         })
         .context("cannot start the audit log")?,
     );
@@ -346,33 +347,47 @@ pub fn run(path: &Path) -> Result<()> {
 
     let way_thread = thread("way", move || keeper.run())?;
 
+    let status: Arc<api::Status> = {
+        let (shared, problems, name) = (shared.clone(), problems, config.name.clone());
+        Arc::new(move |namespace| {
+            let world = shared.world.load();
+            let scopes = world.scopes().values().filter(|s| namespace.is_none_or(|n| n == &**s.namespace()));
+            let scopes = scopes.map(|s| {
+                serde_json::json!({
+                    "namespace": &**s.namespace(),
+                    "pool": &**s.pool(),
+                    "owned": desired.way_out(s).is_some(),
+                    "ipv4": s.pair().and_then(|p| p.ipv4),
+                    "ipv6": s.pair().and_then(|p| p.ipv6),
+                })
+            });
+            let mut status = serde_json::json!({"gateway": name, "scopes": scopes.collect::<Vec<_>>()});
+            // The rest names other namespaces.
+            if namespace.is_none() {
+                let journal = journal_health.iter().flat_map(|h| h.problems());
+                status["core"] = serde_json::json!(**shared.status.load());
+                status["kubernetes"] = serde_json::json!(watched.as_ref().map(health));
+                let own = shared.status.load();
+                status["problems"] =
+                    problems.load().iter().cloned().chain(own.problems.iter().cloned()).chain(journal).collect();
+            }
+            status
+        })
+    };
+    let api = match (config.api, reviews, recent) {
+        (Some(address), Some(reviews), Some(recent)) => {
+            let (metrics, config) = (metrics.clone(), effective.clone());
+            let (identity, status) = (identity.clone(), status.clone());
+            Some(api::serve(address, Api { identity, reviews, metrics, config, status, recent })?)
+        }
+        _ => None,
+    };
     let admin = match config.admin {
         None => None,
         Some(address) => {
-            let (shared, problems, name) = (shared.clone(), problems, config.name.clone());
-            let status = move || {
-                let world = shared.world.load();
-                serde_json::json!({
-                    "gateway": name,
-                    "core": **shared.status.load(),
-                    "scopes": world.scopes().values().map(|s| serde_json::json!({
-                        "namespace": &**s.namespace(),
-                        "pool": &**s.pool(),
-                        "owned": desired.way_out(s).is_some(),
-                        "ipv4": s.pair().and_then(|p| p.ipv4),
-                        "ipv6": s.pair().and_then(|p| p.ipv6),
-                    })).collect::<Vec<_>>(),
-                    "kubernetes": watched.as_ref().map(health),
-                    "problems": problems.load().iter().cloned()
-                        .chain(shared.status.load().problems.iter().cloned())
-                        .chain(journal_health.iter().flat_map(|h| h.problems()))
-                        .collect::<Vec<_>>(),
-                })
-            };
-            Some(admin::serve(
-                address,
-                Admin { metrics, readiness: readiness.clone(), config: effective, status: Arc::new(status) },
-            )?)
+            let status = Arc::new(move || status(None));
+            let admin = Admin { metrics, readiness: readiness.clone(), config: effective, status };
+            Some(admin::serve(address, admin)?)
         }
     };
 
@@ -386,6 +401,7 @@ pub fn run(path: &Path) -> Result<()> {
             identity.clone(),
             shares.handshakes,
             Streams::new(to_core.clone()),
+            joins,
             async {
                 // The sender's end is the news.
                 let _ = ended.await;
@@ -437,7 +453,7 @@ pub fn run(path: &Path) -> Result<()> {
             tracing::error!("a thread has panicked");
         }
     }
-    drop((admin, kube));
+    drop((admin, api, kube));
     writer.stop();
     result
 }

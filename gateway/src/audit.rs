@@ -9,6 +9,7 @@
 //! of their own, so that a flood of queries or packets does not push them out. What finds its queue
 //! full, or cannot be written, is counted by kind, and the next record that gets through says so in `lost`.
 
+mod recent;
 mod record;
 mod sink;
 
@@ -26,6 +27,7 @@ use tidegate_policy::Reason;
 use tidegate_policy::event::{Emit, Event, Verdict, What};
 
 use crate::telemetry::{AUDIT_LOST, DECISIONS};
+pub use recent::Recent;
 use record::Control;
 use sink::Sink;
 
@@ -60,6 +62,8 @@ pub struct Config {
     pub node: String,
     /// Identity of this run: sequences count within it.
     pub boot: String,
+    /// Where the latest records are kept for those who ask; absent: nowhere.
+    pub recent: Option<Recent>,
 }
 
 /// A new identity for a run, from the kernel's random numbers.
@@ -261,7 +265,11 @@ impl Thread {
     fn event(&mut self, time: Timestamp, event: &Event) {
         let lost = self.lost.take();
         self.sequence += 1;
+        let begin = self.batch.text.len();
         record::event(&mut self.batch.text, &self.config, self.sequence, time, event, &lost);
+        if let (Some(recent), Some(who)) = (&self.config.recent, &event.who) {
+            recent.keep(&who.namespace, &self.batch.text[begin..]);
+        }
         self.batch.records.push((self.batch.text.len(), Some(kind(&event.what)), event.count, lost));
         if self.batch.text.len() >= BATCH {
             self.flush();

@@ -42,6 +42,9 @@ pub struct Config {
     /// Metrics, health and status over HTTP; absent: none.
     #[serde(default)]
     pub admin: Option<SocketAddr>,
+    /// The admin API for those who show a token, over TLS. Only with `kubernetes`; absent: none.
+    #[serde(default)]
+    pub api: Option<SocketAddr>,
     /// Audit log.
     #[serde(default)]
     pub audit: Audit,
@@ -116,6 +119,67 @@ pub struct Kubernetes {
     /// The Service of the cluster's DNS. Default `kube-system/kube-dns`.
     #[serde(default)]
     pub cluster_dns: ServiceName,
+    /// The cluster's own authority, where `tls` gives no certificates.
+    #[serde(default)]
+    pub identity: Identity,
+}
+
+/// The cluster's own certificate authority, and whom it gives certificates to.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Identity {
+    /// The Secret of the authority, made when it is not there. Default `tidegate-ca`.
+    pub secret: String,
+    /// The ConfigMap whose `ca.crt` agents trust, written by the gateways. Default `tidegate-trust`.
+    pub trust: String,
+    /// The agents' ServiceAccount, in the gateways' namespace. Default `tidegate-agent`.
+    pub service_account: String,
+    /// What agents' tokens are for. Default `tidegate`.
+    pub audience: String,
+    /// How long certificates of nodes and gateways hold; they are renewed after two thirds. Seconds, 3 to 2592000,
+    /// default 86400.
+    pub certificate_seconds: u64,
+    /// How long an authority holds; the next one is made after two thirds. Seconds, default 31536000 (a year); at least
+    /// three times `certificateSeconds` and `overlapSeconds` together, at most ten years.
+    pub authority_seconds: u64,
+    /// How long the next authority is trusted before it signs. Seconds, default 3600.
+    pub overlap_seconds: u64,
+}
+
+impl Default for Identity {
+    fn default() -> Self {
+        Self {
+            secret: "tidegate-ca".into(),
+            trust: "tidegate-trust".into(),
+            service_account: "tidegate-agent".into(),
+            audience: "tidegate".into(),
+            certificate_seconds: 86_400,
+            authority_seconds: 31_536_000,
+            overlap_seconds: 3600,
+        }
+    }
+}
+
+impl Identity {
+    fn check(&self) -> Result<()> {
+        let key = "kubernetes.identity";
+        for (name, value) in [
+            ("secret", &self.secret),
+            ("trust", &self.trust),
+            ("serviceAccount", &self.service_account),
+            ("audience", &self.audience),
+        ] {
+            ensure!(!value.is_empty(), "{key}.{name}: must not be empty");
+        }
+        ensure!((3..=2_592_000).contains(&self.certificate_seconds), "{key}.certificateSeconds: 3 to 2592000");
+        ensure!(self.authority_seconds <= 315_360_000, "{key}.authoritySeconds: at most ten years");
+        ensure!(
+            self.overlap_seconds <= self.authority_seconds
+                && self.authority_seconds / 3 >= self.certificate_seconds + self.overlap_seconds,
+            "{key}.authoritySeconds: at least three times certificateSeconds and overlapSeconds together"
+        );
+        Ok(())
+    }
 }
 
 /// The name of a Service.
@@ -369,6 +433,7 @@ impl Config {
             (Some(_), Some(_)) => bail!("directory, kubernetes: both are given; one of them is the source"),
             (None, None) => bail!("directory, kubernetes: one of them must be given"),
             (Some(_), None) => {
+                ensure!(self.api.is_none(), "api: only with `kubernetes`, which says who may ask");
                 ensure!(!self.name.is_empty(), "name: is required");
                 ensure!(!self.node.is_empty(), "node: is required");
                 ensure!(self.tls.is_some(), "tls: is required with `directory`");
@@ -384,6 +449,7 @@ impl Config {
                 let dns = &k.cluster_dns;
                 ensure!(!dns.namespace.is_empty(), "kubernetes.clusterDns.namespace: must not be empty");
                 ensure!(!dns.name.is_empty(), "kubernetes.clusterDns.service: must not be empty");
+                k.identity.check()?;
             }
         }
         Ok(())
@@ -488,6 +554,11 @@ resolvers: [{servers: ["198.51.100.53:53"]}]
         let named = format!("{KUBERNETES}name: a\nnode: b\n");
         let empty = named.replace("kubernetes: {}", "kubernetes: {service: ''}");
         assert!(message(&empty).starts_with("kubernetes.service: "));
+        let named_identity = |text: &str| named.replace("kubernetes: {}", &format!("kubernetes: {{identity: {text}}}"));
+        assert!(message(&named_identity("{secret: ''}")).starts_with("kubernetes.identity.secret: "));
+        assert!(message(&named_identity("{certificateSeconds: 2}")).contains("certificateSeconds"));
+        assert!(message(&named_identity("{authoritySeconds: 269999}")).contains("authoritySeconds"));
+        assert!(message(&format!("{GOOD}api: '127.0.0.1:1'\n")).starts_with("api: "));
         let unknown = named.replace("kubernetes: {}", "kubernetes: {kubeConfig: /x}");
         let error = serde_saphyr::from_str::<Config>(&unknown).unwrap_err().to_string();
         assert!(error.contains("kubeConfig"), "{error}");

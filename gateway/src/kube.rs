@@ -64,6 +64,11 @@ impl Kube {
         (*self.connection).clone()
     }
 
+    /// The thread's runtime, for those who wait elsewhere for an answer.
+    pub fn handle(&self) -> Handle {
+        self.runtime.clone()
+    }
+
     /// Runs a task on the thread until it ends, or the thread does. It must not block.
     pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         self.runtime.spawn(task);

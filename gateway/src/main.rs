@@ -3,6 +3,7 @@
 mod accept;
 mod admin;
 mod agent_cmd;
+mod api;
 mod appliance;
 mod audit;
 mod cluster;
@@ -14,6 +15,7 @@ mod dns_view;
 mod egress;
 mod generations;
 mod handover;
+mod identity;
 mod journal;
 mod kube;
 mod members;
@@ -30,6 +32,7 @@ mod resolv;
 mod source;
 mod status;
 mod telemetry;
+mod timed;
 mod watch;
 mod way;
 

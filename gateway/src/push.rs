@@ -11,6 +11,7 @@ use crossbeam_channel::{Sender, TrySendError};
 use futures_util::{Stream, StreamExt};
 use tidegate_identity::{Role, Source, name_of, validity};
 use tidegate_proto::wire::control_server::{Control, ControlServer};
+use tidegate_proto::wire::identity_server::IdentityServer;
 use tidegate_proto::wire::{FactsAck, FactsUpdate, PeerHello, PeerUpdate, StateAck, StateUpdate};
 use tidegate_proto::{FactsUp, MAX_MESSAGE, Up};
 use tokio::sync::mpsc;
@@ -20,11 +21,16 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::core::ToCore;
+use crate::identity::Joins;
 
 /// Messages that may wait for a node; a node that is further behind is cut off and starts anew with a snapshot.
 const QUEUE: usize = 1024;
 /// Streams have to say hello within this time.
 const HELLO: Duration = Duration::from_secs(5);
+/// How long a node that wants a certificate waits for the answer.
+const JOIN: Duration = Duration::from_secs(20);
+/// The most octets of what it asks.
+const MAX_JOIN: usize = 32 * 1024;
 /// The longest life of a stream.
 const LONGEST: Duration = Duration::from_secs(365 * 86_400);
 
@@ -192,12 +198,13 @@ impl Control for Streams {
     }
 }
 
-/// Serves until `stop` resolves, with at most so many handshakes at a time.
+/// Serves until `stop` resolves, with at most so many handshakes at a time. Nodes get certificates from `joins`.
 pub async fn serve(
     address: SocketAddr,
     identity: Source,
     handshakes: usize,
     streams: Streams,
+    joins: Option<Joins>,
     stop: impl Future<Output = ()>,
 ) -> Result<()> {
     if let Source::Files(_) = identity {
@@ -205,15 +212,25 @@ pub async fn serve(
     }
     let said = || format!("cannot serve agents on {address}");
     let listener = tokio::net::TcpListener::bind(address).await.with_context(said)?;
-    let incoming = crate::accept::incoming(listener, move || identity.now().ok().map(|own| own.server()), handshakes);
+    let incoming = crate::accept::incoming(listener, move || identity.now().ok(), handshakes);
     let service =
         ControlServer::new(streams).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
-    Server::builder()
+    let control = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_millis(500)))
         .http2_keepalive_timeout(Some(Duration::from_millis(1500)))
         .concurrency_limit_per_connection(16)
         .add_service(service)
-        .serve_with_incoming_shutdown(incoming, stop)
-        .await
-        .with_context(said)
+        .serve_with_incoming_shutdown(incoming.control, stop);
+    let Some(joins) = joins else { return control.await.with_context(said) };
+    let joining = Server::builder()
+        .max_concurrent_streams(1)
+        .http2_max_header_list_size(4096)
+        .initial_connection_window_size(65_536)
+        .timeout(JOIN)
+        .add_service(IdentityServer::new(joins).max_decoding_message_size(MAX_JOIN))
+        .serve_with_incoming(incoming.joining);
+    tokio::select! {
+        served = control => served.with_context(said),
+        served = joining => served.with_context(said),
+    }
 }

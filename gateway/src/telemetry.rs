@@ -27,6 +27,8 @@ pub const BARRIER_SECONDS: &str = "tidegate_barrier_seconds";
 pub const JOURNAL_REFUSED: &str = "tidegate_journal_refused_total";
 /// 1 while the journal cannot be written.
 pub const JOURNAL_FAILING: &str = "tidegate_journal_failing";
+/// Requests of nodes for certificates, by result.
+pub const JOINS: &str = "tidegate_joins_total";
 /// Always 1; its label is the version.
 pub const BUILD_INFO: &str = "tidegate_build_info";
 
@@ -90,6 +92,7 @@ fn builder() -> Result<PrometheusBuilder> {
 /// Describes the metrics of this package; others describe their own.
 fn describe() {
     metrics::describe_counter!(DECISIONS, "Decisions by kind, verdict and reason");
+    metrics::describe_counter!(JOINS, "Requests of nodes for certificates, by result");
     metrics::describe_counter!(AUDIT_LOST, "Audit records that could not be written, by kind");
     metrics::describe_histogram!(DNS_SECONDS, metrics::Unit::Seconds, "Time from a query to its reply");
     metrics::describe_histogram!(

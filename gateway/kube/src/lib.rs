@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod client;
+mod identity;
 pub mod members;
 pub mod objects;
 pub mod pools;
@@ -11,4 +12,5 @@ mod uninstall;
 pub mod watch;
 
 pub use client::{Connection, Error, Settings, within};
+pub use identity::{Access, ConfigMapKey, Reviewer, SecretKey, User, Versioned, Written};
 pub use uninstall::{FINALIZER, Removed, uninstall};

@@ -8,7 +8,13 @@ use tidegate_policy::Carry;
 use tidegate_policy::event::{RuleRef, Who, escape};
 
 fn config(file: &Path) -> Config {
-    Config { file: Some(file.to_owned()), gateway: Some("gw-a".into()), node: "gw-node".into(), boot: "b1".into() }
+    Config {
+        file: Some(file.to_owned()),
+        gateway: Some("gw-a".into()),
+        node: "gw-node".into(),
+        boot: "b1".into(),
+        recent: None,
+    }
 }
 
 fn at(text: &str) -> SocketAddr {

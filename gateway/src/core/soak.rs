@@ -223,6 +223,7 @@ impl Soak {
             gateway: Some("gw-a".into()),
             node: NODES[0].into(),
             boot: "soak".into(),
+            recent: None,
         });
         let mut soak = Self {
             binder: CoreBinder { shared: shared.clone(), bindings, core: tx.clone() },
