@@ -2,10 +2,11 @@
 # Missing packages are installed by scripts/setup.
 export PATH := $(PATH):$(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin
 
-.PHONY: help demo test soak lint bench build setup clean-lab
+.PHONY: help demo demo-kubernetes test soak lint bench build setup clean-lab
 
 help:
 	@echo "make demo       builds everything, brings up the lab and plays the story"
+	@echo "make demo-kubernetes  the same with a real API server, changed with kubectl"
 	@echo "make test       runs every test, the lab's included"
 	@echo "make soak       lets a week of simulated time pass, then the lab's processes work for 20 minutes; over an hour"
 	@echo "make lint       checks formatting and lints"
@@ -20,6 +21,9 @@ build: setup
 
 demo: build
 	target/debug/tidegate-lab demo
+
+demo-kubernetes: build
+	target/debug/tidegate-lab demo --kubernetes
 
 test: setup
 	@scripts/test

@@ -4,8 +4,9 @@ use std::net::IpAddr;
 
 use anyhow::Result;
 
+use crate::kube::GATEWAY_SERVICE;
 use crate::product;
-use crate::scenario::{CLUSTER_DOMAIN, NameSpec, Scenario};
+use crate::scenario::{CLUSTER_DOMAIN, NameSpec, SYSTEM_NAMESPACE, Scenario};
 use crate::serve::zone::{self, Zone};
 
 /// /etc/resolv.conf as the kubelet writes it.
@@ -22,6 +23,16 @@ pub fn resolv_conf(scenario: &Scenario, namespace: &str) -> String {
 /// What the cluster DNS is the authority for: services, and the pods' reverse names.
 pub fn cluster_zone(scenario: &Scenario) -> Result<Zone> {
     let mut names = Vec::new();
+    if scenario.kubernetes.is_some() {
+        let name = format!("{GATEWAY_SERVICE}.{SYSTEM_NAMESPACE}.svc.{CLUSTER_DOMAIN}");
+        let mut spec = NameSpec { name, ttl: 5, ..NameSpec::default() };
+        for gateway in &scenario.gateways {
+            let pod = scenario.pod(&format!("{SYSTEM_NAMESPACE}/{}", gateway.name))?;
+            spec.ipv4.extend(pod.ipv4);
+            spec.ipv6.extend(pod.ipv6);
+        }
+        names.push(spec);
+    }
     for service in &scenario.services {
         let name = format!("{}.{}.svc.{CLUSTER_DOMAIN}", service.name, service.namespace);
         let mut spec = NameSpec { name: name.clone(), ttl: 5, ..NameSpec::default() };

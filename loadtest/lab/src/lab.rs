@@ -338,7 +338,12 @@ impl Lab {
     }
 
     /// Starts a long-running process, its output appended to its log.
-    pub(crate) fn launch(&mut self, name: &str, netns: &str, mut command: Command) -> Result<Process> {
+    pub(crate) fn launch(&mut self, name: &str, netns: &str, command: Command) -> Result<Process> {
+        self.launch_with(name, netns, None, command)
+    }
+
+    /// As [`Lab::launch`], with a resolv.conf of its own.
+    fn launch_with(&mut self, name: &str, netns: &str, resolv: Option<&Path>, mut command: Command) -> Result<Process> {
         let log = File::options().create(true).append(true).open(self.layout.log(name))?;
         command
             .stdin(Stdio::null())
@@ -348,7 +353,7 @@ impl Lab {
             .env(MARKER, &self.state.name)
             // A group of its own: Ctrl-C at the terminal is for the lab, which then stops it in order.
             .process_group(0);
-        let child = netns::spawn(netns, None, &mut command)?;
+        let child = netns::spawn(netns, resolv, &mut command)?;
         self.state.add_process(name, child.id()).with_context(|| self.last_words(name))?;
         self.state.processes.last().cloned().context("no process was recorded")
     }
@@ -383,7 +388,9 @@ impl Lab {
         let netns = self.place(name)?.netns;
         let mut command = Command::new(&self.tidegate);
         command.arg(role).arg("--config").arg(self.layout.config(name));
-        self.launch(name, &netns, command)?;
+        // Agents are pods on the host's network with `dnsPolicy: ClusterFirstWithHostNet`: they find gateways by name.
+        let resolv = (role == "agent" && self.has_kubernetes()).then(|| self.resolv_conf(SYSTEM_NAMESPACE));
+        self.launch_with(name, &netns, resolv.as_deref(), command)?;
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! `tidegate-lab`: builds, shows and removes labs.
 #![forbid(unsafe_code)]
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -76,6 +76,9 @@ enum Do {
         /// Leaves the lab running afterwards, under the name `demo`.
         #[arg(long)]
         keep: bool,
+        /// With a real API server: objects are made with kubectl, and every command is shown.
+        #[arg(long)]
+        kubernetes: bool,
     },
     /// Takes a lab down when a process has ended.
     #[command(hide = true)]
@@ -152,7 +155,13 @@ fn run(command: Do) -> Result<ExitCode> {
                 Lab::open(&name)?.down().with_context(|| format!("{name} did not go down cleanly"))?;
             }
         }
-        Do::Demo { scenario, point, keep } => return demo(&scenario.unwrap_or_else(demo_scenario), &point, keep),
+        Do::Demo { scenario, point, keep, kubernetes } => {
+            let mut scenario = Scenario::load(&scenario.unwrap_or_else(demo_scenario))?;
+            if kubernetes {
+                scenario = scenario.with_kubernetes()?;
+            }
+            return demo(scenario, &point, keep);
+        }
         Do::Guard { name, pid, started } => {
             let process = state::Process { name: "guarded".into(), pid, started };
             while process.is_alive() {
@@ -168,7 +177,7 @@ fn run(command: Do) -> Result<ExitCode> {
 }
 
 /// Plays the story; an interrupt takes the lab down too.
-fn demo(scenario: &Path, points: &[u8], keep: bool) -> Result<ExitCode> {
+fn demo(scenario: Scenario, points: &[u8], keep: bool) -> Result<ExitCode> {
     use nix::sys::signal::{SigSet, Signal};
     let name = if keep { "demo".to_owned() } else { Options::unique("demo").name };
     let mut signals = SigSet::empty();
@@ -188,7 +197,7 @@ fn demo(scenario: &Path, points: &[u8], keep: bool) -> Result<ExitCode> {
         }
     });
     let begun = std::time::Instant::now();
-    let lab = Lab::up(Scenario::load(scenario)?, &Options { name, ..Options::default() })?;
+    let lab = Lab::up(scenario, &Options { name, tell_kubectl: true, ..Options::default() })?;
     println!(
         "the lab is up after {:.1} s: {} pods on {} nodes, {} gateways",
         begun.elapsed().as_secs_f32(),
@@ -197,6 +206,9 @@ fn demo(scenario: &Path, points: &[u8], keep: bool) -> Result<ExitCode> {
         lab.scenario().gateways.len()
     );
     let surprises = story::play(&lab, points, true)?;
+    if lab.has_kubernetes() {
+        show_objects(&lab)?;
+    }
     println!("{surprises} surprises, {:.1} s", begun.elapsed().as_secs_f32());
     if keep {
         println!("the lab stays: tidegate-lab exec --name demo POD -- COMMAND; tidegate-lab down --name demo");
@@ -205,6 +217,23 @@ fn demo(scenario: &Path, points: &[u8], keep: bool) -> Result<ExitCode> {
         lab.down()?;
     }
     Ok(if surprises == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What people see of all this with kubectl.
+fn show_objects(lab: &Lab) -> Result<()> {
+    println!("\nWhat kubectl shows");
+    for args in [
+        &["get", "egresspolicies,namespaceegresses", "-A"][..],
+        &["get", "clusteregresspolicies,egresspools"],
+        &["get", "events.v1.events.k8s.io", "-A", "--field-selector", "reason=EgressDenied"],
+        &["describe", "namespaceegress", "tidegate", "-n", "shop"],
+    ] {
+        let out = lab.kubectl_with(args, "")?;
+        for line in out.to_string().lines() {
+            println!("       {line}");
+        }
+    }
+    Ok(())
 }
 
 /// One line for each process and pod.

@@ -178,10 +178,17 @@ impl Lab {
     /// # Errors
     /// When the zone cannot be replaced.
     pub fn set_name(&self, spec: NameSpec) -> Result<()> {
-        let path = self.layout().folder.join("serve/internet.zone.json");
+        self.edit_zone("internet", |zone| {
+            zone.names.retain(|n| n.name != spec.name);
+            zone.names.push(spec);
+        })
+    }
+
+    /// Changes what the DNS servers of `internet` or `cluster` know.
+    pub(crate) fn edit_zone(&self, of: &str, edit: impl FnOnce(&mut Zone)) -> Result<()> {
+        let path = self.layout().folder.join(format!("serve/{of}.zone.json"));
         let mut zone: Zone = serde_json::from_str(&fs::read_to_string(&path)?)?;
-        zone.names.retain(|n| n.name != spec.name);
-        zone.names.push(spec);
+        edit(&mut zone);
         state::replace(&path, &serde_json::to_vec_pretty(&zone)?)
     }
 

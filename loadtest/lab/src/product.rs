@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use crate::certs::{Authority, Files};
-use crate::kube::{self, gateway_kubeconfig};
+use crate::kube::{self, GATEWAY_SERVICE, gateway_kubeconfig};
 use crate::scenario::{CLUSTER_DOMAIN, Cni, SYSTEM_NAMESPACE, Scenario};
 
 /// Where agents find gateways, on the gateway pod's own address.
@@ -164,9 +164,8 @@ fn agent(scenario: &Scenario, layout: &Layout, node: &str, files: &Files) -> Res
         let address = pod.addresses().first().copied().context("a gateway pod has no address")?;
         Ok(json!({"name": gateway.name, "address": SocketAddr::new(address, CONTROL_PORT)}))
     });
-    Ok(json!({
+    let mut config = json!({
         "node": node,
-        "gateways": gateways.collect::<Result<Vec<_>>>()?,
         "tls": tls(files),
         "socket": layout.socket(node),
         "pins": layout.bpffs().join(node),
@@ -176,7 +175,14 @@ fn agent(scenario: &Scenario, layout: &Layout, node: &str, files: &Files) -> Res
         },
         "admin": format!("127.0.0.1:{AGENT_ADMIN}"),
         "audit": {"file": layout.audit(node)},
-    }))
+    });
+    if scenario.kubernetes.is_some() {
+        let service = format!("{GATEWAY_SERVICE}.{SYSTEM_NAMESPACE}.svc.{CLUSTER_DOMAIN}");
+        config["discover"] = json!({"service": service, "port": CONTROL_PORT});
+    } else {
+        config["gateways"] = json!(gateways.collect::<Result<Vec<_>>>()?);
+    }
+    Ok(config)
 }
 
 fn gateway(scenario: &Scenario, layout: &Layout, name: &str, node: &str, files: &Files) -> Value {
@@ -227,6 +233,8 @@ fn gateway(scenario: &Scenario, layout: &Layout, name: &str, node: &str, files: 
         "exemptNamespaces": ["kube-system", SYSTEM_NAMESPACE],
     });
     if scenario.kubernetes.is_some() {
+        // The API server says where pods, Services and the cluster's DNS are.
+        config["cluster"] = json!({"suffixes": suffixes(scenario)});
         config["kubernetes"] = json!({
             "kubeconfig": gateway_kubeconfig(&layout.control(), name),
             "namespace": SYSTEM_NAMESPACE,

@@ -26,7 +26,7 @@ use crate::scenario::{SYSTEM_NAMESPACE, Scenario};
 use crate::state::{MARKER, Process};
 use crate::{family::Family, netns, state};
 
-pub(crate) use objects::{Id, files};
+pub(crate) use objects::{GATEWAY_SERVICE, Id, files};
 pub use pods::Guest;
 
 /// The place of the API server.

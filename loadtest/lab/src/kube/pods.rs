@@ -1,4 +1,4 @@
-//! Pods that come and go while the lab runs: objects only, as their networks are the scenario's.
+//! Pods and Services that come and go while the lab runs: objects only, as their networks are the scenario's.
 
 use std::net::IpAddr;
 
@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use crate::lab::Lab;
+use crate::scenario::{CLUSTER_DOMAIN, NameSpec};
 
 /// A Pod object.
 #[derive(Clone, Debug)]
@@ -27,6 +28,10 @@ fn path(key: &str) -> Result<(String, &str)> {
     Ok((format!("/api/v1/namespaces/{namespace}/pods"), name))
 }
 
+fn listed(addresses: &[IpAddr]) -> Vec<Value> {
+    addresses.iter().map(|ip| json!({"ip": ip})).collect()
+}
+
 impl Lab {
     /// Makes a Pod object that runs.
     ///
@@ -39,6 +44,11 @@ impl Lab {
         });
         let metadata = json!({"name": name, "labels": guest.labels});
         self.request("POST", &pods, &json!({"metadata": metadata, "spec": spec}))?;
+        if guest.host_network {
+            let (first, all) = (guest.addresses.first(), listed(&guest.addresses));
+            let status = json!({"hostIP": first, "hostIPs": all});
+            self.request("PATCH", &format!("{pods}/{name}/status"), &json!({"status": status}))?;
+        }
         self.set_addresses(guest.key, &guest.addresses)
     }
 
@@ -48,8 +58,7 @@ impl Lab {
     /// What the API server says against it.
     pub fn set_addresses(&self, key: &str, addresses: &[IpAddr]) -> Result<()> {
         let (pods, name) = path(key)?;
-        let ips: Vec<Value> = addresses.iter().map(|ip| json!({"ip": ip})).collect();
-        let status = json!({"phase": "Running", "podIP": addresses.first(), "podIPs": ips});
+        let status = json!({"phase": "Running", "podIP": addresses.first(), "podIPs": listed(addresses)});
         self.request("PATCH", &format!("{pods}/{name}/status"), &json!({"status": status})).map(drop)
     }
 
@@ -61,4 +70,34 @@ impl Lab {
         let (pods, name) = path(key)?;
         self.request("DELETE", &format!("{pods}/{name}"), &json!({"gracePeriodSeconds": 0})).map(drop)
     }
+
+    /// Makes an ExternalName Service, `NAMESPACE/NAME`, and has the cluster's DNS answer it as CoreDNS does: with the alias and,
+    /// asked of the internet's servers, what it leads to.
+    ///
+    /// # Errors
+    /// What the API server says against it.
+    pub fn make_external_name(&self, key: &str, target: &str) -> Result<()> {
+        let (namespace, name) = key.split_once('/').context("a Service is called NAMESPACE/NAME")?;
+        let known = self.scenario().internet.names.iter().find(|n| n.name == target).cloned();
+        let alias = NameSpec { cname: Some(target.into()), ..spec(namespace, name) };
+        self.edit_zone("cluster", |zone| zone.names.extend([alias].into_iter().chain(known)))?;
+        let object = json!({"metadata": {"name": name}, "spec": {"type": "ExternalName", "externalName": target}});
+        self.request("POST", &format!("/api/v1/namespaces/{namespace}/services"), &object).map(drop)
+    }
+
+    /// Deletes an ExternalName Service.
+    ///
+    /// # Errors
+    /// What the API server says against it.
+    pub fn delete_external_name(&self, key: &str) -> Result<()> {
+        let (namespace, name) = key.split_once('/').context("a Service is called NAMESPACE/NAME")?;
+        let alias = spec(namespace, name).name;
+        self.edit_zone("cluster", |zone| zone.names.retain(|n| n.name != alias))?;
+        self.request("DELETE", &format!("/api/v1/namespaces/{namespace}/services/{name}"), &Value::Null).map(drop)
+    }
+}
+
+/// The name of a Service, without records.
+fn spec(namespace: &str, service: &str) -> NameSpec {
+    NameSpec { name: format!("{service}.{namespace}.svc.{CLUSTER_DOMAIN}"), ttl: 5, ..NameSpec::default() }
 }

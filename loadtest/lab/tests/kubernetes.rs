@@ -1,0 +1,202 @@
+//! The story with an API server as the source, and what happens when that server, or the way to it, is gone.
+//!
+//! One lab, one test: each step begins where the last one ended.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use tidegate_lab::family::{FAMILIES, Family};
+use tidegate_lab::kube::Guest;
+use tidegate_lab::lab::wait_for;
+use tidegate_lab::netns::nft;
+use tidegate_lab::probe::{Echo, curl, dig};
+use tidegate_lab::story::{self, POOL_A, POOL_B};
+use tidegate_lab::{Lab, Options, Scenario};
+
+/// How soon a change holds everywhere, on a busy machine.
+const SOON: Duration = Duration::from_secs(8);
+/// How long the API server is away.
+const OUTAGE: Duration = Duration::from_secs(15);
+const GATEWAYS: [&str; 2] = ["gw-a", "gw-b"];
+
+#[test]
+fn kubernetes() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../scenarios/variants/kubernetes.yaml");
+    let options = Options { lab: Some(env!("CARGO_BIN_EXE_tidegate-lab").into()), ..Options::unique("kubernetes") };
+    let mut lab = Lab::up(Scenario::load(path.as_ref()).unwrap(), &options).unwrap();
+    assert_eq!(story::whole(&lab), 0, "surprises");
+    story::hold(&lab, 12).unwrap();
+    the_api_server_is_away(&mut lab);
+    the_order_of_objects_decides_nothing(&mut lab);
+    a_watch_that_hangs_helps_nobody(&lab);
+    let processes = lab.processes().to_vec();
+    assert!(["etcd", "kube-apiserver"].iter().all(|name| processes.iter().any(|p| p.name == *name && p.is_alive())));
+    lab.down().unwrap();
+    assert!(!processes.iter().any(|p| p.is_alive()), "the control plane goes with the lab");
+}
+
+/// A server of the demo's internet.
+fn named(family: Family, n: u16, port: u16) -> SocketAddr {
+    let ip: IpAddr = format!("{}{n}", family.pick("198.51.100.", "2001:db8:100::")).parse().unwrap();
+    SocketAddr::new(ip, port)
+}
+
+fn of(pair: [&str; 2], family: Family) -> IpAddr {
+    family.pick(pair[0], pair[1]).parse().unwrap()
+}
+
+/// Whom a server saw; `None` when the pod did not get there.
+fn seen(lab: &Lab, pod: &str, family: Family, name: &str) -> Option<IpAddr> {
+    curl(&lab.pod(pod), family, &format!("https://{name}/"), &[]).source()
+}
+
+fn denied(lab: &Lab, pod: &str, name: &str) -> bool {
+    dig(&lab.pod(pod), name, "A", &[]).is_denied()
+}
+
+#[track_caller]
+fn soon(what: &str, holds: impl Fn() -> bool) {
+    assert!(wait_for(SOON, || holds().then_some(())).is_some(), "{what} does not come");
+}
+
+/// Drops every packet between gateways' nodes and the API server, and says nothing to either side.
+fn cut(lab: &Lab, gateways: &[&str]) {
+    let scenario = lab.scenario();
+    let nodes = scenario.gateways.iter().filter(|g| gateways.contains(&g.name.as_str()));
+    let nodes: Vec<String> = nodes.map(|g| scenario.node(&g.node).unwrap().ipv4.to_string()).collect();
+    let nodes = nodes.join(", ");
+    let rules = format!(
+        "table inet lab-cut {{ chain in {{ type filter hook input priority -300; ip saddr {{ {nodes} }} tcp dport 6443 drop; }};
+         chain out {{ type filter hook output priority -300; ip daddr {{ {nodes} }} tcp sport 6443 drop; }}; }}"
+    );
+    nft(lab.place("control").unwrap().netns(), &rules).unwrap();
+}
+
+fn mend(lab: &Lab) {
+    nft(lab.place("control").unwrap().netns(), "delete table inet lab-cut").unwrap();
+}
+
+/// Last known good while it is away, also for names that nobody asked for before; what changed before they hear of it again
+/// holds soon after.
+fn the_api_server_is_away(lab: &mut Lab) {
+    let pod = "shop/web";
+    let mut live: Vec<Echo> = Vec::new();
+    for family in FAMILIES {
+        assert!(!dig(&lab.pod(pod), "tcp.example.com", family.record(), &[]).answers.is_empty());
+        live.push(Echo::connect(&lab.pod(pod), named(family, 12, 7000)).unwrap());
+    }
+    lab.stop_api_server().unwrap();
+    let end = Instant::now() + OUTAGE;
+    let mut names = 0;
+    while Instant::now() < end {
+        for family in FAMILIES {
+            names += 1;
+            let fresh = format!("outage{names}.one.example.net");
+            assert_eq!(seen(lab, pod, family, &fresh), Some(of(POOL_A, family)), "{fresh}");
+        }
+        assert!(denied(lab, pod, "other.example.org"));
+        for echo in &mut live {
+            echo.say("still here\n").unwrap();
+        }
+        for gateway in GATEWAYS {
+            assert_eq!(lab.admin(gateway, "/readyz").unwrap().0, 200, "{gateway} serves what it knows");
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    // A policy goes, another comes, a namespace's annotation changes: all before any gateway hears of it.
+    cut(lab, &GATEWAYS);
+    lab.start_api_server().unwrap();
+    lab.kubectl(&["delete", "egresspolicy", "revocable", "-n", "shop"]).unwrap();
+    let new = json!({
+        "apiVersion": "tidegate.dev/v1alpha1", "kind": "EgressPolicy", "metadata": {"name": "new"},
+        "spec": {"podSelector": {"matchLabels": {"app": "web"}}, "poolRef": {"name": "partner-a"}, "egress": [
+            {"name": "neighbour", "toFQDNs": [{"matchName": "neighbour.example.com"}], "toPorts": [{"protocol": "TCP", "port": 443}]},
+        ]},
+    });
+    let policies = "/apis/tidegate.dev/v1alpha1/namespaces/shop/egresspolicies";
+    lab.request("POST", policies, &new).unwrap();
+    lab.annotate("annotated", &[("tidegate.dev/allow", "www.example.com")]).unwrap();
+    assert!(denied(lab, pod, "neighbour.example.com"));
+    mend(lab);
+    // A connection attempt whose first packets were dropped is tried again after seconds.
+    let late = Duration::from_secs(30);
+    let told = wait_for(late, || seen(lab, pod, Family::V4, "neighbour.example.com"));
+    assert_eq!(told, Some(of(POOL_A, Family::V4)));
+    soon("the deletion", || denied(lab, pod, "revoked.example.com"));
+    soon("the annotation", || denied(lab, "annotated/app", "api.example.com"));
+    for echo in &mut live {
+        echo.say("what nobody changed goes on\n").unwrap();
+    }
+    lab.request("DELETE", &format!("{policies}/new"), &Value::Null).unwrap();
+    let file = "shop-revocable.yaml";
+    lab.edit_manifest(file, &lab.manifest(file).unwrap()).unwrap();
+    soon("the policy", || seen(lab, pod, Family::V4, "revoked.example.com").is_some());
+}
+
+/// Two pods claim one address, as when one ends while the next begins. A gateway that saw the old one first and one that was
+/// started anew, and got a list in another order, must think the same of it.
+fn the_order_of_objects_decides_nothing(lab: &mut Lab) {
+    let pod = "shop/worker";
+    let ips = lab.scenario().pod(pod).unwrap().addresses();
+    let guest = |key: &'static str, app: &str| Guest {
+        key,
+        node: "node-2",
+        labels: json!({"app": app}),
+        addresses: ips.clone(),
+        host_network: false,
+    };
+    // In lists billing comes before shop.
+    lab.make_pod(&guest("billing/heir", "pay")).unwrap();
+    lab.restart("gw-b").unwrap();
+    let opinions = || -> Vec<Vec<String>> {
+        let alone = |quiet: &str| {
+            lab.signal(quiet, Signal::SIGSTOP, None).unwrap();
+            // Its nodes take it for dead, and somebody has its pairs.
+            std::thread::sleep(Duration::from_secs(4));
+            let names = ["www.example.com", "bank.example.com", "api.example.com", "other.example.org"];
+            let said = names.iter().map(|name| dig(&lab.pod(pod), name, "A", &[]).text()).collect();
+            lab.signal(quiet, Signal::SIGCONT, None).unwrap();
+            std::thread::sleep(Duration::from_secs(1));
+            said
+        };
+        GATEWAYS.iter().map(|quiet| alone(quiet)).collect()
+    };
+    let both = opinions();
+    println!("two pods with one address: {both:?}");
+    assert_eq!(both[0], both[1]);
+    lab.delete_pod("billing/heir").unwrap();
+    soon("the shop's name", || seen(lab, pod, Family::V4, "www.example.com") == Some(of(POOL_A, Family::V4)));
+}
+
+/// Nothing comes by a gateway's watch any more, and nothing says so: its peer knows more, and within 5 s it stands back.
+fn a_watch_that_hangs_helps_nobody(lab: &Lab) {
+    let pod = "billing/pay";
+    soon("billing's pool", || seen(lab, pod, Family::V4, "bank.example.com") == Some(of(POOL_B, Family::V4)));
+    for quiet in GATEWAYS {
+        cut(lab, &[quiet]);
+        // Long enough that a beat or two of the watch are missed.
+        std::thread::sleep(Duration::from_secs(2));
+        let billing = lab.manifest("billing.yaml").unwrap();
+        let begun = Instant::now();
+        lab.edit_manifest(
+            "billing.yaml",
+            &billing.replace("matchName: bank.example.com", "matchName: bank2.example.com"),
+        )
+        .unwrap();
+        let stale = wait_for(SOON, || (lab.admin(quiet, "/readyz").unwrap().0 != 200).then_some(()));
+        assert!(stale.is_some(), "{quiet} does not notice that it hears nothing");
+        soon("the rule's end", || denied(lab, pod, "bank.example.com"));
+        println!("{quiet} was cut off from the API: the rule was gone after {:.1} s", begun.elapsed().as_secs_f32());
+        for _ in 0..10 {
+            assert!(denied(lab, pod, "bank.example.com"), "{quiet} still helps");
+            assert!(seen(lab, "shop/web", Family::V4, "api.example.com").is_some(), "the other one serves all");
+        }
+        mend(lab);
+        lab.edit_manifest("billing.yaml", &billing).unwrap();
+        lab.wait_ready(quiet, Duration::from_secs(60)).unwrap();
+        soon("the rule", || seen(lab, pod, Family::V4, "bank.example.com") == Some(of(POOL_B, Family::V4)));
+    }
+}
