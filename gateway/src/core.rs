@@ -10,8 +10,10 @@ mod classifier;
 mod clock;
 mod failover;
 mod ids;
+mod machine;
 mod message;
 mod nodes;
+mod placement;
 mod recorded;
 mod sent;
 mod settling;
@@ -32,27 +34,29 @@ use tidegate_ebpf::{Datapath, Place, Program};
 use tidegate_kubernetes::pools;
 use tidegate_kubernetes::watch::Watched;
 use tidegate_ledger::{Input, Ledger, NodeId, Output};
+use tidegate_policy::Reason;
 use tidegate_policy::model::Objects;
 use tidegate_policy::state::NodeState;
 use tidegate_policy::world::World;
-use tidegate_policy::{Reason, ScopeKey};
 use tidegate_proto::wire::{FactsUpdate, PeerUpdate, StateUpdate};
-use tidegate_proto::{Claim, PeerFact, Seen};
+use tidegate_proto::{Claim, Pair, PeerFact, Seen};
 use tidegate_sni::Registry;
 use tokio::sync::{mpsc, oneshot};
 
-use self::classes::{Classes, placed};
+use self::classes::Classes;
 pub use self::classifier::Classifier;
 pub use self::clock::Clock;
 use self::failover::candidates;
 pub use self::ids::Ids;
+use self::machine::{Delta, Uses};
 pub use self::message::{Bind, ToCore};
+use self::placement::Placement;
 use self::sent::Sent;
 pub use self::settling::Settling;
 pub use self::status::{NodeStatus, PairStatus, Status};
 use crate::admin::{Guard, Readiness};
 use crate::cluster::ClusterNames;
-use crate::desired::{Compiled, Desired};
+use crate::desired::{self, Compiled, Desired};
 use crate::dns_view::DnsView;
 use crate::egress::TOWARDS_PODS;
 use crate::egress::nft::HeldPair;
@@ -135,6 +139,8 @@ struct Node {
     seen: Option<Seen>,
     /// What the State stream was sent.
     sent: Sent,
+    /// What of that refers to what.
+    uses: Uses,
     facts_seq: u64,
     status: NodeStatus,
 }
@@ -215,7 +221,12 @@ struct Run {
     problems: Vec<String>,
     /// What the journal has of claims.
     written: Vec<Claim>,
-    placed: BTreeSet<(ScopeKey, Arc<str>)>,
+    /// Where the pods of the present world's scopes are.
+    placement: Placement,
+    /// What all machines hold alike.
+    frame: NodeState,
+    /// Who owns what, as nodes were told.
+    told: Arc<BTreeMap<Pair, desired::Ownership>>,
     /// Whether facts of an earlier process were removed from our kernel.
     cleared: bool,
     compiled: Arc<Compiled>,
@@ -225,6 +236,7 @@ struct Run {
     /// Answers to pods that settle, in the order of their deadlines.
     late: Vec<(Duration, Bind)>,
     own: NodeState,
+    own_uses: Uses,
     next_ticket: u64,
     out: Vec<Output>,
 }
@@ -290,13 +302,16 @@ impl Run {
             written: Vec::new(),
             compiled: Arc::new(Compiled::new(core.shared.world.load_full(), &Objects::default())),
             classes: Classes::default(),
-            placed: BTreeSet::new(),
+            placement: Placement::default(),
+            frame: NodeState::default(),
+            told: Arc::default(),
             cleared: false,
             core,
             nodes: HashMap::new(),
             waiting: AHashMap::new(),
             late: Vec::new(),
             own: NodeState::default(),
+            own_uses: Uses::default(),
             next_ticket: 1,
             out: Vec::new(),
         }
@@ -501,9 +516,12 @@ impl Run {
     fn world(&mut self, compiled: Arc<Compiled>) {
         let world = compiled.world.clone();
         let old = self.core.shared.world.swap(world.clone());
-        self.core.shared.egress.store(Arc::new(compiled.egress.clone()));
+        let changes = world.changes(&old);
+        self.core.shared.egress.store(compiled.egress.clone());
         self.core.ownership.set_pairs(candidates(self.core.desired.pairs(&compiled)));
-        self.heed(None);
+        if !changes.scopes.is_empty() {
+            self.heed(None);
+        }
         self.core.ownership.set_nodes(|n| compiled.nodes.contains_key(n));
         let now = self.core.shared.now();
         if self.core.ownership.tick(now) {
@@ -513,22 +531,26 @@ impl Run {
         self.set_claims();
         self.record();
         self.core.shared.pairs.store(Arc::new(self.core.desired.held(&world)));
-        for scope in old.scopes().keys().filter(|k| world.scope(**k).is_none()) {
+        for scope in changes.scopes.iter().filter(|k| world.scope(**k).is_none()) {
             self.feed(Input::ScopeGone { scope: *scope });
         }
         // A node without a pod of a scope has no use for its facts.
-        let placed = placed(&world);
-        let left: Vec<_> = self.placed.difference(&placed).cloned().collect();
-        self.placed = placed;
-        for (scope, node) in left {
+        for (scope, node) in self.placement.follow(&old, &world, &changes.endpoints) {
             let node = NodeId(self.core.shared.nodes.id(&node));
             self.feed(Input::ScopeLeft { scope, node });
         }
-        for scope in world.changed_scopes(&old) {
-            self.feed(Input::Reclassify { scope: Some(scope) });
+        for scope in &changes.classes {
+            self.feed(Input::Reclassify { scope: Some(*scope) });
         }
         self.import_pending();
-        self.apply_own();
+        let frame = self.frame();
+        let whole = std::mem::replace(&mut self.frame, frame) != self.frame
+            || self.owners_changed(&old, &world)
+            || !self.cleared;
+        let delta = Delta::new(&old, &world, changes, self.classes.news(now));
+        if whole {
+            self.apply_own();
+        }
         if !std::mem::replace(&mut self.cleared, true) {
             // Facts that an earlier process left in our kernel and the ledger does not know could outlive their rule.
             let bindings = self.core.ledger.bindings();
@@ -538,7 +560,11 @@ impl Run {
                 Err(error) => tracing::error!(%error, "cannot remove facts of an earlier run"),
             }
         }
-        self.send_states();
+        if whole {
+            self.send_states();
+        } else {
+            self.follow(&delta);
+        }
         // Only now: by what nodes were sent, pods have to settle before they get answers of the new policy.
         self.open_view();
         let cut = self.core.registry.revoke(|live| !still_allowed(&world, live), Reason::Revoked);
@@ -549,8 +575,16 @@ impl Run {
 
     /// Gives the DNS service the policy of now; nothing while this gateway is stale.
     fn open_view(&self) {
-        let view = DnsView::new(&self.compiled, self.core.families, self.core.shared.names.clone());
-        self.core.shared.view.store(Arc::new(view.closed(self.stale.is_some())));
+        let shared = &self.core.shared;
+        let view = shared.view.load().next(&self.compiled, self.core.families, shared.names.clone());
+        shared.view.store(Arc::new(view.closed(self.stale.is_some())));
+    }
+
+    /// Whether nodes were told of another owner of a pair that scopes had and have.
+    fn owners_changed(&self, old: &World, world: &World) -> bool {
+        let pairs = |w: &World| w.ways().filter_map(|(s, _)| Desired::pair(s)).collect::<BTreeSet<_>>();
+        let claims = self.core.desired.claims();
+        pairs(old).intersection(&pairs(world)).any(|p| self.told.get(p) != claims.get(p))
     }
 
     /// Publishes counters, and the status.

@@ -11,9 +11,9 @@ use arc_swap::ArcSwap;
 use ipnet::IpNet;
 use parking_lot::Mutex;
 use tidegate_ebpf::Local;
-use tidegate_policy::model::{self, AddressSource, Labels, Node, Objects, Selector};
+use tidegate_policy::model::{self, AddressSource, Labels, Node, Objects, Selector, Touched};
 use tidegate_policy::state::{self, NodeState};
-use tidegate_policy::world::{Group, NodeStateParts, Scope, World};
+use tidegate_policy::world::{NodeStateParts, Scope, World};
 use tidegate_policy::{ClassKey, GroupKey, PortSet, ScopeKey};
 use tidegate_proto::Pair;
 
@@ -26,19 +26,15 @@ pub struct Compiled {
     /// The policy.
     pub world: Arc<World>,
     /// The cluster's nodes.
-    pub nodes: BTreeMap<String, Node>,
+    pub nodes: Arc<BTreeMap<String, Node>>,
     /// In-cluster ranges beside those of the nodes.
     pub prefixes: Vec<IpNet>,
     /// Where the cluster's DNS is.
     pub dns: Vec<SocketAddr>,
     /// Every egress address of every pool: never a relay's destination.
-    pub egress: BTreeSet<IpAddr>,
-    /// Classes that facts will have if no prefix rule holds their addresses: their grants are pushed ahead.
-    pub ahead: BTreeSet<(ScopeKey, ClassKey)>,
+    pub egress: Arc<BTreeSet<IpAddr>>,
     /// The nodes whose gateways may hold a pool, of those that choose.
-    gateway_nodes: BTreeMap<String, Selector>,
-    /// The groups of each scope.
-    groups: BTreeMap<ScopeKey, Vec<Arc<Group>>>,
+    gateway_nodes: Arc<BTreeMap<String, Selector>>,
 }
 
 impl Compiled {
@@ -49,16 +45,34 @@ impl Compiled {
             AddressSource::PodNetwork => &[],
         });
         let egress = pairs.flat_map(|p| [p.ipv4.map(IpAddr::from), p.ipv6.map(IpAddr::from)]).flatten().collect();
-        let classes = |s: &Arc<Scope>| s.single_rule_classes().map(|c| (s.key(), c)).collect::<Vec<_>>();
-        let ahead = world.scopes().values().flat_map(classes).collect();
-        let mut groups: BTreeMap<ScopeKey, Vec<Arc<Group>>> = BTreeMap::new();
-        for g in world.groups().values() {
-            groups.entry(g.scope().key()).or_default().push(g.clone());
-        }
+        // Here, so that the core need not.
+        world.scopes().values().for_each(|s| s.prepare());
         let (prefixes, dns) = (objects.settings.cluster_prefixes.clone(), objects.settings.cluster_dns.clone());
         let chosen = |(name, p): (&String, &model::Pool)| Some((name.clone(), p.gateway_nodes.clone()?));
-        let gateway_nodes = objects.pools.iter().filter_map(chosen).collect();
-        Self { world, nodes: objects.nodes.clone(), prefixes, dns, egress, ahead, gateway_nodes, groups }
+        let gateway_nodes = Arc::new(objects.pools.iter().filter_map(chosen).collect());
+        let (nodes, egress) = (Arc::new(objects.nodes.clone()), Arc::new(egress));
+        Self { world, nodes, prefixes, dns, egress, gateway_nodes }
+    }
+
+    /// As [`Compiled::new`], but at the cost of what was touched since this one.
+    pub fn next(&self, world: Arc<World>, objects: &Objects, touched: &Touched) -> Self {
+        if touched.all {
+            return Self::new(world, objects);
+        }
+        world.scopes().compare(self.world.scopes(), |_, _, new| new.into_iter().for_each(|s| s.prepare()));
+        Self {
+            world,
+            nodes: self.nodes.clone(),
+            prefixes: self.prefixes.clone(),
+            dns: self.dns.clone(),
+            egress: self.egress.clone(),
+            gateway_nodes: self.gateway_nodes.clone(),
+        }
+    }
+
+    /// Classes that facts will have if no prefix rule holds their addresses: their grants are pushed ahead.
+    pub fn ahead(&self) -> impl Iterator<Item = (ScopeKey, ClassKey)> {
+        self.world.scopes().values().flat_map(|s| s.single_rule_classes().map(|c| (s.key(), c)))
     }
 
     /// Whether gateways of a node may hold the pool.
@@ -69,8 +83,7 @@ impl Compiled {
 
     /// What a class grants to each group of its scope.
     pub fn grants(&self, scope: ScopeKey, class: ClassKey) -> Vec<(GroupKey, PortSet)> {
-        let groups = self.groups.get(&scope).into_iter().flatten();
-        groups.filter_map(|g| Some((g.key(), g.grant(class)?))).collect()
+        self.world.groups_of(scope).filter_map(|g| Some((g.key(), g.grant(class)?))).collect()
     }
 }
 
@@ -165,6 +178,11 @@ impl Desired {
         self.members.load_full()
     }
 
+    /// What is known of ownership.
+    pub fn claims(&self) -> Arc<BTreeMap<Pair, Ownership>> {
+        self.claims.load_full()
+    }
+
     /// What the core decided of ownership.
     pub fn set_claims(&self, claims: BTreeMap<Pair, Ownership>) {
         self.claims.store(Arc::new(claims));
@@ -183,7 +201,7 @@ impl Desired {
     /// Every pair that a scope has now, with those of the gateways that may hold it, in order, and all of them.
     pub fn pairs(&self, compiled: &Compiled) -> BTreeMap<Pair, Order> {
         let (members, owners) = (self.members.load(), &self.config.owners);
-        let pairs: BTreeSet<Pair> = compiled.world.scopes().values().filter_map(|s| Self::pair(s)).collect();
+        let pairs: BTreeSet<Pair> = compiled.world.ways().filter_map(|(s, _)| Self::pair(s)).collect();
         let order = |pair: Pair| {
             let all = members::order(&members.listed, owners, &pair);
             let candidates = members::candidates(&all, owners, &pair, |node| compiled.takes(&pair.pool, node));
@@ -207,7 +225,7 @@ impl Desired {
 
     /// The pairs that this gateway holds: of every scope that it owns, sorted by index.
     pub fn held(&self, world: &World) -> Vec<HeldPair> {
-        let ways = world.scopes().values().filter_map(|s| self.way_out(s));
+        let ways = world.ways().filter_map(|(s, _)| self.way_out(s));
         let pairs = ways.filter_map(|w| w.pair.map(|p| HeldPair { index: w.index, ipv4: p.ipv4, ipv6: p.ipv6 }));
         pairs.collect::<BTreeSet<_>>().into_iter().collect()
     }
@@ -229,7 +247,7 @@ impl Desired {
             dns: compiled.dns.clone(),
             ping: config.ping,
         };
-        for (name, n) in &compiled.nodes {
+        for (name, n) in compiled.nodes.iter() {
             out.nodes.insert(name.clone(), state::Node { addresses: n.addresses.clone() });
         }
         let members = self.members.load();

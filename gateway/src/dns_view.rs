@@ -1,6 +1,6 @@
 //! The DNS service's view of compiled policy, and its way to the ledger.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,6 +9,7 @@ use std::time::Duration;
 use crossbeam_channel::Sender;
 use tidegate_dns_core::{AddressDecision, Allow, AskMode, Asker, BindRequest, Binder, Denial, NameDecision, View};
 use tidegate_ledger::{Bindings, NodeId, OwnerId};
+use tidegate_policy::shards::Shards;
 use tidegate_policy::state::Touch;
 use tidegate_policy::world::{self, Answer, World};
 use tidegate_policy::{Name, Proto, Reason, Via};
@@ -24,48 +25,34 @@ static GENERATION: AtomicU64 = AtomicU64::new(1);
 pub struct DnsView {
     generation: u64,
     world: Arc<World>,
-    egress: BTreeSet<IpAddr>,
-    askers: HashMap<IpAddr, Asker, ahash::RandomState>,
+    egress: Arc<BTreeSet<IpAddr>>,
+    askers: Shards<IpAddr, Asker>,
     names: Arc<ClusterNames>,
     closed: bool,
 }
 
 impl DnsView {
-    /// The view of a compile. Pods of scopes that other gateways own are answered too: this gateway stands in while
-    /// their owner is silent. `families` says whether the pod's own network has a way out for IPv4 and IPv6.
-    pub fn new(compiled: &Compiled, families: (bool, bool), names: Arc<ClusterNames>) -> Self {
-        let mut askers = HashMap::default();
-        for (ip, e) in compiled.world.endpoints() {
-            let Some(m) = e.member else { continue };
-            let Some(group) = compiled.world.group(m.index) else { continue };
-            // A scope whose pool has no pair left has no way out.
-            let Some(pair) = Desired::pair(group.scope()) else { continue };
-            let (v4, v6) = match (pair.ipv4, pair.ipv6) {
-                (None, None) => families,
-                (v4, v6) => (v4.is_some(), v6.is_some()),
-            };
-            let mode = match (group.audit(), e.touch) {
-                (true, _) => AskMode::Audited,
-                (false, Touch::Isolated) => AskMode::Enforced,
-                (false, _) => AskMode::Guarded,
-            };
-            // What is not isolated keeps the CNI's path, whatever the pool's families are.
-            let free = mode != AskMode::Enforced;
-            let asker = Asker {
-                ip,
-                who: e.who.clone(),
-                scope: m.scope,
-                group: m.group,
-                group_index: m.index,
-                mode,
-                v4: v4 || free,
-                v6: v6 || free,
-            };
-            askers.insert(ip, asker);
+    /// The view of a later compile. Pods of scopes that other gateways own are answered too: this gateway stands in while
+    /// their owner is silent. `families` says whether the pod's own network has a way out for IPv4 and IPv6; always the
+    /// same.
+    pub fn next(&self, compiled: &Compiled, families: (bool, bool), names: Arc<ClusterNames>) -> Self {
+        let world = &compiled.world;
+        let changes = world.changes(&self.world);
+        let scopes = changes.scopes.iter().filter_map(|s| world.scope(*s));
+        let groups = changes.groups.iter().filter_map(|g| world.group_by_key(*g)).map(|g| g.scope());
+        let namespaces: BTreeSet<&str> = scopes.chain(groups).map(|s| &**s.namespace()).collect();
+        let of_namespaces = namespaces.into_iter().flat_map(|n| world.addresses_of(n));
+        let mut askers = self.askers.clone();
+        for ip in of_namespaces.chain(changes.endpoints.iter().copied()) {
+            match asker(world, ip, families) {
+                Some(asker) if askers.get(&ip) == Some(&asker) => {}
+                Some(asker) => drop(askers.insert(ip, asker)),
+                None => drop(askers.remove(&ip)),
+            }
         }
         Self {
             generation: GENERATION.fetch_add(1, Ordering::Relaxed),
-            world: compiled.world.clone(),
+            world: world.clone(),
             egress: compiled.egress.clone(),
             askers,
             names,
@@ -80,9 +67,38 @@ impl DnsView {
 
     /// A view that knows nobody.
     pub fn empty(world: Arc<World>) -> Self {
-        let (egress, askers, names) = (BTreeSet::new(), HashMap::default(), Arc::default());
+        let (egress, askers, names) = Default::default();
         Self { generation: 0, world, egress, askers, names, closed: false }
     }
+}
+
+fn asker(world: &World, ip: IpAddr, families: (bool, bool)) -> Option<Asker> {
+    let e = world.endpoint(ip)?;
+    let m = e.member?;
+    let group = world.group(m.index)?;
+    // A scope whose pool has no pair left has no way out.
+    let pair = Desired::pair(group.scope())?;
+    let (v4, v6) = match (pair.ipv4, pair.ipv6) {
+        (None, None) => families,
+        (v4, v6) => (v4.is_some(), v6.is_some()),
+    };
+    let mode = match (group.audit(), e.touch) {
+        (true, _) => AskMode::Audited,
+        (false, Touch::Isolated) => AskMode::Enforced,
+        (false, _) => AskMode::Guarded,
+    };
+    // What is not isolated keeps the CNI's path, whatever the pool's families are.
+    let free = mode != AskMode::Enforced;
+    Some(Asker {
+        ip,
+        who: e.who.clone(),
+        scope: m.scope,
+        group: m.group,
+        group_index: m.index,
+        mode,
+        v4: v4 || free,
+        v6: v6 || free,
+    })
 }
 
 impl View for DnsView {

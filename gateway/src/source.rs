@@ -54,7 +54,7 @@ pub struct Compiler {
     problems: Problems,
     /// Dropped after the first compile.
     waiting: Option<Guard>,
-    world: Option<Arc<World>>,
+    last: Option<Arc<Compiled>>,
     /// What was said of the objects last.
     said: Vec<String>,
 }
@@ -66,23 +66,23 @@ pub struct Ended;
 impl Compiler {
     /// Holds readiness back by `waiting` until there is a first compile.
     pub fn new(core: Sender<ToCore>, problems: Problems, waiting: Guard) -> Self {
-        Self { core, problems, waiting: Some(waiting), world: None, said: Vec::new() }
+        Self { core, problems, waiting: Some(waiting), last: None, said: Vec::new() }
     }
 
     /// Whether there was a first compile.
     fn started(&self) -> bool {
-        self.world.is_some()
+        self.last.is_some()
     }
 
     /// Whether a rule or an audit has ended since the last compile.
     fn is_due(&self) -> bool {
-        self.world.as_ref().is_some_and(|w| w.next_change().is_some_and(|t| t <= now()))
+        self.last.as_ref().is_some_and(|c| c.world.next_change().is_some_and(|t| t <= now()))
     }
 
     /// Compiles what was touched.
     fn compile(&mut self, objects: &Objects, touched: &Touched) -> Result<(), Ended> {
         let started = Instant::now();
-        let world = Arc::new(World::compile(objects, now(), self.world.as_deref().map(|w| (w, touched))));
+        let world = Arc::new(World::compile(objects, now(), self.last.as_ref().map(|c| (&*c.world, touched))));
         tracing::info!(
             namespaces = objects.namespaces.len(),
             pods = objects.pods.len(),
@@ -92,9 +92,12 @@ impl Compiler {
             micros = started.elapsed().as_micros(),
             "policy compiled"
         );
-        let message = Arc::new(Compiled::new(world.clone(), objects));
-        self.world = Some(world);
-        self.core.send(ToCore::World(message)).map_err(|_| Ended)?;
+        let compiled = Arc::new(match &self.last {
+            Some(last) => last.next(world, objects, touched),
+            None => Compiled::new(world, objects),
+        });
+        self.last = Some(compiled.clone());
+        self.core.send(ToCore::World(compiled)).map_err(|_| Ended)?;
         self.waiting = None;
         Ok(())
     }
@@ -113,7 +116,7 @@ impl Compiler {
 
     /// Publishes them, with what the compile found.
     fn publish(&self) {
-        let issues = self.world.iter().flat_map(|w| w.issues()).map(ToString::to_string);
+        let issues = self.last.iter().flat_map(|c| c.world.issues()).map(ToString::to_string);
         self.problems.store(Arc::new(self.said.iter().cloned().chain(issues).collect()));
     }
 }
@@ -135,7 +138,9 @@ pub fn directory(config: &Config, mut compiler: Compiler, stop: &AtomicBool) {
             objects.settings = settings(config);
         }
         let compile = changed || compiler.is_due() || !compiler.started();
-        if compile && compiler.compile(&objects, Touched::ALL).is_err() {
+        // Without a change only time has touched something.
+        let touched = if changed { Touched::ALL } else { &Touched::default() };
+        if compile && compiler.compile(&objects, touched).is_err() {
             return;
         }
         if news || compile {

@@ -9,7 +9,7 @@ use tidegate_ebpf_common::layout::{
     Config, DnsKey, Endpoint, FactKey, Gateway, GrantKey, Group, Iface, Node, Prefix, Scope, config, endpoint, group,
     iface, node, prefix_bits, prefix_key,
 };
-use tidegate_policy::state::{NodeState, Touch};
+use tidegate_policy::state::{Entry, EntryKey, NodeState, Touch};
 use tidegate_policy::{ClassKey, GroupKey, PortSet, ScopeKey};
 
 use crate::ids::Kind;
@@ -112,6 +112,78 @@ impl Datapath {
         t.portsets.finish();
         self.last = Some((state.clone(), local.clone()));
         pins.map(|()| applied)
+    }
+
+    /// Brings the maps to a state that differs from the last applied one in these entries only, at their cost: a
+    /// gateway's, which has no interfaces. Says whether that was possible; if not, [`Datapath::apply`] must do it. Port sets
+    /// that nothing refers to any more stay until then.
+    ///
+    /// # Errors
+    /// What the kernel refused; the next [`Datapath::apply`] puts all right.
+    pub fn change(&mut self, set: &[Entry], delete: &[EntryKey]) -> Result<bool, Error> {
+        let all_alike = |e: &Entry| matches!(e, Entry::Cluster(_) | Entry::Node(..) | Entry::Gateway(..));
+        let all_gone = |k: &EntryKey| matches!(k, EntryKey::Cluster | EntryKey::Node(_) | EntryKey::Gateway(_));
+        if set.iter().any(all_alike)
+            || delete.iter().any(all_gone)
+            || self.last.as_ref().is_none_or(|(_, local)| !local.interfaces.is_empty())
+        {
+            return Ok(false);
+        }
+        let Some((mut state, local)) = self.last.take() else { return Ok(false) };
+        let mut part = NodeState { gateways: state.gateways.clone(), ..NodeState::default() };
+        set.iter().for_each(|e| part.set(e.clone()));
+        let mut want = Desired::default();
+        self.policy(&part, &local, &mut want)?;
+        let mut fresh = self.endpoints(&part, &local, &mut want)?;
+        let t = &mut self.tables;
+        t.prefixes.fill(&want.prefixes)?;
+        t.scopes.fill(&want.scopes)?;
+        t.groups.fill(&want.groups)?;
+        t.grants.fill(&want.grants)?;
+        t.endpoints.fill(&want.endpoints)?;
+        for key in delete {
+            if let EntryKey::Endpoint(ip) = key {
+                let addr = Addr::from_ip(*ip);
+                t.endpoints.delete(&addr)?;
+                fresh.extend(self.incarnations.forget(&addr));
+            }
+        }
+        // Endpoints refer to groups and scopes, groups to prefixes.
+        for key in delete {
+            match key {
+                EntryKey::Grant(g, c) => {
+                    let ids = (self.ids.find(Kind::Group, g.0), self.ids.find(Kind::Class, c.0));
+                    if let (Some(group), Some(class)) = ids {
+                        t.grants.delete(&GrantKey { group, class })?;
+                    }
+                }
+                EntryKey::Group(g) => {
+                    if let Some(id) = self.ids.find(Kind::Group, g.0) {
+                        t.groups.delete(&id)?;
+                    }
+                }
+                EntryKey::Scope(s) => {
+                    if let Some(id) = self.ids.find(Kind::Scope, s.0) {
+                        t.scopes.delete(&id)?;
+                    }
+                }
+                _ => {}
+            }
+        }
+        for key in delete {
+            let EntryKey::Prefixes(key) = key else { continue };
+            let nets = state.prefixes.get(key).into_iter().flat_map(|p| p.keys());
+            if let Some(id) = self.ids.find(Kind::Prefixes, key.0) {
+                for net in nets {
+                    t.prefixes.delete(&lpm(id, net))?;
+                }
+            }
+        }
+        self.forget_flows(&fresh)?;
+        delete.iter().for_each(|k| state.delete(k));
+        set.iter().for_each(|e| state.set(e.clone()));
+        self.last = Some((state, local));
+        Ok(true)
     }
 
     /// Whether the maps are as near to a desired state as they get: an `apply` went through all tables, though some may
@@ -302,12 +374,40 @@ impl Datapath {
 
     /// Endpoints and interfaces.
     fn pods(&mut self, state: &NodeState, local: &Local, want: &mut Desired) -> Result<(), Error> {
-        // Milliseconds; the sweep forgets flows long before they wrap.
-        let now = (now_ns() / 1_000_000) as u32;
-        let mut fresh = Vec::new();
         for ifindex in &local.untouched {
             want.ifaces.insert(*ifindex, Iface { kind: iface::UNTOUCHED, mac: [0; 6] });
         }
+        let mut fresh = self.endpoints(state, local, want)?;
+        for (devices, kind) in [(&local.inside, iface::INSIDE), (&local.tunnels, iface::TUNNEL)] {
+            for ifindex in devices {
+                want.ifaces.entry(*ifindex).or_insert(Iface { kind, mac: [0; 6] });
+            }
+        }
+        fresh.extend(self.incarnations.retain(|addr| want.endpoints.contains_key(addr)));
+        self.forget_flows(&fresh)?;
+        for uplink in &local.uplinks {
+            want.ifaces.insert(uplink.ifindex, Iface { kind: iface::UPLINK, mac: uplink.mac });
+        }
+        Ok(())
+    }
+
+    /// Other pods have these addresses now, or none.
+    fn forget_flows(&mut self, addrs: &[Addr]) -> Result<(), Error> {
+        for addr in addrs {
+            // The next pod's budget is its own; the sweep removes the flows.
+            match self.flow_counts.remove(addr) {
+                Err(e) if !is_missing(&e) => return Err(Error::map("FLOW_COUNTS")(e)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The endpoints of a state. Returns the addresses that other pods have now.
+    fn endpoints(&mut self, state: &NodeState, local: &Local, want: &mut Desired) -> Result<Vec<Addr>, Error> {
+        // Milliseconds; the sweep forgets flows long before they wrap.
+        let now = (now_ns() / 1_000_000) as u32;
+        let mut fresh = Vec::new();
         for (ip, value) in &state.endpoints {
             let interface = local.interfaces.get(ip).filter(|_| value.node == local.node);
             let flags = match value.touch {
@@ -343,22 +443,6 @@ impl Datapath {
                 entry.kind = kind;
             }
         }
-        for (devices, kind) in [(&local.inside, iface::INSIDE), (&local.tunnels, iface::TUNNEL)] {
-            for ifindex in devices {
-                want.ifaces.entry(*ifindex).or_insert(Iface { kind, mac: [0; 6] });
-            }
-        }
-        fresh.extend(self.incarnations.retain(|addr| want.endpoints.contains_key(addr)));
-        for addr in fresh {
-            // The next pod's budget is its own; the sweep removes the flows.
-            match self.flow_counts.remove(&addr) {
-                Err(e) if !is_missing(&e) => return Err(Error::map("FLOW_COUNTS")(e)),
-                _ => {}
-            }
-        }
-        for uplink in &local.uplinks {
-            want.ifaces.insert(uplink.ifindex, Iface { kind: iface::UPLINK, mac: uplink.mac });
-        }
-        Ok(())
+        Ok(fresh)
     }
 }

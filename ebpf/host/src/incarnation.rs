@@ -58,6 +58,11 @@ impl Incarnations {
         (incarnation, true)
     }
 
+    /// Forgets an endpoint that is gone, and returns it if it was there.
+    pub fn forget(&mut self, addr: &Addr) -> Option<Addr> {
+        self.known.remove(addr).map(|_| *addr)
+    }
+
     /// Forgets endpoints that are gone, and returns them.
     pub fn retain(&mut self, keep: impl Fn(&Addr) -> bool) -> Vec<Addr> {
         let gone: Vec<Addr> = self.known.keys().filter(|a| !keep(a)).copied().collect();

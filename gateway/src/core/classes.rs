@@ -2,11 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use ahash::AHashMap;
-use tidegate_policy::world::World;
 use tidegate_policy::{ClassKey, ScopeKey};
 
 /// How long the grants of a class outlive its last fact: a node may hear of that later than of its new state. Beyond
@@ -20,6 +18,8 @@ pub struct Classes {
     count: BTreeMap<(ScopeKey, ClassKey), u32>,
     /// Classes that lost their last fact, and when, in that order.
     left: VecDeque<(Duration, (ScopeKey, ClassKey))>,
+    /// Classes that came, or were dropped from `left`, since [`Classes::news`] was asked.
+    news: BTreeSet<(ScopeKey, ClassKey)>,
 }
 
 impl Classes {
@@ -41,17 +41,47 @@ impl Classes {
                 self.left.push_back((now, (scope, old)));
             }
         }
-        while self.left.pop_front_if(|(at, _)| now.saturating_sub(*at) >= LINGER).is_some() {}
+        self.expire(now);
         let Some(class) = class else { return false };
         let n = self.count.entry((scope, class)).or_default();
         *n += 1;
-        *n == 1
+        let first = *n == 1;
+        if first {
+            self.news.insert((scope, class));
+        }
+        first
+    }
+
+    fn expire(&mut self, now: Duration) {
+        while let Some((_, key)) = self.left.pop_front_if(|(at, _)| now.saturating_sub(*at) >= LINGER) {
+            self.news.insert(key);
+        }
+    }
+
+    /// Which classes may have become active, or not active any more, since the last call.
+    pub fn news(&mut self, now: Duration) -> BTreeSet<(ScopeKey, ClassKey)> {
+        self.expire(now);
+        std::mem::take(&mut self.news)
     }
 
     /// Classes that facts have at `now`, or had just before.
     pub fn active(&self, now: Duration) -> impl Iterator<Item = (ScopeKey, ClassKey)> {
-        let left = self.left.iter().filter(move |(at, _)| now.saturating_sub(*at) < LINGER);
-        self.count.keys().copied().chain(left.map(|(_, key)| *key))
+        self.count.keys().copied().chain(self.lingering(now))
+    }
+
+    /// Classes that facts had just before `now`.
+    pub fn lingering(&self, now: Duration) -> impl Iterator<Item = (ScopeKey, ClassKey)> {
+        self.left.iter().filter(move |(at, _)| now.saturating_sub(*at) < LINGER).map(|(_, key)| *key)
+    }
+
+    /// Classes that facts of a scope have.
+    pub fn of_facts(&self, scope: ScopeKey) -> impl Iterator<Item = ClassKey> {
+        self.count.range((scope, ClassKey(0))..=(scope, ClassKey(u128::MAX))).map(|((_, class), _)| *class)
+    }
+
+    /// Whether facts of a scope have a class.
+    pub fn has(&self, scope: ScopeKey, class: ClassKey) -> bool {
+        self.count.contains_key(&(scope, class))
     }
 
     /// How many addresses have a class, and how many classes they have.
@@ -59,9 +89,4 @@ impl Classes {
     pub fn len(&self) -> (usize, usize) {
         (self.of.len(), self.count.len())
     }
-}
-
-/// Which nodes have a pod of which scope.
-pub fn placed(world: &World) -> BTreeSet<(ScopeKey, Arc<str>)> {
-    world.endpoints().filter_map(|(_, e)| Some((e.member?.scope, e.who.node.clone()))).collect()
 }

@@ -337,7 +337,7 @@ impl Run {
                 continue;
             }
             let shared = &self.core.shared;
-            let nodes = fact.nodes.iter().filter(|n| self.placed.contains(&(fact.scope, n.as_str().into())));
+            let nodes = fact.nodes.iter().filter(|n| self.placement.has(fact.scope, n));
             records.push(FactRecord {
                 scope: fact.scope,
                 owner: OwnerId(shared.namespaces.id(&fact.namespace)),

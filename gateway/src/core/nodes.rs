@@ -3,33 +3,77 @@
 use std::collections::BTreeSet;
 
 use tidegate_ledger::{Input, NodeId, OwnerId, Usage};
-use tidegate_policy::state::{Entry, FactUpdate};
+use tidegate_policy::state::{Entry, FactUpdate, NodeState};
 use tidegate_policy::world::NodeStateParts;
 use tidegate_policy::{ClassKey, ScopeKey};
 use tidegate_proto::{FactsBatch, GrantEntry, StateBatch};
 
 use super::Run;
+use super::machine::{Basis, Delta, Uses, take_news};
 use crate::desired::Target;
 
 impl Run {
     pub(super) fn apply_own(&mut self) {
         let parts = self.parts();
-        self.own = self.core.desired.state(&self.compiled, &parts, Target::Own);
-        self.apply_maps(false);
+        self.whole_own(&parts, false);
+    }
+
+    fn whole_own(&mut self, parts: &NodeStateParts, full: bool) {
+        self.own = self.core.desired.state(&self.compiled, parts, Target::Own);
+        self.own_uses = Uses::of(&self.own);
+        self.apply_maps(full);
     }
 
     /// Brings every node to what follows from policy, facts and ownership.
     pub(super) fn send_states(&mut self) {
         let parts = self.parts();
+        self.whole_nodes(&parts);
+    }
+
+    fn whole_nodes(&mut self, parts: &NodeStateParts) {
         let names: Vec<String> = self.nodes.keys().cloned().collect();
         for node in names {
-            self.send_state(&node, &parts);
+            self.send_state(&node, parts);
         }
+        self.told = self.core.desired.claims();
+    }
+
+    /// What all machines hold alike.
+    pub(super) fn frame(&self) -> NodeState {
+        self.core.desired.state(&self.compiled, &NodeStateParts::default(), Target::Own)
+    }
+
+    /// Brings our own kernel and every node from one world to the next, at the cost of what has changed. What all machines
+    /// hold alike, and who owns what, must be as it was when they were told last.
+    pub(super) fn follow(&mut self, delta: &Delta) {
+        let (shared, gateway, boot_id) = (self.core.shared.clone(), self.core.gateway.clone(), self.core.boot_id);
+        let world = &self.compiled.world;
+        let basis = Basis::new(&self.core.desired, world, &self.frame, &self.classes, shared.now());
+        let own = self.own_uses.follow(&self.own, &basis, Target::Own, delta);
+        let mut told = Vec::new();
+        for (node, n) in self.nodes.iter_mut().filter(|(_, n)| n.state.is_some() && n.sent.begun) {
+            let news = n.uses.follow(&n.sent.state, &basis, Target::Node(node), delta);
+            told.extend(n.sent.news(&gateway, boot_id, news).map(|batch| (node.clone(), batch)));
+        }
+        // Our own kernel first, as ever.
+        take_news(&mut self.own, &own.set, &own.delete);
+        match self.core.datapath.change(&own.set, &own.delete) {
+            Ok(true) => {}
+            Ok(false) => self.apply_maps(false),
+            Err(error) => {
+                tracing::error!(%error, "cannot change the kernel's maps: bringing all of them up to date");
+                self.apply_maps(false);
+            }
+        }
+        for (node, batch) in told {
+            self.say_state(&node, batch);
+        }
+        self.told = self.core.desired.claims();
     }
 
     /// Classes that facts have, and those that the next facts will have.
     fn live_classes(&self) -> impl Iterator<Item = (ScopeKey, ClassKey)> {
-        self.classes.active(self.core.shared.now()).chain(self.compiled.ahead.iter().copied())
+        self.classes.active(self.core.shared.now()).chain(self.compiled.ahead())
     }
 
     pub(super) fn parts(&self) -> NodeStateParts {
@@ -56,6 +100,7 @@ impl Run {
         if let Err(error) = self.core.datapath.grants(&new) {
             tracing::error!(%error, "cannot write grants into the kernel");
         }
+        self.own_uses.pushed(new.iter().map(|(group, class, _)| (*group, *class)));
         for (group, class, ports) in new {
             self.own.set(Entry::Grant(group, class, ports));
         }
@@ -75,6 +120,7 @@ impl Run {
         });
         let grants = n.sent.missing(n.state.is_some(), needed);
         let named = n.sent.name(&self.core.gateway, self.core.boot_id, &grants);
+        n.uses.pushed(grants.iter().map(|g| (g.group, g.class)));
         n.facts_seq = seq;
         let batch = FactsBatch { boot_id: self.core.boot_id, sequence: seq, snapshot, more: false, grants, facts };
         if let Some(named) = named {
@@ -94,7 +140,16 @@ impl Run {
             return;
         }
         let wanted = self.core.desired.state(&self.compiled, parts, Target::Node(node));
-        let Some(batch) = n.sent.state(&self.core.gateway, self.core.boot_id, wanted) else { return };
+        let batch = n.sent.state(&self.core.gateway, self.core.boot_id, wanted);
+        n.uses = Uses::of(&n.sent.state);
+        if let Some(batch) = batch {
+            self.say_state(node, batch);
+        }
+    }
+
+    /// Puts a state, or what is new in it, into a node's stream.
+    fn say_state(&mut self, node: &str, batch: StateBatch) {
+        let Some(n) = self.nodes.get(node) else { return };
         // A stream's first state is what the node mostly holds already, and without its facts' acks nothing waits.
         if !batch.snapshot && n.facts.is_some() {
             let pod = |e: &Entry| if let Entry::Endpoint(ip, _) = e { Some(*ip) } else { None };
@@ -119,7 +174,7 @@ impl Run {
     /// Forgets nodes that are no part of the cluster any more, and namespaces that are gone with all of their facts.
     fn forget(&mut self) {
         let compiled = self.compiled.clone();
-        let placed: BTreeSet<&str> = self.placed.iter().map(|(_, node)| &**node).collect();
+        let placed = self.placement.nodes();
         let stays = |name: &str| compiled.nodes.contains_key(name) || placed.contains(name);
         self.nodes.retain(|name, n| stays(name) || n.state.is_some() || n.facts.is_some());
         let names = &self.core.shared.nodes;
@@ -141,13 +196,12 @@ impl Run {
         }
         self.forget();
         let parts = self.parts();
-        self.own = self.core.desired.state(&self.compiled, &parts, Target::Own);
-        self.apply_maps(true);
-        let names: Vec<String> = self.nodes.keys().cloned().collect();
-        for node in names {
-            self.send_state(&node, &parts);
-        }
-        self.compiled.world.retain_classes(&self.live_classes().map(|(_, c)| c).collect());
+        self.whole_own(&parts, true);
+        self.whole_nodes(&parts);
+        let now = self.core.shared.now();
+        self.classes.news(now);
+        // Classes that are pushed ahead are known to their scopes.
+        self.compiled.world.retain_classes(&self.classes.active(now).map(|(_, c)| c).collect());
         match self.core.datapath.sweep() {
             Ok(swept) => tidegate_agent::events::repaired("map", swept.repaired),
             Err(error) => tracing::warn!(%error, "cannot sweep the kernel's tables"),

@@ -97,7 +97,7 @@ impl Run {
                 format!("EgressPool {}: no gateway can hold {p}: none runs on a node that gatewayNodeSelector takes", p.pool)
             }
         });
-        let in_use = |name: &&String| self.compiled.world.scopes().values().any(|s| **s.pool() == **name);
+        let in_use = |name: &&String| self.compiled.world.ways().any(|(s, _)| **s.pool() == **name);
         let deleted = self.deleted.iter().filter(in_use).map(|name| {
             format!("EgressPool {name}: it is deleted and still used; it serves on, and goes when no namespace uses it")
         });
@@ -116,10 +116,10 @@ fn pair(pool: &str, a: Address) -> Pair {
 /// The pools in use, with their pairs and how many namespaces leave with each.
 fn used(world: &World) -> Used {
     let mut out = Used::new();
-    for scope in world.scopes().values() {
+    for (scope, namespaces) in world.ways() {
         let pairs: &mut BTreeMap<Address, u32> = out.entry(scope.pool().to_string()).or_default();
         if let Some(p) = Desired::pair(scope) {
-            *pairs.entry(Address { ipv4: p.ipv4, ipv6: p.ipv6 }).or_default() += 1;
+            *pairs.entry(Address { ipv4: p.ipv4, ipv6: p.ipv6 }).or_default() += namespaces;
         }
     }
     out

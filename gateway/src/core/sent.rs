@@ -10,10 +10,10 @@ use tidegate_proto::{GrantEntry, StateBatch};
 /// What the State stream of a node has said, and how much of it the node holds.
 #[derive(Default)]
 pub struct Sent {
-    state: NodeState,
+    pub(super) state: NodeState,
     /// Whether the stream has begun with a snapshot, as each must.
-    begun: bool,
-    sequence: u64,
+    pub(super) begun: bool,
+    pub(super) sequence: u64,
     applied: u64,
 }
 

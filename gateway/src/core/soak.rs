@@ -536,7 +536,7 @@ impl Soak {
         put("groups", run.own.groups.len());
         put("nodes of the core", run.nodes.len());
         put("pending", run.pending.iter().map(|p| p.1.len()).sum());
-        put("placed", run.placed.len());
+        put("placed", run.placement.len());
         put("node ids", self.shared.nodes.len());
         put("namespace ids", self.shared.namespaces.len());
         put("answers", self.world.scopes().keys().map(|s| self.store.len(*s)).sum());

@@ -186,6 +186,16 @@ impl Scope {
         self.ahead.get_or_init(|| self.find_ahead()).keys().copied()
     }
 
+    /// Finds the classes that are pushed ahead, so that whoever asks for them later need not.
+    pub fn prepare(&self) {
+        self.ahead.get_or_init(|| self.find_ahead());
+    }
+
+    /// Whether a class is one of [`Scope::single_rule_classes`].
+    pub fn is_ahead(&self, class: ClassKey) -> bool {
+        self.ahead.get_or_init(|| self.find_ahead()).contains_key(&class)
+    }
+
     /// What a class is made of, if somebody has registered it or it is pushed ahead.
     pub(crate) fn definition(&self, class: ClassKey) -> Option<Arc<ClassDef>> {
         self.ahead.get().and_then(|a| a.get(&class)).cloned().or_else(|| self.registry.get(class))

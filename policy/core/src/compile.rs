@@ -11,7 +11,7 @@ use crate::layer::Layer;
 use crate::model::{ClusterPolicy, Objects, PolicyMode, Touched, UnixSeconds};
 use crate::shards::Shards;
 use crate::space::{Resident, Space};
-use crate::world::{Context, Endpoint, World};
+use crate::world::{Context, Endpoint, Way, World};
 use crate::{GroupKey, ScopeKey};
 
 pub(crate) fn compile(o: &Objects, now: UnixSeconds, previous: Option<(&World, &Touched)>) -> World {
@@ -152,6 +152,7 @@ impl<'a> Compiler<'a> {
         let mut timed = self.previous.map(|p| p.timed.clone()).unwrap_or_default();
         let mut flawed = self.previous.map(|p| p.flawed.clone()).unwrap_or_default();
         let mut scopes: Shards<ScopeKey, Arc<Scope>> = self.previous.map(|p| p.scopes.clone()).unwrap_or_default();
+        let mut ways = self.previous.map(|p| p.ways.clone()).unwrap_or_default();
         let mut groups: Shards<GroupKey, Arc<Group>> = self.previous.map(|p| p.groups.clone()).unwrap_or_default();
         // First what is gone: a namespace that has another name now has the same scopes.
         for (name, old, new) in &self.replaced {
@@ -166,8 +167,10 @@ impl<'a> Compiler<'a> {
                 }
             }
             for scope in old.groups().map(|g| g.scope()).filter(|s| !scope_stays.contains(&s.key())) {
-                if scopes.get(&scope.key()).is_some_and(|known| known.namespace() == name) {
-                    scopes.remove(&scope.key());
+                if scopes.get(&scope.key()).is_some_and(|known| known.namespace() == name)
+                    && let Some(gone) = scopes.remove(&scope.key())
+                {
+                    leave(&mut ways, &gone);
                 }
             }
         }
@@ -185,7 +188,14 @@ impl<'a> Compiler<'a> {
                 }
                 let scope = g.scope();
                 if scopes.get(&scope.key()).is_none_or(|old| !Arc::ptr_eq(old, scope)) {
-                    scopes.insert(scope.key(), scope.clone());
+                    let old = scopes.insert(scope.key(), scope.clone());
+                    // The latest, which knows what its pool is like now.
+                    let (any, n) = ways.entry(way(scope)).or_insert((scope.clone(), 0));
+                    any.clone_from(scope);
+                    *n += 1;
+                    if let Some(old) = old {
+                        leave(&mut ways, &old);
+                    }
                 }
             }
             match new.window {
@@ -212,6 +222,7 @@ impl<'a> Compiler<'a> {
             cluster: self.cluster,
             spaces,
             scopes,
+            ways,
             groups,
             slots: self.slots,
             endpoints,
@@ -220,6 +231,20 @@ impl<'a> Compiler<'a> {
             flawed,
             issues: OnceLock::new(),
             registry: self.registry,
+        }
+    }
+}
+
+fn way(scope: &Scope) -> Way {
+    (scope.pool().clone(), scope.pair())
+}
+
+/// One scope less leaves by its way.
+fn leave(ways: &mut BTreeMap<Way, (Arc<Scope>, u32)>, scope: &Scope) {
+    if let Some((_, n)) = ways.get_mut(&way(scope)) {
+        *n -= 1;
+        if *n == 0 {
+            ways.remove(&way(scope));
         }
     }
 }

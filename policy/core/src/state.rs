@@ -173,6 +173,19 @@ pub struct NodeState {
     pub grants: BTreeMap<(GroupKey, ClassKey), PortSet>,
 }
 
+/// What differs between two maps, in the order of their keys.
+fn differ<K: Ord, V: PartialEq>(
+    old: &BTreeMap<K, V>,
+    new: &BTreeMap<K, V>,
+    set: &mut Vec<Entry>,
+    gone: &mut Vec<EntryKey>,
+    entry: impl Fn(&K, &V) -> Entry,
+    key: impl Fn(&K) -> EntryKey,
+) {
+    set.extend(new.iter().filter(|(k, v)| old.get(k) != Some(v)).map(|(k, v)| entry(k, v)));
+    gone.extend(old.keys().filter(|k| !new.contains_key(k)).map(key));
+}
+
 impl NodeState {
     /// All entries, in the order in which a receiver should apply them: what is referred to comes first.
     pub fn entries(&self) -> Vec<Entry> {
@@ -189,17 +202,23 @@ impl NodeState {
 
     /// What turns `self` into `new`: entries to set and identities to delete.
     pub fn diff(&self, new: &NodeState) -> (Vec<Entry>, Vec<EntryKey>) {
-        let old: BTreeMap<EntryKey, Entry> = self.entries().into_iter().map(|e| (e.key(), e)).collect();
-        let mut gone: BTreeMap<EntryKey, ()> = old.keys().map(|k| (k.clone(), ())).collect();
-        let mut set = Vec::new();
-        for e in new.entries() {
-            let k = e.key();
-            gone.remove(&k);
-            if old.get(&k) != Some(&e) {
-                set.push(e);
-            }
+        let (mut set, mut gone) = (Vec::new(), Vec::new());
+        if self.cluster != new.cluster {
+            set.push(Entry::Cluster(new.cluster.clone()));
         }
-        (set, gone.into_keys().collect())
+        let (s, g) = (&mut set, &mut gone);
+        differ(&self.nodes, &new.nodes, s, g, |k, v| Entry::Node(k.clone(), v.clone()), |k| EntryKey::Node(k.clone()));
+        let gateway = |k: &String, v: &Gateway| Entry::Gateway(k.clone(), v.clone());
+        differ(&self.gateways, &new.gateways, s, g, gateway, |k| EntryKey::Gateway(k.clone()));
+        let prefixes = |k: &PrefixSetKey, v: &Prefixes| Entry::Prefixes(*k, v.clone());
+        differ(&self.prefixes, &new.prefixes, s, g, prefixes, |k| EntryKey::Prefixes(*k));
+        differ(&self.scopes, &new.scopes, s, g, |k, v| Entry::Scope(*k, v.clone()), |k| EntryKey::Scope(*k));
+        differ(&self.groups, &new.groups, s, g, |k, v| Entry::Group(*k, v.clone()), |k| EntryKey::Group(*k));
+        let grant = |k: &(GroupKey, ClassKey), v: &PortSet| Entry::Grant(k.0, k.1, v.clone());
+        differ(&self.grants, &new.grants, s, g, grant, |k| EntryKey::Grant(k.0, k.1));
+        let endpoint = |k: &IpAddr, v: &Endpoint| Entry::Endpoint(*k, v.clone());
+        differ(&self.endpoints, &new.endpoints, s, g, endpoint, |k| EntryKey::Endpoint(*k));
+        (set, gone)
     }
 
     /// Sets one entry.

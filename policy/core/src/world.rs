@@ -87,6 +87,9 @@ impl Context {
     }
 }
 
+/// A pool with one of its pairs.
+pub(crate) type Way = (Arc<str>, Option<Pair>);
+
 /// The compiled policy.
 #[derive(Debug)]
 pub struct World {
@@ -98,6 +101,8 @@ pub struct World {
     pub(crate) groups: Shards<GroupKey, Arc<Group>>,
     pub(crate) slots: Slots,
     pub(crate) endpoints: Shards<IpAddr, Endpoint>,
+    /// A scope for each way out, with their number.
+    pub(crate) ways: BTreeMap<Way, (Arc<Scope>, u32)>,
     /// Addresses that several pods have.
     pub(crate) contested: Shards<IpAddr, Arc<Contested>>,
     /// Namespaces for which time plays a role.
@@ -203,6 +208,11 @@ impl World {
     /// A scope.
     pub fn scope(&self, key: ScopeKey) -> Option<&Arc<Scope>> {
         self.scopes.get(&key)
+    }
+
+    /// One scope for each pool and pair that scopes leave by, with the number of those that do.
+    pub fn ways(&self) -> impl Iterator<Item = (&Arc<Scope>, u32)> {
+        self.ways.values().map(|(scope, n)| (scope, *n))
     }
 
     /// The groups of a scope.

@@ -136,6 +136,7 @@ fn edit(o: &mut Objects, e: &Edit, touched: &mut Touched) {
         6 => {
             let address = |n: u8| Pair { ipv4: Some([203, 0, 113, n].into()), ipv6: None, draining: flag(e, n % 8) };
             let source = AddressSource::Static { interface: None, pairs: vec![address(1), address(2)] };
+            let source = if e.how > 200 { AddressSource::PodNetwork } else { source };
             let allowed_namespaces = flag(e, 3).then(Selector::default);
             o.pools
                 .insert(["one", "two"][e.which % 2].into(), Pool { allowed_namespaces, source, gateway_nodes: None });

@@ -1,10 +1,12 @@
 //! Whether two worlds are the same to all who ask.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use tidegate_policy::world::Endpoint;
+use tidegate_policy::model::AddressSource;
+use tidegate_policy::world::{Endpoint, Scope};
 use tidegate_policy::{Proto, World};
 
 use super::{ip, name};
@@ -50,6 +52,13 @@ pub fn same(a: &World, b: &World, names: &[&str], ips: &[IpAddr]) -> Result<(), 
             let [x, y] = [g, h].map(|g| g.connection(Some(&name("a.x.com")), *to, Proto::Tcp, 443));
             prop_assert_eq!((x.via, x.reason, x.rule), (y.via, y.reason, y.rule));
         }
+    }
+    for w in [a, b] {
+        // One scope stands for all with the same way out.
+        let way = |s: &Arc<Scope>| (s.pool().clone(), s.pair(), s.families(), *s.source() == AddressSource::PodNetwork);
+        let mut all = BTreeMap::new();
+        w.scopes().values().for_each(|s| *all.entry(way(s)).or_insert(0) += 1);
+        prop_assert_eq!(w.ways().map(|(s, n)| (way(s), n)).collect::<BTreeMap<_, _>>(), all);
     }
     for to in ips {
         prop_assert_eq!(a.in_cluster(*to), b.in_cluster(*to));
