@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tidegate_agent::{Config, Status};
@@ -39,6 +40,11 @@ pub fn run(path: &Path) -> Result<()> {
     telemetry::logs()?;
     let effective = serde_json::to_value(&config)?;
     tracing::info!(config = %effective, version = env!("CARGO_PKG_VERSION"), "effective configuration");
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot make a runtime")?;
+    if !runtime.block_on(turn(&config.pins))? {
+        return Ok(());
+    }
     let metrics = telemetry::install_metrics()?;
     let writer = Arc::new(
         audit::start(audit::Config {
@@ -66,8 +72,6 @@ pub fn run(path: &Path) -> Result<()> {
             Some(admin::serve(address, admin)?)
         }
     };
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot make a runtime")?;
     let result = runtime.block_on(async {
         let mut term = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
         let mut int = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
@@ -84,6 +88,29 @@ pub fn run(path: &Path) -> Result<()> {
     drop(admin);
     writer.stop();
     result
+}
+
+/// How often a waiting agent looks whether the one before has ended.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Waits until no other agent works on this node: in an upgrade the next one is started while the last still runs, which
+/// answers for both until then. Returns whether to go on; false when it was told to end meanwhile.
+async fn turn(pins: &Path) -> Result<bool> {
+    let mut term = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let mut int = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+    let mut said = false;
+    while tidegate_ebpf::is_taken(pins) {
+        if !said {
+            tracing::info!("another agent works on this node; waiting for it to end");
+            said = true;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(LOOK) => {}
+            _ = term.recv() => return Ok(false),
+            _ = int.recv() => return Ok(false),
+        }
+    }
+    Ok(true)
 }
 
 /// Readiness is the agent's: not ready until the kernel holds a complete snapshot.

@@ -13,6 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use crate::egress::Way;
 use anyhow::{Context, Result, bail};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::{Deserialize, Serialize};
@@ -27,6 +28,8 @@ const ANSWER: Duration = Duration::from_secs(10);
 struct Hello<'a> {
     gateway: &'a str,
     tunnel_mtu: u16,
+    device: &'a str,
+    flow_idle_seconds: u64,
     r#static: &'a [IpAddr],
 }
 
@@ -55,13 +58,19 @@ pub struct Handover {
 
 impl Handover {
     /// Connects to the agent and hands over the namespace of the calling thread. Blocks up to 10 s.
-    pub fn connect(socket: &Path, gateway: &str, tunnel_mtu: u16, addresses: &[IpAddr]) -> Result<Self> {
+    pub fn connect(socket: &Path, gateway: &str, tunnel_mtu: u16, way: &Way) -> Result<Self> {
         let stream = UnixStream::connect(socket)
             .with_context(|| format!("cannot reach the node's agent at {}", socket.display()))?;
         stream.set_read_timeout(Some(ANSWER)).context("cannot set a timeout")?;
         stream.set_write_timeout(Some(ANSWER)).context("cannot set a timeout")?;
         let namespace = File::open("/proc/thread-self/ns/net").context("cannot open this pod's network namespace")?;
-        let mut line = serde_json::to_vec(&Hello { gateway, tunnel_mtu, r#static: addresses })?;
+        let mut line = serde_json::to_vec(&Hello {
+            gateway,
+            tunnel_mtu,
+            device: &way.rules.device,
+            flow_idle_seconds: way.flow_idle_seconds,
+            r#static: &way.addresses(),
+        })?;
         line.push(b'\n');
         let fds = [namespace.as_raw_fd()];
         let sent = sendmsg::<()>(

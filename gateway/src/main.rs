@@ -56,7 +56,7 @@ struct Cli {
 enum Command {
     /// Run a gateway: DNS, TLS relay, forwarding, and the push to the nodes' kernels.
     ///
-    /// Runs in the network namespace in which it is started, and needs NET_ADMIN and BPF there. Ends on SIGTERM,
+    /// Runs in the network namespace in which it is started, and needs NET_ADMIN, BPF and PERFMON there. Ends on SIGTERM,
     /// after a drain. docs/configuration.md has every key of the configuration file.
     Gateway {
         /// The configuration file (YAML).
@@ -176,7 +176,8 @@ fn main() -> ExitCode {
         Command::Agent { config, cleanup: false, .. } => agent_cmd::run(&config).map(|()| 0),
         Command::Agent { config, cleanup: true, .. } => agent_cmd::cleanup(&config).map(|()| 0),
         Command::Policy { command } => {
-            policy_cmd::run(&command, &mut std::io::stdout().lock(), &mut std::io::stderr().lock()).map_err(Into::into)
+            let (mut input, mut out, mut err) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
+            policy_cmd::run(&command, &mut input, &mut out, &mut err).map_err(Into::into)
         }
         Command::Crds => crds(),
         Command::Status { cluster: true, api, output, wait, .. } => {

@@ -1,9 +1,11 @@
 //! `tidegate policy`: tools for people who write policy. They need no cluster.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::PathBuf;
 
-use tidegate_api::Severity;
+use serde::Serialize;
+use serde_json::json;
+use tidegate_api::{Problem, Severity};
 use tidegate_policy::Name;
 use tidegate_policy::pattern::Pattern;
 
@@ -26,11 +28,73 @@ pub enum PolicyCommand {
     ///
     /// Prints one line for each problem and warning. Exit code: 0 if all is good (there may be warnings),
     /// 1 if there are problems, 2 if a path cannot be read.
-    Check {
-        /// A file, or a directory with *.yaml, *.yml and *.json files; may be given several times.
-        #[arg(short = 'f', long = "filename", required = true)]
-        paths: Vec<PathBuf>,
-    },
+    Check(Manifests),
+    /// Check manifests, and let warnings fail: patterns and prefixes that cover more than their author may think,
+    /// grants that a tenant can take by setting a label, rules without effect.
+    ///
+    /// Prints as `check` does. Exit code: 0 if there is nothing to say, 1 if there are warnings or problems, 2 if a path
+    /// cannot be read.
+    Lint(Manifests),
+}
+
+/// What is checked, and how it is printed.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Manifests {
+    /// A file, a directory with *.yaml, *.yml and *.json files, or - for standard input; may be given several times.
+    #[arg(short = 'f', long = "filename", required = true)]
+    paths: Vec<PathBuf>,
+    /// How problems are printed: a line each, or one JSON document.
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+}
+
+/// How problems are printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum Output {
+    /// One line each.
+    #[default]
+    Text,
+    /// `{"problems": [...], "unreadable": [...]}`.
+    Json,
+}
+
+/// A problem as JSON.
+#[derive(Debug, Serialize)]
+struct Row<'a> {
+    severity: &'static str,
+    reason: &'static str,
+    file: std::borrow::Cow<'a, str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    document: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    line: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    object: Option<Object<'a>>,
+    /// The field; empty when the object as a whole is meant.
+    path: String,
+    message: &'a str,
+}
+
+#[derive(Debug, Serialize)]
+struct Object<'a> {
+    kind: &'a str,
+    namespace: &'a str,
+    name: &'a str,
+}
+
+impl<'a> From<&'a Problem> for Row<'a> {
+    fn from(p: &'a Problem) -> Self {
+        Row {
+            severity: p.severity.as_str(),
+            reason: p.code.as_str(),
+            file: p.file.to_string_lossy(),
+            document: p.document,
+            line: p.line,
+            object: p.object.as_ref().map(|o| Object { kind: &o.kind, namespace: &o.namespace, name: &o.name }),
+            path: p.path.to_string(),
+            message: &p.message,
+        }
+    }
 }
 
 /// All is good.
@@ -44,10 +108,11 @@ pub const USAGE: u8 = 2;
 ///
 /// # Errors
 /// When `out` or `err` cannot be written.
-pub fn run(command: &PolicyCommand, out: &mut dyn Write, err: &mut dyn Write) -> io::Result<u8> {
+pub fn run(command: &PolicyCommand, input: &mut dyn Read, out: &mut dyn Write, err: &mut dyn Write) -> io::Result<u8> {
     match command {
         PolicyCommand::Match { pattern, name } => matches(pattern, name, out, err),
-        PolicyCommand::Check { paths } => check(paths, out, err),
+        PolicyCommand::Check(manifests) => check(manifests, false, input, out, err),
+        PolicyCommand::Lint(manifests) => check(manifests, true, input, out, err),
     }
 }
 
@@ -71,34 +136,52 @@ fn matches(pattern: &str, name: &str, out: &mut dyn Write, err: &mut dyn Write) 
     Ok(OK)
 }
 
-fn check(paths: &[PathBuf], out: &mut dyn Write, err: &mut dyn Write) -> io::Result<u8> {
-    let mut code = OK;
-    let (mut problems, mut warnings) = (0usize, 0usize);
-    for path in paths {
-        let found = match tidegate_api::check(path) {
-            Ok(found) => found,
-            Err(e) => {
-                writeln!(err, "cannot read {}: {e}", path.display())?;
-                code = USAGE;
-                continue;
-            }
+fn check(
+    manifests: &Manifests,
+    lint: bool,
+    input: &mut dyn Read,
+    out: &mut dyn Write,
+    err: &mut dyn Write,
+) -> io::Result<u8> {
+    let (mut found, mut unreadable) = (Vec::new(), Vec::new());
+    for path in &manifests.paths {
+        let checked = match path.to_str() {
+            Some("-") => tidegate_api::check_input("-", input),
+            _ => tidegate_api::check(path),
         };
-        for p in found {
-            writeln!(out, "{}: {p}", p.severity.as_str())?;
-            match p.severity {
-                Severity::Error | Severity::Refused => problems += 1,
-                Severity::Warning => warnings += 1,
-                Severity::Note => {}
-            }
+        match checked {
+            Ok(problems) => found.extend(problems),
+            Err(e) => unreadable.push(format!("cannot read {}: {e}", path.display())),
         }
     }
-    if problems + warnings > 0 {
-        writeln!(err, "problems: {problems}, warnings: {warnings}")?;
+    let count = |of: fn(Severity) -> bool| found.iter().filter(|p| of(p.severity)).count();
+    let problems = count(|s| matches!(s, Severity::Error | Severity::Refused));
+    let warnings = count(|s| s == Severity::Warning);
+    match manifests.output {
+        Output::Text => {
+            for p in &found {
+                writeln!(out, "{}: {p}", p.severity.as_str())?;
+            }
+            for why in &unreadable {
+                writeln!(err, "{why}")?;
+            }
+            if problems + warnings > 0 {
+                writeln!(err, "problems: {problems}, warnings: {warnings}")?;
+            }
+        }
+        Output::Json => {
+            let rows: Vec<Row> = found.iter().map(Row::from).collect();
+            serde_json::to_writer_pretty(&mut *out, &json!({"problems": rows, "unreadable": unreadable}))?;
+            writeln!(out)?;
+        }
     }
-    if code == OK && problems > 0 {
-        code = PROBLEMS;
-    }
-    Ok(code)
+    Ok(if !unreadable.is_empty() {
+        USAGE
+    } else if problems > 0 || lint && warnings > 0 {
+        PROBLEMS
+    } else {
+        OK
+    })
 }
 
 #[cfg(test)]
@@ -113,9 +196,13 @@ mod tests {
     }
 
     fn go(args: &[&str]) -> (u8, String, String) {
+        go_with(args, "")
+    }
+
+    fn go_with(args: &[&str], input: &str) -> (u8, String, String) {
         let cli = Cli::try_parse_from([&["policy"], args].concat()).unwrap();
         let (mut out, mut err) = (Vec::new(), Vec::new());
-        let code = run(&cli.command, &mut out, &mut err).unwrap();
+        let code = run(&cli.command, &mut input.as_bytes(), &mut out, &mut err).unwrap();
         (code, String::from_utf8(out).unwrap(), String::from_utf8(err).unwrap())
     }
 
@@ -162,5 +249,55 @@ mod tests {
         assert_eq!(code, 2, "what cannot be read counts more than what is wrong");
         assert!(out.starts_with("refused: ") && err.starts_with("cannot read /nonexistent/x.yaml: "), "{out}{err}");
         assert!(Cli::try_parse_from(["policy", "check"]).is_err());
+    }
+
+    const BROAD: &str = "apiVersion: tidegate.dev/v1alpha1\nkind: EgressPolicy\nmetadata: {name: a, namespace: shop}\nspec:\n  \
+        podSelector: {}\n  egress: [{toFQDNs: [{matchPattern: '*x.com'}, {matchPattern: '*.co.uk'}, {matchPattern: '*'}], toPorts: [{protocol: TCP, port: 443}]}]\n";
+
+    #[test]
+    fn lint_lets_warnings_fail() {
+        let (code, out, err) = go_with(&["check", "-f", "-"], BROAD);
+        assert_eq!((code, err.as_str()), (0, "problems: 0, warnings: 3\n"), "{out}");
+        assert!(out.lines().all(|l| l.starts_with("warning: -:")), "{out}");
+        let (code, again, _) = go_with(&["lint", "-f", "-"], BROAD);
+        assert_eq!((code, again), (1, out));
+        let good =
+            BROAD.replace("'*x.com'", "'*.x.com'").replace("'*.co.uk'", "'*.x.co.uk'").replace("'*'", "'a.*.x.com'");
+        assert_eq!(go_with(&["lint", "-f", "-"], &good), (0, String::new(), String::new()));
+    }
+
+    #[test]
+    fn a_grant_that_a_tenant_can_take_is_a_warning() {
+        let text = "apiVersion: tidegate.dev/v1alpha1\nkind: ClusterEgressPolicy\nmetadata: {name: a}\nspec:\n  tier: Admin\n  priority: 1\n  \
+            subject: {namespaceSelector: {}, podSelector: {matchLabels: {egress: 'yes'}}}\n  egress: [{action: Accept, toCIDRs: [{cidr: 203.0.113.0/24}], \
+            toPorts: [{protocol: TCP, port: 443}]}]\n";
+        let (code, out, _) = go_with(&["lint", "-f", "-", "-o", "json"], text);
+        let all: serde_json::Value = serde_json::from_str(&out).unwrap();
+        assert_eq!((code, &all["problems"][0]["reason"]), (1, &json!("TenantLabel")), "{out}");
+    }
+
+    #[test]
+    fn json_says_what_text_says() {
+        let bad = BROAD.replace("podSelector: {}", "podSelctor: {}");
+        let (code, text, _) = go_with(&["check", "-f", "-"], &bad);
+        let (same, out, err) = go_with(&["check", "-f", "-", "-f", "/nonexistent", "--output", "json"], &bad);
+        assert_eq!((code, same, err.as_str()), (1, 2, ""));
+        let all: serde_json::Value = serde_json::from_str(&out).unwrap();
+        assert!(all["unreadable"][0].as_str().unwrap().starts_with("cannot read /nonexistent: "));
+        let rows = all["problems"].as_array().unwrap();
+        assert_eq!(rows.len(), text.lines().count());
+        let first = rows.iter().find(|r| r["reason"] == "UnknownField").unwrap();
+        assert_eq!(first["severity"], "error");
+        assert_eq!(first["object"], json!({"kind": "EgressPolicy", "namespace": "shop", "name": "a"}));
+        assert!(first["path"].as_str().unwrap().contains("podSelctor") && first["line"].is_u64(), "{first}");
+        assert!(go_with(&["check", "-f", "-"], "\u{0}").0 != 0);
+    }
+
+    #[test]
+    fn every_example_in_the_documentation_is_good() {
+        let examples = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/examples");
+        let (code, out, _) = go(&["check", "-f", examples]);
+        assert_eq!(code, 0, "{out}");
+        assert!(std::fs::read_dir(examples).unwrap().count() >= 7);
     }
 }

@@ -112,8 +112,7 @@ impl Keeper {
     }
 
     async fn keep(&self, waiting: Guard) -> Result<()> {
-        let mut handover =
-            Handover::connect(&self.socket, &self.gateway, TUNNEL_MTU, &self.way(TUNNEL_MTU).addresses())?;
+        let mut handover = Handover::connect(&self.socket, &self.gateway, TUNNEL_MTU, &self.way(TUNNEL_MTU))?;
         let mut way = self.way(handover.mtu);
         self.tell();
         way.apply().await.context("cannot set up the way out")?;

@@ -13,6 +13,7 @@ use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan};
 use tokio::sync::oneshot;
 
 use crate::links::{Kind, Link, LinkError, Netlink};
+use crate::sysctl::Setting;
 
 /// The tunnel device.
 pub const TUNNEL: &str = "tgn";
@@ -162,6 +163,21 @@ impl Netlink {
         quiet(EGRESS_SIDE)?;
         let (egress_side, _) = self.adjust(EGRESS_SIDE, egress_mtu, true).await?;
         Ok(Plugged { pod_side, egress_side })
+    }
+
+    /// Makes settings of a gateway's network namespace. Returns how many were otherwise.
+    ///
+    /// # Errors
+    /// The namespace could not be entered, or the kernel refused.
+    pub async fn settle(&self, netns: BorrowedFd<'_>, settings: Vec<Setting>) -> Result<usize, LinkError> {
+        let apply = move |_| async move {
+            let mut n = 0;
+            for setting in &settings {
+                n += usize::from(setting.apply().map_err(LinkError::io("settings of the gateway's namespace"))?);
+            }
+            Ok(n)
+        };
+        in_netns(netns, apply).await
     }
 
     async fn pair(&self, netns: BorrowedFd<'_>, outer: &str, inner: &str, mtu: u32) -> Result<(), LinkError> {

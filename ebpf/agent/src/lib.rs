@@ -26,6 +26,7 @@ pub mod merge;
 mod node;
 pub mod plug;
 pub mod stream;
+pub mod sysctl;
 mod told;
 
 use std::future::Future;

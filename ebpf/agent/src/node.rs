@@ -30,7 +30,7 @@ use crate::merge::{self, Model, Source};
 use crate::plug::{Hello, Request};
 use crate::stream::{self, Ack, Applied};
 use crate::told::Told;
-use crate::{AgentError, Status, options};
+use crate::{AgentError, Status, options, sysctl};
 
 /// One step of the cheap checks; a tenth of the attachments is verified in each.
 const STEP: Duration = Duration::from_millis(100);
@@ -471,6 +471,8 @@ impl Node {
         let uplinks = self.topology.uplinks(self.config.uplinks.as_deref());
         let egress_mtu = uplinks.iter().map(|l| l.mtu).min().unwrap_or(1500).clamp(1280, 65_535);
         let plugged = self.netlink.plug(netns.as_fd(), mtu, egress_mtu).await.map_err(|e| e.to_string())?;
+        let settings = sysctl::of_gateway(&hello.device, hello.flow_idle_seconds);
+        self.netlink.settle(netns.as_fd(), settings).await.map_err(|e| e.to_string())?;
         self.gateway =
             Some(Gateway { name: hello.gateway.clone(), connection: Some(connection), mtu: (mtu.into(), egress_mtu) });
         self.refresh().await;

@@ -3,7 +3,7 @@
 //!
 //! The gateway connects and sends one JSON line with the namespace's file
 //! descriptor (SCM_RIGHTS):
-//! `{"gateway":"gw-a","tunnelMtu":1450,"static":["203.0.113.10"]}`. The answer is
+//! `{"gateway":"gw-a","tunnelMtu":1450,"device":"eth0","flowIdleSeconds":7200,"static":["203.0.113.10"]}`. The answer is
 //! `{"plugged":true,"tgpMtu":1450}` or `{"error":"…"}`. Then a renewal comes every
 //! 500 ms: `{"renew":true,"static":[…]}`. After 2 s of silence, or at the end of the
 //! connection, the addresses are let go; the devices stay for its return.
@@ -41,9 +41,23 @@ pub struct Hello {
     pub gateway: String,
     /// The largest packet that the gateway wants to see from the tunnel, in bytes.
     pub tunnel_mtu: u16,
+    /// The pod's own device.
+    #[serde(default = "default_device")]
+    pub device: String,
+    /// After how many seconds without packets a flow is dead.
+    #[serde(default = "default_idle")]
+    pub flow_idle_seconds: u64,
     /// Egress addresses to hold.
     #[serde(default)]
     pub r#static: Vec<IpAddr>,
+}
+
+fn default_device() -> String {
+    "eth0".into()
+}
+
+fn default_idle() -> u64 {
+    7_200
 }
 
 /// Every other line.
@@ -189,6 +203,10 @@ async fn plug(lines: &mut Lines, connection: u64, requests: &mpsc::Sender<Reques
     if hello.gateway.is_empty() || hello.gateway.len() > 253 {
         return Err(invalid("gateway: not a name"));
     }
+    // It becomes part of a path.
+    if !is_device(&hello.device) {
+        return Err(invalid("device: not a device's name"));
+    }
     if !(1280..=9000).contains(&hello.tunnel_mtu) {
         return Err(invalid("tunnelMtu: must be from 1280 to 9000"));
     }
@@ -198,6 +216,12 @@ async fn plug(lines: &mut Lines, connection: u64, requests: &mpsc::Sender<Reques
     let stopped = || io::Error::new(io::ErrorKind::BrokenPipe, "the agent is stopping");
     requests.send(request).await.map_err(|_| stopped())?;
     answered.await.map_err(|_| stopped())?.map_err(invalid)
+}
+
+/// Whether a device can have this name; `all` and `default` are none.
+fn is_device(name: &str) -> bool {
+    let kept = ["", ".", "..", "all", "default"];
+    name.len() < 16 && !kept.contains(&name) && !name.bytes().any(|b| b == b'/' || b <= b' ')
 }
 
 fn check(addresses: &[IpAddr]) -> io::Result<()> {
@@ -288,6 +312,11 @@ mod tests {
             serde_json::from_str(r#"{"gateway":"gw-a","tunnelMtu":1450,"static":["203.0.113.10","2001:db8::10"]}"#)
                 .unwrap();
         assert_eq!((hello.gateway.as_str(), hello.tunnel_mtu, hello.r#static.len()), ("gw-a", 1450, 2));
+        assert_eq!((hello.device.as_str(), hello.flow_idle_seconds), ("eth0", 7200));
+        for bad in ["", ".", "..", "../x", "a b", "all", "sixteen-letters-"] {
+            assert!(!is_device(bad), "{bad}");
+        }
+        assert!(is_device("eth0.7"));
         let renewal: Renewal = serde_json::from_str(r#"{"renew":true,"static":[]}"#).unwrap();
         assert!(renewal.r#static.is_empty());
         let text = |a| serde_json::to_string(&a).unwrap();

@@ -107,6 +107,20 @@ fn a_gateway_is_plugged_in_once_and_moved_when_its_namespace_changes() {
         assert_eq!(node.sh(&format!("cat /proc/sys/net/{key}")).trim(), wanted);
     }
 
+    // What a pod with a read-only /proc/sys cannot set itself.
+    gateway.ip("link add up0 type dummy");
+    gateway.sh("echo 1 > /proc/sys/net/ipv4/conf/up0/rp_filter; echo 0 > /proc/sys/net/ipv4/ip_forward");
+    let settle = || {
+        let fd = gateway.fd();
+        let settings = tidegate_agent::sysctl::of_gateway("up0", 7200);
+        node.block_on(|| async { Netlink::open().unwrap().settle(fd, settings).await.unwrap() })
+    };
+    assert!(settle() >= 2);
+    assert_eq!(settle(), 0, "it is as it should be");
+    for (key, wanted) in [("ip_forward", "1"), ("conf/up0/rp_filter", "0"), ("conf/tgp/rp_filter", "0")] {
+        assert_eq!(gateway.sh(&format!("cat /proc/sys/net/ipv4/{key}")).trim(), wanted, "{key}");
+    }
+
     // Again, also after an agent's restart: nothing moves.
     assert_eq!(plug(&gateway), first);
     assert_eq!(inside(&gateway, "tgp").unwrap(), tgp);

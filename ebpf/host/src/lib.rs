@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 pub use attach::{Attached, Place, remove_pins};
 pub use error::Error;
 pub use events::{Counter, Events, PacketEvent, hook_name};
-pub use load::{Datapath, TestPacket, TestResult};
+pub use load::{Datapath, TestPacket, TestResult, is_taken};
 pub use preflight::preflight;
 pub use sweep::Swept;
 pub use tidegate_ebpf_common::layout::OVERLAYS;

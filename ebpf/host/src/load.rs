@@ -468,6 +468,11 @@ pub(crate) fn load_object(options: &Options, root: &Path) -> Result<Ebpf, Error>
     Ok(ebpf)
 }
 
+/// Whether another process works below a folder of pins now.
+pub fn is_taken(pins: &Path) -> bool {
+    matches!(lock(pins), Err(Error::Busy(_)))
+}
+
 /// One process at a time works below a folder of pins.
 pub(crate) fn lock(pins: &Path) -> Result<Flock<File>, Error> {
     let folder = File::open(pins).map_err(Error::io(format!("cannot open {}", pins.display())))?;

@@ -21,8 +21,9 @@ pub fn preflight() -> Result<(), String> {
         return Err("the kernel has no BTF: it must be built with CONFIG_DEBUG_INFO_BTF".into());
     }
     mount_bpffs()?;
-    // Creating a map needs CAP_BPF; loading classifiers CAP_NET_ADMIN.
-    for (bit, name) in [(39, "CAP_BPF"), (12, "CAP_NET_ADMIN")] {
+    // Creating a map needs CAP_BPF, loading classifiers CAP_NET_ADMIN; without CAP_PERFMON the verifier refuses code that
+    // reuses stack slots of pointers, as compilers make it.
+    for (bit, name) in [(39, "CAP_BPF"), (12, "CAP_NET_ADMIN"), (38, "CAP_PERFMON")] {
         if !has_capability(bit) {
             return Err(format!("{name} is missing: run as root or grant it"));
         }

@@ -125,6 +125,7 @@ fn one_process_at_a_time() {
     let mut fixture = Fixture::new(Role::Node);
     let mut options = fixture.options.clone();
     assert!(matches!(Datapath::load(&options), Err(Error::Busy(_))));
+    assert!(tidegate_ebpf::is_taken(&options.pins) && !tidegate_ebpf::is_taken(&options.pins.join("none")));
     // Also with maps of another layout: both would work on the same devices.
     options.capacities.facts = 512;
     assert!(matches!(Datapath::load(&options), Err(Error::Busy(_))));

@@ -16,6 +16,7 @@ use anyhow::{Context, Result, bail};
 
 use nft::Rules;
 use tidegate_agent::events::repaired;
+use tidegate_agent::sysctl;
 
 /// The device towards pods, plugged in by the agent.
 pub const TOWARDS_PODS: &str = "tgp";
@@ -61,38 +62,11 @@ impl Way {
         Ok(())
     }
 
-    /// Returns how many were otherwise.
+    /// Returns how many were otherwise. The agent makes them when the gateway is plugged in: in an ordinary pod only it can.
     fn sysctls(&self) -> Result<usize> {
-        let idle = self.flow_idle_seconds.to_string();
-        let dev = &self.rules.device;
-        let mut wanted: Vec<(String, &str)> = vec![
-            ("net/ipv4/ip_forward".into(), "1"),
-            ("net/ipv6/conf/all/forwarding".into(), "1"),
-            // Answers that the stack makes by itself (resets, ICMP errors) go where the marked packet came from.
-            ("net/ipv4/fwmark_reflect".into(), "1"),
-            ("net/ipv6/fwmark_reflect".into(), "1"),
-            // Without it, outgoing connections collapse once the ports are in TIME-WAIT.
-            ("net/ipv4/tcp_tw_reuse".into(), "1"),
-        ];
-        for d in ["all", "default", TOWARDS_PODS, TOWARDS_UPLINK, dev] {
-            wanted.push((format!("net/ipv4/conf/{d}/rp_filter"), "0"));
-            wanted.push((format!("net/ipv4/conf/{d}/send_redirects"), "0"));
-        }
-        for d in ["lo", TOWARDS_PODS, TOWARDS_UPLINK] {
-            // Plugins of IPv4 clusters disable IPv6 in pods, and the kernel then refuses our routes.
-            wanted.push((format!("net/ipv6/conf/{d}/disable_ipv6"), "0"));
-        }
-        for d in [TOWARDS_PODS, TOWARDS_UPLINK] {
-            wanted.push((format!("net/ipv6/conf/{d}/accept_ra"), "0"));
-        }
-        wanted.retain(|(key, _)| has_ipv6() || !key.starts_with("net/ipv6/"));
         let mut n = 0;
-        for (key, value) in &wanted {
-            n += usize::from(write_sysctl(key, value)?);
-        }
-        // The conntrack module shows its keys only once a rule of ours has loaded it.
-        for (key, value) in [("timeout_established", idle.as_str()), ("be_liberal", "0")] {
-            n += usize::from(write_sysctl(&format!("net/netfilter/nf_conntrack_tcp_{key}"), value).unwrap_or(false));
+        for setting in sysctl::of_gateway(&self.rules.device, self.flow_idle_seconds) {
+            n += usize::from(setting.apply().context("neither the node's agent nor this gateway could set it")?);
         }
         Ok(n)
     }
@@ -103,25 +77,6 @@ impl Way {
 pub async fn remove() -> Result<()> {
     load_rules("table inet tidegate {}\ndelete table inet tidegate\n")?;
     routes::remove().await
-}
-
-/// Whether the kernel has IPv6 at all: with `ipv6.disable=1` it has neither its keys nor its routes.
-fn has_ipv6() -> bool {
-    std::path::Path::new("/proc/sys/net/ipv6").exists()
-}
-
-/// Sets a sysctl of this thread's network namespace, if it does not hold already (a read-only /proc/sys is fine then).
-/// Returns whether it did not.
-fn write_sysctl(key: &str, value: &str) -> Result<bool> {
-    let path = format!("/proc/sys/{key}");
-    let now = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
-    if now.trim() != value {
-        std::fs::write(&path, value).with_context(|| {
-            format!("cannot set {path} to {value}: the gateway needs NET_ADMIN and a writable /proc/sys/net")
-        })?;
-        return Ok(true);
-    }
-    Ok(false)
 }
 
 /// Loads a text as one nftables transaction. Called at start, on a change and in the full pass; never per packet.

@@ -105,7 +105,7 @@ async fn apply_with(handle: &Handle, device: &str, mtu: u16, addresses: &[IpAddr
     let tgp = set_link(handle, TOWARDS_PODS, Some(mtu.into()), &mut changed).await?;
     let tga = set_link(handle, TOWARDS_UPLINK, None, &mut changed).await?;
     changed.addresses = set_addresses(handle, tga, addresses).await?;
-    let families: &[bool] = if super::has_ipv6() { &[false, true] } else { &[false] };
+    let families: &[bool] = if tidegate_agent::sysctl::has_ipv6() { &[false, true] } else { &[false] };
     for &v6 in families {
         changed.rules += set_rules(handle, v6, &wanted(device, addresses)).await?;
         let present = defaults(handle, v6).await?;
@@ -134,7 +134,7 @@ pub async fn remove() -> Result<()> {
 }
 
 async fn remove_with(handle: &Handle) -> Result<()> {
-    let families: &[bool] = if super::has_ipv6() { &[false, true] } else { &[false] };
+    let families: &[bool] = if tidegate_agent::sysctl::has_ipv6() { &[false, true] } else { &[false] };
     for &v6 in families {
         set_rules(handle, v6, &[]).await?;
         for route in our_routes(handle, v6).await? {

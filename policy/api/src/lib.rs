@@ -22,4 +22,6 @@ mod schema;
 mod tree;
 
 pub use problem::{Code, FieldPath, FieldProblem, ObjectRef, Problem, Seg, Severity, printable};
-pub use reader::{Loaded, MAX_DEPTH, MAX_DOCUMENTS, MAX_FILE, MAX_FILES, Reader, check, check_file, watch_paths};
+pub use reader::{
+    Loaded, MAX_DEPTH, MAX_DOCUMENTS, MAX_FILE, MAX_FILES, Reader, check, check_file, check_input, watch_paths,
+};

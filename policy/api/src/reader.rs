@@ -88,6 +88,16 @@ impl Reader {
                 }
             }
         }
+        self.settle(files, held, problems)
+    }
+
+    /// Takes parsed files as all that there is now, but for what comes from `held`.
+    fn settle(
+        &mut self,
+        files: BTreeMap<PathBuf, Parsed>,
+        mut held: BTreeSet<PathBuf>,
+        mut problems: Vec<Problem>,
+    ) -> Loaded {
         let mut live: BTreeMap<Id, Live> = BTreeMap::new();
         let mut places: BTreeMap<Id, (PathBuf, u32)> = BTreeMap::new();
         let mut bad: BTreeSet<Id> = BTreeSet::new();
@@ -156,6 +166,10 @@ impl Reader {
         if bytes.len() as u64 > MAX_FILE {
             return Err(io::Error::other(format!("it is larger than {MAX_FILE} octets; split it")));
         }
+        self.parse_bytes(path, bytes)
+    }
+
+    fn parse_bytes(&self, path: &Path, bytes: Vec<u8>) -> io::Result<Parsed> {
         let content = KeyHasher::new("manifest").field(&bytes).finish();
         if let Some(old) = self.files.get(path).filter(|p| p.content == content) {
             return Ok(old.clone());
@@ -366,6 +380,22 @@ pub fn check(path: &Path) -> io::Result<Vec<Problem>> {
         fs::File::open(path)?;
     }
     Ok(Reader::new(path).reload().problems)
+}
+
+/// Checks manifests that come from elsewhere, such as standard input; `name` stands for the file in problems.
+///
+/// # Errors
+/// When they cannot be read, are too large or not UTF-8.
+pub fn check_input(name: &str, input: &mut dyn io::Read) -> io::Result<Vec<Problem>> {
+    let mut bytes = Vec::new();
+    input.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_FILE {
+        return Err(io::Error::other(format!("it is larger than {MAX_FILE} octets; split it")));
+    }
+    let path = PathBuf::from(name);
+    let mut reader = Reader::new(&path);
+    let parsed = reader.parse_bytes(&path, bytes)?;
+    Ok(reader.settle(BTreeMap::from([(path, parsed)]), BTreeSet::new(), Vec::new()).problems)
 }
 
 /// Checks one file, as [`check`] does; a directory is an error.

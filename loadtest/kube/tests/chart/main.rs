@@ -5,4 +5,5 @@ mod common;
 mod image;
 mod install;
 mod schemas;
+mod uninstall;
 mod values;

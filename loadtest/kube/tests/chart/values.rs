@@ -104,7 +104,7 @@ const REFUSED: &[(&str, &[&str])] = &[
     ("image: {digest: 'sha256:0'}", &["image.digest"]),
     ("image: {repository: 'a@sha256:0'}", &["image.repository"]),
     ("uninstall: {timeoutSeconds: 1}", &["uninstall.timeoutSeconds", "30"]),
-    ("gateway: {env: {PATH: /}}", &["gateway.env"]),
+    ("gateway: {env: {PATH: /}}", &["gateway.env", "PATH"]),
 ];
 
 /// A cluster with our definitions and the namespace of the release.
@@ -208,8 +208,12 @@ fn the_program_reads_what_the_chart_writes() {
     for (name, values) in MATRIX {
         println!("{name}");
         let manifests = documents(&template(values, false).success().unwrap());
-        let gateway = understood("gateway", &manifests);
-        assert_eq!((&gateway["name"], &gateway["node"]), (&json!("gw-x"), &json!("node-x")));
+        let (gateway, agent) = (understood("gateway", &manifests), understood("agent", &manifests));
+        let (own, node) = (json!("gw-x"), json!("node-x"));
+        assert_eq!((&gateway["name"], &gateway["node"], &agent["node"]), (&own, &node, &node));
+        // What both must agree on.
+        assert_eq!((&gateway["tunnelPort"], &gateway["socket"]), (&agent["tunnelPort"], &agent["socket"]));
+        assert!(gateway["control"].as_str().unwrap().ends_with(&format!(":{}", agent["discover"]["port"])));
         let exempt = gateway["exemptNamespaces"].as_array().unwrap();
         assert!(exempt.contains(&json!(NAMESPACE)), "{exempt:?}");
     }
@@ -218,7 +222,7 @@ fn the_program_reads_what_the_chart_writes() {
 #[test]
 fn what_the_chart_calls_a_default_is_the_programs_default() {
     let defaults = documents(&template("{}", false).success().unwrap());
-    for component in ["gateway"] {
+    for component in ["gateway", "agent"] {
         let chart = understood(component, &defaults);
         // The same file with only what the chart decides itself.
         let values: Value =
@@ -250,7 +254,7 @@ fn pods_hold_what_their_configuration_names() {
     let rights = &gateway["containers"][0]["securityContext"];
     assert_eq!(
         rights["capabilities"],
-        json!({"drop": ["ALL"], "add": ["BPF", "NET_ADMIN", "NET_BIND_SERVICE", "NET_RAW"]})
+        json!({"drop": ["ALL"], "add": ["BPF", "NET_ADMIN", "NET_BIND_SERVICE", "PERFMON"]})
     );
     assert_eq!((&rights["privileged"], &rights["readOnlyRootFilesystem"]), (&json!(false), &json!(true)));
     assert!(["hostNetwork", "hostPID", "hostIPC"].iter().all(|k| gateway[*k].is_null()));
@@ -266,15 +270,22 @@ fn pods_hold_what_their_configuration_names() {
     assert_eq!(tokens.len(), 1);
     assert_eq!(tokens[0]["projected"]["sources"][0]["serviceAccountToken"]["audience"], "tidegate");
 
-    for (component, pod) in [("gateway", &gateway)] {
+    for (component, pod) in [("gateway", &gateway), ("agent", &agent)] {
         let config = understood(component, &manifests);
         let container = &pod["containers"][0];
         let mounts: Vec<&str> =
             container["volumeMounts"].as_array().unwrap().iter().map(|m| m["mountPath"].as_str().unwrap()).collect();
-        for (key, writable) in [("socket", true), ("pins", true), ("journal", true)] {
-            let Some(path) = config[key].as_str() else { continue };
+        for (pointer, writable) in [
+            ("/socket", true),
+            ("/pins", true),
+            ("/journal", true),
+            ("/join/folder", true),
+            ("/join/token", false),
+            ("/join/ca", false),
+        ] {
+            let Some(path) = config.pointer(pointer).and_then(Value::as_str) else { continue };
             let mount = mounts.iter().position(|m| path.starts_with(*m));
-            let mount = mount.unwrap_or_else(|| panic!("{component}: nothing is mounted for {key}, {path}"));
+            let mount = mount.unwrap_or_else(|| panic!("{component}: nothing is mounted for {pointer}, {path}"));
             assert_eq!(container["volumeMounts"][mount]["readOnly"].is_null(), writable, "{component}: {path}");
         }
         let port = config["admin"].as_str().unwrap().rsplit_once(':').unwrap().1.parse::<u16>().unwrap();
