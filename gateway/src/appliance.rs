@@ -40,7 +40,7 @@ use crate::ownership::Ownership;
 use crate::push::Streams;
 use crate::relay_check::RelayCheck;
 use crate::source::kubernetes::{Follower, health};
-use crate::source::{Compiler, Problems, now};
+use crate::source::{Compiler, Problems, dns_ports, now};
 use crate::way::Keeper;
 use crate::{admin, api, audit, core, descriptors, members, peering, peers, push, resolv, source, telemetry};
 
@@ -59,8 +59,6 @@ pub fn cleanup(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The port that is DNS whatever the destination; endpoints of the cluster's DNS may add others.
-const DNS_PORT: u16 = 53;
 /// Where intercepted TLS arrives. Only TPROXY reaches it.
 const RELAY_PORT: u16 = 15001;
 /// Whether this namespace has a route out for IPv4 and IPv6. Nothing is sent.
@@ -70,14 +68,6 @@ fn families() -> (bool, bool) {
     let v4 = reaches((Ipv4Addr::UNSPECIFIED, 0).into(), (Ipv4Addr::new(192, 0, 2, 1), 9).into());
     let v6 = reaches((Ipv6Addr::UNSPECIFIED, 0).into(), (Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1), 9).into());
     (v4, v6)
-}
-
-/// Every port on which DNS is intercepted.
-fn dns_ports(config: &Config) -> Vec<u16> {
-    let mut ports: Vec<u16> = config.cluster.dns.iter().map(SocketAddr::port).chain([DNS_PORT]).collect();
-    ports.sort_unstable();
-    ports.dedup();
-    ports
 }
 
 fn dns_config(config: &Config, shares: &Shares, servers: ClusterServers) -> DnsConfig {

@@ -1,7 +1,10 @@
 //! Where objects come from, and the thread that compiles them: a folder of manifests, or an API server.
 
 pub mod kubernetes;
+#[cfg(test)]
+mod tests;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
@@ -20,6 +23,9 @@ use crate::watch::Watch;
 
 /// Manifests are read again at least so often, whatever the watch says.
 const REREAD: Duration = Duration::from_secs(10);
+
+/// The port that is DNS whatever the destination; endpoints of the cluster's DNS may add others.
+const DNS_PORT: u16 = 53;
 
 /// What is wrong with the objects, for the status.
 pub type Problems = Arc<ArcSwap<Vec<String>>>;
@@ -46,6 +52,14 @@ pub fn settings(config: &Config) -> model::Settings {
         cluster_prefixes: config.cluster.prefixes.clone(),
         cluster_dns: config.cluster.dns.clone(),
     }
+}
+
+/// Every port on which DNS is intercepted.
+pub fn dns_ports(config: &Config) -> Vec<u16> {
+    let mut ports: Vec<u16> = config.cluster.dns.iter().map(SocketAddr::port).chain([DNS_PORT]).collect();
+    ports.sort_unstable();
+    ports.dedup();
+    ports
 }
 
 /// Compiles, and tells the core.

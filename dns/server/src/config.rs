@@ -47,7 +47,8 @@ impl ClusterServers {
         }
     }
 
-    pub(crate) fn get(&self) -> Arc<Vec<SocketAddr>> {
+    /// Who they are now.
+    pub fn get(&self) -> Arc<Vec<SocketAddr>> {
         self.0.load_full()
     }
 }

@@ -11,7 +11,7 @@ use tidegate_kubernetes::watch::{Change, Event, List, Watched};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 
-use super::{Compiler, Ended, settings};
+use super::{Compiler, Ended, dns_ports, settings};
 use crate::cluster::ClusterNames;
 use crate::config::{Config, Kubernetes};
 use crate::core::ToCore;
@@ -143,6 +143,8 @@ struct State {
     index: Index,
     /// Feeds whose first list has come in whole.
     listed: BTreeSet<Feed>,
+    /// Ports on which this gateway takes DNS.
+    dns_ports: Vec<u16>,
     versions: Versions,
     /// Whether they moved since they were last told.
     moved: bool,
@@ -155,6 +157,7 @@ impl State {
         Self {
             index: Index::new(settings(config)),
             listed: BTreeSet::new(),
+            dns_ports: dns_ports(config),
             versions: Versions::new(),
             moved: false,
             said: None,
@@ -193,7 +196,16 @@ impl State {
                 r.problems.iter().map(move |p| format!("{kind} {namespace}{slash}{name}: {p}{keeps}"))
             })
         });
-        all.take(MAX_PROBLEMS).collect()
+        all.take(MAX_PROBLEMS).chain(self.unheard()).collect()
+    }
+
+    /// The ports are listened on from the start: queries to another one, as some CNIs send them, would meet nobody.
+    fn unheard(&self) -> Option<String> {
+        let dns = self.index.objects().settings.cluster_dns.iter();
+        let at = dns.copied().find(|at| !self.dns_ports.contains(&at.port()))?;
+        Some(format!(
+            "the cluster's DNS is at {at}, a port on which this gateway does not listen: add that to cluster.dns and restart it"
+        ))
     }
 }
 
