@@ -272,3 +272,22 @@ fn the_end_of_a_rule_touches_its_namespace_alone() {
     let scope = later.scopes().values().find(|s| &**s.namespace() == "team").unwrap();
     assert!(Arc::ptr_eq(scope, w.scope(scope.key()).unwrap()));
 }
+
+#[test]
+fn a_pool_whose_pairs_all_drained_may_become_the_pods_network() {
+    let mut o = shop().with_ns(|n| {
+        n.managed = true;
+        n.pool = Some("one".into());
+    });
+    let draining = Pair { ipv4: Some([203, 0, 113, 1].into()), ipv6: None, draining: true };
+    let source = AddressSource::Static { interface: None, pairs: vec![draining] };
+    let pool = Pool { allowed_namespaces: Some(Selector::default()), source, gateway_nodes: None };
+    o.pools.insert("one".into(), pool);
+    let w = o.world();
+    let families = |w: &World| w.ways().map(|(s, n)| (s.families(), n)).collect::<Vec<_>>();
+    assert_eq!(families(&w), [((false, false), 1)]);
+    // Neither has a pair.
+    o.pools.get_mut("one").unwrap().source = AddressSource::PodNetwork;
+    let next = World::compile(&o, UnixSeconds(1000), Some((&w, Touched::ALL)));
+    assert_eq!(families(&next), [((true, true), 1)]);
+}
