@@ -167,6 +167,25 @@ fn of_two_that_take_each_other_for_dead_one_holds_and_they_do_not_fight() {
 }
 
 #[test]
+fn of_two_heirs_that_do_not_hear_each_other_one_takes_the_epoch() {
+    let names = ["a", "b", "c"];
+    for lag in [0, 100, 200] {
+        let mut s = with_api(&names, &[(pair(1), &["a", "b", "c"])], Duration::from_millis(lag));
+        s.pass(1.0);
+        s.gateways.remove("a");
+        s.cut = [("b", "c"), ("c", "b")].map(|(x, y)| (x.to_owned(), y.to_owned())).into();
+        s.deaf = [("n1", "b"), ("n2", "b"), ("n3", "c"), ("n4", "c")].map(|(n, g)| (n.to_owned(), g.to_owned())).into();
+        for _ in 0..100 {
+            s.step();
+            let mut epochs: Vec<u64> = s.holders(&pair(1)).iter().map(|g| s.epoch(g, &pair(1))).collect();
+            epochs.sort_unstable();
+            assert!(epochs.windows(2).all(|w| w[0] < w[1]), "two hold it at epoch {epochs:?}");
+        }
+        assert!(!s.holders(&pair(1)).is_empty() && s.api().late > 0, "both wanted it");
+    }
+}
+
+#[test]
 fn of_two_claims_from_an_outage_the_higher_one_is_recorded_and_the_loser_withdraws() {
     let mut s = two();
     s.api().down = true;
