@@ -30,7 +30,10 @@ use crate::merge::{self, Model, Source};
 use crate::plug::{Hello, Request};
 use crate::stream::{self, Ack, Applied};
 use crate::told::Told;
-use crate::{AgentError, Status, options, sysctl};
+use crate::{
+    AgentError, Status, options,
+    sysctl::{self, Setting},
+};
 
 /// One step of the cheap checks; a tenth of the attachments is verified in each.
 const STEP: Duration = Duration::from_millis(100);
@@ -90,6 +93,8 @@ struct Gateway {
     connection: Option<u64>,
     /// The MTUs of its two pairs, in octets.
     mtu: (u32, u32),
+    /// Its network namespace while there is a connection, and what is to hold there.
+    inside: Option<(OwnedFd, Vec<Setting>)>,
 }
 
 struct Node {
@@ -452,6 +457,8 @@ impl Node {
             Request::Gone { connection } => {
                 if let Some(gateway) = self.gateway.as_mut().filter(|g| g.connection == Some(connection)) {
                     gateway.connection = None;
+                    // Or the namespace of a pod that is gone would stay.
+                    gateway.inside = None;
                     tracing::info!(gateway = gateway.name, "the gateway's connection ended; its addresses are let go");
                     let gone = self.leases.end();
                     self.release(&gone);
@@ -472,9 +479,14 @@ impl Node {
         let egress_mtu = uplinks.iter().map(|l| l.mtu).min().unwrap_or(1500).clamp(1280, 65_535);
         let plugged = self.netlink.plug(netns.as_fd(), mtu, egress_mtu).await.map_err(|e| e.to_string())?;
         let settings = sysctl::of_gateway(&hello.device, hello.flow_idle_seconds);
-        self.netlink.settle(netns.as_fd(), settings).await.map_err(|e| e.to_string())?;
-        self.gateway =
-            Some(Gateway { name: hello.gateway.clone(), connection: Some(connection), mtu: (mtu.into(), egress_mtu) });
+        self.netlink.settle(netns.as_fd(), settings.clone()).await.map_err(|e| e.to_string())?;
+        let inside = netns.try_clone().map_err(|e| e.to_string())?;
+        self.gateway = Some(Gateway {
+            name: hello.gateway.clone(),
+            connection: Some(connection),
+            mtu: (mtu.into(), egress_mtu),
+            inside: Some((inside, settings)),
+        });
         self.refresh().await;
         self.reconcile(false).await;
         for (program, link) in

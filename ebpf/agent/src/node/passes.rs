@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::os::fd::AsFd;
 
 use tidegate_ebpf::{Error, Interface, Local, Place, Plugged, Program};
 use tidegate_policy::state::Touch;
@@ -150,6 +151,12 @@ impl Node {
                 events::repaired("sysctl", sysctls);
             }
             Err(error) => tracing::warn!(%error, "our devices cannot be put right"),
+        }
+        if let Some((netns, settings)) = self.gateway.as_ref().and_then(|g| g.inside.as_ref()) {
+            match self.netlink.settle(netns.as_fd(), settings.clone()).await {
+                Ok(n) => events::repaired("sysctl", n),
+                Err(error) => tracing::warn!(%error, "the gateway's namespace cannot be put right"),
+            }
         }
         self.pod_macs.clear();
         self.refresh().await;

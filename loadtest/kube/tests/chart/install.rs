@@ -137,15 +137,15 @@ fn rights_are_these_and_no_more() {
         (GATEWAY, &["update", "patch"], &t("clusteregresspolicies/status"), "", ""),
         (GATEWAY, &["update", "patch"], &t("egresspools/status"), "", ""),
         (GATEWAY, &["update", "patch"], &t("namespaceegresses/status"), "", ""),
-        (GATEWAY, &["create", "patch"], "events.k8s.io/events", "", ""),
+        (GATEWAY, &["create"], "events.k8s.io/events", "", ""),
         (GATEWAY, &["create"], "authentication.k8s.io/tokenreviews", "", ""),
         (GATEWAY, &["create"], "authorization.k8s.io/subjectaccessreviews", "", ""),
         (GATEWAY, &["create"], "coordination.k8s.io/leases", OWN, ""),
         (GATEWAY, &["get", "update", "patch"], "coordination.k8s.io/leases", OWN, "tidegate-gateway"),
         (GATEWAY, &["create"], "/secrets", OWN, ""),
-        (GATEWAY, &["get", "update", "patch", "watch"], "/secrets", OWN, "tidegate-ca"),
+        (GATEWAY, &["get", "update", "patch"], "/secrets", OWN, "tidegate-ca"),
         (GATEWAY, &["create"], "/configmaps", OWN, ""),
-        (GATEWAY, &["get", "update", "patch", "watch"], "/configmaps", OWN, "tidegate-trust"),
+        (GATEWAY, &["get", "update", "patch"], "/configmaps", OWN, "tidegate-trust"),
     ];
     for (who, verbs, resource, namespace, name) in allowed {
         for verb in *verbs {
@@ -171,7 +171,7 @@ fn rights_are_these_and_no_more() {
         (GATEWAY, all, "/secrets", "shop", "tidegate-ca"),
         (GATEWAY, &["get", "list", "watch", "update", "patch", "delete"], "/secrets", OWN, "another"),
         (GATEWAY, &["list", "watch", "delete"], "/secrets", OWN, ""),
-        (GATEWAY, &["delete"], "/secrets", OWN, "tidegate-ca"),
+        (GATEWAY, &["list", "watch", "delete"], "/secrets", OWN, "tidegate-ca"),
         (GATEWAY, all, "/configmaps", "shop", "tidegate-trust"),
         (GATEWAY, &["get", "update", "patch", "delete"], "/configmaps", OWN, "tidegate-gateway"),
         (GATEWAY, &["get", "update", "patch", "delete"], "coordination.k8s.io/leases", OWN, "another"),

@@ -284,7 +284,7 @@ fn pods_hold_what_their_configuration_names() {
             ("/join/ca", false),
         ] {
             let Some(path) = config.pointer(pointer).and_then(Value::as_str) else { continue };
-            let mount = mounts.iter().position(|m| path.starts_with(*m));
+            let mount = mounts.iter().position(|m| std::path::Path::new(path).starts_with(m));
             let mount = mount.unwrap_or_else(|| panic!("{component}: nothing is mounted for {pointer}, {path}"));
             assert_eq!(container["volumeMounts"][mount]["readOnly"].is_null(), writable, "{component}: {path}");
         }
