@@ -233,8 +233,9 @@ fn gateway(scenario: &Scenario, layout: &Layout, name: &str, node: &str, files: 
         "exemptNamespaces": ["kube-system", SYSTEM_NAMESPACE],
     });
     if scenario.kubernetes.is_some() {
-        // The API server says where pods, Services and the cluster's DNS are.
+        // The API server says where pods, Services and the cluster's DNS are, and who the gateways are.
         config["cluster"] = json!({"suffixes": suffixes(scenario)});
+        config["gateways"] = json!([]);
         config["kubernetes"] = json!({
             "kubeconfig": gateway_kubeconfig(&layout.control(), name),
             "namespace": SYSTEM_NAMESPACE,
