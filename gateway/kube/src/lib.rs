@@ -4,13 +4,18 @@
 #![forbid(unsafe_code)]
 
 mod client;
+pub mod events;
 mod identity;
+pub mod lease;
 pub mod members;
 pub mod objects;
+mod pace;
 pub mod pools;
+pub mod status;
 mod uninstall;
 pub mod watch;
 
 pub use client::{Connection, Error, Settings, within};
 pub use identity::{Access, ConfigMapKey, Reviewer, SecretKey, User, Versioned, Written};
+pub use pace::{Kind, Object, Statuses, Wanted};
 pub use uninstall::{FINALIZER, Removed, uninstall};

@@ -7,10 +7,12 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use tidegate_kube::{Cluster, Proxy};
+use tidegate_kube::Cluster;
 use tidegate_kubernetes::watch::{Change, Event, List, Watched, watch};
 use tidegate_kubernetes::{Connection, Settings};
 use tokio::sync::mpsc;
+
+use self::support::Proxy;
 
 const MAPS: &str = "maps";
 
@@ -98,7 +100,7 @@ fn made(cluster: &Cluster, namespace: &str) {
 
 const SOON: Duration = Duration::from_secs(20);
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn changes_come_in_order_and_only_those_that_were_asked_for() {
     let cluster = Cluster::shared().unwrap();
     made(&cluster, "order");
@@ -122,33 +124,23 @@ async fn changes_come_in_order_and_only_those_that_were_asked_for() {
     assert!(health.version == f.reached && f.watched.failing().is_none());
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn a_list_of_many_pages_and_a_flood_come_whole() {
     let cluster = Cluster::shared().unwrap();
     made(&cluster, "flood");
-    let api = cluster.api().unwrap();
-    let path = "/api/v1/namespaces/flood/configmaps";
-    // More than a page.
-    let names: Vec<String> = (0..520).map(|n| format!("m{n}")).collect();
-    for name in &names {
-        let made = api.send("POST", path, &[], &map("flood", name, "1")).unwrap();
-        assert_eq!(made.status, 201, "{}", made.body);
-    }
+    let many = |range: std::ops::Range<u32>, value: &str| {
+        range.map(|n| map("flood", &format!("m{n}"), value)).collect::<String>()
+    };
+    apply(&cluster, &many(0..700, "1"));
     let mut f = Follower::new(cluster.kubeconfig(), "flood").await;
-    f.until(SOON, "the list", |f| f.lists == 1).await;
-    // Nobody takes anything for a while, and more comes than the queue holds.
-    for round in 2..5 {
-        for name in &names {
-            let merge = [("Content-Type", "application/merge-patch+json")];
-            let body = format!(r#"{{"data": {{"v": "{round}"}}}}"#);
-            assert_eq!(api.send("PATCH", &format!("{path}/{name}"), &merge, &body).unwrap().status, 200);
-        }
-    }
-    f.until(Duration::from_secs(60), "all", |f| f.held.len() == 520 && f.held.values().all(|v| v == "4")).await;
+    // Nobody takes anything for a while: the queue is full, and stays bounded.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    apply(&cluster, &many(0..700, "2"));
+    f.until(Duration::from_secs(60), "all", |f| f.held.len() == 700 && f.held.values().all(|v| v == "2")).await;
     assert_eq!(f.lists, 1, "a flood is no reason to list again");
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn an_outage_takes_nothing_away_and_its_changes_come_after_it() {
     let cluster = Cluster::start().unwrap();
     made(&cluster, "outage");
@@ -156,7 +148,7 @@ async fn an_outage_takes_nothing_away_and_its_changes_come_after_it() {
     let mut f = Follower::new(cluster.kubeconfig(), "outage").await;
     f.until(SOON, "the list", |f| f.lists == 1).await;
     // While it is away for this client alone, others change things.
-    let proxy = Proxy::start(&cluster).unwrap();
+    let proxy = Proxy::start(&cluster);
     let mut cut = Follower::new(proxy.kubeconfig(), "outage").await;
     cut.until(SOON, "the list", |f| f.lists == 1).await;
 
@@ -184,12 +176,12 @@ async fn an_outage_takes_nothing_away_and_its_changes_come_after_it() {
     assert!(f.watched.failing().is_none());
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn a_watch_that_hangs_is_replaced_when_somebody_says_so() {
     let cluster = Cluster::shared().unwrap();
     made(&cluster, "hang");
     apply(&cluster, &map("hang", "a", "1"));
-    let proxy = Proxy::start(&cluster).unwrap();
+    let proxy = Proxy::start(&cluster);
     let mut f = Follower::new(proxy.kubeconfig(), "hang").await;
     f.until(SOON, "the list", |f| f.lists == 1).await;
     tokio::time::sleep(Duration::from_millis(500)).await;
@@ -210,12 +202,12 @@ async fn a_watch_that_hangs_is_replaced_when_somebody_says_so() {
     assert_eq!(f.lists, 1);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn a_version_that_is_too_old_leads_to_a_new_list() {
     let cluster = Cluster::start().unwrap();
     made(&cluster, "old");
     apply(&cluster, &(map("old", "a", "1") + &map("old", "b", "1")));
-    let proxy = Proxy::start(&cluster).unwrap();
+    let proxy = Proxy::start(&cluster);
     let mut f = Follower::new(proxy.kubeconfig(), "old").await;
     f.until(SOON, "the list", |f| f.lists == 1).await;
     proxy.refuse();
@@ -231,7 +223,7 @@ async fn a_version_that_is_too_old_leads_to_a_new_list() {
     assert_eq!(f.lists, 2, "{:?}", f.watched.health());
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn a_kind_that_is_not_there_is_said_or_taken_for_empty() {
     let cluster = Cluster::shared().unwrap();
     let settings = Settings { kubeconfig: Some(cluster.kubeconfig()), ..Settings::default() };

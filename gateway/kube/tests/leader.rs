@@ -1,0 +1,322 @@
+//! One leader writes statuses, against a real API server.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tidegate_kube::{Api, Cluster};
+use tidegate_kubernetes::{Connection, Settings, Statuses, events, lease, status};
+use tokio::runtime::Runtime;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+const TIMES: lease::Times =
+    lease::Times { lease: Duration::from_secs(3), renew: Duration::from_secs(2), retry: Duration::from_millis(300) };
+const GROUP: &str = "/apis/tidegate.dev/v1alpha1";
+
+struct Test {
+    api: Api,
+    cluster: Cluster,
+    runtime: Runtime,
+}
+
+/// A gateway that stands for election, writes statuses, and events.
+struct Gateway {
+    wanted: watch::Sender<Option<Arc<Statuses>>>,
+    denials: mpsc::Sender<events::Denial>,
+    leads: lease::Leads,
+    stop: watch::Sender<bool>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Gateway {
+    fn leads(&self) -> bool {
+        lease::leads(&self.leads)
+    }
+
+    /// It dies, without a word.
+    fn kill(&mut self) {
+        self.tasks.drain(..).for_each(|t| t.abort());
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+impl Test {
+    fn new() -> Self {
+        let cluster = Cluster::start().unwrap();
+        let crds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../helm/tidegate/files/crds");
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let test = Self { api: cluster.api().unwrap(), cluster, runtime };
+        test.kubectl(&["apply", "--server-side", "-f", crds.to_str().unwrap()], "");
+        test.kubectl(&["wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"], "");
+        test.kubectl(&["create", "namespace", "shop"], "");
+        soon("the resources", || test.get(&format!("{GROUP}/namespaceegresses")).is_some());
+        test
+    }
+
+    fn kubectl(&self, args: &[&str], stdin: &str) -> String {
+        self.cluster.kubectl(args, stdin).unwrap().success().unwrap()
+    }
+
+    fn get(&self, path: &str) -> Option<Value> {
+        let answer = self.api.send("GET", path, &[], "").ok().filter(|a| a.status == 200)?;
+        serde_json::from_str(&answer.body).ok()
+    }
+
+    fn policy(&self, name: &str) -> Value {
+        self.get(&format!("{GROUP}/namespaces/shop/egresspolicies/{name}")).unwrap_or_default()
+    }
+
+    /// Patches of a kind's statuses that the API server was asked for, by its own count.
+    fn patches(&self, resource: &str) -> u64 {
+        let text = self.api.send("GET", "/metrics", &[], "").unwrap().body;
+        let is = |l: &&str| {
+            let has = |part: &str| l.contains(part);
+            l.starts_with("apiserver_request_total{")
+                && has(&format!("resource=\"{resource}\""))
+                && has("subresource=\"status\"")
+                && has("verb=\"PATCH\"")
+        };
+        text.lines().filter(is).map(|l| l.rsplit(' ').next().unwrap().parse::<f64>().unwrap() as u64).sum()
+    }
+
+    fn gateway(&self, name: &str) -> Gateway {
+        let settings = Settings {
+            kubeconfig: Some(self.cluster.kubeconfig()),
+            namespace: Some("default".into()),
+            name: name.into(),
+            ..Settings::default()
+        };
+        let connection = self.runtime.block_on(Connection::new(settings)).unwrap();
+        let (wanted, wishes) = watch::channel(None);
+        let (leads_tx, leads) = watch::channel(None);
+        let (stop, stopped) = watch::channel(false);
+        let (denials, rx) = mpsc::channel(64);
+        let tasks = vec![
+            self.runtime.spawn(lease::stand(connection.clone(), "tidegate-gateway", TIMES, leads_tx, stopped)),
+            self.runtime.spawn(status::write(connection.client.clone(), wishes, leads.clone())),
+            self.runtime.spawn(events::write(connection, rx, leads.clone())),
+        ];
+        Gateway { wanted, denials, leads, stop, tasks }
+    }
+
+    /// Makes policies; their names and UIDs.
+    fn create_policies(&self, names: &[String]) -> Vec<(String, String)> {
+        let one = |n: &String| {
+            format!(
+                "---\napiVersion: tidegate.dev/v1alpha1\nkind: EgressPolicy\n\
+                 metadata: {{name: {n}, namespace: shop}}\nspec: {{podSelector: {{}}}}\n"
+            )
+        };
+        self.kubectl(&["apply", "--server-side", "-f", "-"], &names.iter().map(one).collect::<String>());
+        let list = self.get(&format!("{GROUP}/namespaces/shop/egresspolicies")).unwrap();
+        let uid = |o: &Value| {
+            let text = |k: &str| o["metadata"][k].as_str().unwrap().to_owned();
+            (text("name"), text("uid"))
+        };
+        list["items"].as_array().unwrap().iter().map(uid).filter(|(n, _)| names.contains(n)).collect()
+    }
+}
+
+fn soon(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(40);
+    while !holds() {
+        assert!(Instant::now() < deadline, "{what} does not come");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn policy_status(generation: i64, programmed: u32, of: u32) -> Value {
+    let condition = |kind: &str, holds: bool, message: String| {
+        let status = if holds { "True" } else { "False" };
+        json!({"type": kind, "status": status, "reason": kind, "observedGeneration": generation, "message": message})
+    };
+    json!({
+        "conditions": [
+            condition("Accepted", true, "valid and in force".into()),
+            condition("Programmed", programmed == of, format!("{programmed} of {of} nodes")),
+        ],
+        "nodes": {"desired": of, "programmed": programmed},
+    })
+}
+
+fn wishes(policies: &[(String, String)], status: &Value) -> Option<Arc<Statuses>> {
+    let one =
+        |(name, uid): &(String, String)| status::wanted("EgressPolicy", "shop", name, uid, || status.clone(), None);
+    Some(Arc::new(policies.iter().filter_map(one).collect()))
+}
+
+fn programmed(policy: &Value) -> &Value {
+    &policy["status"]["nodes"]["programmed"]
+}
+
+#[test]
+fn one_leads_and_another_takes_over_and_nothing_is_written_twice() {
+    let test = Test::new();
+    let policies = test.create_policies(&["a".into(), "b".into()]);
+    let (a, b) = (test.gateway("gw-a"), test.gateway("gw-b"));
+    soon("a leader", || a.leads() || b.leads());
+    let (mut first, second) = if a.leads() { (a, b) } else { (b, a) };
+    for g in [&first, &second] {
+        g.wanted.send_replace(wishes(&policies, &policy_status(1, 3, 3)));
+    }
+    soon("the status", || programmed(&test.policy("b")) == 3 && programmed(&test.policy("a")) == 3);
+    let before = test.policy("a");
+    let time = before["status"]["conditions"][1]["lastTransitionTime"].as_str().unwrap().to_owned();
+    assert_eq!(time.len(), 20, "{time}");
+    assert_eq!(test.patches("egresspolicies"), 2);
+    let lease = test.get("/apis/coordination.k8s.io/v1/namespaces/default/leases/tidegate-gateway").unwrap();
+    assert_eq!(lease["spec"]["leaseTransitions"], 0);
+
+    // It goes on leading, alone, and writes nothing that is said already.
+    let until = Instant::now() + Duration::from_secs(4);
+    while Instant::now() < until {
+        assert!(first.leads() && !second.leads());
+        first.wanted.send_replace(wishes(&policies, &policy_status(1, 3, 3)));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(test.patches("egresspolicies"), 2);
+    assert_eq!(test.policy("a")["metadata"]["resourceVersion"], before["metadata"]["resourceVersion"]);
+
+    // It dies: the other one waits for its Lease to end, finds everything said, and says what is new.
+    first.kill();
+    let died = Instant::now();
+    soon("another leader", || second.leads());
+    let took = died.elapsed();
+    assert!(took > Duration::from_secs(2) && took < Duration::from_secs(8), "{took:?}");
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(test.patches("egresspolicies"), 2);
+    second.wanted.send_replace(wishes(&policies, &policy_status(2, 3, 3)));
+    soon("news", || test.policy("a")["status"]["conditions"][0]["observedGeneration"] == 2);
+    // Its status is the same, so it changed when it changed.
+    assert_eq!(test.policy("a")["status"]["conditions"][1]["lastTransitionTime"], time.as_str());
+
+    // One that is told to end gives it up: nobody waits.
+    let third = test.gateway("gw-c");
+    std::thread::sleep(Duration::from_millis(700));
+    assert!(!third.leads());
+    second.stop.send_replace(true);
+    let told = Instant::now();
+    soon("the next leader", || third.leads());
+    assert!(told.elapsed() < Duration::from_secs(2), "{:?}", told.elapsed());
+    assert!(!second.leads());
+}
+
+#[test]
+fn many_changes_are_no_storm_and_an_outage_loses_nothing() {
+    let test = Test::new();
+    let names: Vec<String> = (0..200).map(|i| format!("p{i}")).collect();
+    let policies = test.create_policies(&names);
+    assert_eq!(policies.len(), 200);
+    let gateway = test.gateway("gw-a");
+    soon("a leader", || gateway.leads());
+    let started = Instant::now();
+    gateway.wanted.send_replace(wishes(&policies, &policy_status(1, 0, 3)));
+    let mut samples = Vec::new();
+    loop {
+        let count = test.patches("egresspolicies");
+        samples.push((started.elapsed(), count));
+        if count >= 200 {
+            break;
+        }
+        assert!(started.elapsed() < Duration::from_secs(90), "{samples:?}");
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    for (at, count) in &samples {
+        assert!(*count as f64 <= at.as_secs_f64() * 10.0 + 2.0, "{count} writes after {at:?}");
+    }
+    println!("200 statuses in {:.1} s", started.elapsed().as_secs_f64());
+
+    // Away for a while, with two changes meanwhile: the newest is written, and once.
+    test.cluster.stop_api_server();
+    gateway.wanted.send_replace(wishes(&policies[..5], &policy_status(2, 1, 3)));
+    std::thread::sleep(Duration::from_secs(3));
+    gateway.wanted.send_replace(wishes(&policies[..5], &policy_status(3, 3, 3)));
+    test.cluster.start_api_server().unwrap();
+    let said = |i: usize| test.policy(&policies[i].0);
+    soon("the newest content", || (0..5).all(|i| programmed(&said(i)) == 3));
+    let patches = test.patches("egresspolicies");
+    assert!(patches <= 6, "{patches}");
+    assert_eq!(programmed(&said(5)), 0);
+}
+
+#[test]
+fn objects_come_and_go_and_pods_hear_of_denials() {
+    let test = Test::new();
+    let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "web", "namespace": "shop"},
+        "spec": {"containers": [{"name": "c", "image": "i"}]}});
+    test.kubectl(&["apply", "-f", "-"], &pod.to_string());
+    test.kubectl(&["create", "namespace", "old"], "");
+    for name in ["tidegate", "somebodys"] {
+        let kind = "apiVersion: tidegate.dev/v1alpha1\nkind: NamespaceEgress";
+        test.kubectl(&["apply", "-f", "-"], &format!("{kind}\nmetadata: {{name: {name}, namespace: old}}\n"));
+    }
+    let policies = test.create_policies(&["a".into()]);
+
+    let gateway = test.gateway("gw-a");
+    soon("a leader", || gateway.leads());
+    let namespace = |mode: &str, denied: u32| {
+        json!({
+            "conditions": [{"type": "Accepted", "status": "True", "reason": "Accepted", "message": "m"}],
+            "isolation": "Isolated",
+            "mode": mode,
+            "denials": [{"lastTime": "2026-01-01T00:00:00Z", "count": denied, "pod": "web",
+                "reason": "name-not-allowed", "verdict": "Denied", "name": "evil.example"}],
+        })
+    };
+    let all = |mode: &str, denied: u32| {
+        let mut all: Statuses = (*wishes(&policies, &policy_status(1, 1, 1)).unwrap()).clone();
+        let status = namespace(mode, denied);
+        all.extend(status::wanted("NamespaceEgress", "shop", "tidegate", "", || status, None));
+        Some(Arc::new(all))
+    };
+    gateway.wanted.send_replace(all("Enforce", 1));
+    let egress = |ns: &str, name: &str| test.get(&format!("{GROUP}/namespaces/{ns}/namespaceegresses/{name}"));
+    soon("what is said of the namespace", || {
+        egress("shop", "tidegate").is_some_and(|o| o["status"]["isolation"] == "Isolated")
+    });
+    soon("the end of what is not wanted", || egress("old", "tidegate").is_none());
+    assert!(egress("old", "somebodys").is_some());
+
+    // More denials alone may wait; that somebody deleted it is made good.
+    let writes = test.patches("namespaceegresses");
+    gateway.wanted.send_replace(all("Enforce", 2));
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(test.patches("namespaceegresses"), writes);
+    test.kubectl(&["delete", "namespaceegress", "-n", "shop", "tidegate"], "");
+    gateway.wanted.send_replace(all("Audit", 3));
+    soon("it again", || egress("shop", "tidegate").is_some_and(|o| o["status"]["mode"] == "Audit"));
+
+    // A policy that is deleted and made anew is another one.
+    test.kubectl(&["delete", "egresspolicy", "-n", "shop", "a"], "");
+    let again = test.create_policies(&["a".into()]);
+    assert_ne!(again, policies);
+    gateway.wanted.send_replace(wishes(&again, &policy_status(1, 1, 1)));
+    soon("the new one's status", || programmed(&test.policy("a")) == 1);
+    soon("no namespace that nobody wants", || egress("shop", "tidegate").is_none());
+
+    let denial = |name: &str| events::Denial {
+        namespace: "shop".into(),
+        pod: "web".into(),
+        what: name.into(),
+        reason: "name-not-allowed".into(),
+        note: format!("The DNS query for {name} was denied: name-not-allowed."),
+    };
+    for name in ["evil.example", "evil.example", "other.example"] {
+        gateway.denials.blocking_send(denial(name)).unwrap();
+    }
+    gateway.denials.blocking_send(events::Denial { pod: "gone".into(), ..denial("x") }).unwrap();
+    let describe = || test.kubectl(&["describe", "pod", "-n", "shop", "web"], "");
+    let told = || describe().matches("EgressDenied").count();
+    soon("events", || told() >= 2);
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(told(), 2);
+    println!("{}", describe());
+}
