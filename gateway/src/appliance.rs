@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use arc_swap::{ArcSwap, ArcSwapOption};
 use tidegate_dns::{ClusterDns, ClusterServers, DnsConfig, Protocol, ResolverGroup};
 use tidegate_ebpf::{Datapath, Events, Options, Role};
 use tidegate_ledger::Ledger;
@@ -39,10 +40,12 @@ use crate::kube::Kube;
 use crate::ownership::Ownership;
 use crate::push::Streams;
 use crate::relay_check::RelayCheck;
+use crate::report::thread::Tee;
+use crate::report::{Reports, Snapshot, Surveyor};
 use crate::source::kubernetes::{Follower, health};
-use crate::source::{Compiler, Problems, dns_ports, now};
+use crate::source::{Compiler, Problems, now};
 use crate::way::Keeper;
-use crate::{admin, api, audit, core, descriptors, members, peering, peers, push, resolv, source, telemetry};
+use crate::{admin, api, audit, core, descriptors, members, peering, peers, push, report, resolv, source, telemetry};
 
 /// Prints what a configuration file means.
 pub fn check(path: &Path) -> Result<()> {
@@ -59,6 +62,8 @@ pub fn cleanup(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The port that is DNS whatever the destination; endpoints of the cluster's DNS may add others.
+const DNS_PORT: u16 = 53;
 /// Where intercepted TLS arrives. Only TPROXY reaches it.
 const RELAY_PORT: u16 = 15001;
 /// Whether this namespace has a route out for IPv4 and IPv6. Nothing is sent.
@@ -68,6 +73,14 @@ fn families() -> (bool, bool) {
     let v4 = reaches((Ipv4Addr::UNSPECIFIED, 0).into(), (Ipv4Addr::new(192, 0, 2, 1), 9).into());
     let v6 = reaches((Ipv6Addr::UNSPECIFIED, 0).into(), (Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1), 9).into());
     (v4, v6)
+}
+
+/// Every port on which DNS is intercepted.
+fn dns_ports(config: &Config) -> Vec<u16> {
+    let mut ports: Vec<u16> = config.cluster.dns.iter().map(SocketAddr::port).chain([DNS_PORT]).collect();
+    ports.sort_unstable();
+    ports.dedup();
+    ports
 }
 
 fn dns_config(config: &Config, shares: &Shares, servers: ClusterServers) -> DnsConfig {
@@ -180,7 +193,8 @@ pub fn run(path: &Path) -> Result<()> {
         })
         .context("cannot start the audit log")?,
     );
-    let emit: Arc<dyn Emit> = writer.clone();
+    let (post, denied) = report::thread::post();
+    let emit: Arc<dyn Emit> = Arc::new(Tee { log: writer.clone(), post: post.clone() });
 
     let limit = descriptors::raise();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -292,6 +306,7 @@ pub fn run(path: &Path) -> Result<()> {
             api,
             journal,
             recovered: recovered.facts,
+            denials: post.clone(),
             starting: Some(readiness.guard("peers")),
             readiness: readiness.clone(),
             watched: watched.clone(),
@@ -305,7 +320,23 @@ pub fn run(path: &Path) -> Result<()> {
         thread("events", move || runtime.block_on(kernel_events(events, shared, emit, events_ended)))?
     };
     let problems: Problems = Arc::default();
-    let compiler = Compiler::new(to_core.clone(), problems.clone(), readiness.guard("policy"));
+    let snapshot: Arc<ArcSwapOption<Snapshot>> = Arc::default();
+    let reports: Arc<ArcSwap<Reports>> = Arc::default();
+    let (outlet, leading) = kube.as_ref().map(report::leading::start).unzip();
+    let report_thread = {
+        let reporting = report::thread::Thread {
+            denied,
+            shared: shared.clone(),
+            snapshot: snapshot.clone(),
+            bindings: bindings.clone(),
+            core: to_core.clone(),
+            reports: reports.clone(),
+            outlet,
+            stop: stop.clone(),
+        };
+        thread("report", move || reporting.run())?
+    };
+    let compiler = Compiler::new(to_core.clone(), problems.clone(), Surveyor::new(snapshot), readiness.guard("policy"));
     let policy_thread = match changes {
         None => {
             let (config, stop) = (config.clone(), stop.clone());
@@ -351,7 +382,9 @@ pub fn run(path: &Path) -> Result<()> {
                     "ipv6": s.pair().and_then(|p| p.ipv6),
                 })
             });
-            let mut status = serde_json::json!({"gateway": name, "scopes": scopes.collect::<Vec<_>>()});
+            let objects = report::listed(&reports.load(), namespace);
+            let mut status =
+                serde_json::json!({"gateway": name, "scopes": scopes.collect::<Vec<_>>(), "objects": objects});
             // The rest names other namespaces.
             if namespace.is_none() {
                 let journal = journal_health.iter().flat_map(|h| h.problems());
@@ -390,7 +423,7 @@ pub fn run(path: &Path) -> Result<()> {
             config.control,
             identity.clone(),
             shares.handshakes,
-            Streams::new(to_core.clone()),
+            Streams::new(to_core.clone(), post),
             joins,
             async {
                 // The sender's end is the news.
@@ -410,6 +443,10 @@ pub fn run(path: &Path) -> Result<()> {
         }?;
         let _draining = readiness.guard("draining");
         tracing::info!(seconds = config.drain_seconds, "draining");
+        if let Some(leading) = leading {
+            // Beside everything else: nothing waits for it.
+            tokio::spawn(leading.release());
+        }
         let drain = Duration::from_secs(config.drain_seconds);
         let ending = async {
             // Other gateways first take over what this one holds. Where there is none, what lives has its time to end.
@@ -438,7 +475,10 @@ pub fn run(path: &Path) -> Result<()> {
     stop.store(true, Ordering::Relaxed);
     let _ = to_core.send(ToCore::Stop);
     drop((end_dns, end_events));
-    for t in [way_thread, policy_thread, core_thread, dns_thread, events_thread].into_iter().chain(journal_thread) {
+    for t in [way_thread, policy_thread, report_thread, core_thread, dns_thread, events_thread]
+        .into_iter()
+        .chain(journal_thread)
+    {
         if t.join().is_err() {
             tracing::error!("a thread has panicked");
         }

@@ -9,6 +9,7 @@ mod classes;
 mod classifier;
 mod clock;
 mod failover;
+mod held;
 mod ids;
 mod machine;
 mod message;
@@ -47,6 +48,7 @@ use self::classes::Classes;
 pub use self::classifier::Classifier;
 pub use self::clock::Clock;
 use self::failover::candidates;
+use self::held::Held;
 pub use self::ids::Ids;
 use self::machine::{Delta, Uses};
 pub use self::message::{Bind, ToCore};
@@ -65,6 +67,7 @@ use crate::journal::Journal;
 use crate::ownership::Ownership;
 use crate::push::StreamId;
 use crate::relay_check::still_allowed;
+use crate::report::thread::Post;
 
 /// Nodes and other gateways hear from us so often. A node asks a stand-in for names after 600 ms of silence, a gateway
 /// takes two seconds of it for our death.
@@ -142,6 +145,8 @@ struct Node {
     /// What of that refers to what.
     uses: Uses,
     facts_seq: u64,
+    /// Which compile it holds, by the acks of the State stream that is up.
+    compiles: Held,
     status: NodeStatus,
 }
 
@@ -180,6 +185,8 @@ pub struct Core {
     pub journal: Option<Journal>,
     /// What an earlier run left in it.
     pub recovered: Vec<PeerFact>,
+    /// Where denials go of which other gateways tell.
+    pub denials: Post,
     /// Dropped when the gateway begins to serve.
     pub starting: Option<Guard>,
     /// Held back while this gateway knows less than another one.
@@ -300,7 +307,7 @@ impl Run {
             used: None,
             problems: Vec::new(),
             written: Vec::new(),
-            compiled: Arc::new(Compiled::new(core.shared.world.load_full(), &Objects::default())),
+            compiled: Arc::new(Compiled::new(core.shared.world.load_full(), &Objects::default(), 0)),
             classes: Classes::default(),
             placement: Placement::default(),
             frame: NodeState::default(),
@@ -372,10 +379,13 @@ impl Run {
                 let n = self.nodes.entry(node.clone()).or_default();
                 n.state = Some((id, out));
                 n.sent.anew();
+                // Its kernel may be another one: what it holds, its ack of the snapshot says.
+                (n.compiles, n.status.held) = (Held::default(), 0);
                 // An empty snapshot would take policy away from the node's pods: before there is one, nothing is said.
                 if self.settled {
                     let parts = self.parts();
                     self.send_state(&node, &parts);
+                    self.compile_sent(&node);
                 }
             }
             ToCore::StateAck { node, id, ack } => {
@@ -395,6 +405,8 @@ impl Run {
                     n.sent.applied(ack.sequence);
                     n.status.applied = ack.sequence;
                     n.status.error = ack.error;
+                    n.compiles.acked(ack.sequence);
+                    n.status.held = n.compiles.compile();
                     let id = self.core.shared.nodes.id(&node);
                     self.core.shared.settling.acked(NodeId(id), ack.sequence);
                     self.hear_late(self.core.shared.now());
@@ -456,6 +468,7 @@ impl Run {
             ToCore::Members(members) => self.members(members),
             ToCore::Api(event) => self.api(event),
             ToCore::PeerUp { gateway, out } => self.peer_up(gateway, out),
+            ToCore::Denied(denied) => self.tell_denied(denied),
             ToCore::Peer { gateway, message } => self.peer(&gateway, message),
             ToCore::Stop => {}
         }
@@ -565,6 +578,8 @@ impl Run {
         } else {
             self.follow(&delta);
         }
+        let nodes: Vec<String> = self.nodes.keys().cloned().collect();
+        nodes.iter().for_each(|node| self.compile_sent(node));
         // Only now: by what nodes were sent, pods have to settle before they get answers of the new policy.
         self.open_view();
         let cut = self.core.registry.revoke(|live| !still_allowed(&world, live), Reason::Revoked);

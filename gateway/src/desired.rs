@@ -23,6 +23,8 @@ use crate::members::{self, Members};
 
 /// One compile with what the kernel needs beside policy.
 pub struct Compiled {
+    /// Rises with every compile, from 1; 0 before the first.
+    pub number: u64,
     /// The policy.
     pub world: Arc<World>,
     /// The cluster's nodes.
@@ -39,7 +41,7 @@ pub struct Compiled {
 
 impl Compiled {
     /// Puts a compile beside the objects that it came from.
-    pub fn new(world: Arc<World>, objects: &Objects) -> Self {
+    pub fn new(world: Arc<World>, objects: &Objects, number: u64) -> Self {
         let pairs = objects.pools.values().flat_map(|p| match &p.source {
             AddressSource::Static { pairs, .. } => pairs.as_slice(),
             AddressSource::PodNetwork => &[],
@@ -51,16 +53,17 @@ impl Compiled {
         let chosen = |(name, p): (&String, &model::Pool)| Some((name.clone(), p.gateway_nodes.clone()?));
         let gateway_nodes = Arc::new(objects.pools.iter().filter_map(chosen).collect());
         let (nodes, egress) = (Arc::new(objects.nodes.clone()), Arc::new(egress));
-        Self { world, nodes, prefixes, dns, egress, gateway_nodes }
+        Self { number, world, nodes, prefixes, dns, egress, gateway_nodes }
     }
 
     /// As [`Compiled::new`], but at the cost of what was touched since this one.
     pub fn next(&self, world: Arc<World>, objects: &Objects, touched: &Touched) -> Self {
         if touched.all {
-            return Self::new(world, objects);
+            return Self::new(world, objects, self.number + 1);
         }
         world.scopes().compare(self.world.scopes(), |_, _, new| new.into_iter().for_each(|s| s.prepare()));
         Self {
+            number: self.number + 1,
             world,
             nodes: self.nodes.clone(),
             prefixes: self.prefixes.clone(),

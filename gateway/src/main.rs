@@ -28,6 +28,7 @@ mod policy_cmd;
 mod push;
 mod records;
 mod relay_check;
+mod report;
 mod resolv;
 mod source;
 mod status;

@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
@@ -22,6 +23,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::core::ToCore;
 use crate::identity::Joins;
+use crate::report::thread::{Origin, Post};
 
 /// Messages that may wait for a node; a node that is further behind is cut off and starts anew with a snapshot.
 const QUEUE: usize = 1024;
@@ -51,6 +53,7 @@ pub struct Ack {
 /// The service.
 pub struct Streams {
     core: Sender<ToCore>,
+    denials: Post,
     next: AtomicU64,
 }
 
@@ -58,8 +61,8 @@ type Out<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl Streams {
     /// A service that talks to this core.
-    pub fn new(core: Sender<ToCore>) -> Self {
-        Self { core, next: AtomicU64::new(1) }
+    pub fn new(core: Sender<ToCore>, denials: Post) -> Self {
+        Self { core, denials, next: AtomicU64::new(1) }
     }
 
     fn id(&self) -> StreamId {
@@ -177,8 +180,9 @@ impl Control for Streams {
         let id = self.id();
         let (out, rx) = mpsc::channel(QUEUE);
         tell(&self.core, ToCore::FactsUp { node: node.clone(), id, boot_id, out })?;
-        let core = self.core.clone();
+        let (core, denials) = (self.core.clone(), self.denials.clone());
         tokio::spawn(async move {
+            let name: Arc<str> = node.as_str().into();
             while let Some(message) = next(&mut inbound, until).await {
                 let node = node.clone();
                 let message = match FactsUp::try_from(message) {
@@ -186,6 +190,10 @@ impl Control for Streams {
                         ToCore::FactsAck { node, id, ack: Ack { boot_id, sequence, error } }
                     }
                     Ok(FactsUp::Seen(seen)) => ToCore::Seen { node, id, seen },
+                    Ok(FactsUp::Denied(denied)) => {
+                        denied.into_iter().for_each(|d| denials.send(Origin::Node(name.clone()), d));
+                        continue;
+                    }
                     _ => break,
                 };
                 if tell(&core, message).is_err() {

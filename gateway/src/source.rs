@@ -1,10 +1,7 @@
 //! Where objects come from, and the thread that compiles them: a folder of manifests, or an API server.
 
 pub mod kubernetes;
-#[cfg(test)]
-mod tests;
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
@@ -19,13 +16,11 @@ use crate::admin::Guard;
 use crate::config::{self, Config};
 use crate::core::ToCore;
 use crate::desired::Compiled;
+use crate::report::{self, Surveyor};
 use crate::watch::Watch;
 
 /// Manifests are read again at least so often, whatever the watch says.
 const REREAD: Duration = Duration::from_secs(10);
-
-/// The port that is DNS whatever the destination; endpoints of the cluster's DNS may add others.
-const DNS_PORT: u16 = 53;
 
 /// What is wrong with the objects, for the status.
 pub type Problems = Arc<ArcSwap<Vec<String>>>;
@@ -54,18 +49,12 @@ pub fn settings(config: &Config) -> model::Settings {
     }
 }
 
-/// Every port on which DNS is intercepted.
-pub fn dns_ports(config: &Config) -> Vec<u16> {
-    let mut ports: Vec<u16> = config.cluster.dns.iter().map(SocketAddr::port).chain([DNS_PORT]).collect();
-    ports.sort_unstable();
-    ports.dedup();
-    ports
-}
-
 /// Compiles, and tells the core.
 pub struct Compiler {
     core: Sender<ToCore>,
     problems: Problems,
+    /// Puts together what reports are made of.
+    surveyor: Surveyor,
     /// Dropped after the first compile.
     waiting: Option<Guard>,
     last: Option<Arc<Compiled>>,
@@ -79,8 +68,8 @@ pub struct Ended;
 
 impl Compiler {
     /// Holds readiness back by `waiting` until there is a first compile.
-    pub fn new(core: Sender<ToCore>, problems: Problems, waiting: Guard) -> Self {
-        Self { core, problems, waiting: Some(waiting), last: None, said: Vec::new() }
+    pub fn new(core: Sender<ToCore>, problems: Problems, surveyor: Surveyor, waiting: Guard) -> Self {
+        Self { core, problems, surveyor, waiting: Some(waiting), last: None, said: Vec::new() }
     }
 
     /// Whether there was a first compile.
@@ -108,12 +97,19 @@ impl Compiler {
         );
         let compiled = Arc::new(match &self.last {
             Some(last) => last.next(world, objects, touched),
-            None => Compiled::new(world, objects),
+            None => Compiled::new(world, objects, 1),
         });
         self.last = Some(compiled.clone());
         self.core.send(ToCore::World(compiled)).map_err(|_| Ended)?;
         self.waiting = None;
         Ok(())
+    }
+
+    /// Looks at the objects of the last compile where they changed, or where what is known of them did.
+    fn survey(&mut self, objects: &Objects, records: &dyn report::Source, changed: &Touched) {
+        if let Some(c) = &self.last {
+            self.surveyor.look(c.number, &c.world, objects, records, changed);
+        }
     }
 
     /// Logs problems of the objects that are new.
@@ -158,6 +154,7 @@ pub fn directory(config: &Config, mut compiler: Compiler, stop: &AtomicBool) {
             return;
         }
         if news || compile {
+            compiler.survey(&objects, &report::records_of(&objects, &loaded.problems), Touched::ALL);
             compiler.publish();
         }
         wait(&compiler, watch.as_mut(), stop);

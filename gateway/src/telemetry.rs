@@ -19,6 +19,8 @@ pub const LOG_FORMAT: &str = "TIDEGATE_LOG_FORMAT";
 pub const DECISIONS: &str = "tidegate_decisions_total";
 /// Audit records that could not be written, by kind.
 pub const AUDIT_LOST: &str = "tidegate_audit_lost_total";
+/// Denials that statuses do not tell of, because there were too many.
+pub const DENIALS_LOST: &str = "tidegate_denials_untold_total";
 /// Time from a query to its reply, in seconds.
 pub const DNS_SECONDS: &str = "tidegate_dns_seconds";
 /// Time from a push of facts to the kernel's confirmation, in seconds.
@@ -94,6 +96,10 @@ fn describe() {
     metrics::describe_counter!(DECISIONS, "Decisions by kind, verdict and reason");
     metrics::describe_counter!(JOINS, "Requests of nodes for certificates, by result");
     metrics::describe_counter!(AUDIT_LOST, "Audit records that could not be written, by kind");
+    metrics::describe_counter!(
+        DENIALS_LOST,
+        "Denials that statuses and pod events do not tell of, because there were too many"
+    );
     metrics::describe_histogram!(DNS_SECONDS, metrics::Unit::Seconds, "Time from a query to its reply");
     metrics::describe_histogram!(
         BARRIER_SECONDS,

@@ -4,6 +4,7 @@
 //! enumeration values, canonical order, counts. An error names the field, so
 //! that a mismatch between versions is found by reading one log line.
 
+mod denied;
 mod entry;
 mod peer;
 mod stream;
@@ -16,6 +17,7 @@ use tidegate_policy::{Carry, PortRange, PortSet, Proto, Via};
 
 use crate::wire;
 
+pub use denied::{MAX_DENIED, denials};
 pub use peer::{Beat, Claim, Pair, PeerFact, PeerMessage, ScopeClaim, Seen, decode_peer, encode_peer};
 pub use stream::{FactsBatch, FactsUp, GrantEntry, Joiner, Part, StateBatch, Up};
 

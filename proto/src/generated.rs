@@ -47,6 +47,9 @@ pub struct PeerUpdate {
     /// Comes every 200 ms.
     #[prost(message, optional, tag = "5")]
     pub beat: ::core::option::Option<Beat>,
+    /// What the gateway denied lately, for people: at most 256 in a second, the same ones as one.
+    #[prost(message, repeated, tag = "6")]
+    pub denied: ::prost::alloc::vec::Vec<Denied>,
 }
 /// That a gateway lives, and what it knows of ownership.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -167,6 +170,74 @@ pub struct ScopeClaim {
     #[prost(uint64, tag = "2")]
     pub epoch: u64,
 }
+/// What a kernel or gateway denied, for the status that people read.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Denied {
+    /// The pod's address.
+    #[prost(bytes = "vec", tag = "1")]
+    pub source: ::prost::alloc::vec::Vec<u8>,
+    /// The pod with its node, from a gateway; an agent leaves it to the gateway to say whose address it is.
+    #[prost(message, optional, tag = "2")]
+    pub pod: ::core::option::Option<DeniedPod>,
+    /// The name that was asked for or that the connection said, escaped (RFC 1035, section 5.1); empty if there was none.
+    #[prost(string, tag = "3")]
+    pub name: ::prost::alloc::string::String,
+    /// Where the pod sent to; empty for queries.
+    #[prost(bytes = "vec", tag = "4")]
+    pub address: ::prost::alloc::vec::Vec<u8>,
+    /// The IP protocol's number; 0 for queries.
+    #[prost(uint32, tag = "5")]
+    pub protocol: u32,
+    /// The port; 0 where the protocol has none, and for queries.
+    #[prost(uint32, tag = "6")]
+    pub port: u32,
+    /// The query type (RFC 1035 TYPE); 0 if it was no query.
+    #[prost(uint32, tag = "7")]
+    pub qtype: u32,
+    /// The published reason code.
+    #[prost(string, tag = "8")]
+    pub reason: ::prost::alloc::string::String,
+    /// It passed, since the namespace is audited.
+    #[prost(bool, tag = "9")]
+    pub audit: bool,
+    /// The rule that denied it, if one did.
+    #[prost(message, optional, tag = "10")]
+    pub rule: ::core::option::Option<DeniedRule>,
+    /// How often, at least 1.
+    #[prost(uint64, tag = "11")]
+    pub count: u64,
+}
+/// A pod.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeniedPod {
+    #[prost(string, tag = "1")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub pod: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub node: ::prost::alloc::string::String,
+}
+/// A rule.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeniedRule {
+    /// EgressPolicy, ClusterEgressPolicy or Namespace (an annotation).
+    #[prost(string, tag = "1")]
+    pub kind: ::prost::alloc::string::String,
+    /// Empty for cluster policies.
+    #[prost(string, tag = "2")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub policy: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub rule: ::prost::alloc::string::String,
+}
+/// Denials of one second.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct DeniedBatch {
+    /// At most 256.
+    #[prost(message, repeated, tag = "1")]
+    pub denied: ::prost::alloc::vec::Vec<Denied>,
+}
 /// From the agent on State.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StateAck {
@@ -186,7 +257,7 @@ pub mod state_ack {
 /// From the agent on Facts.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct FactsAck {
-    #[prost(oneof = "facts_ack::Kind", tags = "1, 2, 3")]
+    #[prost(oneof = "facts_ack::Kind", tags = "1, 2, 3, 4")]
     pub kind: ::core::option::Option<facts_ack::Kind>,
 }
 /// Nested message and enum types in `FactsAck`.
@@ -199,6 +270,8 @@ pub mod facts_ack {
         Applied(super::Applied),
         #[prost(message, tag = "3")]
         Seen(super::Seen),
+        #[prost(message, tag = "4")]
+        Denied(super::DeniedBatch),
     }
 }
 /// One change of a node's desired state.

@@ -16,8 +16,8 @@ pub mod convert;
 pub mod wire;
 
 pub use convert::{
-    Beat, Claim, FactsBatch, FactsUp, GrantEntry, Joiner, Pair, PeerFact, PeerMessage, Problem, ScopeClaim, Seen,
-    StateBatch, Up, WireError, decode_peer, encode_peer,
+    Beat, Claim, FactsBatch, FactsUp, GrantEntry, Joiner, MAX_DENIED, Pair, PeerFact, PeerMessage, Problem, ScopeClaim,
+    Seen, StateBatch, Up, WireError, decode_peer, denials, encode_peer,
 };
 
 /// The most octets of one gRPC message; both sides set their decoding limit to it.

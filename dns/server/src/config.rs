@@ -47,8 +47,7 @@ impl ClusterServers {
         }
     }
 
-    /// Who they are now.
-    pub fn get(&self) -> Arc<Vec<SocketAddr>> {
+    pub(crate) fn get(&self) -> Arc<Vec<SocketAddr>> {
         self.0.load_full()
     }
 }

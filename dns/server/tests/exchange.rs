@@ -1,6 +1,6 @@
 //! Scripted exchanges: pods, the service and its upstream, all on loopback.
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,8 +9,8 @@ use hickory_proto::rr::rdata::opt::{EdnsCode, EdnsOption};
 use tidegate_dns::{ClusterDns, ClusterServers, DnsConfig, Protocol, ResolverGroup};
 use tidegate_dns_core::budget::BudgetLimits;
 use tidegate_dns_core::{Allow, AskMode, Denial, NameDecision};
+use tidegate_policy::Reason;
 use tidegate_policy::event::{Verdict, What};
-use tidegate_policy::{Name, Reason};
 
 mod bench;
 use bench::wiring::{Rr, Table, a, aaaa, allow, answer, cname, deny, name, query, rr};
@@ -406,42 +406,6 @@ fn names_go_to_the_servers_of_their_suffix() {
     assert_eq!(one("xcorp.example"), "192.0.2.1");
     assert_eq!(one("web.shop.svc.cluster.local"), "10.96.0.9");
     assert_eq!(b.ledger.requests.lock().len(), 2, "cluster answers do not bind");
-}
-
-#[test]
-fn an_external_name_is_decided_before_anybody_is_asked_for_it() {
-    let up = Authority::start(simple);
-    let cluster = Authority::start(|q| {
-        let target = if q.name.starts_with("good") { "good.example" } else { "secret.evil.example" };
-        Some(answer(q.bytes, 0, &[cname(&q.name, 5, target), a(target, 5, [192, 0, 2, 7])], &[]))
-    });
-    let mut c = config(&[up.address]);
-    let servers = ClusterServers::default();
-    c.cluster = ClusterDns { servers: servers.clone(), suffixes: vec!["cluster.local".into()] };
-    let mut table = Table::allowing(&["good.example"]);
-    for target in ["good.example", "secret.evil.example"] {
-        let service = target.split('.').next().unwrap();
-        table.leads.insert(format!("{service}.shop.svc.cluster.local"), Name::parse(target).unwrap());
-    }
-    let b = Bench::start(c, table);
-    assert_eq!(b.ask(1, "good.shop.svc.cluster.local", 1).metadata.response_code, ResponseCode::ServFail, "no server");
-    // The servers come later.
-    servers.set(vec![cluster.address]);
-    std::thread::sleep(Duration::from_secs(3));
-    let r = b.ask(1, "secret.shop.svc.cluster.local", 1);
-    assert_eq!((r.metadata.response_code, ips(&r).len()), (ResponseCode::NoError, 0));
-    assert_eq!((b.last().reason, cluster.asked(), up.asked()), (Reason::NameNotAllowed, 0, 0));
-    assert_eq!(ips(&b.ask(1, "good.shop.svc.cluster.local", 1)), [IpAddr::from([192, 0, 2, 7])]);
-    assert_eq!(cluster.asked(), 1);
-}
-
-#[test]
-fn a_closed_service_answers_nobody() {
-    let up = Authority::start(simple);
-    let table = Table { closed: Some(Reason::NoGateway), ..Table::allowing(&["a.example"]) };
-    let b = Bench::start(config(&[up.address]), table);
-    assert_eq!(b.ask(1, "a.example", 1).metadata.response_code, ResponseCode::ServFail);
-    assert_eq!((b.last().reason, up.asked()), (Reason::NoGateway, 0));
 }
 
 #[test]

@@ -15,6 +15,7 @@
 
 pub mod announce;
 pub mod config;
+mod denials;
 pub mod devices;
 pub mod events;
 pub mod find;
@@ -42,6 +43,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
 pub use config::Config;
+use denials::{Denials, Tee};
 
 /// How long the reconciler may take to end.
 const STOP: Duration = Duration::from_secs(5);
@@ -114,6 +116,8 @@ pub async fn run(
     let (facts_tx, facts) = mpsc::channel(256);
     let (plug_tx, plugs) = mpsc::channel(16);
     let (seen_tx, seen) = watch::channel(Seen::default());
+    let (denials, denied) = Denials::new();
+    let emit: Arc<dyn Emit> = Arc::new(Tee { log: emit, denials: denials.clone() });
     let (stop_tx, stop) = oneshot::channel();
     let (started_tx, started) = oneshot::channel();
     let (ended_tx, mut ended) = oneshot::channel();
@@ -132,6 +136,7 @@ pub async fn run(
     let listener = plug::listen(&config.socket).map_err(AgentError::io(config.socket.display().to_string()))?;
     let mut tasks = JoinSet::new();
     tasks.spawn(plug::serve(listener, plug_tx));
+    tasks.spawn(denials.tell());
     let names = find::Names::default();
     let (targets, known) = watch::channel(config.gateways.iter().map(|g| g.address).collect());
     let identity = match (&config.tls, &config.join) {
@@ -159,6 +164,7 @@ pub async fn run(
             names: names.clone(),
             identity: identity.clone(),
             seen: seen.clone(),
+            denied: denied.clone(),
         }
     };
     match config.discover.clone() {

@@ -11,9 +11,10 @@ use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use tidegate_identity::Source;
+use tidegate_policy::denied::Denied;
 use tidegate_proto::wire::control_client::ControlClient;
 use tidegate_proto::wire::{FactsAck, StateAck};
-use tidegate_proto::{FactsBatch, Joiner, MAX_MESSAGE, Seen, StateBatch, Up, WireError};
+use tidegate_proto::{FactsBatch, Joiner, MAX_MESSAGE, Seen, StateBatch, Up, WireError, denials};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::wrappers::WatchStream;
@@ -148,6 +149,8 @@ pub struct Client {
     pub identity: Source,
     /// What the node sees of the gateways, for each of them.
     pub seen: watch::Receiver<Seen>,
+    /// What the node denied in the last second.
+    pub denied: watch::Receiver<Arc<Vec<Denied>>>,
 }
 
 /// Who has spoken on a stream, and that nobody else speaks for it meanwhile.
@@ -292,9 +295,10 @@ impl Client {
         let mut held = Some(held);
         let (ack, acks) = watch::channel(Applied::default());
         let seen = WatchStream::new(self.seen.clone()).map(FactsAck::from);
+        let denied = WatchStream::from_changes(self.denied.clone()).map(|d| denials(&d));
         // The hello comes first; of what follows, acks and news take turns.
         let hello = stream::once(std::future::ready(FactsAck::from(self.hello())));
-        let outbound = hello.chain(stream::select(Self::acks(acks), seen));
+        let outbound = hello.chain(stream::select(Self::acks(acks), stream::select(seen, denied)));
         let mut inbound = client.facts(outbound).await?.into_inner();
         tracing::info!(gateway = &*gateway, "Facts stream is up");
         let mut joiner = Joiner::<FactsBatch>::default();

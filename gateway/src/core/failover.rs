@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tidegate_ledger::{FactRecord, Input, NodeId, OwnerId};
 use tidegate_policy::Reason;
+use tidegate_policy::denied::Denied;
 use tidegate_proto::wire::PeerUpdate;
 use tidegate_proto::{Beat, Pair, PeerFact, PeerMessage, ScopeClaim};
 use tidegate_sni::Live;
@@ -15,6 +16,7 @@ use super::{MAX_PENDING, Run};
 use crate::desired::{self, Desired, Order};
 use crate::generations::HURRY;
 use crate::ownership::PLACE;
+use crate::report::thread::Origin;
 
 /// How long a gateway that is told to end waits at most until others have its pairs.
 const LEAVE: Duration = Duration::from_secs(4);
@@ -269,6 +271,13 @@ impl Run {
         self.tell_peers(&PeerMessage { boot_id: self.core.boot_id, beat, ..PeerMessage::default() });
     }
 
+    /// Tells other gateways what was denied here: any of them may be the one that says it to people.
+    pub(super) fn tell_denied(&mut self, denied: Vec<Denied>) {
+        if !self.peers.is_empty() {
+            self.tell_peers(&PeerMessage { boot_id: self.core.boot_id, denied, ..PeerMessage::default() });
+        }
+    }
+
     /// Another gateway asks: it gets all facts, those too that still wait for policy here.
     pub(super) fn peer_up(&mut self, gateway: String, out: mpsc::Sender<PeerUpdate>) {
         if !self.core.ownership.is_peer(&gateway) {
@@ -281,7 +290,8 @@ impl Run {
             facts.extend(waiting.iter().map(|f| aged(f.clone(), now.saturating_sub(*at))));
         }
         let beat = Some(self.beat());
-        let message = PeerMessage { boot_id: self.core.boot_id, snapshot: true, more: false, facts, beat };
+        let message =
+            PeerMessage { boot_id: self.core.boot_id, snapshot: true, more: false, facts, beat, denied: Vec::new() };
         if message.into_messages().into_iter().all(|m| out.try_send(m).is_ok()) {
             self.peers.insert(gateway, out);
         } else {
@@ -302,6 +312,9 @@ impl Run {
         if let Some(beat) = &message.beat {
             self.core.ownership.beat(gateway, beat, now);
             self.generations.heard(gateway, &beat.versions, now);
+        }
+        for denied in message.denied {
+            self.core.denials.send(Origin::Gateway, denied);
         }
         if message.snapshot && !message.more {
             self.core.ownership.synced(gateway);

@@ -8,6 +8,7 @@ use crossbeam_channel::Sender;
 use tidegate_kubernetes::members::Member;
 use tidegate_kubernetes::pools;
 use tidegate_ledger::{NodeId, OwnerId};
+use tidegate_policy::denied::Denied;
 use tidegate_policy::{Name, Reason, ScopeKey};
 use tidegate_proto::wire::{FactsUpdate, PeerUpdate, StateUpdate};
 use tidegate_proto::{PeerMessage, Seen};
@@ -119,6 +120,8 @@ pub enum ToCore {
         /// Towards it.
         out: mpsc::Sender<PeerUpdate>,
     },
+    /// What this gateway denied, for the others.
+    Denied(Vec<Denied>),
     /// Another gateway said something.
     Peer {
         /// Its name.

@@ -171,6 +171,13 @@ impl Run {
         }
     }
 
+    /// A node was sent all that concerns it of the present compile.
+    pub(super) fn compile_sent(&mut self, node: &str) {
+        let Some(n) = self.nodes.get_mut(node).filter(|n| n.state.is_some()) else { return };
+        n.compiles.sent(self.compiled.number, n.sent.sequence(), n.status.applied);
+        n.status.held = n.compiles.compile();
+    }
+
     /// Forgets nodes that are no part of the cluster any more, and namespaces that are gone with all of their facts.
     fn forget(&mut self) {
         let compiled = self.compiled.clone();

@@ -23,6 +23,11 @@ impl Sent {
         (self.state, self.begun) = (NodeState::default(), false);
     }
 
+    /// The last sequence.
+    pub const fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
     /// The node holds everything up to a sequence.
     pub fn applied(&mut self, sequence: u64) {
         self.applied = sequence;

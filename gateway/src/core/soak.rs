@@ -212,6 +212,7 @@ impl Soak {
             api: None,
             journal: Some(journal),
             recovered: Vec::new(),
+            denials: crate::report::thread::post().0,
             starting: None,
             readiness: Readiness::default(),
             watched: None,
@@ -309,9 +310,14 @@ impl Soak {
     fn compile(&mut self) {
         let wall = UnixSeconds(WALL + (self.now - START) as i64 / 1000);
         self.world = Arc::new(World::compile(&self.objects, wall, Some((&*self.world, Touched::ALL))));
-        self.tell(ToCore::World(Arc::new(Compiled::new(self.world.clone(), &self.objects))));
         self.done.edits += 1;
+        let number = self.done.edits;
+        self.tell(ToCore::World(Arc::new(Compiled::new(self.world.clone(), &self.objects, number))));
         self.pump();
+        // A node has acked all that it was sent; one that was sent nothing holds the compile all the same.
+        for (name, n) in self.run.nodes.iter().filter(|(_, n)| n.state.is_some()) {
+            assert_eq!(n.status.held, number, "{name}");
+        }
     }
 
     /// Lets time pass.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 /// A node's part of the status.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct NodeStatus {
     /// Whether both streams are up.
@@ -16,6 +16,8 @@ pub struct NodeStatus {
     pub applied: u64,
     /// Why the last one could not be applied in whole.
     pub error: Option<String>,
+    /// The last compile of which its kernel holds all that concerns it; 0 while nothing is known of it.
+    pub held: u64,
 }
 
 /// What `tidegate status` shows of the core.
@@ -36,7 +38,7 @@ pub struct Status {
 }
 
 /// A pair's part of the status.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PairStatus {
     /// Its pool and addresses.

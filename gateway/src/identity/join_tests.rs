@@ -101,7 +101,7 @@ pub(crate) async fn gateway(own: Arc<Credentials>, joins: Option<Joins>) -> Gate
     let (issued, source) = watch::channel(Some(own));
     let (to_core, core) = crossbeam_channel::bounded(64);
     let address = free();
-    let streams = Streams::new(to_core);
+    let streams = Streams::new(to_core, crate::report::thread::post().0);
     let served = push::serve(address, Source::Issued(source), 64, streams, joins, std::future::pending());
     let task = tokio::spawn(async move { served.await.unwrap() });
     while tokio::net::TcpStream::connect(address).await.is_err() {
@@ -168,6 +168,7 @@ pub(crate) fn stream(address: SocketAddr, node: &str, identity: Source) -> Clien
         names: Names::default(),
         identity,
         seen: watch::channel(Seen::default()).1,
+        denied: watch::channel(Arc::default()).1,
     }
 }
 

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tidegate_api::index::{Feed, Index};
 use tidegate_kubernetes::watch::{Change, Event, List, Watched};
+use tidegate_policy::model::Touched;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 
-use super::{Compiler, Ended, dns_ports, settings};
+use super::{Compiler, Ended, settings};
 use crate::cluster::ClusterNames;
 use crate::config::{Config, Kubernetes};
 use crate::core::ToCore;
@@ -118,9 +119,17 @@ impl Follower {
         self.names.set(state.index.external_names(), state.index.dns_servers());
         let first = !self.compiler.started();
         let compile = first || state.index.is_touched() || self.compiler.is_due();
+        let mut changed = state.index.take_noted();
+        let noted = changed != Touched::default();
         if compile {
             let touched = state.index.take_touched();
             self.compiler.compile(state.index.objects(), &touched)?;
+            changed.all |= touched.all || first;
+            changed.namespaces.extend(touched.namespaces);
+            changed.pods.extend(touched.pods);
+        }
+        if compile || noted {
+            self.compiler.survey(state.index.objects(), &state.index, &changed);
         }
         if std::mem::take(&mut state.moved) || first {
             let versions = state.versions.clone();
@@ -143,8 +152,6 @@ struct State {
     index: Index,
     /// Feeds whose first list has come in whole.
     listed: BTreeSet<Feed>,
-    /// Ports on which this gateway takes DNS.
-    dns_ports: Vec<u16>,
     versions: Versions,
     /// Whether they moved since they were last told.
     moved: bool,
@@ -157,7 +164,6 @@ impl State {
         Self {
             index: Index::new(settings(config)),
             listed: BTreeSet::new(),
-            dns_ports: dns_ports(config),
             versions: Versions::new(),
             moved: false,
             said: None,
@@ -196,16 +202,7 @@ impl State {
                 r.problems.iter().map(move |p| format!("{kind} {namespace}{slash}{name}: {p}{keeps}"))
             })
         });
-        all.take(MAX_PROBLEMS).chain(self.unheard()).collect()
-    }
-
-    /// The ports are listened on from the start: queries to another one, as some CNIs send them, would meet nobody.
-    fn unheard(&self) -> Option<String> {
-        let dns = self.index.objects().settings.cluster_dns.iter();
-        let at = dns.copied().find(|at| !self.dns_ports.contains(&at.port()))?;
-        Some(format!(
-            "the cluster's DNS is at {at}, a port on which this gateway does not listen: add that to cluster.dns and restart it"
-        ))
+        all.take(MAX_PROBLEMS).collect()
     }
 }
 

@@ -7,12 +7,10 @@ mod api;
 mod certs;
 mod cluster;
 mod process;
-mod proxy;
 mod site;
 mod tools;
 
 pub use api::{Answer, Api};
 pub use cluster::{Cluster, Controllers};
-pub use proxy::Proxy;
 pub use site::{Addresses, Output, Site};
 pub use tools::{Tool, tool};

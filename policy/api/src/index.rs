@@ -152,6 +152,8 @@ pub struct Index {
     touched: Touched,
     /// Counts the changes of what [`Index::records`] says, resourceVersions aside.
     noted: u64,
+    /// Where those changes were.
+    noted_in: Touched,
 }
 
 impl Index {
@@ -169,6 +171,7 @@ impl Index {
             orphans: BTreeSet::new(),
             touched: Touched::default(),
             noted: 0,
+            noted_in: Touched::default(),
         }
     }
 
@@ -190,6 +193,28 @@ impl Index {
     /// A number that changes when a record does in more than its resourceVersion.
     pub fn noted(&self) -> u64 {
         self.noted
+    }
+
+    /// Where records of policies, pools and namespaces changed, resourceVersions aside, since this was last asked for.
+    pub fn take_noted(&mut self) -> Touched {
+        std::mem::take(&mut self.noted_in)
+    }
+
+    fn note(&mut self, feed: Feed, key: &Key) {
+        self.noted += 1;
+        match feed {
+            Feed::Namespaces => drop(self.noted_in.namespaces.insert(key.1.clone())),
+            Feed::EgressPolicies => drop(self.noted_in.namespaces.insert(key.0.clone())),
+            Feed::EgressPools | Feed::ClusterEgressPolicies => self.noted_in.all = true,
+            _ => {}
+        }
+    }
+
+    /// The objects of a feed in a namespace, by name.
+    pub fn records_in<'a>(&'a self, feed: Feed, namespace: &'a str) -> impl Iterator<Item = (&'a str, &'a Record)> {
+        let from = (namespace.to_owned(), String::new());
+        let all = self.records.get(&feed).into_iter().flat_map(move |r| r.range(from.clone()..));
+        all.take_while(move |((ns, _), _)| ns == namespace).map(|((_, name), r)| (name.as_str(), r))
     }
 
     /// Every object of a feed.
@@ -244,12 +269,14 @@ impl Index {
         match records.get_mut(&key) {
             Some(old) => {
                 old.resource_version.clone_from(&record.resource_version);
-                self.noted += u64::from(*old != record);
-                *old = record;
+                if *old != record {
+                    *old = record;
+                    self.note(feed, &key);
+                }
             }
             None => {
-                records.insert(key, record);
-                self.noted += 1;
+                records.insert(key.clone(), record);
+                self.note(feed, &key);
             }
         }
     }
@@ -271,7 +298,7 @@ impl Index {
 
     fn remove(&mut self, feed: Feed, key: &Key) {
         if self.records.get_mut(&feed).is_some_and(|r| r.remove(key).is_some()) {
-            self.noted += 1;
+            self.note(feed, key);
             if feed == Feed::EgressPolicies && self.ending.contains(&key.0) {
                 // Not somebody's wish, and pods take their time to end: without it they would be open until then.
                 self.orphans.insert(key.clone());

@@ -21,6 +21,7 @@ pub mod rule;
 mod schema;
 mod tree;
 
+pub use lint::not_tls;
 pub use problem::{Code, FieldPath, FieldProblem, ObjectRef, Problem, Seg, Severity, printable};
 pub use reader::{
     Loaded, MAX_DEPTH, MAX_DOCUMENTS, MAX_FILE, MAX_FILES, Reader, check, check_file, check_input, watch_paths,

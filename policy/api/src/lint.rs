@@ -58,6 +58,14 @@ const NOT_TLS: &[(u16, &str)] = &[
     (5432, "PostgreSQL"),
 ];
 
+/// What is spoken on a port, where that does not start with a ClientHello.
+pub fn not_tls(port: u16) -> Option<&'static str> {
+    if port == 80 {
+        return Some("plain HTTP");
+    }
+    NOT_TLS.iter().find(|(p, _)| *p == port).map(|(_, what)| *what)
+}
+
 /// Lints a pattern that is granted.
 pub(crate) fn pattern(ctx: &mut Ctx, text: &str) {
     let (Ok(p), Ok(lints)) = (Pattern::parse(text), Pattern::lint_text(text)) else {

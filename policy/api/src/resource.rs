@@ -22,7 +22,7 @@ pub use pool::{AddressSource, EgressPoolSpec, PairSpec, PairState, StaticSource}
 pub use selector::{LabelExpression, LabelOperator, LabelSelector};
 pub use status::{
     Cause, Condition, ConditionStatus, Denial, EgressPoolStatus, HeldPair, HostNetworkPods, Isolation,
-    NamespaceEgressStatus, NamespaceMode, NodeCount, PolicyStatus, Refused, ScopePair,
+    NamespaceEgressStatus, NamespaceMode, NodeCount, PolicyStatus, Refused, ScopePair, Verdict,
 };
 
 /// The API group.

@@ -392,7 +392,7 @@ fn port(ctx: &mut Ctx, p: &Port, deny: bool) -> Option<model::Ports> {
 }
 
 /// Query types by name (IANA DNS parameters); those that a resolver library may ask for.
-pub(crate) const DNS_TYPES: &[(&str, u16)] = &[
+pub const DNS_TYPES: &[(&str, u16)] = &[
     ("NS", 2),
     ("CNAME", 5),
     ("SOA", 6),

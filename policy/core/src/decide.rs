@@ -11,7 +11,7 @@ use crate::class::Scope;
 use crate::decision::{AddressDecision, Answer, BuiltIn, Decision, Explanation, NameDecision, NameFacts};
 use crate::eval::{Hits, Outcome, Rules, Selection};
 use crate::event::RuleRef;
-use crate::issue::Issue;
+use crate::issue::{Issue, PolicyRef};
 use crate::layer::{CRule, Says};
 use crate::model::{DnsFilter, OnRevoke, Permit, SniMode};
 use crate::special::{ENCRYPTED_DNS, is_metadata};
@@ -163,6 +163,46 @@ impl Group {
     /// What happens to live connections that an edit no longer allows: `Drain` only where every own policy says so.
     pub fn on_revoke(&self) -> OnRevoke {
         self.on_revoke
+    }
+
+    /// The policies that select its pods and have effect: the namespace's own, then cluster policies.
+    pub fn policies(&self) -> impl Iterator<Item = &PolicyRef> {
+        let (own, cluster) = (&self.scope.own, &self.scope.cluster);
+        let tiers = self.selection.admin.iter().chain(&self.selection.baseline);
+        let own = self.selection.own.iter().map(|id| &own.policy(*id).who);
+        own.chain(tiers.map(|(_, id)| &cluster.policy(*id).who))
+    }
+
+    /// The cluster policy whose ceiling does not permit a weakening to the namespace's own rules, if there is one.
+    pub fn forbids(&self, what: Permit) -> Option<&Arc<str>> {
+        let policies = self.selection.ceilings.iter().map(|id| self.scope.cluster.policy(*id));
+        let forbids = |p: &&crate::layer::CPolicy| p.ceiling.as_ref().is_some_and(|c| !c.permits(what));
+        policies.into_iter().find(forbids).map(|p| &p.who.name)
+    }
+
+    /// The cluster policy whose ceiling stands against a rule of the namespace that would allow a name, or a prefix with
+    /// an address, at a port.
+    pub fn ceiling_against(
+        &self,
+        name: Option<&Name>,
+        ip: Option<IpAddr>,
+        proto: Proto,
+        port: u16,
+    ) -> Option<&Arc<str>> {
+        let hits = match (name, ip) {
+            (Some(n), _) => self.scope.name_hits(n.as_str()).0,
+            (None, Some(ip)) => self.cidr_hits(ip),
+            (None, None) => return None,
+        };
+        self.selection.ceilings.iter().find_map(|id| {
+            let policy = self.scope.cluster.policy(*id);
+            let c = policy.ceiling.as_ref()?;
+            let holds = match name {
+                Some(_) => hits.cluster.binary_search(&c.names).is_ok(),
+                None => c.permits(Permit::Cidrs) || hits.cluster.binary_search(&c.cidrs).is_ok(),
+            };
+            (!holds || !c.has_port(proto, port)).then_some(&policy.who.name)
+        })
     }
 
     /// Prefixes that the Admin tier decides.

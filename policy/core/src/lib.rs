@@ -9,6 +9,7 @@ mod clip;
 mod compile;
 mod decide;
 mod decision;
+pub mod denied;
 mod eval;
 pub mod event;
 mod issue;

@@ -3,8 +3,10 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
+use tidegate_policy::denied::Denied;
 use tidegate_policy::{Name, ScopeKey};
 
+use super::denied::{MAX_DENIED, denied_from_wire, denied_to_wire};
 use super::{
     MAX_CLAIMS, MAX_FACT_NODES, MAX_GATEWAYS, MAX_ITEMS, MAX_TTL_MS, Problem, WireError, bounded, ip_from_wire,
     ip_to_wire, key_from_wire, key_to_wire, name_from_wire, names_from_wire,
@@ -101,6 +103,8 @@ pub struct PeerMessage {
     pub facts: Vec<PeerFact>,
     /// A sign of life.
     pub beat: Option<Beat>,
+    /// What the sender denied lately; at most [`MAX_DENIED`].
+    pub denied: Vec<Denied>,
 }
 
 impl PeerMessage {
@@ -118,6 +122,7 @@ impl PeerMessage {
         if let Some(last) = out.last_mut() {
             last.more = self.more;
             last.beat = self.beat.map(Into::into);
+            last.denied = self.denied.iter().take(MAX_DENIED).map(denied_to_wire).collect();
         }
         out
     }
@@ -148,6 +153,7 @@ impl TryFrom<wire::PeerUpdate> for PeerMessage {
             more: u.more,
             facts: u.facts.into_iter().map(PeerFact::try_from).collect::<Result<_, _>>()?,
             beat: u.beat.map(Beat::try_from).transpose()?,
+            denied: denied_from_wire(u.denied, "peer_update.denied")?,
         })
     }
 }
@@ -327,7 +333,14 @@ mod tests {
         let none = Claim { pair: Pair { pool: "q".into(), ipv4: None, ipv6: None }, held: false, ..claim.clone() };
         let versions = vec![("pods".to_owned(), 7)];
         let beat = Some(Beat { able: true, claims: vec![claim, none], leaving: true, placing: true, versions });
-        let m = PeerMessage { boot_id: 3, snapshot: true, more: false, facts: vec![fact(1), fact(2)], beat };
+        let m = PeerMessage {
+            boot_id: 3,
+            snapshot: true,
+            more: false,
+            facts: vec![fact(1), fact(2)],
+            beat,
+            denied: vec![],
+        };
         let messages = m.clone().into_messages();
         assert_eq!(messages.len(), 1);
         assert_eq!(over(&messages[0]), m);

@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use prost::Message;
+use tidegate_policy::denied::Denied;
 use tidegate_policy::state::{Entry, EntryKey, FactUpdate, FactValue};
 use tidegate_policy::{ClassKey, GroupKey, PortSet, ScopeKey};
 
+use super::denied::denied_from_wire;
 use super::entry::{grant_from_wire, grant_to_wire};
 use super::peer::Seen;
 use super::{
@@ -100,6 +102,8 @@ pub enum FactsUp {
     Up(Up),
     /// What the agent sees of the gateways.
     Seen(Seen),
+    /// What the node's kernel denied lately; whose pods those are is not said.
+    Denied(Vec<Denied>),
 }
 
 impl TryFrom<wire::FactsAck> for FactsUp {
@@ -108,6 +112,9 @@ impl TryFrom<wire::FactsAck> for FactsUp {
     fn try_from(ack: wire::FactsAck) -> Result<Self, WireError> {
         match ack.kind {
             Some(wire::facts_ack::Kind::Seen(s)) => Seen::try_from(s).map(FactsUp::Seen),
+            Some(wire::facts_ack::Kind::Denied(d)) => {
+                denied_from_wire(d.denied, "denied_batch.denied").map(FactsUp::Denied)
+            }
             kind => Up::try_from(wire::FactsAck { kind }).map(FactsUp::Up),
         }
     }

@@ -10,7 +10,7 @@ use tidegate_dns_core::{
     AddressDecision, Allow, AskMode, Asker, BindRequest, Binder, Denial, NameDecision, Rules, View,
 };
 use tidegate_policy::event::Who;
-use tidegate_policy::{GroupKey, Name, Reason, ScopeKey};
+use tidegate_policy::{GroupKey, Reason, ScopeKey};
 
 #[derive(Clone)]
 pub struct Rr {
@@ -108,9 +108,6 @@ pub struct Table {
     pub names: HashMap<String, NameDecision>,
     pub addresses: HashMap<IpAddr, AddressDecision>,
     pub default: Option<NameDecision>,
-    /// Where names of the cluster lead to.
-    pub leads: HashMap<String, Name>,
-    pub closed: Option<Reason>,
 }
 
 impl Table {
@@ -132,14 +129,6 @@ pub fn deny(denial: Denial, reason: Reason) -> NameDecision {
 impl View for Table {
     fn generation(&self) -> u64 {
         1
-    }
-
-    fn closed(&self) -> Option<Reason> {
-        self.closed
-    }
-
-    fn leads_to(&self, name: &str) -> Option<Name> {
-        self.leads.get(name).cloned()
     }
 
     fn asker(&self, _: IpAddr) -> Option<&Asker> {

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use tidegate_dns::{ClusterDns, ClusterServers, DnsConfig, Protocol, ResolverGroup, Server};
 use tidegate_dns_core::{AddressDecision, AskMode, Asker, BindRequest, Binder, NameDecision, View};
 use tidegate_policy::event::{Event, Who};
-use tidegate_policy::{GroupKey, Name, Reason, ScopeKey};
+use tidegate_policy::{GroupKey, Reason, ScopeKey};
 use tokio::runtime::Runtime;
 
 #[path = "../../../core/tests/wiring/mod.rs"]
@@ -141,12 +141,6 @@ pub struct Policy {
 impl View for Policy {
     fn generation(&self) -> u64 {
         self.generation
-    }
-    fn closed(&self) -> Option<Reason> {
-        self.table.closed
-    }
-    fn leads_to(&self, name: &str) -> Option<Name> {
-        self.table.leads_to(name)
     }
     fn asker(&self, client: IpAddr) -> Option<&Asker> {
         self.askers.get(&client)

@@ -170,7 +170,7 @@ fn edit_after_edit_is_told_in_whole() {
         let r = &mut Random(seed);
         let (desired, mut o, mut classes) = (desired(), Objects::default(), Classes::default());
         let mut world = Arc::new(World::compile(&o, UnixSeconds(0), None));
-        let mut compiled = Compiled::new(world.clone(), &o);
+        let mut compiled = Compiled::new(world.clone(), &o, 1);
         let mut now = Duration::from_secs(100);
         let frame = desired.state(&compiled, &Default::default(), Target::Own);
         let mut machines: Vec<_> = TARGETS.iter().map(|_| (frame.clone(), Uses::default())).collect();

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tidegate_api::Severity;
 use tidegate_api::resource::{
     Cause, Condition, ConditionStatus, Denial, EgressPoolStatus, HeldPair, HostNetworkPods, Isolation,
-    NamespaceEgressStatus, NamespaceMode, NodeCount, PolicyStatus, Refused, ScopePair,
+    NamespaceEgressStatus, NamespaceMode, NodeCount, PolicyStatus, Refused, ScopePair, Verdict,
 };
 use tidegate_kube::{Api, Cluster};
 
@@ -273,6 +273,7 @@ fn the_api_server_holds_every_field_of_status_that_tidegate_writes() {
             protocol: Some("TCP".into()),
             port: Some(443),
             reason: "not-allowed".into(),
+            verdict: Verdict::Audited,
             allow_with: Some("{toFQDNs: [{matchName: example.org}], toPorts: [{protocol: TCP, port: 443}]}".into()),
         }],
         host_network_pods: Some(HostNetworkPods { count: 1, names: vec!["node-exporter".into()] }),

@@ -134,7 +134,8 @@ pub struct HeldPair {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NamespaceEgressStatus {
-    /// Accepted: every annotation of the namespace is valid.
+    /// Accepted: every annotation of the namespace is valid. Programmed: the nodes with pods of the namespace hold what is
+    /// said of them; the message says how many of how many.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8), transform = schema::conditions)]
     pub conditions: Vec<Condition>,
@@ -187,10 +188,10 @@ pub enum Isolation {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Cause {
-    /// EgressPolicy, ClusterEgressPolicy, or Annotation.
+    /// EgressPolicy, ClusterEgressPolicy, Annotation, or ClusterDefault (a setting of the installation).
     #[schemars(with = "schema::Reason")]
     pub kind: String,
-    /// The name of the object, or the annotation's key.
+    /// The name of the object, the annotation's key, or the setting's value.
     #[schemars(length(max = 317))]
     pub name: String,
 }
@@ -253,10 +254,23 @@ pub struct Denial {
     /// Why, as in audit records: not-allowed, denied-by-policy, sni-mismatch and others of docs/audit.md.
     #[schemars(length(max = 63))]
     pub reason: String,
-    /// The rule that would allow it, for the egress of an EgressPolicy; absent where none can.
+    /// What came of it.
+    pub verdict: Verdict,
+    /// The rule that would allow it, for the egress of an EgressPolicy; what stands against one is said as a comment.
+    /// Absent where no rule helps.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 2048))]
     pub allow_with: Option<String>,
+}
+
+/// What came of what no rule allows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Verdict {
+    /// It was denied.
+    #[default]
+    Denied,
+    /// It passed, since the namespace is audited; enforcement would deny it.
+    Audited,
 }
 
 /// Pods that have no address of their own.

@@ -1,0 +1,176 @@
+//! What the leader among the gateways does: statuses and events for the API server.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tidegate_kubernetes::{Statuses, events, lease, status};
+use tidegate_policy::denied::Denied;
+use tokio::sync::{mpsc, watch};
+
+use super::{Reported, Reports};
+use crate::kube::Kube;
+
+/// The Lease of the leader, in the gateways' namespace.
+const LEASE: &str = "tidegate-gateway";
+/// Denials that wait for their events.
+const EVENTS: usize = 256;
+/// How long the end of this gateway waits until the Lease is given up.
+const RELEASE: Duration = Duration::from_secs(3);
+
+/// What the report thread tells the API server.
+pub struct Outlet {
+    statuses: watch::Sender<Option<Arc<Statuses>>>,
+    events: mpsc::Sender<events::Denial>,
+    last: Arc<Statuses>,
+    said: Reports,
+}
+
+/// The candidacy of this gateway.
+pub struct Leading {
+    stop: watch::Sender<bool>,
+    leads: lease::Leads,
+}
+
+/// Stands for election, and writes what the outlet is given while this gateway leads.
+pub fn start(kube: &Kube) -> (Outlet, Leading) {
+    let connection = kube.connection();
+    let (statuses, wanted) = watch::channel(None);
+    let (events, denials) = mpsc::channel(EVENTS);
+    let (leads_tx, leads) = watch::channel(None);
+    let (stop, stopped) = watch::channel(false);
+    kube.spawn(lease::stand(connection.clone(), LEASE, lease::Times::default(), leads_tx, stopped));
+    kube.spawn(status::write(connection.client.clone(), wanted, leads.clone()));
+    kube.spawn(events::write(connection, denials, leads.clone()));
+    let outlet = Outlet { statuses, events, last: Arc::default(), said: Reports::default() };
+    (outlet, Leading { stop, leads })
+}
+
+impl Leading {
+    /// Gives up the Lease, so that another gateway need not wait for its end.
+    pub async fn release(mut self) {
+        self.stop.send_replace(true);
+        // The end of the channel is the news.
+        let gone = async { while self.leads.changed().await.is_ok() {} };
+        if tokio::time::timeout(RELEASE, gone).await.is_err() {
+            tracing::warn!("the API server does not answer: the leader's Lease ends by itself");
+        }
+    }
+}
+
+impl Outlet {
+    /// Wishes these statuses.
+    pub fn wish(&mut self, reports: &Reports) {
+        let wanted = |(object, new): (&_, &Reported)| {
+            let object: &tidegate_api::ObjectRef = object;
+            // What did not change stays the same value.
+            let same = self.said.get(object).is_some_and(|old| old == new);
+            status::wanted(
+                &object.kind,
+                &object.namespace,
+                &object.name,
+                &new.uid,
+                || serde_json::to_value(&new.report).unwrap_or_default(),
+                same.then_some(&self.last),
+            )
+        };
+        let all: Arc<Statuses> = Arc::new(reports.iter().filter_map(wanted).collect());
+        self.last = all.clone();
+        self.said.clone_from(reports);
+        self.statuses.send_replace(Some(all));
+    }
+
+    /// Tells the pod's people of a denial, if there is room.
+    pub fn tell(&self, denied: &Denied, allow_with: Option<&str>) {
+        // Where nobody follows, records and statuses still say it.
+        if let Some(event) = event(denied, allow_with) {
+            let _ = self.events.try_send(event);
+        }
+    }
+}
+
+/// The event of a denial.
+fn event(d: &Denied, allow_with: Option<&str>) -> Option<events::Denial> {
+    let who = d.who.as_ref()?;
+    let to = match (&d.name, d.address) {
+        (Some(name), Some(ip)) => format!("{name} ({ip})"),
+        (Some(name), None) => name.to_string(),
+        (None, Some(ip)) => ip.to_string(),
+        (None, None) => return None,
+    };
+    let what = match (d.protocol, d.port) {
+        (None, _) => format!("The DNS query for {to}"),
+        (Some(p), Some(port)) => format!("{} port {port} of {to}", super::namespace::protocol(p)),
+        (Some(p), None) => format!("{} to {to}", super::namespace::protocol(p)),
+    };
+    let mut note = format!("{what} was denied: {}.", d.reason);
+    if let Some(text) = allow_with {
+        note.push(' ');
+        note += &one_line(text);
+    }
+    let what = d.name.as_deref().map_or_else(|| d.address.map(|a| a.to_string()).unwrap_or_default(), str::to_owned);
+    Some(events::Denial {
+        namespace: who.namespace.to_string(),
+        pod: who.pod.to_string(),
+        what,
+        reason: d.reason.as_str().to_owned(),
+        note,
+    })
+}
+
+/// A suggestion in one line, as people see it in `kubectl describe`.
+fn one_line(text: &str) -> String {
+    let mut said: Vec<&str> = Vec::new();
+    let mut rule: Vec<&str> = Vec::new();
+    for line in text.lines() {
+        match line.strip_prefix('#') {
+            Some(comment) => said.push(comment.trim()),
+            None => rule.push(line.split(" #").next().unwrap_or(line).trim_start_matches("- ").trim()),
+        }
+    }
+    let mut out = String::new();
+    if !rule.is_empty() {
+        out = format!("This rule of an EgressPolicy would allow it: {{{}}}", rule.join(", "));
+    }
+    for s in said {
+        if !out.is_empty() {
+            out += ". ";
+        }
+        out += s;
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tidegate_policy::Reason;
+    use tidegate_policy::event::Who;
+
+    #[test]
+    fn an_event_reads_as_one_line() {
+        let mut d = Denied {
+            source: [10, 0, 0, 1].into(),
+            who: Some(Arc::new(Who { namespace: "shop".into(), pod: "web".into(), node: "n1".into() })),
+            name: Some("a.example".into()),
+            address: Some([203, 0, 113, 9].into()),
+            protocol: Some(6),
+            port: Some(443),
+            qtype: None,
+            reason: Reason::SniMismatch,
+            audit: false,
+            rule: None,
+            count: 1,
+        };
+        let rule = "# Ask\n- toFQDNs: [{matchName: a.example}]\n  toPorts: [{protocol: TCP, port: 80}]\n  sni: Unchecked   # plain";
+        let e = event(&d, Some(rule)).unwrap();
+        assert_eq!(
+            e.note,
+            "TCP port 443 of a.example (203.0.113.9) was denied: sni-mismatch. This rule of an EgressPolicy would allow it: \
+             {toFQDNs: [{matchName: a.example}], toPorts: [{protocol: TCP, port: 80}], sni: Unchecked}. Ask"
+        );
+        (d.address, d.protocol, d.port) = (None, None, None);
+        let e = event(&d, Some("# A rule denies it")).unwrap();
+        assert_eq!(e.note, "The DNS query for a.example was denied: sni-mismatch. A rule denies it");
+        assert_eq!((e.what.as_str(), e.reason.as_str()), ("a.example", "sni-mismatch"));
+    }
+}
