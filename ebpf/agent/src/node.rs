@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tidegate_ebpf::{Datapath, Program};
+use tidegate_policy::ScopeKey;
 use tidegate_policy::event::Emit;
 use tidegate_policy::state::NodeState;
 use tidegate_proto::{FactsBatch, ScopeClaim, Seen};
@@ -285,7 +286,10 @@ impl Node {
 
     /// The number is another gateway's now, or nobody's.
     fn clear(&mut self, index: usize) {
-        self.told.forget(index);
+        let moved = self.told.forget(index, self.epoch.elapsed());
+        if let Err(error) = self.datapath.facts(&moved) {
+            tracing::error!(%error, "facts of a gateway that is gone cannot be written");
+        }
         self.pending.remove(&index);
     }
 
@@ -360,7 +364,8 @@ impl Node {
                 keys.into_iter().filter_map(|k| Some((k.0, k.1, self.merged.grants.get(&k)?.clone()))).collect();
             result = self.datapath.grants(&fresh);
         }
-        let updates = self.told.take(gateway, batch);
+        let owner = owners(&self.gateways, &self.merged, &self.silent);
+        let updates = self.told.take(gateway, batch, now, owner);
         let result = result.and_then(|()| self.datapath.facts(&updates));
         let held = result.is_ok();
         acknowledge_facts(ack, applied, result.map_err(|e| e.to_string()));
@@ -547,6 +552,11 @@ impl Node {
             .map(|g| Source { name: &g.name, live: g.model.live(), state: g.model.state() })
             .collect();
         self.merged = merge::merge(&sources);
+        let owner = owners(&self.gateways, &self.merged, &self.silent);
+        let moved = self.told.follow(self.epoch.elapsed(), owner);
+        if let Err(error) = self.datapath.facts(&moved) {
+            tracing::error!(%error, "facts of scopes with another owner cannot be written");
+        }
         if self.gateway.as_ref().is_some_and(|g| !self.may_hold(&g.name)) {
             let gone = self.leases.end();
             if !gone.is_empty() {
@@ -611,6 +621,19 @@ impl Node {
             }
             new
         });
+    }
+}
+
+/// Who owns a scope, if that gateway is heard.
+fn owners<'a>(
+    gateways: &'a Gateways,
+    merged: &'a NodeState,
+    silent: &'a BTreeSet<String>,
+) -> impl Fn(ScopeKey) -> Option<usize> + 'a {
+    move |scope| {
+        let owner = &merged.scopes.get(&scope)?.owner;
+        let at = gateways.index(owner)?;
+        (gateways.get(at)?.in_sync && !silent.contains(owner)).then_some(at)
     }
 }
 
