@@ -146,7 +146,7 @@ impl Bindings {
 
     /// Whether a reply may go out without asking the ledger: `name` (canonical text) is bound to every
     /// address until `until` since boot, and the node's kernel has confirmed it ([`Self::standing`])
-    /// or is steered ([`Self::is_steered`]).
+    /// or is steered ([`Self::is_steered`]) and will be told when it is back.
     pub fn answer_stands(&self, scope: ScopeKey, name: &str, ips: &[IpAddr], node: NodeId, until: Duration) -> bool {
         if ips.is_empty() {
             return true;
@@ -162,7 +162,7 @@ impl Bindings {
                     return false;
                 };
                 a.facts.iter().any(|f| f.name == n && f.expires >= until)
-                    && (steered || a.holder(node).is_some_and(|h| h.confirmed >= until))
+                    && a.holder(node).is_some_and(|h| steered || h.confirmed >= until)
             })
         };
         self.read(scope, stands).unwrap_or(false)
