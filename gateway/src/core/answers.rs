@@ -40,8 +40,9 @@ impl Run {
     }
 
     fn bind_settled(&mut self, b: Bind) {
-        if self.compiled.world.scope(b.scope).is_none() {
-            // An edit came between: the scope must not come back to life by an answer.
+        let node = self.core.shared.nodes.name(b.node.0);
+        if node.is_none_or(|node| !self.placement.has(b.scope, &node)) {
+            // An edit came between: neither the scope nor what its last pod's node knew must come back to life by an answer.
             let _ = b.reply.send(Err(Reason::NoBinding));
             return;
         }

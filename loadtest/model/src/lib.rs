@@ -28,6 +28,7 @@ mod node;
 mod objects;
 mod reference;
 #[path = "../../../ebpf/agent/src/told.rs"]
+#[allow(dead_code, reason = "the agent's own")]
 mod told;
 
 pub use bytes::random;

@@ -111,7 +111,7 @@ impl Node {
         if self.model.grants(b.boot_id, grants, self.kernel.now) && self.ready {
             self.merge(local);
         }
-        let updates = self.told.take(0, b);
+        let updates = self.told.take(0, b, self.kernel.now, |_| Some(0));
         self.kernel.facts(&updates);
         self.applied = Some(applied);
     }
