@@ -108,7 +108,7 @@ fn a_gateway_is_plugged_in_once_and_moved_when_its_namespace_changes() {
     }
 
     // What a pod with a read-only /proc/sys cannot set itself.
-    gateway.ip("link add up0 type dummy");
+    gateway.ip("link add up0 type veth peer name up1");
     gateway.sh("echo 1 > /proc/sys/net/ipv4/conf/up0/rp_filter; echo 0 > /proc/sys/net/ipv4/ip_forward");
     let settle = || {
         let fd = gateway.fd();
