@@ -616,8 +616,8 @@ fn soak(scale: Scale) {
     assert_eq!(last["facts"], 2 * FIXED.min(scale.names) as usize);
     let near = |a: usize, b: usize| a.abs_diff(b) <= SLACK + a.max(b) / 100;
     assert!(near(memory.small, memory_last.small), "memory: {memory:?}, then {memory_last:?}");
-    let grown_once = memory_last.tables <= memory.tables + 1 && memory_last.room <= 2 * memory.room;
-    assert!(grown_once, "tables: {memory:?}, then {memory_last:?}");
+    // One that grows past LARGE is counted for the first time.
+    assert!(memory_last.room <= 2 * memory.room, "tables: {memory:?}, then {memory_last:?}");
     // While it is busy chance has a part in it.
     assert!(busy_last.1 < busy.1 * 11 / 10, "memory while busy: {} octets, then {}", busy.1, busy_last.1);
     assert!(busy_last.2 < 64 << 20, "the journal has {} octets", busy_last.2);
