@@ -37,6 +37,7 @@ fn client(tls: Tls, address: std::net::SocketAddr) -> Client {
         names: Names::default(),
         identity: identity(tls),
         seen: tokio::sync::watch::channel(Seen::default()).1,
+        denied: tokio::sync::watch::channel(Arc::default()).1,
     }
 }
 
