@@ -11,7 +11,7 @@ use tidegate_ebpf_common::layout::{
 };
 use tidegate_ebpf_common::{Addr, Decision, Packet, Tables, packet, verdict};
 use tidegate_policy::state::{FactUpdate, NodeState, Touch};
-use tidegate_policy::{Carry, PortSet, Via};
+use tidegate_policy::{Carry, ClassKey, GroupKey, PortSet, ScopeKey, Via};
 
 use crate::objects::TUNNEL_PORT;
 
@@ -28,6 +28,7 @@ enum Kind {
 #[derive(Default)]
 struct Ids {
     of: HashMap<(Kind, u128), u32>,
+    keys: HashMap<u32, u128>,
     last: u32,
 }
 
@@ -35,8 +36,13 @@ impl Ids {
     fn get(&mut self, kind: Kind, key: u128) -> u32 {
         *self.of.entry((kind, key)).or_insert_with(|| {
             self.last += 1;
+            self.keys.insert(self.last, key);
             self.last
         })
+    }
+
+    fn key(&self, id: u32) -> u128 {
+        self.keys.get(&id).copied().unwrap_or_default()
     }
 
     fn named(&mut self, kind: Kind, name: &str) -> u32 {
@@ -54,7 +60,7 @@ pub struct Kernel<const G: bool> {
     interfaces: HashMap<u32, u16>,
     groups: HashMap<u32, Group>,
     scopes: HashMap<u32, Scope>,
-    gateways: BTreeSet<u32>,
+    gateways: BTreeMap<u32, String>,
     heartbeats: HashMap<u32, Duration>,
     nodes: BTreeSet<Addr>,
     cluster: Vec<IpNet>,
@@ -104,13 +110,14 @@ impl<const G: bool> Kernel<G> {
         if chunks == 0 { 0 } else { first }
     }
 
-    /// Holds `state` and nothing else but facts; `local` are the addresses of this machine's pods.
-    pub fn apply(&mut self, state: &NodeState, node: &str, local: &BTreeSet<IpAddr>) {
+    /// Holds `state` and nothing else but facts; `local` are the addresses of this machine's pods, `silent` the gateways
+    /// that others stand in for.
+    pub fn apply(&mut self, state: &NodeState, node: &str, local: &BTreeSet<IpAddr>, silent: &BTreeSet<String>) {
         self.portsets = vec![Entry::default()];
         self.cluster.clone_from(&state.cluster.prefixes);
         self.node_ports = state.cluster.node_ports.unwrap_or((1, 0));
         self.nodes = state.nodes.values().flat_map(|n| &n.addresses).map(|a| Addr::from_ip(*a)).collect();
-        self.gateways = state.gateways.keys().map(|g| self.ids.named(Kind::Gateway, g)).collect();
+        self.gateways = state.gateways.keys().map(|g| (self.ids.named(Kind::Gateway, g), g.clone())).collect();
         self.prefixes.clear();
         for (key, prefixes) in &state.prefixes {
             let id = self.ids.get(Kind::Prefixes, key.0);
@@ -123,8 +130,10 @@ impl<const G: bool> Kernel<G> {
         self.scopes.clear();
         for (key, scope) in &state.scopes {
             let owner = self.ids.named(Kind::Gateway, &scope.owner);
-            self.scopes
-                .insert(self.ids.get(Kind::Scope, key.0), Scope { owner, pair: scope.pair.into(), ..Scope::default() });
+            let speaks = |g: &&String| !silent.contains(*g) && state.gateways.contains_key(*g);
+            let answers = std::iter::once(&scope.owner).chain(&scope.standbys).find(speaks);
+            let dns = answers.map_or(owner, |g| self.ids.named(Kind::Gateway, g));
+            self.scopes.insert(self.ids.get(Kind::Scope, key.0), Scope { owner, pair: scope.pair.into(), dns });
         }
         self.groups.clear();
         for (key, g) in &state.groups {
@@ -169,16 +178,44 @@ impl<const G: bool> Kernel<G> {
                 self.facts.remove(&key);
                 continue;
             };
-            let ttl = value.ttl.as_secs() + u64::from(value.ttl.subsec_nanos() > 0);
-            let expires = (self.now.as_secs() + ttl) as u32;
+            let end =
+                if value.ttl.is_zero() { self.now } else { self.now + value.ttl + Duration::from_nanos(999_999_999) };
+            let expires = end.as_secs() as u32;
             let class = self.ids.get(Kind::Class, value.class.0);
             self.facts.insert(key, Fact { class, expires, seen: 0 });
         }
     }
 
-    /// How many facts it holds.
-    pub fn held(&self) -> usize {
-        self.facts.len()
+    /// Adds grants.
+    pub fn grants(&mut self, grants: &[(GroupKey, ClassKey, PortSet)]) {
+        for (g, c, ports) in grants {
+            let key = GrantKey { group: self.ids.get(Kind::Group, g.0), class: self.ids.get(Kind::Class, c.0) };
+            let set = self.intern(ports);
+            self.grants.insert(key, set);
+        }
+    }
+
+    /// The facts that it holds.
+    pub fn held(&self) -> impl Iterator<Item = (ScopeKey, IpAddr, ClassKey)> {
+        let key = |id| self.ids.key(id);
+        self.facts.iter().map(move |(k, f)| (ScopeKey(key(k.scope)), k.addr.to_ip(), ClassKey(key(f.class))))
+    }
+
+    /// Forgets other facts.
+    pub fn retain_facts(&mut self, keep: impl Fn(ScopeKey, IpAddr) -> bool) {
+        let ids = &self.ids;
+        self.facts.retain(|k, _| keep(ScopeKey(ids.key(k.scope)), k.addr.to_ip()));
+    }
+
+    /// Forgets what expired a day ago.
+    pub fn sweep(&mut self) {
+        let now = self.now.as_secs();
+        self.facts.retain(|_, f| now.saturating_sub(f.expires.into()) <= 24 * 3600);
+    }
+
+    /// The gateway with this id.
+    pub fn gateway_name(&self, id: u32) -> Option<&str> {
+        self.gateways.get(&id).map(String::as_str)
     }
 
     /// A sign of life of a gateway.
@@ -232,7 +269,7 @@ impl<const G: bool> Tables for Kernel<G> {
         self.scopes.get(&id)
     }
     fn gateway(&self, id: u32) -> bool {
-        self.gateways.contains(&id)
+        self.gateways.contains_key(&id)
     }
     fn heartbeat(&self, id: u32) -> u64 {
         self.heartbeats.get(&id).map_or(0, |d| nanos(*d))

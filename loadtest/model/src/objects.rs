@@ -1,6 +1,6 @@
 //! A small cluster, and random edits of its objects.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ipnet::IpNet;
 use tidegate_policy::model::{
@@ -13,8 +13,10 @@ use tidegate_policy::{Name, Proto};
 
 use crate::bytes::Bytes;
 
-/// The nodes; the gateway runs on the first.
+/// The nodes.
 pub const NODES: [&str; 2] = ["n1", "n2"];
+/// The gateways with their nodes: one on a node with pods, the others on nodes of their own.
+pub const GATEWAYS: [(&str, &str); 3] = [("gw-a", "n1"), ("gw-b", "m1"), ("gw-c", "m2")];
 /// The namespaces.
 pub const NAMESPACES: [&str; 3] = ["shop", "bank", "lab"];
 /// The pods of every namespace.
@@ -38,6 +40,8 @@ pub const PRIVATE: &str = "172.20.0.1";
 pub const INSIDE: [&str; 3] = ["10.96.0.1", "10.0.0.2", "10.244.2.77"];
 /// Ports of packets: those of rules with their neighbours, and those with a meaning of their own.
 pub const PORTS: [u16; 12] = [0, 1, 22, 53, 80, 81, 443, 444, 853, 5432, 8475, 30080];
+/// The range of services.
+const SERVICES: &str = "10.96.0.0/16";
 /// The NodePort range.
 pub const NODE_PORTS: (u16, u16) = (30000, 32767);
 /// The tunnel's port.
@@ -74,6 +78,76 @@ const RANGES: [(Option<Proto>, u16, u16); 9] = [
     (Some(Proto::Udp), 1, 852),
     (None, 0, 65535),
 ];
+
+/// What a gateway's configuration says that states follow from.
+pub struct Config {
+    /// Its node.
+    pub node: String,
+    /// Every gateway.
+    pub gateways: Vec<Replica>,
+    /// Pairs that are pinned.
+    pub owners: Vec<Owner>,
+    /// What is inside the cluster.
+    pub cluster: Inside,
+    /// Whether echo requests pass.
+    pub ping: bool,
+    /// Seconds between full passes.
+    pub full_pass_seconds: u64,
+}
+
+/// A gateway's place.
+pub struct Replica {
+    /// The gateway's name.
+    pub name: String,
+    /// Its node.
+    pub node: String,
+    /// Where others reach it.
+    pub address: Option<SocketAddr>,
+}
+
+/// A pair that is pinned to a gateway: there is none.
+pub struct Owner {
+    /// The pool's name.
+    pub pool: String,
+    /// The pair's IPv4 address.
+    pub ipv4: Option<Ipv4Addr>,
+    /// The pair's IPv6 address.
+    pub ipv6: Option<Ipv6Addr>,
+    /// The gateway's name.
+    pub gateway: String,
+}
+
+/// What is inside the cluster.
+pub struct Inside {
+    /// The NodePort range.
+    pub node_ports: NodePorts,
+}
+
+/// A range of ports.
+pub struct NodePorts {
+    /// Its first.
+    pub first: u16,
+    /// Its last.
+    pub last: u16,
+}
+
+impl Config {
+    /// Of the gateway on this node.
+    pub fn new(node: &str) -> Self {
+        Self {
+            node: node.to_owned(),
+            gateways: GATEWAYS.iter().map(|(n, at)| replica(n, at)).collect(),
+            owners: Vec::new(),
+            cluster: Inside { node_ports: NodePorts { first: NODE_PORTS.0, last: NODE_PORTS.1 } },
+            ping: false,
+            full_pass_seconds: 30,
+        }
+    }
+}
+
+fn replica(name: &str, node: &str) -> Replica {
+    Replica { name: name.into(), node: node.into(), address: Some(([10, 0, 0, 9], 7443).into()) }
+}
 
 /// A constant's text as a value.
 ///
@@ -115,7 +189,7 @@ pub fn initial() -> Objects {
         };
         o.nodes.insert((*n).to_owned(), node);
     }
-    o.settings.cluster_prefixes = vec![parsed("10.96.0.0/16")];
+    o.settings.cluster_prefixes = vec![parsed(SERVICES)];
     for n in NAMESPACES {
         let env = if n == "lab" { "test" } else { "prod" };
         let ns = Namespace { uid: format!("{n}-1"), labels: labels(&[("env", env)]), ..Namespace::default() };
@@ -123,30 +197,58 @@ pub fn initial() -> Objects {
     }
     for (i, n) in NAMESPACES.iter().enumerate() {
         put_pod(&mut o, n, "a", NODES[i % 2], i as u8 + 1, &[("app", "web")]);
-        let rule = Rule {
-            name: "0".into(),
-            fqdns: vec![fqdn("**.x.com"), fqdn("y.org")],
-            cidrs: vec![],
-            ports: vec![Ports { proto: Some(Proto::Tcp), lo: 80, hi: 443 }],
-            sni: SniMode::Required,
-            ech_allow: false,
-            dns_types: vec![],
-            private_addresses: vec![],
-            min_binding: None,
-            expires: None,
-        };
+        // Names that share addresses and nothing else: other ports, other carries, and one that is denied in part.
+        let egress = vec![
+            plain(0, &["**.x.com", "y.org"], &[(Proto::Tcp, 80, 443)], SniMode::Required),
+            plain(1, &["**.x.com"], &[(Proto::Udp, 1, 852)], SniMode::Required),
+            plain(2, &["a.x.com", "*.y.org"], &[(Proto::Tcp, 5432, 5432), (Proto::Udp, 22, 22)], SniMode::Unchecked),
+        ];
+        let deny = vec![plain(0, &["b.x.com"], &[(Proto::Udp, 22, 22)], SniMode::Required)];
         let p = Policy {
             created: UnixSeconds(0),
             pod_selector: Selector::default(),
             mode: PolicyMode::Enforce,
-            pool: None,
+            pool: (*n == "bank").then(|| "static".to_owned()),
             on_revoke: OnRevoke::Reset,
-            egress: vec![rule],
-            deny: vec![],
+            egress,
+            deny,
         };
         o.policies.insert(((*n).to_owned(), "base".to_owned()), p);
     }
+    let pairs = vec![pair(10, false), pair(11, false)];
+    let source = AddressSource::Static { interface: None, pairs };
+    let pool = Pool { allowed_namespaces: Some(Selector::default()), source, gateway_nodes: None };
+    o.pools.insert("static".into(), pool);
+    // Two that disagree, with equal rights.
+    let of = |action, rule| ClusterPolicy {
+        tier: Tier::Admin,
+        priority: 1,
+        mode: PolicyMode::Enforce,
+        namespaces: Selector { labels: labels(&[("env", "test")]), expressions: vec![] },
+        pods: Selector::default(),
+        rules: vec![(action, rule)],
+        ceiling: None,
+    };
+    let accept = plain(0, &["**.x.com"], &[(Proto::Tcp, 22, 22), (Proto::Tcp, 5432, 5432)], SniMode::Unchecked);
+    let deny = plain(0, &["a.x.com", "x.com"], &[(Proto::Tcp, 22, 80)], SniMode::Required);
+    o.cluster_policies.insert("k".into(), of(Action::Accept, accept));
+    o.cluster_policies.insert("l".into(), of(Action::Deny, deny));
     o
+}
+
+fn plain(index: usize, names: &[&str], ports: &[(Proto, u16, u16)], sni: SniMode) -> Rule {
+    Rule {
+        name: index.to_string().into(),
+        fqdns: names.iter().map(|n| fqdn(n)).collect(),
+        cidrs: vec![],
+        ports: ports.iter().map(|(p, lo, hi)| Ports { proto: Some(*p), lo: *lo, hi: *hi }).collect(),
+        sni,
+        ech_allow: false,
+        dns_types: vec![],
+        private_addresses: vec![],
+        min_binding: None,
+        expires: None,
+    }
 }
 
 fn put_pod(o: &mut Objects, ns: &str, pod: &str, node: &str, host: u8, l: &[(&str, &str)]) {
@@ -244,7 +346,7 @@ fn cluster_policy(b: &mut Bytes<'_>, now: UnixSeconds) -> ClusterPolicy {
     let action = |b: &mut Bytes<'_>| b.pick(&[Action::Deny, Action::Accept, Action::Pass]);
     ClusterPolicy {
         tier: if b.one_in(2) { Tier::Admin } else { Tier::Baseline },
-        priority: b.below(3) as u16,
+        priority: b.below(2) as u16,
         mode: if b.one_in(10) { PolicyMode::Staged } else { PolicyMode::Enforce },
         namespaces,
         pods: pod_selector(b),
@@ -346,8 +448,11 @@ fn namespace(o: &mut Objects, name: &str, b: &mut Bytes<'_>, now: UnixSeconds) {
     }
 }
 
+fn pair(host: u8, draining: bool) -> Pair {
+    Pair { ipv4: Some([203, 0, 113, host].into()), ipv6: None, draining }
+}
+
 fn pool(b: &mut Bytes<'_>) -> Pool {
-    let pair = |host: u8, draining: bool| Pair { ipv4: Some([203, 0, 113, host].into()), ipv6: None, draining };
     let allowed = match b.below(3) {
         0 => Some(Selector { labels: labels(&[("env", "prod")]), expressions: vec![] }),
         1 => None,
