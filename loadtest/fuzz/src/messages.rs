@@ -41,6 +41,7 @@ pub fn message(data: &[u8]) -> bool {
             let sent = match up.clone() {
                 FactsUp::Up(up) => wire::FactsAck::from(up),
                 FactsUp::Seen(seen) => wire::FactsAck::from(seen),
+                FactsUp::Denied(denied) => tidegate_proto::denials(&denied),
             };
             assert_eq!(FactsUp::try_from(sent), Ok(up));
         }
