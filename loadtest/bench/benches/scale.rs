@@ -91,7 +91,7 @@ fn policy(n: u32, p: u32, selected: Selector) -> Policy {
         created: UnixSeconds(0),
         pod_selector: selected,
         mode: PolicyMode::Enforce,
-        pool: (n % 50 == 0).then(|| "partner".to_owned()),
+        pool: n.is_multiple_of(50).then(|| "partner".to_owned()),
         on_revoke: OnRevoke::Reset,
         egress: vec![rule("names", names, &[]), rule("net", Vec::new(), &[net(9, (n >> 8) as u8, n as u8, 24)])],
         deny: Vec::new(),

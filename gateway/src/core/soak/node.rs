@@ -115,7 +115,7 @@ impl Node {
                         d.grants(&fresh).unwrap();
                     }
                 }
-                let updates = self.told.take(0, batch);
+                let updates = self.told.take(0, batch, now, |_| Some(0));
                 if let Some(d) = &mut self.datapath {
                     d.facts(&updates).unwrap();
                 }
