@@ -388,8 +388,12 @@ impl Lab {
         let netns = self.place(name)?.netns;
         let mut command = Command::new(&self.tidegate);
         command.arg(role).arg("--config").arg(self.layout.config(name));
+        let pod = role == "agent" && self.has_kubernetes();
+        if pod {
+            self.mount_trust()?;
+        }
         // Agents are pods on the host's network with `dnsPolicy: ClusterFirstWithHostNet`: they find gateways by name.
-        let resolv = (role == "agent" && self.has_kubernetes()).then(|| self.resolv_conf(SYSTEM_NAMESPACE));
+        let resolv = pod.then(|| self.resolv_conf(SYSTEM_NAMESPACE));
         self.launch_with(name, &netns, resolv.as_deref(), command)?;
         Ok(())
     }

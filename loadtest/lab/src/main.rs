@@ -225,7 +225,7 @@ fn show_objects(lab: &Lab) -> Result<()> {
     for args in [
         &["get", "egresspolicies,namespaceegresses", "-A"][..],
         &["get", "clusteregresspolicies,egresspools"],
-        &["get", "events.v1.events.k8s.io", "-A", "--field-selector", "reason=EgressDenied"],
+        &["events", "-n", "shop", "--for", "pod/worker"],
         &["describe", "namespaceegress", "tidegate", "-n", "shop"],
     ] {
         let out = lab.kubectl_with(args, "")?;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use crate::certs::{Authority, Files};
-use crate::kube::{self, GATEWAY_SERVICE, gateway_kubeconfig};
+use crate::kube::{self, GATEWAY_SERVICE, agent_token, gateway_kubeconfig, trust};
 use crate::scenario::{CLUSTER_DOMAIN, Cni, SYSTEM_NAMESPACE, Scenario};
 
 /// Where agents find gateways, on the gateway pod's own address.
@@ -66,6 +66,11 @@ impl Layout {
         self.folder.join("socket").join(format!("{node}.sock"))
     }
 
+    /// Where a node's agent keeps the certificate that a gateway gave it.
+    pub fn identity(&self, node: &str) -> PathBuf {
+        self.folder.join("identity").join(node)
+    }
+
     /// Everything of the control plane.
     pub fn control(&self) -> PathBuf {
         self.folder.join("control")
@@ -106,17 +111,27 @@ pub fn write(scenario: &Scenario, layout: &Layout) -> Result<()> {
     let Some(tidegate) = &scenario.tidegate else {
         return Ok(());
     };
-    let authority = Authority::new("tidegate-lab control")?;
-    let ca = authority.write(&layout.ca(), "control", false)?;
+    let mut agents = Vec::new();
     for node in &scenario.nodes {
-        let tls = authority.sign(&layout.ca(), &format!("{}.node.tidegate", node.name), &ca)?;
-        let config = overlay(agent(scenario, layout, &node.name, &tls)?, &tidegate.agent);
-        std::fs::write(layout.config(&node.name), yaml(&config)?)?;
+        agents.push((&node.name, agent(scenario, layout, &node.name)?));
     }
-    for gateway in &scenario.gateways {
-        let tls = authority.sign(&layout.ca(), &format!("{}.gateway.tidegate", gateway.name), &ca)?;
-        let config = overlay(self::gateway(scenario, layout, &gateway.name, &gateway.node, &tls), &tidegate.gateway);
-        std::fs::write(layout.config(&gateway.name), yaml(&config)?)?;
+    let mut gateways: Vec<_> =
+        scenario.gateways.iter().map(|g| (&g.name, gateway(scenario, layout, &g.name, &g.node))).collect();
+    // With an API server gateways are the authority, and agents show their tokens.
+    if scenario.kubernetes.is_none() {
+        let authority = Authority::new("tidegate-lab control")?;
+        let ca = authority.write(&layout.ca(), "control", false)?;
+        for (all, role) in [(&mut agents, "node"), (&mut gateways, "gateway")] {
+            for (name, config) in all {
+                let files = authority.sign(&layout.ca(), &format!("{name}.{role}.tidegate"), &ca)?;
+                config["tls"] = tls(&files);
+            }
+        }
+    }
+    for (all, keys) in [(agents, &tidegate.agent), (gateways, &tidegate.gateway)] {
+        for (name, config) in all {
+            std::fs::write(layout.config(name), yaml(&overlay(config, keys))?)?;
+        }
     }
     Ok(())
 }
@@ -158,7 +173,7 @@ fn tls(files: &Files) -> Value {
     json!({"certificate": files.certificate, "key": files.key, "ca": files.ca})
 }
 
-fn agent(scenario: &Scenario, layout: &Layout, node: &str, files: &Files) -> Result<Value> {
+fn agent(scenario: &Scenario, layout: &Layout, node: &str) -> Result<Value> {
     let gateways = scenario.gateways.iter().map(|gateway| {
         let pod = scenario.pod(&format!("{SYSTEM_NAMESPACE}/{}", gateway.name))?;
         let address = pod.addresses().first().copied().context("a gateway pod has no address")?;
@@ -166,7 +181,6 @@ fn agent(scenario: &Scenario, layout: &Layout, node: &str, files: &Files) -> Res
     });
     let mut config = json!({
         "node": node,
-        "tls": tls(files),
         "socket": layout.socket(node),
         "pins": layout.bpffs().join(node),
         "interfaces": match scenario.hosts.cni {
@@ -179,13 +193,18 @@ fn agent(scenario: &Scenario, layout: &Layout, node: &str, files: &Files) -> Res
     if scenario.kubernetes.is_some() {
         let service = format!("{GATEWAY_SERVICE}.{SYSTEM_NAMESPACE}.svc.{CLUSTER_DOMAIN}");
         config["discover"] = json!({"service": service, "port": CONTROL_PORT});
+        config["join"] = json!({
+            "token": agent_token(&layout.control(), node),
+            "ca": trust(&layout.control()),
+            "folder": layout.identity(node),
+        });
     } else {
         config["gateways"] = json!(gateways.collect::<Result<Vec<_>>>()?);
     }
     Ok(config)
 }
 
-fn gateway(scenario: &Scenario, layout: &Layout, name: &str, node: &str, files: &Files) -> Value {
+fn gateway(scenario: &Scenario, layout: &Layout, name: &str, node: &str) -> Value {
     let owners: Vec<Value> = scenario
         .pools
         .iter()
@@ -215,7 +234,6 @@ fn gateway(scenario: &Scenario, layout: &Layout, name: &str, node: &str, files: 
         "name": name,
         "node": node,
         "control": format!("[::]:{CONTROL_PORT}"),
-        "tls": tls(files),
         "socket": layout.socket(node),
         "pins": layout.bpffs().join(name),
         "admin": format!("0.0.0.0:{GATEWAY_ADMIN}"),

@@ -29,6 +29,7 @@ fn kubernetes() {
     let mut lab = Lab::up(Scenario::load(path.as_ref()).unwrap(), &options).unwrap();
     assert_eq!(story::whole(&lab), 0, "surprises");
     story::hold(&lab, 12).unwrap();
+    people_are_told(&lab);
     the_api_server_is_away(&mut lab);
     the_order_of_objects_decides_nothing(&mut lab);
     a_watch_that_hangs_helps_nobody(&lab);
@@ -60,6 +61,54 @@ fn denied(lab: &Lab, pod: &str, name: &str) -> bool {
 #[track_caller]
 fn soon(what: &str, holds: impl Fn() -> bool) {
     assert!(wait_for(SOON, || holds().then_some(())).is_some(), "{what} does not come");
+}
+
+/// What the story denied and granted stands where people look.
+fn people_are_told(lab: &Lab) {
+    let group = "/apis/tidegate.dev/v1alpha1";
+    let is = |object: &Value, kind: &str| {
+        let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
+        conditions.iter().any(|c| c["type"] == kind && c["status"] == "True")
+    };
+    for path in [
+        "namespaces/shop/egresspolicies/web",
+        "namespaces/billing/egresspolicies/pay",
+        "clusteregresspolicies/platform",
+        "egresspools/partner-a",
+    ] {
+        let good = |o: &Value| is(o, "Accepted") && is(o, "Programmed");
+        lab.wait_object(&format!("{group}/{path}"), SOON, good).unwrap();
+    }
+    let tie = |o: &Value| is(o, "Conflicted");
+    lab.wait_object(&format!("{group}/clusteregresspolicies/tie-denies"), SOON, tie).unwrap();
+    // The latest denials are kept, and the story has many.
+    let (pod, name) = ("shop/web", "other.example.org");
+    assert!(denied(lab, pod, name));
+    let rule_for = |o: &Value| {
+        let denials = o["status"]["denials"].as_array()?;
+        let found = denials.iter().find(|d| d["name"] == name && d["pod"] == "web")?;
+        found["allowWith"].as_str().map(str::to_owned)
+    };
+    // What is no condition is written once a minute.
+    let minute = Duration::from_secs(75);
+    let path = format!("{group}/namespaces/shop/namespaceegresses/tidegate");
+    let why = lab.wait_object(&path, minute, |o| rule_for(o).is_some()).unwrap();
+    let pair = json!({"pool": "partner-a", "ipv4": POOL_A[0], "ipv6": POOL_A[1]});
+    assert!(why["status"]["egress"].as_array().unwrap().contains(&pair), "{why:#}");
+    // Pasted as it stands, it allows what was denied.
+    let rule = rule_for(&why).unwrap().replace('\n', "\n  ");
+    let policy = format!(
+        "apiVersion: tidegate.dev/v1alpha1\nkind: EgressPolicy\nmetadata: {{name: pasted, namespace: shop}}\nspec:\n  \
+         podSelector: {{matchLabels: {{app: web}}}}\n  poolRef: {{name: partner-a}}\n  egress:\n  {rule}\n"
+    );
+    lab.kubectl_with(&["apply", "-f", "-"], &policy).unwrap().success().unwrap();
+    soon("what the pasted rule allows", || seen(lab, pod, Family::V4, name) == Some(of(POOL_A, Family::V4)));
+    lab.kubectl(&["delete", "egresspolicy", "pasted", "-n", "shop"]).unwrap();
+    soon("the pasted rule's end", || denied(lab, pod, name));
+    let events =
+        lab.kubectl(&["get", "events.v1.events.k8s.io", "-n", "shop", "--field-selector", "reason=EgressDenied"]);
+    let events = events.unwrap();
+    assert!(events.contains("pod/web"), "{events}");
 }
 
 /// Drops every packet between gateways' nodes and the API server, and says nothing to either side.

@@ -41,6 +41,10 @@ fn named(family: Family, n: u16, port: u16) -> SocketAddr {
     SocketAddr::new(ip, port)
 }
 
+fn named_http(family: Family) -> SocketAddr {
+    named(family, 14, 8080)
+}
+
 fn of(pair: [&str; 2], family: Family) -> IpAddr {
     family.pick(pair[0], pair[1]).parse().unwrap()
 }
@@ -269,6 +273,28 @@ fn an_address_that_moves_to_another_namespace_starts_with_nothing() {
             soon("the shop's pool", || seen(lab, pod, family, "www.example.com") == Some(of(POOL_A, family)));
             assert!(ask(lab, pod, family, "bank.example.com").is_denied());
         }
+    });
+}
+
+/// They have no address of their own: nobody manages them, and the namespace's status says so.
+#[test]
+fn pods_on_their_nodes_network_are_named() {
+    with(|lab| {
+        let node = lab.scenario().node("node-2").unwrap();
+        let addresses = lab.scenario().node_addresses(node);
+        let key = "managed/exporter";
+        lab.make_pod(&Guest { key, node: "node-2", labels: json!({}), addresses, host_network: true }).unwrap();
+        let path = "/apis/tidegate.dev/v1alpha1/namespaces/managed/namespaceegresses/tidegate";
+        let named = |o: &Value| o["status"]["hostNetworkPods"]["names"] == json!(["exporter"]);
+        lab.wait_object(path, Duration::from_secs(90), named).unwrap();
+        // A node is not its pods' namespace.
+        let place = lab.place("node-2").unwrap();
+        for family in FAMILIES {
+            let out = curl(&place, family, &format!("http://{}/", named_http(family)), &[]);
+            assert_eq!(out.source(), Some(node_of(lab, "shop/worker", family)), "{}", out.text());
+        }
+        isolated(lab, "managed/app");
+        lab.delete_pod(key).unwrap();
     });
 }
 

@@ -31,6 +31,10 @@ pub use pods::Guest;
 
 /// The place of the API server.
 pub const PLACE: &str = "control";
+/// The ConfigMap of whom agents trust, and its key.
+const TRUST: (&str, &str) = ("tidegate-trust", "ca.crt");
+/// How long gateways may take until they have written it.
+const TRUSTED: Duration = Duration::from_secs(60);
 /// The audience of the tokens that agents show to gateways.
 const AUDIENCE: &str = "tidegate";
 /// How long the API server may take until it answers. It is ready in 4 s on an idle machine; others may be busy.
@@ -75,6 +79,11 @@ pub fn gateway_kubeconfig(folder: &Path, gateway: &str) -> PathBuf {
 /// The token that a node's agent shows to gateways, in the control plane's folder.
 pub fn agent_token(folder: &Path, node: &str) -> PathBuf {
     folder.join(format!("{node}.agent.token"))
+}
+
+/// The authorities that agents trust, in the control plane's folder.
+pub fn trust(folder: &Path) -> PathBuf {
+    folder.join("trust.crt")
 }
 
 impl Lab {
@@ -274,6 +283,24 @@ impl Lab {
         let made = self.request("POST", &path, &json!({"spec": spec}))?;
         let token = made["status"]["token"].as_str().context("the API server gave no token")?;
         state::replace(file, token.as_bytes())
+    }
+
+    /// Mounts the ConfigMap of whom agents trust, as a kubelet does: a first time it waits until there is one, and while
+    /// the API server is away what was mounted stays.
+    ///
+    /// # Errors
+    /// When nobody writes it.
+    pub fn mount_trust(&self) -> Result<()> {
+        let file = trust(self.site()?.folder());
+        let (map, key) = TRUST;
+        let path = format!("/api/v1/namespaces/{SYSTEM_NAMESPACE}/configmaps/{map}");
+        let written = |object: &Value| object["data"][key].is_string();
+        let limit = if file.exists() { Duration::ZERO } else { TRUSTED };
+        match self.wait_object(&path, limit, written) {
+            Ok(object) => state::replace(&file, object["data"][key].as_str().unwrap_or_default().as_bytes()),
+            Err(_) if file.exists() => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Brings the API to what a manifest now says: applies its objects, deletes those that only the text before had.
