@@ -100,7 +100,10 @@ fn event(d: &Denied, allow_with: Option<&str>) -> Option<events::Denial> {
     let what = match (d.protocol, d.port) {
         (None, _) => format!("The DNS query for {to}"),
         (Some(p), Some(port)) => format!("{} port {port} of {to}", super::namespace::protocol(p)),
-        (Some(p), None) => format!("{} to {to}", super::namespace::protocol(p)),
+        (Some(p), None) => match super::namespace::protocol(p) {
+            number if number.starts_with(|c: char| c.is_ascii_digit()) => format!("IP protocol {number} to {to}"),
+            name => format!("{name} to {to}"),
+        },
     };
     let mut note = format!("{what} was denied: {}.", d.reason);
     if let Some(text) = allow_with {
@@ -133,7 +136,7 @@ fn one_line(text: &str) -> String {
     }
     for s in said {
         if !out.is_empty() {
-            out += ". ";
+            out += if out.ends_with(':') { " " } else { ". " };
         }
         out += s;
     }
@@ -168,7 +171,10 @@ mod tests {
             "TCP port 443 of a.example (203.0.113.9) was denied: sni-mismatch. This rule of an EgressPolicy would allow it: \
              {toFQDNs: [{matchName: a.example}], toPorts: [{protocol: TCP, port: 80}], sni: Unchecked}. Ask"
         );
-        (d.address, d.protocol, d.port) = (None, None, None);
+        (d.name, d.protocol, d.port) = (None, Some(47), None);
+        assert_eq!(event(&d, None).unwrap().note, "IP protocol 47 to 203.0.113.9 was denied: sni-mismatch.");
+        assert_eq!(one_line("# Say so:\n#   x: [1]\n# Ask"), "Say so: x: [1]. Ask");
+        (d.name, d.address, d.protocol, d.port) = (Some("a.example".into()), None, None, None);
         let e = event(&d, Some("# A rule denies it")).unwrap();
         assert_eq!(e.note, "The DNS query for a.example was denied: sni-mismatch. A rule denies it");
         assert_eq!((e.what.as_str(), e.reason.as_str()), ("a.example", "sni-mismatch"));

@@ -76,9 +76,14 @@ pub fn allow_with(d: &Denied, group: Option<&Group>, names: &[Name]) -> Option<S
     match (name, d.address) {
         (Some(name), _) => by_name(d, group, &name, proto, port),
         // Exactly one name leads there: that is what the pod means.
-        (None, Some(_)) if names.len() == 1 && d.reason != Reason::NoBinding => {
+        (None, Some(ip)) if names.len() == 1 && d.reason != Reason::NoBinding => {
+            let name = &names[0];
+            let allows = |g: &Group| g.connection(Some(name), ip, proto, port).allowed();
+            if d.reason == Reason::BindingExpired && group.is_some_and(allows) {
+                return Some(stale(name));
+            }
             let unchecked = plain || proto == Proto::Tcp && tidegate_api::not_tls(port).is_some();
-            Some(rule(group, &names[0], proto, port, unchecked, &[]))
+            Some(rule(group, name, proto, port, unchecked, &[]))
         }
         (None, Some(ip)) => Some(by_address(group, ip, names, proto, port)),
         (None, None) => None,
@@ -95,15 +100,18 @@ fn by_name(d: &Denied, group: Option<&Group>, name: &Name, proto: Proto, port: u
         }
         // A name that is asked for: the ports of the rule that is there are not this denial's matter.
         Reason::NameNotAllowed if known => return Some("# The policy allows this name now".to_owned()),
-        Reason::SniMismatch | Reason::BindingExpired if known => {
-            return Some(format!(
-                "# The policy allows {name}, but the pod sent to an address that the cluster's DNS did not give it for this name, or not lately: let it look the name up before it connects"
-            ));
-        }
+        Reason::SniMismatch | Reason::BindingExpired if known => return Some(stale(name)),
         _ => {}
     }
     let unchecked = proto == Proto::Tcp && tidegate_api::not_tls(port).is_some();
     Some(rule(group, name, proto, port, unchecked, &[]))
+}
+
+/// What no rule changes: the name is allowed, and was not looked up.
+fn stale(name: &Name) -> String {
+    format!(
+        "# The policy allows {name}, but the pod sent to an address that the cluster's DNS did not give it for this name, or not lately: let it look the name up before it connects"
+    )
 }
 
 /// A rule for exactly one name.

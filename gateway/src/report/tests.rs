@@ -485,6 +485,14 @@ fn each_denial_says_what_would_allow_it() {
         let n = c.namespace("shop").unwrap();
         assert_eq!(n.denials[0].allow_with.as_deref(), want, "{d:?}");
     }
+    // A packet names nothing: what the pod was told for the address does.
+    let world = &c.last.as_ref().unwrap().world;
+    let group = world.group_of("10.1.0.1".parse().unwrap()).unwrap();
+    let told = [Name::parse("api.stripe.com").unwrap()];
+    let expired =
+        |port| super::suggest::allow_with(&denied(None, ip, Some(port), Reason::BindingExpired), Some(group), &told);
+    assert!(expired(443).unwrap().starts_with("# The policy allows api.stripe.com, but"));
+    assert!(expired(8443).unwrap().starts_with("- toFQDNs: [{matchName: api.stripe.com}]"));
     let d = &c.namespace("shop").unwrap().denials[0];
     assert_eq!((d.pod.as_str(), d.last_time.as_str(), d.count), ("web", "2026-09-21T14:13:20Z", 1));
 }
