@@ -47,7 +47,11 @@ pub fn said(note: &Note) -> String {
 pub fn not_taken(record: &Record, error: &Note, in_force: bool) -> Condition {
     let errors = record.notes.iter().filter(|n| n.severity == Severity::Error).count();
     let more = if errors > 1 { format!(" (and {} more)", errors - 1) } else { String::new() };
-    let instead = if in_force { "the last good version stays in force" } else { "nothing of it is in force" };
+    let instead = match (in_force, record.closed) {
+        (true, false) => "the last good version stays in force",
+        (true, true) => "no good version is known: the pods that it selects are isolated, and it allows nothing",
+        (false, _) => "nothing of it is in force",
+    };
     let message = format!("{}{more}; {instead}", said(error));
     condition("Accepted", false, record.generation, error.code.as_str(), message)
 }

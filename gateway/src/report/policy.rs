@@ -37,7 +37,11 @@ fn programmed(written: &Written, exempt: bool, count: &Count) -> (Condition, Cou
     let no = |reason: &str, message: String| condition("Programmed", false, generation, reason, message);
     let nothing = Count::default();
     if written.record.error().is_some() {
-        let last = if written.in_force { format!("; the last good version is held by {count}") } else { String::new() };
+        let last = match (written.in_force, written.record.closed) {
+            (true, false) => format!("; the last good version is held by {count}"),
+            (true, true) => format!("; that it isolates is held by {count}"),
+            (false, _) => String::new(),
+        };
         let mut count = count.clone();
         count.programmed = 0;
         return (no("NotAccepted", format!("no node holds what is written now{last}")), count);

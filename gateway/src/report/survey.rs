@@ -47,6 +47,8 @@ pub struct Record {
     pub generation: Option<i64>,
     /// What is wrong with what is written now.
     pub notes: Vec<Note>,
+    /// No good version of it is known: if anything of it is in force, it is that it isolates.
+    pub closed: bool,
 }
 
 impl Record {
@@ -123,7 +125,7 @@ impl From<&index::Record> for Record {
             message: p.message.clone(),
         };
         let generation = (r.generation > 0).then_some(r.generation);
-        Self { uid: r.uid.clone(), generation, notes: r.problems.iter().map(note).collect() }
+        Self { uid: r.uid.clone(), generation, notes: r.problems.iter().map(note).collect(), closed: !r.held }
     }
 }
 

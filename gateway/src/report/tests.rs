@@ -213,7 +213,10 @@ fn generations_are_those_of_what_is_written() {
         path: "spec.egress[0].http".into(),
         message: "is not carried out".into(),
     };
-    records.insert(object, super::survey::Record { uid: "u".into(), generation: Some(3), notes: vec![note] });
+    records.insert(
+        object,
+        super::survey::Record { uid: "u".into(), generation: Some(3), notes: vec![note], closed: false },
+    );
     c.compile(&loaded.objects, &records);
     let s = c.policy(POLICY, "shop", "pay");
     assert!(s.conditions.iter().all(|c| c.observed_generation == Some(3)));

@@ -90,13 +90,15 @@ pub(crate) fn pod(meta: &Meta, raw: RawPod) -> Converted<model::Pod> {
     ctx.finish(Some(pod))
 }
 
-/// Converts a node. Its internal addresses come before its external ones.
+/// The shortest prefixes of pods that one node is believed to have, in bits. What a node says of itself a stolen one says,
+/// too, and what is inside the cluster passes unjudged on every node.
+const NODE_PREFIX: (u8, u8) = (16, 48);
+
+/// Converts a node. Only its internal addresses count: it is not to make addresses of the internet a part of the cluster.
 pub(crate) fn node(meta: &Meta, raw: RawNode) -> Converted<model::Node> {
     let mut ctx = Ctx::default();
     let all = raw.status.unwrap_or_default().addresses.unwrap_or_default();
-    let of = |kind: &str| all.iter().filter(|a| a.kind == kind).map(|a| a.address.clone()).collect::<Vec<_>>();
-    let mut texts = of("InternalIP");
-    texts.extend(of("ExternalIP"));
+    let texts = all.into_iter().filter(|a| a.kind == "InternalIP").map(|a| a.address).collect();
     let addresses = ctx.field("status", |ctx| ctx.field("addresses", |ctx| addresses(ctx, texts, false)));
     let spec = raw.spec.unwrap_or_default();
     let mut cidrs = spec.pod_cidrs.unwrap_or_default();
@@ -106,6 +108,15 @@ pub(crate) fn node(meta: &Meta, raw: RawNode) -> Converted<model::Node> {
         ctx.field("podCIDRs", |ctx| {
             for text in cidrs.iter().take(MAX_ADDRESSES) {
                 match text.parse::<IpNet>() {
+                    Ok(net) if is_too_wide(&net) => {
+                        ctx.refuse(
+                            Code::Invalid,
+                            format!(
+                                "`{net}` is too much for one node: at most an IPv4 /{} or an IPv6 /{} counts as inside the cluster",
+                                NODE_PREFIX.0, NODE_PREFIX.1
+                            ),
+                        );
+                    }
                     Ok(net) if !pod_prefixes.contains(&net.trunc()) => pod_prefixes.push(net.trunc()),
                     Ok(_) => {}
                     Err(_) => {
@@ -116,6 +127,10 @@ pub(crate) fn node(meta: &Meta, raw: RawNode) -> Converted<model::Node> {
         });
     });
     ctx.finish(Some(model::Node { addresses, labels: meta.labels.clone(), pod_prefixes }))
+}
+
+fn is_too_wide(net: &IpNet) -> bool {
+    net.prefix_len() < if net.addr().is_ipv4() { NODE_PREFIX.0 } else { NODE_PREFIX.1 }
 }
 
 /// Reads addresses, each once; with `one_per_family`, the first of each family.

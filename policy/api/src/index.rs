@@ -15,12 +15,13 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use tidegate_policy::Name;
-use tidegate_policy::model::{Objects, Pair, Settings, Touched};
+use tidegate_policy::model::{self, Objects, Pair, Settings, Touched};
 
 use self::cluster::Cluster;
+use crate::convert::{self, Ctx};
 use crate::manifest::{self, Object};
 use crate::problem::{Code, FieldPath, FieldProblem, Severity};
-use crate::resource::{API_VERSION, GROUP};
+use crate::resource::{API_VERSION, GROUP, LabelSelector};
 
 /// The name of the one `NamespaceEgress` of a namespace.
 pub const NAMESPACE_EGRESS: &str = "tidegate";
@@ -128,7 +129,8 @@ pub struct Record {
     pub resource_version: String,
     /// Whether that version is the one that holds.
     pub good: bool,
-    /// Whether some version of it holds: when it is not good, the last good one.
+    /// Whether some version of it holds: when it is not good, the last good one. Of a namespaced policy of which no good
+    /// version is known only that it isolates.
     pub held: bool,
     /// What is wrong with it, or noteworthy.
     pub problems: Vec<FieldProblem>,
@@ -260,11 +262,13 @@ impl Index {
             Feed::EgressPolicies => drop(self.orphans.remove(&key)),
             _ => {}
         }
+        let held = good || self.record(feed, &key.0, &key.1).is_some_and(|r| r.held);
         if let Some(value) = read {
             self.hold(feed, &key, Some(value));
+        } else if feed == Feed::EgressPolicies && !held {
+            self.hold(feed, &key, closed(object).map(|p| Read::Object(Object::Policy(p))));
         }
         let records = self.records.entry(feed).or_default();
-        let held = good || records.get(&key).is_some_and(|r| r.held);
         let record = Record { uid, generation, resource_version: version, good, held, problems };
         match records.get_mut(&key) {
             Some(old) => {
@@ -401,6 +405,26 @@ enum Read {
     Cluster(cluster::Part),
     External(Option<Name>),
     Assigned(Vec<(String, Pair)>),
+}
+
+/// What holds of a policy that cannot be read, and of which no good version is known, as after a restart: it isolates the
+/// pods that it selects or, where not even that can be read, all of its namespace. Without it they would be open.
+fn closed(object: &Value) -> Option<model::Policy> {
+    let spec = &object["spec"];
+    let selector = serde_json::from_value::<LabelSelector>(spec["podSelector"].clone()).ok().and_then(|s| {
+        let mut ctx = Ctx::default();
+        let selector = convert::selector(&mut ctx, &s);
+        ctx.finish(Some(selector)).value
+    });
+    (spec["mode"] != "Staged").then(|| model::Policy {
+        created: model::UnixSeconds(0),
+        pod_selector: selector.unwrap_or_default(),
+        mode: model::PolicyMode::Enforce,
+        pool: None,
+        on_revoke: model::OnRevoke::Reset,
+        egress: Vec::new(),
+        deny: Vec::new(),
+    })
 }
 
 /// Reads an object; what was found besides, or why it is bad.

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use serde_json::{Value, json};
 use tidegate_api::index::{Feed, Index};
-use tidegate_policy::model::{Objects, Settings, Touched};
+use tidegate_policy::model::{Objects, PolicyMode, Selector, Settings, Touched};
 
 fn index() -> Index {
     Index::new(Settings::default())
@@ -105,15 +105,32 @@ fn a_bad_object_keeps_its_last_good_version_and_stops_no_other() {
     i.apply(Feed::EgressPolicies, &unknown);
     assert_eq!(ports(i.objects()), [("one", 445), ("two", 444)]);
 
-    // Another object of the name inherits nothing.
+    // Another object of the name inherits nothing. Its pods are isolated, as by any policy, until it is mended.
+    let isolates = |i: &Index| {
+        let p = &i.objects().policies[&("shop".to_owned(), "one".to_owned())];
+        p.egress.is_empty() && p.mode == PolicyMode::Enforce && p.pod_selector == Selector::default()
+    };
     i.apply(Feed::EgressPolicies, &policy("one", "w", 1, 0));
-    assert_eq!(ports(i.objects()), [("two", 444)]);
+    assert!(isolates(&i));
     let r = i.record(Feed::EgressPolicies, "shop", "one").unwrap();
     assert!(!r.held && !r.good && r.uid == "w");
+    let mut some = policy("one", "w", 1, 0);
+    some["spec"]["podSelector"] = json!({"matchLabels": {"app": "web"}});
+    i.apply(Feed::EgressPolicies, &some);
+    let key = ("shop".to_owned(), "one".to_owned());
+    assert_eq!(i.objects().policies[&key].pod_selector.labels["app"], "web");
+    some["spec"]["podSelector"] = json!({"matchLabels": "app"});
+    i.apply(Feed::EgressPolicies, &some);
+    assert!(isolates(&i), "a selector that cannot be read selects all");
+    some["spec"]["mode"] = json!("Staged");
+    i.apply(Feed::EgressPolicies, &some);
+    assert!(!i.objects().policies.contains_key(&key), "what is staged has no effect");
     // Nor does one that follows a deletion.
     i.apply(Feed::EgressPolicies, &policy("one", "w", 2, 443));
     i.delete(Feed::EgressPolicies, &policy("one", "w", 2, 443));
     i.apply(Feed::EgressPolicies, &policy("one", "w", 3, 0));
+    assert!(isolates(&i));
+    i.delete(Feed::EgressPolicies, &policy("one", "w", 3, 0));
     assert_eq!(ports(i.objects()), [("two", 444)]);
 }
 

@@ -541,11 +541,32 @@ fn core_objects_arrive_as_the_api_server_writes_them() {
     let loaded = Reader::new(dir.path()).reload();
     assert_eq!(loaded.problems, []);
     let node = &loaded.objects.nodes["n1"];
-    assert_eq!(node.addresses, ["192.0.2.1".parse::<std::net::IpAddr>().unwrap(), "198.51.100.1".parse().unwrap()]);
+    assert_eq!(node.addresses, ["192.0.2.1".parse::<std::net::IpAddr>().unwrap()]);
     assert_eq!(node.pod_prefixes.len(), 2);
     let pod = &loaded.objects.pods[&("n".to_owned(), "p".to_owned())];
     assert_eq!((pod.node.as_str(), pod.addresses.len(), pod.host_network), ("n1", 2, false));
     assert!(loaded.objects.pods[&("n".to_owned(), "done".to_owned())].addresses.is_empty());
+}
+
+/// A node that was stolen says what it likes of itself.
+#[test]
+fn a_node_does_not_make_the_internet_a_part_of_the_cluster() {
+    let dir = tempfile::tempdir().unwrap();
+    write(
+        dir.path(),
+        "a.yaml",
+        "apiVersion: v1\nkind: Node\nmetadata: {name: n1}\n\
+         spec: {podCIDRs: [0.0.0.0/0, '::/0', 10.0.0.0/15, 10.1.0.0/16, 'fd00::/47', 'fd00:1::/48']}\n\
+         status: {addresses: [{type: InternalIP, address: 192.0.2.1}, {type: ExternalIP, address: 198.51.100.1}]}\n",
+    );
+    let loaded = Reader::new(dir.path()).reload();
+    let texts: Vec<String> = loaded.problems.iter().map(ToString::to_string).collect();
+    assert_eq!(texts.len(), 4, "{texts:?}");
+    assert!(texts[0].contains("0.0.0.0/0` is too much for one node"), "{texts:?}");
+    let node = &loaded.objects.nodes["n1"];
+    assert_eq!(node.addresses.len(), 1);
+    let prefixes: Vec<String> = node.pod_prefixes.iter().map(ToString::to_string).collect();
+    assert_eq!(prefixes, ["10.1.0.0/16", "fd00:1::/48"]);
 }
 
 /// Every YAML of the documentation that is a manifest loads without a problem or a warning.
