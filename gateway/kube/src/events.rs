@@ -74,6 +74,11 @@ impl Sieve {
         self.said.insert(key, now);
         true
     }
+
+    /// This one could not be said: it may be tried again.
+    fn forget(&mut self, d: &Denial) {
+        self.said.remove(&(d.namespace.clone(), d.pod.clone(), d.what.clone(), d.reason.clone()));
+    }
 }
 
 /// Writes events while this gateway leads, until the channel ends. `reporter` is its name.
@@ -87,6 +92,7 @@ pub async fn write(connection: Connection, mut denials: mpsc::Receiver<Denial>, 
         match one(&connection, &denial).await {
             Ok(()) => {}
             Err(error) => {
+                sieve.forget(&denial);
                 tracing::debug!(%error, namespace = denial.namespace, pod = denial.pod, "no event of a denial");
             }
         }

@@ -227,9 +227,11 @@ impl Pace {
             // Only what is ours is deleted.
             return (object.kind == Kind::NamespaceEgress && self.observed.contains_key(object)).then_some(now);
         };
-        let Some(observed) = self.observed.get(object).filter(|o| o.is(object.kind, wanted)) else {
-            return Some(now);
-        };
+        let Some(observed) = self.observed.get(object) else { return Some(now) };
+        if !observed.is(object.kind, wanted) {
+            // What was written went to another object of the name: the next wish will be for that one.
+            return Some(observed.written.map_or(now, |w| now.max(w + REST)));
+        }
         match observed.difference(object.kind, &wanted.status) {
             Difference::None => None,
             Difference::News => Some(now),

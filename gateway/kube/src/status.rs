@@ -35,7 +35,10 @@ pub async fn write(client: Client, mut wanted: watch::Receiver<Option<Arc<Status
             return;
         }
         let mut writer = Writer { client: client.clone(), pace: Pace::default(), start: Instant::now() };
-        if writer.learn(&leading).await && !writer.work(&mut wanted, &mut leading).await {
+        if !writer.learn(&leading).await {
+            // It leads no more, and may not have heard it yet.
+            tokio::time::sleep(AGAIN.0).await;
+        } else if !writer.work(&mut wanted, &mut leading).await {
             return;
         }
     }

@@ -63,6 +63,24 @@ fn nothing_is_written_that_is_said_already() {
 }
 
 #[test]
+fn an_object_that_was_made_anew_is_not_written_to_in_a_loop() {
+    let mut p = Pace::default();
+    let wish = |uid: &str| {
+        let wanted = Wanted { uid: uid.into(), status: Arc::new(programmed("True", 1, "9 of 9", 9)) };
+        Arc::new([(object("a"), wanted)].into_iter().collect::<Statuses>())
+    };
+    p.learn(object("a"), "u", &Value::Null);
+    p.want(wish("u"), s(0.0));
+    let Next::Write(w) = p.next(s(0.0), TIME) else { panic!("news wait") };
+    let Write::Status(_, body) = &w else { panic!("{w:?}") };
+    p.done(&w, Some(("new", &body["status"])), s(0.0));
+    assert_eq!(p.next(s(1.0), TIME), Next::Wait(s(59.0)));
+    // Its own wish finds that all is said.
+    p.want(wish("new"), s(2.0));
+    assert_eq!(p.next(s(2.0), TIME), Next::Idle);
+}
+
+#[test]
 fn news_come_at_once_and_the_rest_within_a_minute() {
     for (from, to, after) in [
         (programmed("False", 1, "1 of 9", 1), programmed("True", 1, "9 of 9", 9), 1.0),
