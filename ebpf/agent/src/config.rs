@@ -178,7 +178,7 @@ pub struct Audit {
 }
 
 fn default_socket() -> PathBuf {
-    PathBuf::from("/run/tidegate/agent.sock")
+    PathBuf::from("/run/tidegate/plug/agent.sock")
 }
 
 fn default_pins() -> PathBuf {
@@ -353,7 +353,7 @@ mod tests {
         assert_eq!(c.overlay_ports, [4789, 8472, 6081, 51_820, 51_821].into());
         assert_eq!(c.interfaces, Interfaces::HostRoute);
         assert_eq!(c.unknown_pods, UnknownPods::Pass);
-        assert_eq!(c.socket, PathBuf::from("/run/tidegate/agent.sock"));
+        assert_eq!(c.socket, PathBuf::from("/run/tidegate/plug/agent.sock"));
         assert_eq!(c.pins, PathBuf::from("/sys/fs/bpf/tidegate"));
         assert_eq!((c.full_pass_seconds, c.capacities), (30, Capacities::default()));
         assert_eq!((c.uplinks, c.admin, c.audit, c.tunnel_mtu), (None, None, None, None));

@@ -194,7 +194,7 @@ fn a_tenant_reads_what_holds_and_what_to_do() {
         assert!(payments.contains(text), "{text}");
     }
     let broken = read(&["describe", "egp", "-n", "shop", "broken"]);
-    assert!(broken.contains("nothing of it is in force"));
+    assert!(broken.contains("no good version is known: the pods that it selects are isolated"), "{broken}");
     let egress = read(&["get", "nsegress", "-n", "shop", "tidegate", "-o", "yaml"]);
     for text in [
         "- toFQDNs: [{matchName: api.other.example}]",

@@ -54,7 +54,7 @@ seccompProfile: {type: RuntimeDefault}
 {{- $_ := set $config "kubernetes" (dict "namespace" .Release.Namespace "service" "tidegate-gateway" "clusterDns" .Values.clusterDns) }}
 {{- $_ := set $config "control" "[::]:7443" }}
 {{- $_ := set $config "admin" "[::]:9090" }}
-{{- $_ := set $config "socket" "/run/tidegate/agent.sock" }}
+{{- $_ := set $config "socket" "/run/tidegate/plug/agent.sock" }}
 {{- $_ := set $config "pins" "/sys/fs/bpf/gateway" }}
 {{- $_ := set $config "journal" "/var/lib/tidegate" }}
 {{- $_ := set $config "tunnelPort" .Values.tunnelPort }}
@@ -66,7 +66,7 @@ seccompProfile: {type: RuntimeDefault}
 {{- $domain := first .Values.gateway.config.cluster.suffixes }}
 {{- $_ := set $config "discover" (dict "service" (printf "tidegate-gateway.%s.svc.%s" .Release.Namespace $domain) "port" 7443) }}
 {{- $_ := set $config "join" (dict "token" "/var/run/secrets/tidegate/token" "ca" "/etc/tidegate-trust/ca.crt") }}
-{{- $_ := set $config "socket" "/run/tidegate/agent.sock" }}
+{{- $_ := set $config "socket" "/run/tidegate/plug/agent.sock" }}
 {{- $_ := set $config "pins" "/sys/fs/bpf/tidegate" }}
 {{- $_ := set $config "admin" (printf "%s:%d" (ternary "[::]" "127.0.0.1" .Values.metrics.agents) (int .Values.agent.adminPort)) }}
 {{- $_ := set $config "tunnelPort" .Values.tunnelPort }}
