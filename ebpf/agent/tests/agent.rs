@@ -371,7 +371,7 @@ fn a_plugged_gateway_gets_its_pods_and_holds_its_addresses() {
 fn hand_over(config: &Config, inside: &Ns, addresses: &str) -> UnixStream {
     let stream = UnixStream::connect(&config.socket).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-    let line = format!("{{\"gateway\":\"gw-a\",\"tunnelMtu\":1400,\"static\":[{addresses}]}}\n");
+    let line = format!("{{\"gateway\":\"gw-a\",\"tunnelMtu\":1400,\"device\":\"lo\",\"static\":[{addresses}]}}\n");
     let fds = [inside.fd().as_raw_fd()];
     let rights = [ControlMessage::ScmRights(&fds)];
     let io = [IoSlice::new(line.as_bytes())];
