@@ -307,11 +307,17 @@ fn pods_hold_what_their_configuration_names() {
             );
         }
     }
-    // A socket that both name is the same file on the node.
-    let run = |pod: &Value| {
-        pod["volumes"].as_array().unwrap().iter().find(|v| v["name"] == "run").unwrap()["hostPath"].clone()
+    // The socket that both name is the same file on the node, and a gateway does not see what lies beside its folder.
+    let file = |component: &str, pod: &Value| {
+        let path = understood(component, &manifests)["socket"].as_str().unwrap().to_owned();
+        let find = |list: &Value| list.as_array().unwrap().iter().find(|v| v["name"] == "run").unwrap().clone();
+        let mounted = find(&pod["containers"][0]["volumeMounts"])["mountPath"].as_str().unwrap().to_owned();
+        let host = find(&pod["volumes"])["hostPath"]["path"].as_str().unwrap().to_owned();
+        (path.replacen(&mounted, &host, 1), host)
     };
-    assert_eq!(run(&gateway), run(&agent));
+    let (plug, seen) = file("gateway", &gateway);
+    assert_eq!(plug, file("agent", &agent).0);
+    assert_eq!(seen, plug.trim_end_matches("/agent.sock"));
 }
 
 #[test]
