@@ -227,11 +227,9 @@ impl Pace {
             // Only what is ours is deleted.
             return (object.kind == Kind::NamespaceEgress && self.observed.contains_key(object)).then_some(now);
         };
-        let Some(observed) = self.observed.get(object) else { return Some(now) };
-        if !observed.is(object.kind, wanted) {
-            // What was written went to another object of the name: the next wish will be for that one.
-            return Some(observed.written.map_or(now, |w| now.max(w + REST)));
-        }
+        let Some(observed) = self.observed.get(object).filter(|o| o.is(object.kind, wanted)) else {
+            return Some(now);
+        };
         match observed.difference(object.kind, &wanted.status) {
             Difference::None => None,
             Difference::News => Some(now),
@@ -287,6 +285,11 @@ impl Pace {
             None => drop(self.observed.remove(key)),
         }
         self.settle(key, now);
+        let other = |w: &Wanted| self.observed.get(key).is_some_and(|o| !o.is(key.kind, w));
+        if matches!(write, Write::Status(..)) && self.wanted.get(key).is_some_and(other) {
+            // It went to another object of the name, made anew: the next wish will be for that one.
+            self.put(key.clone(), now + REST);
+        }
     }
 
     /// A write was refused: it is this object's own matter. `jitter` is between 0 and 1.
