@@ -64,7 +64,10 @@ impl Proxy {
         // The certificate is for the API server's own address.
         let text = std::fs::read_to_string(cluster.kubeconfig()).unwrap();
         let host = upstream_host(&url);
-        let text = text.replace(&url, &format!("https://{address}\n    tls-server-name: {host}"));
+        let (own, through) =
+            (format!("server: '{url}'"), format!("server: 'https://{address}', tls-server-name: '{host}'"));
+        assert!(text.contains(&own), "{text}");
+        let text = text.replace(&own, &through);
         let kubeconfig = cluster.folder().join(format!("kubeconfig-{}", address.port()));
         std::fs::write(&kubeconfig, text).unwrap();
         Self { state, address, kubeconfig }
