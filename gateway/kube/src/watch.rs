@@ -33,8 +33,9 @@ const PAGE: u32 = 500;
 const MAX_EVENT: u64 = 8 << 20;
 /// Changes that may wait.
 const QUEUE: usize = 1024;
-/// The wait after the first failure, and the longest.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
+/// The wait after the first failure, and the longest: each list waits by itself, and a gateway that hears of a change seconds after
+/// another one has to step back.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(3));
 /// A watch that ends earlier is not followed by another one at once.
 const LIVED: Duration = Duration::from_secs(1);
 /// How long a kind that the API server does not have, and need not have, is left alone.

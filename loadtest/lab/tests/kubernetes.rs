@@ -17,7 +17,7 @@ use tidegate_lab::story::{self, POOL_A, POOL_B};
 use tidegate_lab::{Lab, Options, Scenario};
 
 /// How soon a change holds everywhere, on a busy machine.
-const SOON: Duration = Duration::from_secs(8);
+const SOON: Duration = Duration::from_secs(15);
 /// How long the API server is away.
 const OUTAGE: Duration = Duration::from_secs(15);
 const GATEWAYS: [&str; 2] = ["gw-a", "gw-b"];
