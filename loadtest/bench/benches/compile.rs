@@ -7,25 +7,13 @@ use std::net::IpAddr;
 use criterion::{Criterion, criterion_group, criterion_main};
 use ipnet::IpNet;
 use tidegate_policy::model::{
-    Cidr, Fqdn, Namespace, Objects, OnRevoke, Pod, Policy, PolicyMode, Ports, Rule, Selector, SniMode, Touched,
-    UnixSeconds,
+    Cidr, Fqdn, Namespace, Objects, OnRevoke, Pod, Policy, PolicyMode, Ports, Rule, Selector, Touched, UnixSeconds,
 };
 use tidegate_policy::world::World;
 use tidegate_policy::{Name, Proto};
 
 fn rule(fqdns: Vec<Fqdn>, cidrs: Vec<Cidr>) -> Rule {
-    Rule {
-        name: "0".into(),
-        fqdns,
-        cidrs,
-        ports: vec![Ports { proto: Some(Proto::Tcp), lo: 443, hi: 443 }],
-        sni: SniMode::Required,
-        ech_allow: false,
-        dns_types: Vec::new(),
-        private_addresses: Vec::new(),
-        min_binding: None,
-        expires: None,
-    }
+    Rule { fqdns, cidrs, ..Rule::new("0", vec![Ports { proto: Some(Proto::Tcp), lo: 443, hi: 443 }]) }
 }
 
 fn policy(namespace: u32, n: u32) -> Policy {

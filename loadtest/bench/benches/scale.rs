@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use tidegate_policy::model::{
     Action, AddressSource, Ceiling, Cidr, ClusterPolicy, Fqdn, Labels, Namespace, Node, Objects, OnRevoke, Pair,
-    Permit, Pod, Policy, PolicyMode, Pool, Ports, Rule, Selector, SniMode, Tier, Touched, UnixSeconds,
+    Permit, Pod, Policy, PolicyMode, Pool, Ports, Rule, Selector, Tier, Touched, UnixSeconds,
 };
 use tidegate_policy::pattern::Pattern;
 use tidegate_policy::{Name, Proto, World};
@@ -59,16 +59,9 @@ fn selector(pairs: &[(&str, &str)]) -> Selector {
 
 fn rule(name: &str, fqdns: Vec<Fqdn>, cidrs: &[IpNet]) -> Rule {
     Rule {
-        name: name.into(),
         fqdns,
         cidrs: cidrs.iter().map(|cidr| Cidr { cidr: *cidr, except: Vec::new() }).collect(),
-        ports: vec![Ports { proto: Some(Proto::Tcp), lo: 443, hi: 443 }],
-        sni: SniMode::Required,
-        ech_allow: false,
-        dns_types: Vec::new(),
-        private_addresses: Vec::new(),
-        min_binding: None,
-        expires: None,
+        ..Rule::new(name, vec![Ports { proto: Some(Proto::Tcp), lo: 443, hi: 443 }])
     }
 }
 

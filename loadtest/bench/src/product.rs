@@ -17,7 +17,7 @@ use tidegate_ledger::{Answer, Bindings, Bound, Classify, Input, Ledger, NodeId, 
 use tidegate_policy::event::Event;
 use tidegate_policy::model::{
     AddressSource, Fqdn, Namespace, Node, Objects, OnRevoke, Pair, Pod, Policy, PolicyMode, Pool, Ports, Rule,
-    Selector, SniMode, UnixSeconds,
+    Selector, UnixSeconds,
 };
 use tidegate_policy::world::{self, World};
 use tidegate_policy::{ClassKey, Name, Proto, Reason, ScopeKey, Via};
@@ -42,18 +42,7 @@ fn objects() -> Result<Objects> {
     let source = AddressSource::Static { interface: None, pairs: vec![pair] };
     o.pools.insert("out".into(), Pool { allowed_namespaces: Some(Selector::default()), source, gateway_nodes: None });
     let fqdns = (0..NAMES).map(|i| Ok(Fqdn::Name(Name::parse(&arena::name(i))?))).collect::<Result<_>>()?;
-    let rule = Rule {
-        name: "hosts".into(),
-        fqdns,
-        cidrs: Vec::new(),
-        ports: vec![Ports { proto: Some(Proto::Tcp), lo: BACKEND, hi: BACKEND }],
-        sni: SniMode::Required,
-        ech_allow: false,
-        dns_types: Vec::new(),
-        private_addresses: Vec::new(),
-        min_binding: None,
-        expires: None,
-    };
+    let rule = Rule { fqdns, ..Rule::new("hosts", vec![Ports { proto: Some(Proto::Tcp), lo: BACKEND, hi: BACKEND }]) };
     let policy = Policy {
         created: UnixSeconds(0),
         pod_selector: Selector::default(),

@@ -232,16 +232,9 @@ impl Layer {
                     }
                     let ceiling = p.ceiling.as_ref().map(|c| {
                         let pseudo = |name: &str, fqdns: &[Fqdn], cidrs: &[Cidr]| Rule {
-                            name: name.into(),
                             fqdns: fqdns.to_vec(),
                             cidrs: cidrs.to_vec(),
-                            ports: Vec::new(),
-                            sni: SniMode::Required,
-                            ech_allow: false,
-                            dns_types: Vec::new(),
-                            private_addresses: Vec::new(),
-                            min_binding: None,
-                            expires: None,
+                            ..Rule::new(name, Vec::new())
                         };
                         let names = b.rules.len() as u32;
                         b.rule(&who, "ceiling", 0, Says::CeilingNames, &pseudo("toFQDNs", &c.fqdns, &[]));

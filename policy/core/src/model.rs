@@ -394,3 +394,21 @@ pub struct Rule {
     /// It has no effect from then on.
     pub expires: Option<UnixSeconds>,
 }
+
+impl Rule {
+    /// A rule to nothing yet: TLS is inspected, nothing is weakened, and it does not end.
+    pub fn new(name: impl Into<Arc<str>>, ports: Vec<Ports>) -> Self {
+        Self {
+            name: name.into(),
+            fqdns: Vec::new(),
+            cidrs: Vec::new(),
+            ports,
+            sni: SniMode::Required,
+            ech_allow: false,
+            dns_types: Vec::new(),
+            private_addresses: Vec::new(),
+            min_binding: None,
+            expires: None,
+        }
+    }
+}

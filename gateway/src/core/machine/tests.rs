@@ -3,7 +3,7 @@
 
 use tidegate_policy::model::{
     Action, AddressSource, Cidr, ClusterPolicy, Fqdn, Namespace, Objects, OnRevoke, Pair, Pod, Policy, PolicyMode,
-    Pool, Ports, Rule, Selector, SniMode, Tier, Touched, UnixSeconds,
+    Pool, Ports, Rule, Selector, Tier, Touched, UnixSeconds,
 };
 use tidegate_policy::pattern::Pattern;
 use tidegate_policy::{Name, Proto};
@@ -43,16 +43,9 @@ fn rule(r: &mut Random) -> Rule {
     let net = r.of(&["192.0.2.0/24", "198.51.100.0/24", "192.0.2.128/25"]).parse().unwrap();
     let port = r.of(&[80, 443, 5432]);
     Rule {
-        name: "r".into(),
         fqdns: names.iter().map(|n| Fqdn::Pattern(Pattern::parse(n).unwrap())).collect(),
         cidrs: if names.is_empty() { vec![Cidr { cidr: net, except: vec![] }] } else { vec![] },
-        ports: vec![Ports { proto: Some(Proto::Tcp), lo: port, hi: port }],
-        sni: SniMode::Required,
-        ech_allow: false,
-        dns_types: vec![],
-        private_addresses: vec![],
-        min_binding: None,
-        expires: None,
+        ..Rule::new("r", vec![Ports { proto: Some(Proto::Tcp), lo: port, hi: port }])
     }
 }
 

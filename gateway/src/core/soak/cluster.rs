@@ -6,7 +6,7 @@ use std::path::Path;
 use tidegate_policy::Proto;
 use tidegate_policy::model::{
     Action, Cidr, ClusterPolicy, Fqdn, Labels, Namespace, Node, Objects, OnRevoke, Pair, Pod, Policy, PolicyMode, Pool,
-    Ports, Rule, Selector, SniMode, Tier, UnixSeconds,
+    Ports, Rule, Selector, Tier, UnixSeconds,
 };
 use tidegate_policy::pattern::Pattern;
 
@@ -39,16 +39,8 @@ fn labels(k: &str, v: &str) -> Labels {
 
 fn rule(name: &str, patterns: &[&str], ports: &[(u16, u16)]) -> Rule {
     Rule {
-        name: name.into(),
         fqdns: patterns.iter().map(|p| Fqdn::Pattern(Pattern::parse(p).unwrap())).collect(),
-        cidrs: vec![],
-        ports: ports.iter().map(|(lo, hi)| Ports { proto: Some(Proto::Tcp), lo: *lo, hi: *hi }).collect(),
-        sni: SniMode::Required,
-        ech_allow: false,
-        dns_types: vec![],
-        private_addresses: vec![],
-        min_binding: None,
-        expires: None,
+        ..Rule::new(name, ports.iter().map(|(lo, hi)| Ports { proto: Some(Proto::Tcp), lo: *lo, hi: *hi }).collect())
     }
 }
 

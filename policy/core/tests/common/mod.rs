@@ -57,16 +57,9 @@ pub fn port(text: &str) -> Ports {
 pub fn rule(label: &str, to: &[&str], ports: &[&str]) -> Rule {
     let (cidrs, fqdns): (Vec<&str>, Vec<&str>) = to.iter().partition(|t| t.contains('/'));
     Rule {
-        name: label.into(),
         fqdns: fqdns.into_iter().map(fqdn).collect(),
         cidrs: cidrs.into_iter().map(cidr).collect(),
-        ports: ports.iter().map(|p| port(p)).collect(),
-        sni: SniMode::Required,
-        ech_allow: false,
-        dns_types: vec![],
-        private_addresses: vec![],
-        min_binding: None,
-        expires: None,
+        ..Rule::new(label, ports.iter().map(|p| port(p)).collect())
     }
 }
 
