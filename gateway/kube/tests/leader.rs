@@ -1,7 +1,6 @@
 //! One leader writes statuses, against a real API server.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -51,11 +50,9 @@ impl Drop for Gateway {
 impl Test {
     fn new() -> Self {
         let cluster = Cluster::start().unwrap();
-        let crds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../helm/tidegate/files/crds");
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let test = Self { api: cluster.api().unwrap(), cluster, runtime };
-        test.kubectl(&["apply", "--server-side", "-f", crds.to_str().unwrap()], "");
-        test.kubectl(&["wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"], "");
+        test.cluster.define().unwrap();
         test.kubectl(&["create", "namespace", "shop"], "");
         soon("the resources", || test.get(&format!("{GROUP}/namespaceegresses")).is_some());
         test

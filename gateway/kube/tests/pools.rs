@@ -2,7 +2,6 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,17 +18,8 @@ const SOON: Duration = Duration::from_secs(20);
 
 fn cluster() -> Arc<Cluster> {
     let cluster = Cluster::shared().unwrap();
-    define(&cluster);
+    cluster.define().unwrap();
     cluster
-}
-
-/// Makes the kinds.
-fn define(cluster: &Cluster) {
-    let crds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../helm/tidegate/files/crds");
-    let apply = ["apply", "--server-side", "-f", crds.to_str().unwrap()];
-    cluster.kubectl(&apply, "").unwrap().success().unwrap();
-    let wait = ["wait", "--for=condition=Established", "crd/egresspools.tidegate.dev", "--timeout=10s"];
-    cluster.kubectl(&wait, "").unwrap().success().unwrap();
 }
 
 async fn connect(cluster: &Cluster) -> kube::Client {
@@ -257,7 +247,7 @@ async fn a_pool_in_use_is_held_and_counted() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_outage_is_silence_and_the_end_of_it_is_heard() {
     let cluster = Cluster::start().unwrap();
-    define(&cluster);
+    cluster.define().unwrap();
     make(&cluster, "p", &[1]);
     let mut a = Gateway::start(&cluster, "gw-a").await;
     a.records("p", &[]).await;

@@ -1,6 +1,5 @@
 //! What people read with kubectl, from a real API server.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -103,9 +102,7 @@ impl Test {
 fn a_tenant_reads_what_holds_and_what_to_do() {
     let cluster = Cluster::start().unwrap();
     let kubectl = |args: &[&str], stdin: &str| cluster.kubectl(args, stdin).unwrap().success().unwrap();
-    let crds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../helm/tidegate/files/crds");
-    kubectl(&["apply", "--server-side", "-f", crds.to_str().unwrap()], "");
-    kubectl(&["wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"], "");
+    cluster.define().unwrap();
     let deadline = Instant::now() + Duration::from_secs(60);
     while !cluster.kubectl(&["apply", "-f", "-"], OBJECTS).unwrap().ok {
         assert!(Instant::now() < deadline, "the objects are not taken");

@@ -109,6 +109,18 @@ impl Cluster {
         [self.etcd.pid()].into_iter().chain(api_server.as_ref().map(Server::pid)).collect()
     }
 
+    /// Puts the committed definitions of Tidegate's kinds into the cluster, and waits until they hold. Again it changes
+    /// nothing.
+    ///
+    /// # Errors
+    /// What kubectl said.
+    pub fn define(&self) -> Result<()> {
+        let definitions = concat!(env!("CARGO_MANIFEST_DIR"), "/../../helm/tidegate/files/crds");
+        self.kubectl(&["apply", "--server-side", "-f", definitions], "")?.success()?;
+        let wait = ["wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"];
+        self.kubectl(&wait, "")?.success().map(drop)
+    }
+
     /// Runs kubectl as the administrator, with `stdin`. `--as USER` and `--as-group GROUP` make it somebody else.
     ///
     /// # Errors

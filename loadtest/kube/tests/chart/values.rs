@@ -110,10 +110,7 @@ const REFUSED: &[(&str, &[&str])] = &[
 /// A cluster with our definitions and the namespace of the release.
 fn cluster() -> (Arc<Cluster>, Api) {
     let cluster = Cluster::shared().unwrap();
-    let crds = root().join("helm/tidegate/files/crds");
-    cluster.kubectl(&["apply", "--server-side", "-f", crds.to_str().unwrap()], "").unwrap().success().unwrap();
-    let wait = ["wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"];
-    cluster.kubectl(&wait, "").unwrap().success().unwrap();
+    cluster.define().unwrap();
     let namespace = format!(r#"{{"apiVersion": "v1", "kind": "Namespace", "metadata": {{"name": "{NAMESPACE}"}}}}"#);
     cluster.kubectl(&["apply", "--server-side", "-f", "-"], &namespace).unwrap().success().unwrap();
     let api = cluster.api().unwrap();

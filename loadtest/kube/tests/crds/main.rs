@@ -26,11 +26,7 @@ fn root() -> PathBuf {
 /// The shared cluster with the committed definitions in it, and the namespace `shop`.
 fn cluster() -> (Arc<Cluster>, Api) {
     let cluster = Cluster::shared().unwrap();
-    let crds = root().join("helm/tidegate/files/crds");
-    // The first one creates, the others change nothing.
-    cluster.kubectl(&["apply", "--server-side", "-f", crds.to_str().unwrap()], "").unwrap().success().unwrap();
-    let wait = ["wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"];
-    cluster.kubectl(&wait, "").unwrap().success().unwrap();
+    cluster.define().unwrap();
     let api = cluster.api().unwrap();
     namespace(&api, "shop");
     // Established means that the schema holds; a moment later the path does.
