@@ -222,6 +222,7 @@ impl Node {
             misplaced: BTreeSet::new(),
             problems: BTreeMap::new(),
         };
+        node.own_addresses(false);
         if !node.datapath.is_upgrade() {
             node.attach_missing();
         }

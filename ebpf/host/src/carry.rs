@@ -7,6 +7,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use ahash::AHashMap;
 use aya::Pod;
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues, RingBuf};
 use tidegate_ebpf_common::Addr;
@@ -195,6 +196,15 @@ pub(crate) fn hold(old: &Path, address: Addr, deadline: Option<u64>) -> Result<(
             _ => Ok(()),
         },
     }
+}
+
+/// Gives the old programs the node's addresses, too, if they ask for them.
+pub(crate) fn addresses(old: &Path, own: &AHashMap<Addr, u32>) -> Result<(), Error> {
+    if !old.join("maps/OWN").exists() {
+        return Ok(());
+    }
+    let mut held = open::<Addr, u32>(old, "OWN")?;
+    own.iter().try_for_each(|(address, one)| held.insert(address, one, 0).map_err(Error::map("OWN")))
 }
 
 /// Forgets the gateways' signs of life. What they tell from now on goes to whoever was just loaded, so that no program

@@ -17,6 +17,7 @@ impl Datapath {
             ("GATEWAYS", t.gateways.iter().count()),
             ("NODES", t.nodes.iter().count()),
             ("OUTER", t.outer.iter().count()),
+            ("OWN", t.own.iter().count()),
             ("GRANTS", t.grants.iter().count()),
             ("PORTSETS", t.portsets.taken()),
             ("PREFIXES", t.prefixes.iter().count()),

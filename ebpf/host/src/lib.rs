@@ -18,6 +18,7 @@ mod events;
 mod ids;
 mod incarnation;
 mod load;
+mod own;
 mod ports;
 mod preflight;
 mod sweep;

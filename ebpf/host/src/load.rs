@@ -22,6 +22,7 @@ use crate::attach::remove_all;
 use crate::carry::Before;
 use crate::ids::{Ids, Kind};
 use crate::incarnation::Incarnations;
+use crate::own::OWN;
 use crate::ports::PortSets;
 use crate::table::{Hashed, Table, Trie};
 use crate::{Capacities, Error, Local, Options, Program, Role, carry};
@@ -73,6 +74,7 @@ fn layouts(c: &Capacities) -> Vec<Layout> {
         hash::<u32, u64>("HEARTBEATS", 1_024),
         hash::<Addr, Node>("NODES", 32_768),
         hash::<u32, Addr>("OUTER", 16_384),
+        hash::<Addr, u32>("OWN", OWN),
         hash::<FactKey, Fact>("FACTS", c.facts),
         hash::<GrantKey, u32>("GRANTS", c.grants),
         array::<tidegate_ebpf_common::layout::PortSet>("PORTSETS", MapType::Array, c.portsets),
@@ -110,6 +112,7 @@ pub(crate) struct Tables {
     pub gateways: Hashed<u32, Gateway>,
     pub nodes: Hashed<Addr, Node>,
     pub outer: Hashed<u32, Addr>,
+    pub own: Hashed<Addr, u32>,
     pub grants: Hashed<GrantKey, u32>,
     pub portsets: PortSets,
     pub prefixes: Trie<Prefix>,
@@ -218,6 +221,7 @@ impl Datapath {
             gateways: table!("GATEWAYS"),
             nodes: table!("NODES"),
             outer: table!("OUTER"),
+            own: table!("OWN"),
             grants,
             portsets: PortSets::adopt(take(&mut ebpf, "PORTSETS")?, heads.into_iter())?,
             prefixes,

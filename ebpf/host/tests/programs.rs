@@ -3,11 +3,13 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
+use aya::maps::{HashMap, Map, MapData};
 use common::Fixture;
+use common::netns::{Ns, join};
 use common::packets::{raw, tcp, udp};
 use tidegate_ebpf::{Hook, Interface, Local, Outcome, Plugged, Program, Role, TestPacket, TestResult};
 use tidegate_policy::state::{
@@ -482,7 +484,6 @@ fn the_guard_drops_what_did_not_come_through_the_verdict() {
     assert_eq!(guard(&f, &tcp("198.18.0.1", STRANGER.0, 443, true), 0, 1), SHOT);
     // This node's own packets.
     assert_eq!(guard(&f, &tcp("192.0.2.1", STRANGER.0, 443, true), 0, 1), NEXT);
-    assert_eq!(guard(&f, &tcp("198.18.0.1", STRANGER.0, 443, true), 0, 0), NEXT);
     // Those of another node's pods and of other nodes do not begin here.
     assert_eq!(guard(&f, &tcp(REMOTE, STRANGER.0, 443, true), 0, 0), SHOT);
     assert_eq!(guard(&f, &tcp(REMOTE, STRANGER.0, 443, true), 0, 1), NEXT);
@@ -493,6 +494,83 @@ fn the_guard_drops_what_did_not_come_through_the_verdict() {
     let uplink = Local { uplinks: vec![Interface { ifindex: 1, mac: [2; 6] }], ..armed };
     f.path_mut().apply(&state(), &uplink, false).unwrap();
     assert_eq!(guard(&f, &unknown, 0, 1), NEXT);
+}
+
+/// What entered nowhere is the node's own, or of a child of the uplink in a pod: only an address tells.
+#[test]
+fn the_guard_lets_a_node_speak_from_its_own_addresses_only() {
+    let mut f = world(Role::Node);
+    let armed = Local { drop_unknown: true, ..local() };
+    f.path_mut().apply(&state(), &armed, false).unwrap();
+    let (ns, far) = (Ns::new(), Ns::new());
+    join(&ns, "up0", &far, "up0");
+    ns.ready("up0");
+    // In no list of nodes.
+    let own = ["192.0.2.77", "2001:db8:77::77"];
+    let strangers = [["198.18.0.1", "fd77::1"], ["203.0.113.9", "2001:db8:9::9"]];
+    ns.ip("addr add 192.0.2.77/32 dev up0");
+    ns.ip("addr add 2001:db8:77::77/128 dev up0 nodad");
+    let up0 = ns.device("up0").0;
+    let sent = |f: &Fixture, from: &str| {
+        let to = if from.contains(':') { STRANGER.1 } else { STRANGER.0 };
+        let frame = tcp(from, to, 443, true);
+        let packet = TestPacket { frame: &frame, ifindex: up0, ingress_ifindex: 0, mark: 0, repeat: 1 };
+        ns.enter(|| f.path().test_run(Program::NodeGuard, &packet).unwrap().code)
+    };
+    let forwarding = |on: &str| {
+        ns.sysctl("net/ipv4/conf/up0/forwarding", on);
+        ns.sysctl("net/ipv6/conf/up0/forwarding", on);
+    };
+    let all = |f: &Fixture, own_passes: i32, what: &str| {
+        for from in own {
+            assert_eq!(sent(f, from), own_passes, "{what}: {from}");
+        }
+        for from in strangers.as_flattened() {
+            assert_eq!(sent(f, from), SHOT, "{what}: {from}");
+        }
+        // On its link only: neighbour discovery.
+        assert_eq!(sent(f, "fe80::77"), NEXT, "{what}");
+    };
+    let none = BTreeSet::new();
+    let known: BTreeSet<IpAddr> = own.iter().map(|a| ip(a)).collect();
+
+    forwarding("1");
+    ns.ip("route add default dev up0");
+    ns.ip("-6 route add default dev up0");
+    all(&f, NEXT, "routes for everything tell");
+    f.path_mut().addresses(&[ip("198.18.0.1"), ip("fd77::1")].into(), false).unwrap();
+    all(&f, NEXT, "whatever was listed before");
+
+    ns.ip("route del default");
+    ns.ip("-6 route del default");
+    for what in ["no routes", "routes for some"] {
+        f.path_mut().addresses(&none, false).unwrap();
+        all(&f, SHOT, what);
+        f.path_mut().addresses(&known, false).unwrap();
+        all(&f, NEXT, what);
+        // The next round.
+        ns.ip("route replace 0.0.0.0/1 dev up0");
+        ns.ip("-6 route replace 2000::/3 dev up0");
+    }
+
+    forwarding("0");
+    all(&f, NEXT, "a device that does not forward");
+    f.path_mut().addresses(&none, false).unwrap();
+    all(&f, SHOT, "a device that does not forward");
+
+    // What others take out of the kernel comes back.
+    f.path_mut().addresses(&known, false).unwrap();
+    let pinned = Map::HashMap(MapData::from_pin(f.pin("OWN")).unwrap());
+    let mut held = HashMap::<_, [u8; 16], u32>::try_from(pinned).unwrap();
+    held.remove(&std::net::Ipv4Addr::new(192, 0, 2, 77).to_ipv6_mapped().octets()).unwrap();
+    assert_eq!((sent(&f, own[0]), sent(&f, own[1])), (SHOT, NEXT));
+    assert_eq!(f.path_mut().addresses(&known, false).unwrap(), 0);
+    assert_eq!(f.path_mut().addresses(&known, true).unwrap(), 1);
+    all(&f, NEXT, "put right");
+    // A node with more of them than there are places goes on.
+    let many = (0..20_000u32).map(|n| IpAddr::V4((0x0a80_0000 + n).into())).chain(known).collect();
+    f.path_mut().addresses(&many, false).unwrap();
+    assert_eq!(f.path().entries()["OWN"], 16_384);
 }
 
 #[test]

@@ -30,6 +30,9 @@ pub static NODES: HashMap<Addr, Node> = HashMap::with_max_entries(32_768, NO_PRE
 /// The address to use as the tunnel's outer destination, by node id.
 #[map]
 pub static OUTER: HashMap<u32, Addr> = HashMap::with_max_entries(16_384, NO_PREALLOC);
+/// This node's own addresses, whatever device has them.
+#[map]
+pub static OWN: HashMap<Addr, u32> = HashMap::with_max_entries(16_384, NO_PREALLOC);
 #[map]
 pub static FACTS: HashMap<FactKey, Fact> = HashMap::with_max_entries(1_048_576, NO_PREALLOC);
 #[map]

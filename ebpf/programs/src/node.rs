@@ -194,28 +194,51 @@ fn guard(skb: &Skb) -> i32 {
     dropped(skb, Hook::NodeGuard, Code::UnknownPod, &p)
 }
 
-/// Whether the source is an address of this node, or one that never leaves the link. Where the device does not forward,
-/// the kernel does not say: then it counts as one.
+/// Whether the source is an address of this node, or one that never leaves the link.
+///
+/// The kernel's routes say so also of an address that came a moment ago, or while no agent runs. But "not forwarded" is
+/// its answer for an address of its own and for one that no route leads to: it counts only where there is a route for
+/// everything. Without one, and where the device does not forward, the agent's list decides.
 #[inline(always)]
 fn is_own(skb: &Skb, p: &Packet) -> bool {
-    const FIB_NOT_FORWARDED: i64 = 4;
-    const FIB_FORWARDING_OFF: i64 = 5;
     if is_link_local(&p.src) || p.src == Addr::default() || p.src == Addr::v4(0) {
         return true;
     }
+    match route(skb, &p.src) {
+        FIB_NOT_FORWARDED => {
+            let nobodys = if p.is_v6() { NOBODYS6 } else { NOBODYS4 };
+            matches!(route(skb, &nobodys), FIB_FOUND | FIB_NO_NEIGHBOUR) || get!(OWN, &p.src).is_some()
+        }
+        FIB_FORWARDING_OFF => get!(OWN, &p.src).is_some(),
+        _ => false,
+    }
+}
+
+const FIB_FOUND: i64 = 0;
+const FIB_NOT_FORWARDED: i64 = 4;
+const FIB_FORWARDING_OFF: i64 = 5;
+const FIB_NO_NEIGHBOUR: i64 = 7;
+
+/// Addresses that only a route for everything leads to: 240.0.0.1 is reserved (RFC 1112, section 4), 4000::1 lies outside
+/// all that was ever given out (RFC 4291, section 2.4).
+const NOBODYS4: Addr = Addr::v4(u32::from_ne_bytes([240, 0, 0, 1]));
+const NOBODYS6: Addr = Addr([u32::from_ne_bytes([0x40, 0, 0, 0]), 0, 0, u32::from_ne_bytes([0, 0, 0, 1])]);
+
+/// What the kernel would do with a packet to `dst` that came in by this device.
+#[inline(always)]
+fn route(skb: &Skb, dst: &Addr) -> i64 {
     // SAFETY: all zero is valid for a structure of integers.
     let mut fib: bpf_fib_lookup = unsafe { core::mem::zeroed() };
     fib.ifindex = skb.ifindex();
-    if p.is_v6() {
-        fib.family = 10;
-        fib.__bindgen_anon_4.ipv6_dst = p.src.0;
-    } else {
+    if dst.is_v4() {
         fib.family = 2;
-        fib.__bindgen_anon_4.ipv4_dst = p.src.0[3];
+        fib.__bindgen_anon_4.ipv4_dst = dst.0[3];
+    } else {
+        fib.family = 10;
+        fib.__bindgen_anon_4.ipv6_dst = dst.0;
     }
     // SAFETY: the context and the parameters are valid.
-    let found = unsafe { bpf::bpf_fib_lookup(skb.ctx.cast(), &raw mut fib, size_of::<bpf_fib_lookup>() as i32, 0) };
-    matches!(found, FIB_NOT_FORWARDED | FIB_FORWARDING_OFF)
+    unsafe { bpf::bpf_fib_lookup(skb.ctx.cast(), &raw mut fib, size_of::<bpf_fib_lookup>() as i32, 0) }
 }
 
 /// What comes out of the tunnel: packets of pods for the gateway of this node, packets of

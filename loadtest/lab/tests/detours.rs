@@ -19,6 +19,7 @@ use support::{PASSES, address, detach, named, nobody_else_checks, node_address, 
 use tidegate_lab::forge::{self, ACK, SYN};
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::observe::Watch;
+use tidegate_lab::place::Place;
 use tidegate_lab::probe::{self, Echo, FAMILIES, Family};
 use tidegate_lab::scenario::Pod;
 use tidegate_lab::world::veth;
@@ -79,7 +80,10 @@ impl Eyes {
 
 /// Datagrams, segments and echo requests to what is denied, from these sources, by the pod's routes or by a device.
 fn go(lab: &Lab, pod: &str, device: Option<&str>, sources: &[IpAddr]) {
-    let place = lab.pod(pod);
+    send(&lab.pod(pod), device, sources);
+}
+
+fn send(place: &Place, device: Option<&str>, sources: &[IpAddr]) {
     for source in sources {
         let family = Family::of(*source);
         let (from, to) = (SocketAddr::new(*source, 24_000), outside(family));
@@ -91,7 +95,7 @@ fn go(lab: &Lab, pod: &str, device: Option<&str>, sources: &[IpAddr]) {
             echo,
         ];
         for packet in all {
-            forge::send(&place, device, &packet).unwrap();
+            forge::send(place, device, &packet).unwrap();
         }
     }
 }
@@ -373,6 +377,70 @@ fn children_of_the_uplink(lab: &Lab) {
     }
 }
 
+/// Nodes whose routes do not tell their own addresses from others': without a default route, without forwarding. A child
+/// of the uplink sends from addresses that no route leads to.
+fn children_where_routes_do_not_tell(lab: &Lab) {
+    let netns = lab.pod(POD).netns().to_owned();
+    run(lab, NODE, "ping -c 1 -W 3 203.0.113.1; ping -c 1 -W 3 2001:db8::1");
+    let router = run(lab, NODE, "ip -o neigh show 203.0.113.1 dev eth0");
+    let mac = router.split_whitespace().skip_while(|w| *w != "lladdr").nth(1).unwrap();
+    run(lab, NODE, &format!("ip link add eth2 link eth0 netns {netns} type macvlan mode bridge"));
+    run(
+        lab,
+        POD,
+        &format!(
+            "set -e; ip link set eth2 up; ip addr add 10.99.0.77/32 dev eth2; ip addr add fd77::77/128 dev eth2 nodad
+             ip neigh replace 203.0.113.1 lladdr {mac} dev eth2; ip neigh replace 2001:db8::1 lladdr {mac} dev eth2
+             ip route add 198.51.100.14 via 203.0.113.1 dev eth2 onlink
+             ip -6 route add 2001:db8:100::14 via 2001:db8::1 dev eth2 onlink"
+        ),
+    );
+    let mut sources = claims(lab, POD);
+    sources.retain(|ip| !own(lab, "untouched/app").contains(ip));
+    for family in FAMILIES {
+        sources.push(target(family, "10.99.0.77", "fd77::77", 0).ip());
+        sources.push(target(family, "203.0.113.77", "2001:db8::77", 0).ip());
+    }
+    // In no list of nodes, and on no uplink.
+    let second = FAMILIES.map(|f| target(f, "10.99.0.91", "fd77::91", 0).ip());
+    let node = lab.place(NODE).unwrap();
+    for (what, change, back) in [
+        (
+            "no route for everything",
+            "set -e; ip -4 route show default > /tmp/$N.4; ip -6 route show default > /tmp/$N.6
+             ip route del default; ip -6 route del default
+             ip route add 198.51.100.14 via 203.0.113.1; ip -6 route add 2001:db8:100::14 via 2001:db8::1 dev eth0",
+            "set -e; ip route del 198.51.100.14; ip -6 route del 2001:db8:100::14
+             ip -4 route add $(cat /tmp/$N.4); ip -6 route add $(cat /tmp/$N.6); rm /tmp/$N.4 /tmp/$N.6",
+        ),
+        (
+            "a device that does not forward",
+            "for f in ipv4 ipv6; do echo 0 > /proc/sys/net/$f/conf/eth0/forwarding; done",
+            "for f in ipv4 ipv6; do echo 1 > /proc/sys/net/$f/conf/eth0/forwarding; done",
+        ),
+    ] {
+        run(lab, NODE, &format!("N={netns}; {change}"));
+        let eyes = Eyes::open(lab);
+        go(lab, POD, None, &sources);
+        untouched_passes(lab, &eyes, what);
+        // The node's own, also of an address that it has only now.
+        let eyes = Eyes::open(lab);
+        send(&node, None, &second);
+        eyes.nothing("an address that it has not");
+        run(lab, NODE, "ip addr add 10.99.0.91/32 dev eth0; ip addr add fd77::91/128 dev eth0 nodad");
+        let passes = wait_for(Duration::from_secs(5), || {
+            send(&node, None, &second);
+            eyes.0.iter().all(|w| w.packets().unwrap() >= 4).then_some(())
+        });
+        assert!(passes.is_some(), "{what}: the node's own packets pass");
+        run(lab, NODE, "ip addr del 10.99.0.91/32 dev eth0; ip addr del fd77::91/128 dev eth0");
+        run(lab, NODE, &format!("N={netns}; {back}"));
+    }
+    run(lab, POD, "ip link del eth2");
+    // What servers sent back was not forwarded: the pod's resets are due, and must not be seen later.
+    passes(lab, "untouched/app", &Eyes::open(lab), "all is as before");
+}
+
 /// The uplink is a port of a bridge, and so is a pod's second cable: nothing is routed, and no netfilter hook is met.
 fn bridged_to_the_uplink(lab: &Lab) {
     let netns = lab.pod(POD).netns().to_owned();
@@ -415,6 +483,7 @@ fn detours(variant: &str) {
     unknown_pods(&lab);
     second_interfaces(&lab);
     children_of_the_uplink(&lab);
+    children_where_routes_do_not_tell(&lab);
     interfaces_not_attached_yet(&lab);
     halves(&mut lab);
     bridged_to_the_uplink(&lab);

@@ -47,6 +47,15 @@ impl Node {
         self.find_pods().await;
     }
 
+    /// Tells the kernel the node's own addresses.
+    pub(super) fn own_addresses(&mut self, full: bool) {
+        let told = self.datapath.addresses(&self.topology.own, full);
+        if let Ok(repaired) = told {
+            events::repaired("map", repaired);
+        }
+        self.problem("addresses", told.err().map(|e| format!("the kernel does not hold the node's addresses: {e}")));
+    }
+
     /// Which interface leads to which of this node's pods, and the pods' hardware addresses.
     async fn find_pods(&mut self) {
         let links = &self.topology.links;
@@ -205,6 +214,7 @@ impl Node {
 
     /// Makes the kernel hold what it should. With `full` the kernel's truth is read again.
     pub(super) async fn reconcile(&mut self, full: bool) {
+        self.own_addresses(full);
         if !self.datapath.is_upgrade() {
             self.attach_missing();
         }

@@ -55,6 +55,20 @@ impl Ns {
         self.enter(|| std::fs::write(format!("/proc/sys/{name}"), value).unwrap());
     }
 
+    /// Waits until the device takes IPv6 addresses: until it has a carrier they stay tentative.
+    #[track_caller]
+    pub fn ready(&self, device: &str) {
+        let arguments = ["-6", "-br", "addr", "show", "dev", device, "scope", "link", "-tentative"];
+        for _ in 0..500 {
+            let shown = self.enter(|| Command::new("ip").args(arguments).output().unwrap());
+            if String::from_utf8_lossy(&shown.stdout).contains("fe80:") {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        panic!("{device} is not ready");
+    }
+
     /// Index and MAC address of a device.
     pub fn device(&self, name: &str) -> (u32, [u8; 6]) {
         self.enter(|| {
