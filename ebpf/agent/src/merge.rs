@@ -3,7 +3,8 @@
 //! Rules:
 //! - A scope belongs to the claim with the highest epoch. Its entries (endpoints, groups, grants) come from its
 //!   owner; what an older epoch says is dropped. A gateway other than the owner speaks for it only in what the
-//!   owner has not told yet.
+//!   owner has not told yet: while the owner is silent others answer for it, and the grants of classes that only they
+//!   know hold beside its own.
 //! - Nodes, gateways and cluster values are the union of all live gateways.
 //! - A gateway that is away keeps its word for the scopes that it still owns. When no gateway is there, the last
 //!   known good of all of them holds.
@@ -153,6 +154,8 @@ pub struct Source<'a> {
     pub name: &'a str,
     /// Whether its stream is up and in sync.
     pub live: bool,
+    /// Whether it says nothing at the moment, so that others stand in for it.
+    pub silent: bool,
     /// What it says.
     pub state: &'a NodeState,
 }
@@ -243,8 +246,15 @@ pub fn merge(sources: &[Source<'_>]) -> NodeState {
                 out.prefixes.entry(set).or_insert_with(|| prefixes.clone());
             }
         }
-        let grants = from.grants.range((group, ClassKey(0))..=(group, ClassKey(u128::MAX)));
-        out.grants.extend(grants.map(|(k, v)| (*k, v.clone())));
+        let of_group = (group, ClassKey(0))..=(group, ClassKey(u128::MAX));
+        out.grants.extend(from.grants.range(of_group.clone()).map(|(k, v)| (*k, v.clone())));
+        if sources[by].silent {
+            for s in sources.iter().filter(|s| s.live && !s.silent) {
+                for (k, ports) in s.state.grants.range(of_group.clone()) {
+                    out.grants.entry(*k).or_insert_with(|| ports.clone());
+                }
+            }
+        }
     }
     out
 }

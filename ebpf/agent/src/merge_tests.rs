@@ -36,7 +36,7 @@ fn view(owner: &str, epoch: u64, port: u16) -> NodeState {
 }
 
 fn src<'a>(name: &'a str, live: bool, state: &'a NodeState) -> Source<'a> {
-    Source { name, live, state }
+    Source { name, live, silent: !live, state }
 }
 
 fn grant(m: &NodeState) -> Option<&PortSet> {
@@ -93,6 +93,26 @@ fn an_owner_that_was_never_heard_is_stood_in_for() {
     assert_eq!(m.scopes[&ScopeKey(1)].owner, "a");
     assert_eq!(grant(&m), Some(&ports(80)));
     assert!(m.groups.contains_key(&GroupKey(2)));
+}
+
+#[test]
+fn while_the_owner_is_silent_what_only_others_know_holds_too() {
+    let (mut a, mut b) = (view("a", 5, 443), view("a", 5, 80));
+    let (theirs, new) = ((GroupKey(2), ClassKey(4)), (GroupKey(2), ClassKey(5)));
+    a.grants.insert(theirs, ports(25));
+    b.grants.insert(new, ports(26));
+    b.grants.insert((GroupKey(9), ClassKey(5)), ports(27));
+    for live in [true, false] {
+        let owner = Source { name: "a", live, silent: true, state: &a };
+        let m = merge(&[owner, src("b", true, &b)]);
+        assert_eq!((grant(&m), m.grants.get(&theirs)), (Some(&ports(443)), Some(&ports(25))), "the owner's own stays");
+        assert_eq!((m.grants.get(&new), m.grants.len()), (Some(&ports(26)), 3));
+        // One that is away itself, or that says nothing either, does not answer for it.
+        assert_eq!(merge(&[owner, src("b", false, &b)]).grants.len(), 2);
+        assert_eq!(merge(&[owner, Source { silent: true, ..src("b", true, &b) }]).grants.len(), 2);
+    }
+    let m = merge(&[src("a", true, &a), src("b", true, &b)]);
+    assert_eq!(m.grants.get(&new), None, "the owner knows what it does not say");
 }
 
 #[test]

@@ -384,6 +384,7 @@ impl Node {
         }
         // While nobody speaks, nobody stands in: the one that comes back first may be any.
         self.silent = now;
+        self.merge();
         if self.ready {
             let local = self.local();
             if let Err(error) = self.datapath.apply(&self.merged, &local, false) {
@@ -550,7 +551,10 @@ impl Node {
             .gateways
             .iter()
             .filter(|g| g.model.known())
-            .map(|g| Source { name: &g.name, live: g.model.live(), state: g.model.state() })
+            .map(|g| {
+                let silent = self.silent.contains(&*g.name);
+                Source { name: &g.name, live: g.model.live(), silent, state: g.model.state() }
+            })
             .collect();
         self.merged = merge::merge(&sources);
         let owner = owners(&self.gateways, &self.merged, &self.silent);

@@ -223,7 +223,9 @@ impl Drive {
             {
                 for (b, to) in self.seats.iter().enumerate() {
                     let known = to.facts.get(key).is_some_and(|o| o.expires + 5_000 > f.expires);
-                    assert!(known, "{} knows {key:?}, and {} does not", GATEWAYS[a].0, GATEWAYS[b].0);
+                    let other = to.facts.get(key).map(|o| o.expires);
+                    let (a, b, until) = (GATEWAYS[a].0, GATEWAYS[b].0, f.expires);
+                    assert!(known, "{a} knows {key:?} until {until}, and {b} until {other:?}");
                 }
             }
             let Some(core) = &from.core else { continue };
@@ -248,7 +250,8 @@ impl Drive {
         for (i, node) in self.nodes.iter().enumerate() {
             let states: Vec<_> =
                 self.seats.iter().filter_map(|s| s.up()).map(|g| (g.name, g.fresh(NODES[i]))).collect();
-            let sources: Vec<_> = states.iter().map(|(name, state)| Source { name, live: true, state }).collect();
+            let sources: Vec<_> =
+                states.iter().map(|(name, state)| Source { name, live: true, silent: false, state }).collect();
             assert_eq!(*node.merged(), merge(&sources), "{} does not hold what it would be told", NODES[i]);
             for (key, ip, class) in node.kernel.held() {
                 let class_at = |g: usize| self.seats[g].up()?.ledger().bindings().class_of(key, ip);

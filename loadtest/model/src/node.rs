@@ -146,8 +146,15 @@ impl Node {
 
     fn merge(&mut self) {
         let known = GATEWAYS.iter().zip(&self.heard).filter(|(_, h)| h.model.known());
-        let sources: Vec<Source<'_>> =
-            known.map(|((name, _), h)| Source { name, live: h.model.live(), state: h.model.state() }).collect();
+        let silent = &self.silent;
+        let sources: Vec<Source<'_>> = known
+            .map(|((name, _), h)| Source {
+                name,
+                live: h.model.live(),
+                silent: silent.contains(*name),
+                state: h.model.state(),
+            })
+            .collect();
         self.merged = merge(&sources);
         let (now, owners) = (self.kernel.now, self.owners());
         let updates = self.told.follow(now, |s| owners.get(&s).copied());
@@ -266,6 +273,7 @@ impl Node {
         let silent = silent.collect();
         if self.silent != silent {
             self.silent = silent;
+            self.merge();
             self.apply(local);
         }
     }

@@ -72,7 +72,8 @@ impl Node {
     }
 
     fn merge(&mut self) {
-        self.merged = merge(&[Source { name: "gw-a", live: self.model.live(), state: self.model.state() }]);
+        self.merged =
+            merge(&[Source { name: "gw-a", live: self.model.live(), silent: false, state: self.model.state() }]);
         let local = self.local();
         if let Some(d) = &mut self.datapath {
             d.apply(&self.merged, &local, false).unwrap();
@@ -108,7 +109,8 @@ impl Node {
                 let keys: Vec<_> = grants.iter().map(|g| (g.group, g.class)).collect();
                 let grants = grants.into_iter().map(|g| (g.group, g.class, g.ports)).collect();
                 if self.model.grants(batch.boot_id, grants, now) && self.model.live() {
-                    self.merged = merge(&[Source { name: "gw-a", live: true, state: self.model.state() }]);
+                    self.merged =
+                        merge(&[Source { name: "gw-a", live: true, silent: false, state: self.model.state() }]);
                     let fresh: Vec<_> =
                         keys.iter().filter_map(|k| Some((k.0, k.1, self.merged.grants.get(k)?.clone()))).collect();
                     if let Some(d) = &mut self.datapath {
