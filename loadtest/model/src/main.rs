@@ -1,6 +1,7 @@
-//! Looks for disagreements: `tidegate-model STEPS [SEED]` runs random bytes until that many steps are done,
-//! `tidegate-model FILE…` runs files and tells each step. A failure is made small and kept in `seeds/`.
+//! Looks for disagreements: `tidegate-model STEPS [SEED [OCTETS]]` runs random bytes, so many octets at a time, until
+//! that many steps are done, `tidegate-model FILE…` runs files and tells each step. A failure is made small and kept in `seeds/`.
 
+use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
@@ -9,14 +10,23 @@ use tidegate_model::{Stats, random, run, run_telling};
 /// Bytes of one run.
 const RUN: usize = 3000;
 
-fn fails(bytes: &[u8]) -> bool {
-    catch_unwind(AssertUnwindSafe(|| run(bytes))).is_err()
+thread_local! {
+    /// Where the last run failed.
+    static PLACE: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
-/// Leaves out what is not needed to fail, and turns what is needed into zeros where they do as well.
+/// Where a run of these fails.
+fn place(bytes: &[u8]) -> Option<String> {
+    PLACE.take();
+    catch_unwind(AssertUnwindSafe(|| run(bytes))).err().and_then(|_| PLACE.take())
+}
+
+/// Leaves out what is not needed to fail at the same place, and turns what is needed into zeros where they do as well.
 fn smallest(mut bytes: Vec<u8>) -> Vec<u8> {
     let hook = std::panic::take_hook();
-    std::panic::set_hook(Box::new(|_| {}));
+    std::panic::set_hook(Box::new(|info| PLACE.set(info.location().map(ToString::to_string))));
+    let first = place(&bytes);
+    let fails = |bytes: &[u8]| first.is_some() && place(bytes) == first;
     let mut size = bytes.len() / 2;
     while size > 0 {
         let mut at = 0;
@@ -64,10 +74,11 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     };
     let first = args.get(1).and_then(|a| a.parse().ok()).unwrap_or(1);
+    let octets = args.get(2).and_then(|a| a.parse().ok()).unwrap_or(RUN);
     let mut total = Stats::default();
     let mut seed: u64 = first;
     while total.steps < steps {
-        let bytes = random(seed, RUN);
+        let bytes = random(seed, octets);
         match catch_unwind(AssertUnwindSafe(|| run(&bytes))) {
             Ok(stats) => total.add(&stats),
             Err(_) => return keep(bytes, &format!("random-{seed}")),

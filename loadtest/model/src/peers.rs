@@ -115,6 +115,11 @@ impl Gateway {
         self.peers.contains_key(peer)
     }
 
+    /// Whether messages for another gateway are on their way.
+    pub fn has_for_peers(&self) -> bool {
+        self.peers.values().any(|out| !out.is_empty())
+    }
+
     /// The next message for another gateway.
     pub fn next_for(&mut self, peer: &str) -> Option<Vec<u8>> {
         self.peers.get_mut(peer).and_then(VecDeque::pop_front)

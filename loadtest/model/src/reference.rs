@@ -460,9 +460,6 @@ impl<'o> Subject<'o> {
             _ if to.1 == 53 && self.has_way_out() => return Fate::Dns,
             Touched::Isolated if to.1 == 53 && !self.audited() => return Fate::Denied,
             _ if to.1 == 53 => return Fate::Passes,
-            Touched::Isolated if !self.has_way_out() && !self.audited() && !in_cluster(self.o, ip, to) => {
-                return Fate::Denied;
-            }
             _ if in_cluster(self.o, ip, to) => return Fate::Passes,
             _ => {}
         }
@@ -471,6 +468,7 @@ impl<'o> Subject<'o> {
             say = self.say(Said::Nothing, ip, to);
         }
         let fate = match say {
+            Say::Allow(_) if !self.has_way_out() && self.touched() == Touched::Isolated => Fate::Denied,
             Say::Allow(c) => Fate::Carried(c),
             Say::Pass => Fate::Passes,
             Say::Deny => Fate::Denied,

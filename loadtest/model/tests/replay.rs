@@ -1,14 +1,10 @@
-//! What failed once, then random bytes for a while: the same every time.
-
-use std::time::{Duration, Instant};
+//! What failed once, then random bytes: the same on every machine, in about a minute of one core.
 
 use tidegate_model::{Stats, random, run};
 
-/// Runs at least and at most, octets of each, and how long they may take together.
-const LEAST: u64 = 100;
-const RUNS: u64 = 600;
+/// Runs, and octets of each.
+const RUNS: u64 = 350;
 const OCTETS: usize = 1_500;
-const TIME: Duration = Duration::from_secs(60);
 
 #[test]
 fn what_failed_once_holds_now() {
@@ -24,14 +20,10 @@ fn what_failed_once_holds_now() {
 
 #[test]
 fn enforcement_equals_policy_after_any_sequence() {
-    let begun = Instant::now();
     let mut total = Stats::default();
     for seed in 0..RUNS {
         eprintln!("seed {seed} after {} steps", total.steps);
         total.add(&run(&random(seed, OCTETS)));
-        if seed >= LEAST && begun.elapsed() > TIME {
-            break;
-        }
     }
     eprintln!("{total:?}");
     // It is worth nothing if nothing happens.

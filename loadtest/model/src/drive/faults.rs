@@ -189,7 +189,9 @@ impl Drive {
             let due = up().filter_map(Gateway::deadline).map(millis).min().unwrap_or(end);
             let change = up().filter_map(|g| g.world().next_change());
             let change = change.map(|c| ((c.0 - START) as u64 + 1_000_000) * 1000).min().unwrap_or(end);
-            let next = if self.now < self.restless { due.min(self.now + STEP) } else { due };
+            // What is on its way between gateways arrives soon or never: in it are lives, which go on meanwhile.
+            let busy = self.now < self.restless || up().any(Gateway::has_for_peers);
+            let next = if busy { due.min(self.now + STEP) } else { due };
             // What is due now is done in the next tenth of a second, so that time goes on.
             self.advance(next.min(change).max(self.now + 100).min(end));
         }
