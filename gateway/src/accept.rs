@@ -5,16 +5,20 @@
 //! left waits for one instead of giving up.
 //!
 //! A client that offers the protocol [`JOIN`] wants a certificate: it need not show one, and its connection goes
-//! to those who give them. There are few of these, and each ends in time.
+//! to those who give them. There are few of these, and each ends in time. Nodes have places of their own ([`gate`]).
+
+mod gate;
 
 use std::collections::VecDeque;
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use rustls::ServerConfig;
 use rustls::server::Acceptor;
-use tidegate_identity::{Credentials, JOIN};
+use tidegate_identity::{Credentials, JOIN, Role, name_of};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::AbortHandle;
@@ -23,6 +27,8 @@ use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 
+use self::gate::Gate;
+use crate::nodes::{self, Nodes};
 use crate::places::{Place, Places};
 use crate::timed::Timed;
 
@@ -35,17 +41,22 @@ const BREATHER: Duration = Duration::from_millis(100);
 
 /// The longest life of a connection that wants a certificate.
 const JOINING: Duration = Duration::from_secs(20);
-/// The most of those, and of one address.
-const JOINS: usize = 64;
-const JOINS_PER_SOURCE: usize = 4;
+/// The most of those: from addresses of nodes, from others, and of others that show the certificate that they still have;
+/// and the most of one address or of one certificate.
+const JOINS: usize = 32;
+const JOINS_EACH: usize = 4;
+/// The most connections of one certified name. An agent has two, and those that it gave up may not have ended yet.
+const PER_NAME: usize = 8;
 
+/// A connection with a certificate, with its name's place.
+pub type Control = Timed<TlsStream<TcpStream>, Option<Place<String>>>;
 /// A connection that wants a certificate, with its places.
-pub type Joining = Timed<TlsStream<TcpStream>, (OwnedSemaphorePermit, Place)>;
+pub type Joining = Timed<TlsStream<TcpStream>, (OwnedSemaphorePermit, Place<String>)>;
 
 /// Connections whose handshakes are done.
 pub struct Incoming {
     /// Of nodes and gateways.
-    pub control: ReceiverStream<io::Result<TlsStream<TcpStream>>>,
+    pub control: ReceiverStream<io::Result<Control>>,
     /// Of those who want a certificate.
     pub joining: ReceiverStream<io::Result<Joining>>,
 }
@@ -54,7 +65,48 @@ pub struct Incoming {
 struct Choice {
     usual: Arc<ServerConfig>,
     /// For who wants a certificate; absent: nobody gives any.
-    joining: Option<Arc<ServerConfig>>,
+    joining: Option<Asking>,
+}
+
+/// The same for who wants a certificate.
+struct Asking {
+    /// Whoever it is.
+    anyone: Arc<ServerConfig>,
+    /// For who shows the one that he still has.
+    renewing: Arc<ServerConfig>,
+}
+
+/// Places of those who want a certificate.
+struct Lobby {
+    nodes: Nodes,
+    gate: Mutex<Gate>,
+    start: Instant,
+    /// From addresses of nodes, from others, and of others with a certificate.
+    rooms: [Arc<Semaphore>; 3],
+    each: Places<String>,
+}
+
+const NODES: usize = 0;
+const STRANGERS: usize = 1;
+const RENEWING: usize = 2;
+
+impl Lobby {
+    fn new(nodes: Nodes) -> Self {
+        let rooms = std::array::from_fn(|_| Arc::new(Semaphore::new(JOINS)));
+        Self { nodes, gate: Mutex::default(), start: Instant::now(), rooms, each: Places::new(JOINS_EACH) }
+    }
+
+    fn room(&self, room: usize, who: String) -> Option<(OwnedSemaphorePermit, Place<String>)> {
+        self.rooms[room].clone().try_acquire_owned().ok().zip(self.each.take(who))
+    }
+
+    /// Places for a connection from this address. None: it has to show a certificate.
+    fn enter(&self, from: IpAddr) -> Option<(OwnedSemaphorePermit, Place<String>)> {
+        let from = from.to_canonical();
+        let node = self.nodes.has_address(from);
+        let places = self.room(if node { NODES } else { STRANGERS }, from.to_string())?;
+        self.gate.lock().admits(from, node, self.start.elapsed()).then_some(places)
+    }
 }
 
 /// Connections whose handshakes are done, as long as the control stream is there. Must run in a tokio runtime. Of more
@@ -63,11 +115,15 @@ pub fn incoming(
     listener: TcpListener,
     mut own: impl FnMut() -> Option<Arc<Credentials>> + Send + 'static,
     most: usize,
+    nodes: Nodes,
 ) -> Incoming {
     let (out, done) = mpsc::channel(1);
-    let (joining, joined) = mpsc::channel(JOINS);
-    let choose = move || own().map(|own| Choice { usual: own.server(), joining: Some(own.joining()) });
-    tokio::spawn(accept(listener, choose, most.max(1), out, joining));
+    let (joining, joined) = mpsc::channel(3 * JOINS);
+    let choose = move || {
+        let own = own()?;
+        Some(Choice { usual: own.server(), joining: Some(Asking { anyone: own.joining(), renewing: own.renewing() }) })
+    };
+    tokio::spawn(accept(listener, choose, most.max(1), nodes, out, joining));
     Incoming { control: ReceiverStream::new(done), joining: ReceiverStream::new(joined) }
 }
 
@@ -76,22 +132,52 @@ pub fn plain(
     listener: TcpListener,
     mut config: impl FnMut() -> Option<Arc<ServerConfig>> + Send + 'static,
     most: usize,
-) -> ReceiverStream<io::Result<TlsStream<TcpStream>>> {
+) -> ReceiverStream<io::Result<Control>> {
     let (out, done) = mpsc::channel(1);
     let choose = move || config().map(|usual| Choice { usual, joining: None });
-    tokio::spawn(accept(listener, choose, most.max(1), out, mpsc::channel(1).0));
+    tokio::spawn(accept(listener, choose, most.max(1), nodes::channel().1, out, mpsc::channel(1).0));
     ReceiverStream::new(done)
+}
+
+/// A connection after its handshake.
+enum Shaken {
+    Usual(TlsStream<TcpStream>),
+    Joining(Joining),
+}
+
+async fn shake(stream: TcpStream, from: IpAddr, choice: Choice, lobby: &Lobby) -> io::Result<Shaken> {
+    stream.set_nodelay(true)?;
+    let hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
+    let joins = hello.client_hello().alpn().is_some_and(|mut all| all.any(|p| p == JOIN));
+    let Some(asking) = choice.joining.filter(|_| joins) else {
+        return Ok(Shaken::Usual(hello.into_stream(choice.usual).await?));
+    };
+    // Before anything is signed for it.
+    if let Some(places) = lobby.enter(from) {
+        return Ok(Shaken::Joining(Timed::new(hello.into_stream(asking.anyone).await?, JOINING, places)));
+    }
+    let stream = hello.into_stream(asking.renewing).await?;
+    let places = certified(&stream).and_then(|name| lobby.room(RENEWING, name));
+    let places = places.ok_or(io::ErrorKind::ConnectionRefused)?;
+    Ok(Shaken::Joining(Timed::new(stream, JOINING, places)))
+}
+
+/// The name of a node or a gateway for which the client's certificate speaks.
+fn certified(stream: &TlsStream<TcpStream>) -> Option<String> {
+    let leaf = stream.get_ref().1.peer_certificates()?.first()?;
+    [Role::Node, Role::Gateway].into_iter().find_map(|role| Some(role.dns_name(&name_of(leaf, role)?)))
 }
 
 async fn accept(
     listener: TcpListener,
     mut choose: impl FnMut() -> Option<Choice>,
     most: usize,
-    out: mpsc::Sender<io::Result<TlsStream<TcpStream>>>,
+    nodes: Nodes,
+    out: mpsc::Sender<io::Result<Control>>,
     joining: mpsc::Sender<io::Result<Joining>>,
 ) {
-    let (joins, joins_places) = (Arc::new(Semaphore::new(JOINS)), Places::new(JOINS_PER_SOURCE));
-    let places = Places::new(PER_SOURCE);
+    let lobby = Arc::new(Lobby::new(nodes));
+    let (places, names) = (Places::new(PER_SOURCE), Places::new(PER_NAME));
     let mut pending: VecDeque<AbortHandle> = VecDeque::new();
     loop {
         let accepted = tokio::select! {
@@ -116,26 +202,19 @@ async fn accept(
         }
         // Before there is a certificate nobody can be served.
         let Some(choice) = choose() else { continue };
-        let (out, joining, joins, joins_places) = (out.clone(), joining.clone(), joins.clone(), joins_places.clone());
+        let (out, joining, lobby, names) = (out.clone(), joining.clone(), lobby.clone(), names.clone());
         let handshake = tokio::spawn(async move {
-            let shaken = async {
-                stream.set_nodelay(true)?;
-                let hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
-                let joins = hello.client_hello().alpn().is_some_and(|mut all| all.any(|p| p == JOIN));
-                let joining = choice.joining.filter(|_| joins);
-                let joins = joining.is_some();
-                Ok::<_, io::Error>((hello.into_stream(joining.unwrap_or(choice.usual)).await?, joins))
-            };
-            match timeout(HANDSHAKE, shaken).await {
-                // The receiver is gone when the port closes.
-                Ok(Ok((stream, false))) => drop(out.send(Ok(stream)).await),
-                Ok(Ok((stream, true))) => {
-                    let places = joins_places.take(peer.ip()).zip(joins.try_acquire_owned().ok());
-                    // Where nobody gives certificates, and beyond the limits, the connection is closed.
-                    if let Some((place, permit)) = places {
-                        let _ = joining.try_send(Ok(Timed::new(stream, JOINING, (permit, place))));
-                    }
-                }
+            match timeout(HANDSHAKE, shake(stream, peer.ip(), choice, &lobby)).await {
+                Ok(Ok(Shaken::Usual(stream))) => match certified(&stream) {
+                    None => drop(out.send(Ok(Timed::endless(stream, None))).await),
+                    Some(name) => match names.take(name.clone()) {
+                        // The receiver is gone when the port closes.
+                        Some(held) => drop(out.send(Ok(Timed::endless(stream, Some(held)))).await),
+                        None => tracing::debug!(%peer, name, "too many connections of one certificate"),
+                    },
+                },
+                // Where nobody gives certificates it is closed.
+                Ok(Ok(Shaken::Joining(stream))) => drop(joining.try_send(Ok(stream))),
                 Ok(Err(error)) => tracing::debug!(%peer, %error, "no handshake on the control port"),
                 Err(_) => tracing::debug!(%peer, "a handshake on the control port took too long"),
             }
@@ -154,7 +233,7 @@ mod tests {
         let own = Arc::new(credentials());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        (incoming(listener, move || Some(own.clone()), most), address)
+        (incoming(listener, move || Some(own.clone()), most, nodes::channel().1), address)
     }
 
     fn credentials() -> Credentials {

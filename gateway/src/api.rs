@@ -28,9 +28,7 @@ use parking_lot::Mutex;
 use serde_json::Value;
 use tidegate_identity::Source;
 use tidegate_kubernetes::{Access, User};
-use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio_rustls::server::TlsStream;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -270,20 +268,20 @@ impl<K: Eq + std::hash::Hash, V: Clone> Cache<K, V> {
 
 /// A listener with few connections, each with an end; no source may take them all.
 struct Bounded {
-    incoming: ReceiverStream<io::Result<TlsStream<TcpStream>>>,
+    incoming: ReceiverStream<io::Result<accept::Control>>,
     permits: Arc<Semaphore>,
     places: Places,
 }
 
 impl axum::serve::Listener for Bounded {
-    type Io = Timed<TlsStream<TcpStream>, (OwnedSemaphorePermit, Place)>;
+    type Io = Timed<accept::Control, (OwnedSemaphorePermit, Place)>;
     type Addr = SocketAddr;
 
     async fn accept(&mut self) -> (Self::Io, SocketAddr) {
         loop {
             let Some(next) = self.incoming.next().await else { std::future::pending().await };
             let Ok(stream) = next else { continue };
-            let Ok(peer) = stream.get_ref().0.peer_addr() else { continue };
+            let Ok(peer) = stream.stream().get_ref().0.peer_addr() else { continue };
             // Beyond the limits a connection is closed at once: waiting would hold up everybody behind it.
             let Some(place) = self.places.take(peer.ip()) else { continue };
             let Ok(permit) = self.permits.clone().try_acquire_owned() else { continue };

@@ -45,7 +45,9 @@ use crate::report::{Reports, Snapshot, Surveyor};
 use crate::source::kubernetes::{Follower, health};
 use crate::source::{Compiler, Problems, now};
 use crate::way::Keeper;
-use crate::{admin, api, audit, core, descriptors, members, peering, peers, push, report, resolv, source, telemetry};
+use crate::{
+    admin, api, audit, core, descriptors, members, nodes, peering, peers, push, report, resolv, source, telemetry,
+};
 
 /// Prints what a configuration file means.
 pub fn check(path: &Path) -> Result<()> {
@@ -179,8 +181,9 @@ pub fn run(path: &Path) -> Result<()> {
     let (changes, watched) = followed.unzip();
     let readiness = Readiness::default();
     let starting = readiness.guard("start");
+    let (teller, nodes) = nodes::channel();
     let Identity { source: identity, joins, reviews } =
-        Identity::start(&config, kube.as_ref(), readiness.guard("certificate"))?;
+        Identity::start(&config, kube.as_ref(), nodes.clone(), readiness.guard("certificate"))?;
     let recent = config.api.map(|_| audit::Recent::default());
 
     let writer = Arc::new(
@@ -344,7 +347,8 @@ pub fn run(path: &Path) -> Result<()> {
         }
         Some(changes) => {
             let names = names.clone();
-            let follower = Follower { changes, names, compiler, runtime: runtime()?, stop: stop.clone() };
+            let (runtime, stop) = (runtime()?, stop.clone());
+            let follower = Follower { changes, names, nodes: teller, compiler, runtime, stop };
             let config = config.clone();
             thread("policy", move || follower.run(&config))?
         }
@@ -423,7 +427,7 @@ pub fn run(path: &Path) -> Result<()> {
             config.control,
             identity.clone(),
             shares.handshakes,
-            Streams::new(to_core.clone(), post),
+            Streams::new(to_core.clone(), post, nodes),
             joins,
             async {
                 // The sender's end is the news.

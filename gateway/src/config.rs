@@ -130,6 +130,9 @@ pub struct Kubernetes {
 pub struct Identity {
     /// The Secret of the authority, made when it is not there. Default `tidegate-ca`.
     pub secret: String,
+    /// The Secret is somebody else's, of the type `kubernetes.io/tls`: `tls.crt` and `tls.key` of an authority, and `ca.crt` if
+    /// that is signed by another one. It is only read. Default false.
+    pub given: bool,
     /// The ConfigMap whose `ca.crt` agents trust, written by the gateways. Default `tidegate-trust`.
     pub trust: String,
     /// The agents' ServiceAccount, in the gateways' namespace. Default `tidegate-agent`.
@@ -150,6 +153,7 @@ impl Default for Identity {
     fn default() -> Self {
         Self {
             secret: "tidegate-ca".into(),
+            given: false,
             trust: "tidegate-trust".into(),
             service_account: "tidegate-agent".into(),
             audience: "tidegate".into(),
@@ -174,8 +178,9 @@ impl Identity {
         ensure!((3..=2_592_000).contains(&self.certificate_seconds), "{key}.certificateSeconds: 3 to 2592000");
         ensure!(self.authority_seconds <= 315_360_000, "{key}.authoritySeconds: at most ten years");
         ensure!(
-            self.overlap_seconds <= self.authority_seconds
-                && self.authority_seconds / 3 >= self.certificate_seconds + self.overlap_seconds,
+            self.given
+                || self.overlap_seconds <= self.authority_seconds
+                    && self.authority_seconds / 3 >= self.certificate_seconds + self.overlap_seconds,
             "{key}.authoritySeconds: at least three times certificateSeconds and overlapSeconds together"
         );
         Ok(())

@@ -19,6 +19,7 @@ mod identity;
 mod journal;
 mod kube;
 mod members;
+mod nodes;
 mod overview;
 mod ownership;
 mod peering;

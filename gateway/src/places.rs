@@ -1,4 +1,4 @@
-//! Places for connections, counted by where they come from, so that no source takes them all.
+//! Places for connections, counted by where they come from or whose they are, so that nobody takes them all.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -6,40 +6,64 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+/// Whose a place is.
+pub trait Source: Ord + Clone {
+    /// The same for all that count as one.
+    #[must_use]
+    fn same(self) -> Self {
+        self
+    }
+}
+
+impl Source for IpAddr {
+    fn same(self) -> Self {
+        self.to_canonical()
+    }
+}
+
+/// A name of a certificate.
+impl Source for String {}
+
 /// How many connections each source has. Cheap to clone.
-#[derive(Clone, Debug)]
-pub struct Places {
+#[derive(Debug)]
+pub struct Places<S = IpAddr> {
     most: usize,
-    sources: Arc<Mutex<BTreeMap<IpAddr, usize>>>,
+    sources: Arc<Mutex<BTreeMap<S, usize>>>,
+}
+
+impl<S> Clone for Places<S> {
+    fn clone(&self) -> Self {
+        Self { most: self.most, sources: self.sources.clone() }
+    }
 }
 
 /// One source's place, given back when dropped.
 #[derive(Debug)]
-pub struct Place {
-    places: Places,
-    source: IpAddr,
+pub struct Place<S: Source = IpAddr> {
+    places: Places<S>,
+    source: S,
 }
 
-impl Places {
+impl<S: Source> Places<S> {
     /// Room for so many connections of one source.
     pub fn new(most: usize) -> Self {
         Self { most, sources: Arc::default() }
     }
 
     /// A place for a source, unless it has as many as it may.
-    pub fn take(&self, source: IpAddr) -> Option<Place> {
-        let source = source.to_canonical();
+    pub fn take(&self, source: S) -> Option<Place<S>> {
+        let source = source.same();
         let mut sources = self.sources.lock();
-        let n = sources.entry(source).or_default();
-        if *n >= self.most {
+        let n = sources.get(&source).copied().unwrap_or_default();
+        if n >= self.most {
             return None;
         }
-        *n += 1;
+        sources.insert(source.clone(), n + 1);
         Some(Place { places: self.clone(), source })
     }
 }
 
-impl Drop for Place {
+impl<S: Source> Drop for Place<S> {
     fn drop(&mut self) {
         let mut sources = self.places.sources.lock();
         if let Some(n) = sources.get_mut(&self.source) {

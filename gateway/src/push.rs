@@ -10,19 +10,20 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result};
 use crossbeam_channel::{Sender, TrySendError};
 use futures_util::{Stream, StreamExt};
-use tidegate_identity::{Role, Source, name_of, validity};
+use tidegate_identity::{Role, Source, name_of, node_uid_of, validity};
 use tidegate_proto::wire::control_server::{Control, ControlServer};
 use tidegate_proto::wire::identity_server::IdentityServer;
 use tidegate_proto::wire::{FactsAck, FactsUpdate, PeerHello, PeerUpdate, StateAck, StateUpdate};
 use tidegate_proto::{FactsUp, MAX_MESSAGE, Up};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep_until};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::core::ToCore;
 use crate::identity::Joins;
+use crate::nodes::Nodes;
 use crate::report::thread::{Origin, Post};
 
 /// Messages that may wait for a node; a node that is further behind is cut off and starts anew with a snapshot.
@@ -33,6 +34,12 @@ const HELLO: Duration = Duration::from_secs(5);
 const JOIN: Duration = Duration::from_secs(20);
 /// The most octets of what it asks.
 const MAX_JOIN: usize = 32 * 1024;
+/// The most octets of a message of a node or a gateway: room for the owners of 30,000 scopes.
+const MAX_UP: usize = 1 << 20;
+/// What a node sees of the gateways is heard so often at once, and then once in so long: of what it says meanwhile the last
+/// counts.
+const SEEN_BURST: u32 = 32;
+const SEEN_EVERY: Duration = Duration::from_millis(100);
 /// The longest life of a stream.
 const LONGEST: Duration = Duration::from_secs(365 * 86_400);
 
@@ -54,15 +61,26 @@ pub struct Ack {
 pub struct Streams {
     core: Sender<ToCore>,
     denials: Post,
+    nodes: Nodes,
     next: AtomicU64,
 }
 
 type Out<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl Streams {
-    /// A service that talks to this core.
-    pub fn new(core: Sender<ToCore>, denials: Post) -> Self {
-        Self { core, denials, next: AtomicU64::new(1) }
+    /// A service that talks to this core, with those nodes that are there.
+    pub fn new(core: Sender<ToCore>, denials: Post, nodes: Nodes) -> Self {
+        Self { core, denials, nodes, next: AtomicU64::new(1) }
+    }
+
+    /// The node at the other end.
+    fn node<T>(&self, request: &Request<T>) -> Result<(String, Life), Status> {
+        let Client { name, uid, until } = client(request, Role::Node)?;
+        if !self.nodes.admits(&name, uid.as_deref()) {
+            let text = format!("there is no node {name} that has the UID of the certificate: get a new one");
+            return Err(Status::permission_denied(text));
+        }
+        Ok((name.clone(), Life { until, node: Some((self.nodes.clone(), name, uid)) }))
     }
 
     fn id(&self) -> StreamId {
@@ -78,10 +96,55 @@ fn tell(core: &Sender<ToCore>, message: ToCore) -> Result<(), Status> {
     })
 }
 
+/// How often a node is heard about the gateways.
+struct SeenPace {
+    /// When all of the burst is there again.
+    calm: Instant,
+}
+
+impl SeenPace {
+    fn due(&self) -> Instant {
+        self.calm.checked_sub(SEEN_EVERY * (SEEN_BURST - 1)).unwrap_or(self.calm)
+    }
+
+    fn take(&mut self, now: Instant) {
+        self.calm = self.calm.max(now) + SEEN_EVERY;
+    }
+}
+
 /// Who is at the other end, and until when its certificate says so.
 struct Client {
     name: String,
+    /// Of a node's object.
+    uid: Option<String>,
     until: Instant,
+}
+
+/// How long a stream lives.
+#[derive(Clone)]
+struct Life {
+    until: Instant,
+    /// Not longer than this node is there.
+    node: Option<(Nodes, String, Option<String>)>,
+}
+
+impl Life {
+    /// Waits for its end.
+    async fn over(self) {
+        let gone = async {
+            match self.node {
+                Some((nodes, name, uid)) => {
+                    nodes.gone(&name, uid.as_deref()).await;
+                    tracing::info!(node = name, "this node is not there any more; its stream ends");
+                }
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = sleep_until(self.until) => {}
+            () = gone => {}
+        }
+    }
 }
 
 /// What the client's certificate speaks for: a node or a gateway. Its authority was checked with the handshake, which may
@@ -95,19 +158,25 @@ fn client<T>(request: &Request<T>, role: Role) -> Result<Client, Status> {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
     let ends = validity(leaf).and_then(|(_, ends)| u64::try_from(ends).ok()).unwrap_or(0);
     match ends.checked_sub(now).filter(|left| *left > 0) {
-        Some(left) => Ok(Client { name, until: Instant::now() + Duration::from_secs(left).min(LONGEST) }),
+        Some(left) => {
+            Ok(Client { name, uid: node_uid_of(leaf), until: Instant::now() + Duration::from_secs(left).min(LONGEST) })
+        }
         None => Err(Status::unauthenticated("the certificate has ended")),
     }
 }
 
 /// What the core says to the client, until its certificate ends: with a new one it comes back.
-fn down<T: Send + 'static>(rx: mpsc::Receiver<T>, until: Instant) -> Response<Out<T>> {
-    Response::new(Box::pin(ReceiverStream::new(rx).map(Ok).take_until(sleep_until(until))))
+fn down<T: Send + 'static>(rx: mpsc::Receiver<T>, life: Life) -> Response<Out<T>> {
+    Response::new(Box::pin(ReceiverStream::new(rx).map(Ok).take_until(life.over())))
 }
 
 /// The next message of the client. None ends the stream.
-async fn next<T>(inbound: &mut Streaming<T>, until: Instant) -> Option<T> {
-    timeout_at(until, inbound.message()).await.ok()?.ok()?
+async fn next<T>(inbound: &mut Streaming<T>, over: Pin<&mut (impl Future<Output = ()> + Send)>) -> Option<T> {
+    tokio::select! {
+        biased;
+        () = over => None,
+        message = inbound.message() => message.ok()?,
+    }
 }
 
 async fn first<T>(inbound: &mut Streaming<T>) -> Result<T, Status> {
@@ -139,7 +208,7 @@ impl Control for Streams {
     type PeerStream = Out<PeerUpdate>;
 
     async fn peer(&self, request: Request<PeerHello>) -> Result<Response<Self::PeerStream>, Status> {
-        let Client { name: gateway, until } = client(&request, Role::Gateway)?;
+        let Client { name: gateway, until, .. } = client(&request, Role::Gateway)?;
         let claimed = request.into_inner().gateway;
         if claimed != gateway {
             return Err(Status::permission_denied(format!(
@@ -148,19 +217,20 @@ impl Control for Streams {
         }
         let (out, rx) = mpsc::channel(QUEUE);
         tell(&self.core, ToCore::PeerUp { gateway, out })?;
-        Ok(down(rx, until))
+        Ok(down(rx, Life { until, node: None }))
     }
 
     async fn state(&self, request: Request<Streaming<StateAck>>) -> Result<Response<Self::StateStream>, Status> {
-        let Client { name: node, until } = client(&request, Role::Node)?;
+        let (node, life) = self.node(&request)?;
         let mut inbound = request.into_inner();
         hello(first(&mut inbound).await?, &node)?;
         let id = self.id();
         let (out, rx) = mpsc::channel(QUEUE);
         tell(&self.core, ToCore::StateUp { node: node.clone(), id, out })?;
-        let core = self.core.clone();
+        let (core, over) = (self.core.clone(), life.clone().over());
         tokio::spawn(async move {
-            while let Some(message) = next(&mut inbound, until).await {
+            let mut over = std::pin::pin!(over);
+            while let Some(message) = next(&mut inbound, over.as_mut()).await {
                 let Ok(Up::Applied { boot_id, sequence, error }) = Up::try_from(message) else { break };
                 let ack = Ack { boot_id, sequence, error };
                 if tell(&core, ToCore::StateAck { node: node.clone(), id, ack }).is_err() {
@@ -170,31 +240,48 @@ impl Control for Streams {
             // If the queue is full now, the next message of this node's next stream replaces this one.
             let _ = core.try_send(ToCore::StateDown { node, id });
         });
-        Ok(down(rx, until))
+        Ok(down(rx, life))
     }
 
     async fn facts(&self, request: Request<Streaming<FactsAck>>) -> Result<Response<Self::FactsStream>, Status> {
-        let Client { name: node, until } = client(&request, Role::Node)?;
+        let (node, life) = self.node(&request)?;
         let mut inbound = request.into_inner();
         let boot_id = hello(first(&mut inbound).await?, &node)?;
         let id = self.id();
         let (out, rx) = mpsc::channel(QUEUE);
         tell(&self.core, ToCore::FactsUp { node: node.clone(), id, boot_id, out })?;
-        let (core, denials) = (self.core.clone(), self.denials.clone());
+        let (core, denials, over) = (self.core.clone(), self.denials.clone(), life.clone().over());
         tokio::spawn(async move {
+            let mut over = std::pin::pin!(over);
             let name: Arc<str> = node.as_str().into();
-            while let Some(message) = next(&mut inbound, until).await {
+            let (mut pace, mut waiting) = (SeenPace { calm: Instant::now() }, None);
+            loop {
                 let node = node.clone();
-                let message = match FactsUp::try_from(message) {
-                    Ok(FactsUp::Up(Up::Applied { boot_id, sequence, error })) => {
-                        ToCore::FactsAck { node, id, ack: Ack { boot_id, sequence, error } }
+                let message = tokio::select! {
+                    biased;
+                    () = over.as_mut() => break,
+                    () = sleep_until(pace.due()), if waiting.is_some() => {
+                        pace.take(Instant::now());
+                        let Some(seen) = waiting.take() else { continue };
+                        ToCore::Seen { node, id, seen }
                     }
-                    Ok(FactsUp::Seen(seen)) => ToCore::Seen { node, id, seen },
-                    Ok(FactsUp::Denied(denied)) => {
-                        denied.into_iter().for_each(|d| denials.send(Origin::Node(name.clone()), d));
-                        continue;
+                    message = inbound.message() => {
+                        let Ok(Some(message)) = message else { break };
+                        match FactsUp::try_from(message) {
+                            Ok(FactsUp::Up(Up::Applied { boot_id, sequence, error })) => {
+                                ToCore::FactsAck { node, id, ack: Ack { boot_id, sequence, error } }
+                            }
+                            Ok(FactsUp::Seen(seen)) => {
+                                waiting = Some(seen);
+                                continue;
+                            }
+                            Ok(FactsUp::Denied(denied)) => {
+                                denied.into_iter().for_each(|d| denials.send(Origin::Node(name.clone()), d));
+                                continue;
+                            }
+                            _ => break,
+                        }
                     }
-                    _ => break,
                 };
                 if tell(&core, message).is_err() {
                     break;
@@ -202,7 +289,7 @@ impl Control for Streams {
             }
             let _ = core.try_send(ToCore::FactsDown { node, id });
         });
-        Ok(down(rx, until))
+        Ok(down(rx, life))
     }
 }
 
@@ -220,9 +307,9 @@ pub async fn serve(
     }
     let said = || format!("cannot serve agents on {address}");
     let listener = tokio::net::TcpListener::bind(address).await.with_context(said)?;
-    let incoming = crate::accept::incoming(listener, move || identity.now().ok(), handshakes);
-    let service =
-        ControlServer::new(streams).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
+    let nodes = streams.nodes.clone();
+    let incoming = crate::accept::incoming(listener, move || identity.now().ok(), handshakes, nodes);
+    let service = ControlServer::new(streams).max_decoding_message_size(MAX_UP).max_encoding_message_size(MAX_MESSAGE);
     let control = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_millis(500)))
         .http2_keepalive_timeout(Some(Duration::from_millis(1500)))

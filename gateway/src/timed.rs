@@ -1,4 +1,4 @@
-//! Connections of strangers: each ends in time, whatever it does.
+//! Connections with what they hold; those of strangers end in time, whatever they do.
 
 use std::io;
 use std::pin::Pin;
@@ -9,23 +9,33 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 use tonic::transport::server::Connected;
 
-/// A connection that ends in time even if its client neither asks nor reads. `G` is held as long.
+/// A connection that ends in time, if it has to, even if its client neither asks nor reads. `G` is held as long.
 pub struct Timed<S, G> {
     stream: S,
-    end: Pin<Box<Sleep>>,
+    end: Option<Pin<Box<Sleep>>>,
     _held: G,
 }
 
 impl<S, G> Timed<S, G> {
     /// Gives a connection so long.
     pub fn new(stream: S, life: Duration, held: G) -> Self {
-        Self { stream, end: Box::pin(sleep(life)), _held: held }
+        Self { stream, end: Some(Box::pin(sleep(life))), _held: held }
+    }
+
+    /// One that ends by itself.
+    pub fn endless(stream: S, held: G) -> Self {
+        Self { stream, end: None, _held: held }
+    }
+
+    /// The connection.
+    pub fn stream(&self) -> &S {
+        &self.stream
     }
 
     fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        match self.end.as_mut().poll(cx) {
-            Poll::Ready(()) => Err(io::ErrorKind::TimedOut.into()),
-            Poll::Pending => Ok(()),
+        match self.end.as_mut().map(|end| end.as_mut().poll(cx)) {
+            Some(Poll::Ready(())) => Err(io::ErrorKind::TimedOut.into()),
+            Some(Poll::Pending) | None => Ok(()),
         }
     }
 }

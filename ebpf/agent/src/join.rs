@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 use rcgen::{CertificateParams, DistinguishedName, KeyPair};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
-use tidegate_identity::{Credentials, Role, authorities_from_pem, validity};
+use tidegate_identity::{Claims, Credentials, MAX_TOKEN, Role, authorities_from_pem, node_uid_of, validity};
 use tidegate_proto::wire::identity_client::IdentityClient;
 use tidegate_proto::wire::{JoinReply, JoinRequest};
 use tokio::sync::watch;
@@ -31,9 +31,10 @@ const LOOK: Duration = Duration::from_secs(5);
 /// The least and most time to the next renewal, whatever a gateway says.
 const SOONEST: Duration = Duration::from_secs(1);
 const LATEST: Duration = Duration::from_secs(30 * 86_400);
-/// The most octets of an answer and of a token.
+/// The most octets of an answer.
 const MAX_REPLY: usize = 64 * 1024;
-const MAX_TOKEN: usize = 16 * 1024;
+/// For so long after the start it is no trouble that there is no certificate yet: gateways may be starting, too.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why there is no certificate.
 #[derive(Debug, thiserror::Error)]
@@ -119,6 +120,7 @@ impl Joiner {
         let mut authorities = Vec::new();
         let mut backoff = BACKOFF_FIRST;
         let mut number = 0usize;
+        let started = Instant::now();
         while !self.issued.is_closed() {
             // The authorities may change while the certificate stays.
             let read = fs::read(&self.join.ca).map_err(file(&self.join.ca));
@@ -128,7 +130,7 @@ impl Joiner {
                 authorities = bundle.to_vec();
                 self.publish(own.as_ref(), &authorities);
             }
-            let due = own.as_ref().is_none_or(|o| Instant::now() >= o.renew);
+            let due = own.as_ref().is_none_or(|o| Instant::now() >= o.renew || self.is_anew(o));
             if !due {
                 let left = own.as_ref().map_or(LOOK, |o| o.renew.saturating_duration_since(Instant::now()));
                 sleep(left.min(LOOK)).await;
@@ -154,7 +156,12 @@ impl Joiner {
                         self.issued.send_replace(None);
                     }
                     let state = if valid { "cannot be renewed" } else { "is missing" };
-                    self.say(format!("this node's certificate {state}: {error}"));
+                    let text = format!("this node's certificate {state}: {error}");
+                    if own.is_none() && started.elapsed() < PATIENCE {
+                        tracing::info!("{text}");
+                    } else {
+                        self.say(text);
+                    }
                     let half = backoff.as_millis() as u64 / 2;
                     let wait = Duration::from_millis(half + random() % (half + 1));
                     backoff = (backoff * 2).min(BACKOFF_LAST);
@@ -166,6 +173,14 @@ impl Joiner {
                 }
             }
         }
+    }
+
+    /// Whether this node's object was made anew since: gateways refuse the certificate for the former one.
+    fn is_anew(&self, own: &Own) -> bool {
+        let token = fs::read_to_string(&self.join.token).ok();
+        let now = token.and_then(|t| Claims::read(t.trim())).and_then(|c| c.node_uid);
+        let then = own.chain.first().and_then(node_uid_of);
+        now.zip(then).is_some_and(|(now, then)| now != then)
     }
 
     fn say(&self, text: String) {

@@ -215,7 +215,9 @@ impl Client {
         let gateway = spoke.as_deref().or(self.name.as_deref()).unwrap_or_default();
         let address = self.address;
         // One line for a loss or a first failure; the rest of a long outage is for those who look closely.
-        if spoke.is_some() || backoff.0 == BACKOFF_FIRST {
+        // Without a certificate nothing can be tried, and the joiner says so when it is too long.
+        let tried = !matches!(error, StreamError::Connect(tidegate_identity::Error::None));
+        if spoke.is_some() || tried && backoff.0 == BACKOFF_FIRST {
             tracing::warn!(gateway, %address, stream, %error, "stream lost; connecting again");
         } else {
             tracing::debug!(gateway, %address, stream, %error, "no stream yet");

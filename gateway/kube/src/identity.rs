@@ -14,8 +14,9 @@ use kube::api::{ObjectMeta, PostParams};
 
 use crate::client::{Connection, Error, within};
 
-/// Says in which pod's node a token is (Kubernetes 1.30 and later).
+/// Say on which node a token's pod is (Kubernetes 1.30 and later).
 const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
+const NODE_UID: &str = "authentication.kubernetes.io/node-uid";
 
 /// An object's content at a version.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,6 +67,15 @@ impl SecretKey {
         let found = within(self.api.get_opt(&self.name)).await?;
         let content = found.as_ref().and_then(|s| s.data.as_ref()?.get(&self.key)).map(|b| b.0.clone());
         Ok(Versioned { version: found.and_then(|s| s.metadata.resource_version), content })
+    }
+
+    /// What is at other keys of the Secret, as text.
+    ///
+    /// # Errors
+    /// When the API server does not say.
+    pub async fn read_keys<const N: usize>(&self, keys: [&str; N]) -> Result<[Option<String>; N], Error> {
+        let data = within(self.api.get_opt(&self.name)).await?.and_then(|s| s.data).unwrap_or_default();
+        Ok(keys.map(|key| data.get(key).and_then(|b| String::from_utf8(b.0.clone()).ok())))
     }
 
     /// Writes what replaces `version`. Other keys of the Secret are removed.
@@ -143,8 +153,17 @@ pub struct User {
 impl User {
     /// The node of the pod that the token is bound to. None if it is no pod's, or names several.
     pub fn node(&self) -> Option<&str> {
-        match self.extra.get(NODE_NAME)?.as_slice() {
-            [node] => Some(node),
+        self.one(NODE_NAME)
+    }
+
+    /// The UID of that node.
+    pub fn node_uid(&self) -> Option<&str> {
+        self.one(NODE_UID)
+    }
+
+    fn one(&self, key: &str) -> Option<&str> {
+        match self.extra.get(key)?.as_slice() {
+            [one] => Some(one),
             _ => None,
         }
     }

@@ -6,6 +6,7 @@
 //! 3. The former one stays in the bundle until the last certificate that it may have signed has ended.
 //! 4. Then it is removed.
 
+use base64::Engine;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, CertifiedIssuer, DistinguishedName, DnType,
     ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
@@ -13,7 +14,7 @@ use rcgen::{
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
 use serde::{Deserialize, Serialize};
-use tidegate_identity::{Role, validity};
+use tidegate_identity::{Role, node_uid_uri, validity};
 use x509_parser::time::ASN1Time;
 
 /// Certificates begin to hold so long before they are made, in seconds: clocks differ.
@@ -83,6 +84,18 @@ pub struct Authority {
     signer: Signer,
     next: Option<Next>,
     old: Vec<Old>,
+    /// Of one that somebody else keeps.
+    #[serde(skip)]
+    given: Option<Given>,
+}
+
+/// What stands above an authority that is given.
+#[derive(Clone, PartialEq, Eq)]
+struct Given {
+    /// What has to be trusted, PEM.
+    roots: String,
+    /// What stands between a root and a leaf, the nearest to the leaf first; empty if the authority itself is a root.
+    chain: Vec<CertificateDer<'static>>,
 }
 
 /// Keys stay out of logs.
@@ -92,6 +105,10 @@ impl std::fmt::Debug for Authority {
     }
 }
 
+fn dns(name: &str) -> Result<SanType, Refused> {
+    Ok(SanType::DnsName(name.try_into().map_err(broken)?))
+}
+
 fn time(seconds: u64) -> Result<ASN1Time, Refused> {
     let seconds = i64::try_from(seconds).map_err(broken)?;
     ASN1Time::from_timestamp(seconds).map_err(broken)
@@ -99,6 +116,12 @@ fn time(seconds: u64) -> Result<ASN1Time, Refused> {
 
 fn der(pem: &str) -> Result<CertificateDer<'static>, Refused> {
     CertificateDer::from_pem_slice(pem.as_bytes()).map_err(broken)
+}
+
+fn pem_of(certificate: &CertificateDer<'_>) -> String {
+    let coded = base64::engine::general_purpose::STANDARD.encode(certificate);
+    let lines: Vec<&str> = (0..coded.len()).step_by(64).map(|at| &coded[at..coded.len().min(at + 64)]).collect();
+    format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", lines.join("\n"))
 }
 
 /// When a certificate begins and ends, in Unix seconds.
@@ -129,7 +152,39 @@ impl Authority {
     /// # Errors
     /// When the key cannot sign.
     pub fn first(now: u64, times: &Times, key: KeyPair) -> Result<Self, Refused> {
-        Ok(Self { signer: Signer::new(now, times, key)?, next: None, old: Vec::new() })
+        Ok(Self { signer: Signer::new(now, times, key)?, next: None, old: Vec::new(), given: None })
+    }
+
+    /// One that somebody else keeps, PEM, as a Secret of the type `kubernetes.io/tls` has it: its certificate, with those
+    /// that are between it and a root, its key, and the roots; without roots it is one itself.
+    ///
+    /// # Errors
+    /// When they do not fit together, or it is no authority.
+    pub fn given(certificates: &str, key: &str, roots: Option<&str>) -> Result<Self, Refused> {
+        let pem = |text: &str| {
+            let all = CertificateDer::pem_slice_iter(text.as_bytes()).map(|c| c.map(CertificateDer::into_owned));
+            all.collect::<Result<Vec<_>, _>>().map_err(broken)
+        };
+        let chain = pem(certificates)?;
+        let own = chain.first().ok_or_else(|| broken("tls.crt has no certificate"))?;
+        let (_, parsed) = x509_parser::parse_x509_certificate(own).map_err(broken)?;
+        if !parsed.is_ca() {
+            return Err(broken("tls.crt is no authority's certificate"));
+        }
+        let key = KeyPair::from_pem(key).map_err(broken)?;
+        if parsed.public_key().raw != key.subject_public_key_info() {
+            return Err(broken("tls.key is not the key of tls.crt"));
+        }
+        let known = roots.map(&pem).transpose()?.unwrap_or_default();
+        let certificate = pem_of(own);
+        let given = if known.is_empty() {
+            Given { roots: certificate.clone(), chain: Vec::new() }
+        } else {
+            let roots = known.iter().map(pem_of).collect();
+            Given { roots, chain: chain.iter().filter(|c| !known.contains(c)).cloned().collect() }
+        };
+        let signer = Signer { certificate, key: key.serialize_pem() };
+        Ok(Self { signer, next: None, old: Vec::new(), given: Some(given) })
     }
 
     /// Out of what [`Authority::to_bytes`] gave.
@@ -158,6 +213,9 @@ impl Authority {
 
     /// What has to be trusted, PEM.
     pub fn bundle(&self) -> String {
+        if let Some(given) = &self.given {
+            return given.roots.clone();
+        }
         let next = self.next.iter().map(|n| &n.signer.certificate);
         let all = std::iter::once(&self.signer.certificate).chain(next).chain(self.old.iter().map(|o| &o.certificate));
         all.map(String::as_str).collect()
@@ -209,6 +267,9 @@ impl Authority {
 
     /// When [`Authority::step`] has something to do next, in Unix seconds, if that is known.
     pub fn due(&self, times: &Times) -> Option<u64> {
+        if self.given.is_some() {
+            return None;
+        }
         let ending = self.old.iter().map(|o| o.until).min();
         let signer = match &self.next {
             None => {
@@ -221,11 +282,19 @@ impl Authority {
         ending.into_iter().chain(signer).min()
     }
 
-    /// A certificate for a node, out of its request. Of the request nothing counts but the key and that it holds it.
+    /// A certificate for a node, out of its request, with the UID of its Node object where that is known. Of the request
+    /// nothing counts but the key and that it holds it.
     ///
     /// # Errors
     /// See [`Refused`].
-    pub fn node(&self, node: &str, request: &[u8], now: u64, times: &Times) -> Result<Issued, Refused> {
+    pub fn node(
+        &self,
+        node: &str,
+        uid: Option<&str>,
+        request: &[u8],
+        now: u64,
+        times: &Times,
+    ) -> Result<Issued, Refused> {
         let request = CertificateSigningRequestDer::from(request);
         let request = CertificateSigningRequestParams::from_der(&request).map_err(Refused::Malformed)?;
         let name = Role::Node.dns_name(node);
@@ -234,7 +303,11 @@ impl Authority {
         if !only || !matches!(asked.is_ca, IsCa::NoCa) {
             return Err(Refused::Other(name));
         }
-        self.sign(vec![name], &[ExtendedKeyUsagePurpose::ClientAuth], &request.public_key, now, times)
+        let mut names = vec![dns(&name)?];
+        if let Some(uid) = uid {
+            names.push(SanType::URI(node_uid_uri(uid).try_into().map_err(broken)?));
+        }
+        self.sign(names, &[ExtendedKeyUsagePurpose::ClientAuth], &request.public_key, now, times)
     }
 
     /// A certificate for a gateway, whose Service has the other names.
@@ -249,20 +322,22 @@ impl Authority {
         now: u64,
         times: &Times,
     ) -> Result<Issued, Refused> {
-        let names = std::iter::once(Role::Gateway.dns_name(gateway)).chain(names.iter().cloned()).collect();
+        let own = Role::Gateway.dns_name(gateway);
+        let names = std::iter::once(&own).chain(names).map(|n| dns(n)).collect::<Result<_, _>>()?;
         let uses = [ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         self.sign(names, &uses, key, now, times)
     }
 
     fn sign(
         &self,
-        names: Vec<String>,
+        names: Vec<SanType>,
         uses: &[ExtendedKeyUsagePurpose],
         key: &impl PublicKeyData,
         now: u64,
         times: &Times,
     ) -> Result<Issued, Refused> {
-        let mut params = CertificateParams::new(names).map_err(broken)?;
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = names;
         params.distinguished_name = DistinguishedName::new();
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = uses.to_vec();
@@ -275,15 +350,17 @@ impl Authority {
         let issuer = Issuer::from_ca_cert_pem(&self.signer.certificate, signer).map_err(broken)?;
         let certificate = params.signed_by(key, &issuer).map_err(broken)?;
         let renew = end.saturating_sub(now) * 2 / 3;
-        Ok(Issued { certificate: certificate.der().clone(), renew, ends: end })
+        let above = self.given.iter().flat_map(|g| g.chain.iter().cloned());
+        let chain = std::iter::once(certificate.der().clone()).chain(above).collect();
+        Ok(Issued { chain, renew, ends: end })
     }
 }
 
 /// A certificate that was signed.
 #[derive(Clone, Debug)]
 pub struct Issued {
-    /// The certificate.
-    pub certificate: CertificateDer<'static>,
+    /// The certificate, and what stands between it and a root.
+    pub chain: Vec<CertificateDer<'static>>,
     /// After how many seconds it should be renewed.
     pub renew: u64,
     /// When it ends, in Unix seconds.

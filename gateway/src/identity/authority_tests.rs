@@ -22,14 +22,14 @@ fn request(names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> (Vec<
 
 fn credentials(issued: &Issued, key: &KeyPair, bundle: &str) -> Credentials {
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
-    Credentials::new(vec![issued.certificate.clone()], key, authorities_from_pem(bundle.as_bytes()).unwrap()).unwrap()
+    Credentials::new(issued.chain.clone(), key, authorities_from_pem(bundle.as_bytes()).unwrap()).unwrap()
 }
 
 #[test]
 fn a_node_gets_a_certificate_for_its_name_and_a_day() {
     let authority = authority();
     let (request, key) = request(&["node-1.node.tidegate"], |_| {});
-    let issued = authority.node("node-1", &request, NOW, &TIMES).unwrap();
+    let issued = authority.node("node-1", Some("uid-1"), &request, NOW, &TIMES).unwrap();
     assert_eq!((issued.ends, issued.renew), (NOW + 24 * HOUR, 16 * HOUR));
     let own = credentials(&issued, &key, &authority.bundle());
     for (at, holds) in [(NOW, true), (NOW - HOUR + 1, true), (NOW + 24 * HOUR - 1, true), (NOW + 24 * HOUR + 1, false)]
@@ -39,7 +39,7 @@ fn a_node_gets_a_certificate_for_its_name_and_a_day() {
     assert!(own.check(Role::Node, "node-2", NOW).is_err());
     assert!(own.check(Role::Gateway, "node-1", NOW).is_err());
     // A client's, and nothing that could sign or serve.
-    let (_, parsed) = x509_parser::parse_x509_certificate(&issued.certificate).unwrap();
+    let (_, parsed) = x509_parser::parse_x509_certificate(&issued.chain[0]).unwrap();
     let uses = parsed.extended_key_usage().unwrap().unwrap().value;
     assert!(uses.client_auth && !uses.server_auth && !uses.any);
     assert!(!parsed.is_ca());
@@ -63,7 +63,7 @@ fn a_request_for_more_than_the_own_name_is_refused() {
     for (names, change) in cases {
         let (request, _) = request(names, change);
         // rcgen itself refuses to read some of what a CA asks for.
-        let refused = authority.node("node-1", &request, NOW, &TIMES);
+        let refused = authority.node("node-1", Some("uid-1"), &request, NOW, &TIMES);
         assert!(matches!(refused, Err(Refused::Other(_) | Refused::Malformed(_))), "{names:?}");
     }
     // Who does not hold the key cannot have signed; and what is no request at all.
@@ -71,7 +71,7 @@ fn a_request_for_more_than_the_own_name_is_refused() {
     let last = forged.len() - 1;
     forged[last] ^= 1;
     for bad in [&forged[..], &[], &[0x30, 0x80], &[0xff; 100]] {
-        assert!(matches!(authority.node("node-1", bad, NOW, &TIMES), Err(Refused::Malformed(_))));
+        assert!(matches!(authority.node("node-1", Some("uid-1"), bad, NOW, &TIMES), Err(Refused::Malformed(_))));
     }
 }
 

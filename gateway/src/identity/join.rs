@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use tidegate_identity::{Role, is_name, name_of};
+use tidegate_identity::{Claims, MAX_TOKEN, Role, is_name, name_of, node_uid_of};
 use tidegate_kubernetes::User;
 use tidegate_proto::wire::identity_server::Identity;
 use tidegate_proto::wire::{JoinReply, JoinRequest};
@@ -14,12 +14,14 @@ use tonic::{Request, Response, Status};
 
 use super::authority::Refused;
 use super::{Authority, Reviews, Times, Unknown, now};
+use crate::nodes::Nodes;
 
-/// The most octets of a token and of a request for a certificate.
-const MAX_TOKEN: usize = 16 * 1024;
+/// The most octets of a request for a certificate.
 const MAX_REQUEST: usize = 8 * 1024;
-/// The most questions to the API server at a time.
-const QUESTIONS: usize = 32;
+/// The most questions to the API server at a time: for nodes, and for others. Nodes have no more places than that.
+const QUESTIONS: [usize; 2] = [64, 16];
+/// How long a token may have ended by this gateway's clock, in seconds: the API server's may be behind.
+const LEEWAY: u64 = 300;
 
 /// The service.
 pub struct Joins {
@@ -33,7 +35,17 @@ pub struct Joins {
     pub audience: String,
     /// How long certificates hold.
     pub times: Times,
-    questions: Semaphore,
+    /// Which nodes there are.
+    pub nodes: Nodes,
+    questions: [Semaphore; 2],
+}
+
+/// Who asks, before anybody else was asked about him.
+struct Asker {
+    /// The node for which he shows a certificate that still holds, with its UID.
+    held: Option<(String, Option<String>)>,
+    /// He asks from an address of a node.
+    at_node: bool,
 }
 
 impl Joins {
@@ -44,28 +56,64 @@ impl Joins {
         account: String,
         audience: String,
         times: Times,
+        nodes: Nodes,
     ) -> Self {
-        Self { authority, reviews, account, audience, times, questions: Semaphore::new(QUESTIONS) }
+        Self { authority, reviews, account, audience, times, nodes, questions: QUESTIONS.map(Semaphore::new) }
     }
 
-    /// Whether whoever shows the token may speak for the node; `held` is the node of the certificate that he has still.
-    async fn may(&self, token: String, node: &str, held: Option<String>) -> Result<(), Status> {
-        let permit = self.questions.try_acquire().map_err(|_| Status::unavailable("too many nodes ask; come back"))?;
+    /// What the API server need not be asked about: a token that is for somebody else, or that has ended.
+    fn promising(&self, token: &str, now: u64) -> Result<(), Status> {
+        let claims = Claims::read(token).ok_or_else(|| Status::unauthenticated("this is no ServiceAccount token"))?;
+        if !claims.audiences.contains(&self.audience) {
+            return Err(Status::unauthenticated(format!("the token is not for the audience {}", self.audience)));
+        }
+        if claims.ends.saturating_add(LEEWAY) < now {
+            return Err(Status::unauthenticated("the token has ended"));
+        }
+        if claims.subject != self.account {
+            return Err(Status::permission_denied(format!("the token is not of {}", self.account)));
+        }
+        Ok(())
+    }
+
+    /// The UID of the node, if whoever shows the token may speak for the node.
+    async fn may(&self, token: String, node: &str, asker: Asker) -> Result<Option<String>, Status> {
+        self.promising(&token, now())?;
+        let Asker { held, at_node } = asker;
+        let questions = &self.questions[usize::from(!(at_node || held.is_some()))];
+        let permit = questions.try_acquire().map_err(|_| Status::unavailable("too many nodes ask; come back"))?;
         let answer = self.reviews.token(token, vec![self.audience.clone()]).await;
         drop(permit);
-        match answer {
-            Ok(Some(user)) => permitted(&user, &self.account, node),
-            Ok(None) => Err(Status::unauthenticated(format!(
-                "the token is nobody's, has ended, or is not for the audience {}",
-                self.audience
-            ))),
-            // An outage of the API server must not cut nodes off: who was let in stays.
-            Err(Unknown::Away(why)) if held.as_deref() == Some(node) => {
-                tracing::warn!(node, why, "the API server is away; the certificate that the node has still is renewed");
-                Ok(())
+        let uid = match answer {
+            Ok(Some(user)) => {
+                permitted(&user, &self.account, node)?;
+                user.node_uid().map(str::to_owned)
             }
-            Err(why) => Err(Status::unavailable(why.to_string())),
+            Ok(None) => {
+                return Err(Status::unauthenticated(format!(
+                    "the token is nobody's, has ended, or is not for the audience {}",
+                    self.audience
+                )));
+            }
+            Err(why) => match (why, held) {
+                // An outage of the API server must not cut nodes off: who was let in stays.
+                (Unknown::Away(why), Some((name, uid))) if name == node => {
+                    tracing::warn!(
+                        node,
+                        why,
+                        "the API server is away; the certificate that the node has still is renewed"
+                    );
+                    uid
+                }
+                (why, _) => return Err(Status::unavailable(why.to_string())),
+            },
+        };
+        if !self.nodes.admits(node, uid.as_deref()) {
+            return Err(Status::permission_denied(format!(
+                "there is no node {node} that has the UID of the token's pod's node"
+            )));
         }
+        Ok(uid)
     }
 }
 
@@ -87,7 +135,9 @@ fn permitted(user: &User, account: &str, node: &str) -> Result<(), Status> {
 impl Identity for Joins {
     async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinReply>, Status> {
         let certificates = request.peer_certs();
-        let held = certificates.as_ref().and_then(|c| name_of(c.first()?, Role::Node));
+        let leaf = certificates.as_ref().and_then(|c| c.first());
+        let held = leaf.and_then(|leaf| Some((name_of(leaf, Role::Node)?, node_uid_of(leaf))));
+        let at_node = request.remote_addr().is_some_and(|a| self.nodes.has_address(a.ip()));
         let JoinRequest { node, token, request } = request.into_inner();
         if !is_name(&node) {
             return Err(Status::invalid_argument("node: not a DNS name"));
@@ -95,11 +145,11 @@ impl Identity for Joins {
         if token.is_empty() || token.len() > MAX_TOKEN || request.len() > MAX_REQUEST {
             return Err(Status::invalid_argument("token, request: missing or too long"));
         }
-        let result = self.may(token, &node, held).await;
+        let result = self.may(token, &node, Asker { held, at_node }).await;
         let authority = self.authority.borrow().clone();
-        let issued = result.and_then(|()| {
+        let issued = result.and_then(|uid| {
             let authority = authority.ok_or_else(|| Status::unavailable("the authority was not read yet"))?;
-            authority.node(&node, &request, now(), &self.times).map_err(|e| match e {
+            authority.node(&node, uid.as_deref(), &request, now(), &self.times).map_err(|e| match e {
                 Refused::Malformed(_) => Status::invalid_argument(e.to_string()),
                 Refused::Other(_) => Status::permission_denied(e.to_string()),
                 Refused::Broken(_) => Status::unavailable(e.to_string()),
@@ -109,7 +159,7 @@ impl Identity for Joins {
             Ok(issued) => {
                 tracing::info!(node, ends = issued.ends, "certificate issued");
                 metrics::counter!(crate::telemetry::JOINS, "result" => "issued").increment(1);
-                let chain = vec![issued.certificate.to_vec()];
+                let chain = issued.chain.iter().map(|c| c.to_vec()).collect();
                 Ok(Response::new(JoinReply { chain, renew_ms: issued.renew.saturating_mul(1000) }))
             }
             Err(status) => {

@@ -6,10 +6,13 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use crossbeam_channel::Receiver;
 use parking_lot::Mutex;
 use rcgen::{CertificateParams, KeyPair};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use serde_json::json;
 use tidegate_agent::config::Join;
 use tidegate_agent::find::Names;
 use tidegate_agent::join::Joiner;
@@ -18,14 +21,20 @@ use tidegate_identity::{Connection, Credentials, Source, authorities_from_pem, c
 use tidegate_kubernetes::Access;
 use tidegate_proto::wire::control_client::ControlClient;
 use tidegate_proto::wire::identity_client::IdentityClient;
-use tidegate_proto::wire::{PeerHello, StateAck};
-use tidegate_proto::{Seen, Up};
+use tidegate_proto::wire::{FactsAck, PeerHello, StateAck};
+use tidegate_proto::{ScopeClaim, Seen, Up};
+use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_stream::StreamExt;
 use tonic::Code;
 
 use super::*;
 use crate::core::ToCore;
+use crate::nodes;
+use crate::nodes::tests::known;
 use crate::push::{self, Streams};
 
 pub(crate) const ACCOUNT: &str = "system:serviceaccount:tidegate-system:tidegate-agent";
@@ -37,6 +46,18 @@ pub(crate) const DAY: Times = Times { certificate: 86_400, authority: 31_536_000
 struct Table {
     users: BTreeMap<&'static str, User>,
     away: Mutex<bool>,
+    asked: Mutex<usize>,
+}
+
+/// A token with these claims. Its signature says whose it is.
+fn token_with(whose: &str, claims: &serde_json::Value) -> String {
+    [br#"{"alg":"RS256"}"#, claims.to_string().as_bytes(), whose.as_bytes()]
+        .map(|p| URL_SAFE_NO_PAD.encode(p))
+        .join(".")
+}
+
+fn token(whose: &str) -> String {
+    token_with(whose, &json!({"aud": ["tidegate"], "sub": ACCOUNT, "exp": now() + 3600}))
 }
 
 #[tonic::async_trait]
@@ -46,7 +67,9 @@ impl Reviews for Table {
             return Err(Unknown::Away("a test".into()));
         }
         assert_eq!(audiences, ["tidegate"]);
-        Ok(self.users.get(&*token).cloned())
+        *self.asked.lock() += 1;
+        let whose = token.rsplit('.').next().and_then(|s| URL_SAFE_NO_PAD.decode(s).ok()).unwrap();
+        Ok(self.users.get(std::str::from_utf8(&whose).unwrap()).cloned())
     }
 
     async fn access(&self, _: User, _: Access) -> Result<bool, Unknown> {
@@ -55,8 +78,10 @@ impl Reviews for Table {
 }
 
 fn user(name: &str, nodes: &[&str]) -> User {
+    let uids = nodes.iter().map(|n| format!("uid of {n}")).collect();
     let nodes = nodes.iter().map(|n| (*n).to_owned()).collect();
-    let extra = BTreeMap::from([("authentication.kubernetes.io/node-name".to_owned(), nodes)]);
+    let key = |k: &str| format!("authentication.kubernetes.io/{k}");
+    let extra = BTreeMap::from([(key("node-name"), nodes), (key("node-uid"), uids)]);
     User { name: name.into(), extra, ..User::default() }
 }
 
@@ -64,9 +89,9 @@ pub(crate) fn own(authority: &Authority, role: Role, name: &str, at: u64, times:
     let key = KeyPair::generate().unwrap();
     let issued = match role {
         Role::Gateway => authority.gateway(name, &[], &key, at, times).unwrap(),
-        Role::Node => authority.node(name, &request(&role.dns_name(name), &key), at, times).unwrap(),
+        Role::Node => authority.node(name, None, &request(&role.dns_name(name), &key), at, times).unwrap(),
     };
-    credentials(vec![issued.certificate], &key, &authority.bundle())
+    credentials(issued.chain, &key, &authority.bundle())
 }
 
 fn credentials(chain: Vec<CertificateDer<'static>>, key: &KeyPair, bundle: &str) -> Credentials {
@@ -97,23 +122,28 @@ pub(crate) fn free() -> SocketAddr {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
-pub(crate) async fn gateway(own: Arc<Credentials>, joins: Option<Joins>) -> Gateway {
+pub(crate) async fn gateway(own: Arc<Credentials>, joins: Option<Joins>, nodes: Nodes) -> Gateway {
     let (issued, source) = watch::channel(Some(own));
     let (to_core, core) = crossbeam_channel::bounded(64);
     let address = free();
-    let streams = Streams::new(to_core, crate::report::thread::post().0);
+    let streams = Streams::new(to_core, crate::report::thread::post().0, nodes);
     let served = push::serve(address, Source::Issued(source), 64, streams, joins, std::future::pending());
     let task = tokio::spawn(async move { served.await.unwrap() });
-    while tokio::net::TcpStream::connect(address).await.is_err() {
+    while TcpStream::connect(address).await.is_err() {
         sleep(Duration::from_millis(10)).await;
     }
     Gateway { address, core, issued, task }
 }
 
+/// The nodes of the cluster: name, UID, address.
+const ALL: [(&str, &str, &str); 2] =
+    [("node-1", "uid of node-1", "127.0.0.1"), ("node-2", "uid of node-2", "192.0.2.2")];
+
 struct World {
     authority: Arc<Authority>,
     table: Arc<Table>,
     gateway: Gateway,
+    nodes: nodes::Teller,
 }
 
 async fn world(times: Times) -> World {
@@ -126,11 +156,14 @@ async fn world(times: Times) -> World {
         ("no pod's", user(ACCOUNT, &[])),
         ("of two nodes", user(ACCOUNT, &["node-1", "node-2"])),
     ]);
-    let table = Arc::new(Table { users, away: Mutex::new(false) });
+    let table = Arc::new(Table { users, ..Table::default() });
     let (_, read) = watch::channel(Some(authority.clone()));
-    let joins = Joins::new(read, table.clone(), ACCOUNT.into(), "tidegate".into(), times);
-    let gateway = gateway(Arc::new(own(&authority, Role::Gateway, "gw-a", now(), &DAY)), Some(joins)).await;
-    World { authority, table, gateway }
+    let (teller, nodes) = nodes::channel();
+    teller.tell(known(&ALL));
+    let joins = Joins::new(read, table.clone(), ACCOUNT.into(), "tidegate".into(), times, nodes.clone());
+    let own = Arc::new(own(&authority, Role::Gateway, "gw-a", now(), &DAY));
+    let gateway = gateway(own, Some(joins), nodes).await;
+    World { authority, table, gateway, nodes: teller }
 }
 
 impl World {
@@ -142,13 +175,13 @@ impl World {
         &self,
         held: Option<&Credentials>,
         node: &str,
-        token: &str,
+        token: String,
         request: &[u8],
     ) -> Result<JoinReply, Status> {
         let Connection { channel, gateway } =
             tidegate_identity::join(self.gateway.address, self.bundle(), held, None, WAIT).await.unwrap();
         assert_eq!(gateway, "gw-a");
-        let asked = JoinRequest { node: node.into(), token: token.into(), request: request.to_vec() };
+        let asked = JoinRequest { node: node.into(), token, request: request.to_vec() };
         IdentityClient::new(channel).join(asked).await.map(Response::into_inner)
     }
 
@@ -205,10 +238,10 @@ async fn an_agent_joins_speaks_and_renews() {
     std::fs::write(folder.path().join("ca.crt"), world.authority.bundle()).unwrap();
     let (joiner, source, said) = joiner(folder.path(), world.gateway.address);
     let task = tokio::spawn(joiner.run());
-    // No token yet: it says so, and goes on.
+    // No token yet, which is no trouble so soon.
     sleep(Duration::from_millis(200)).await;
-    assert!(said.borrow().as_ref().is_some_and(|t| t.contains("is missing") && t.contains("/token")));
-    std::fs::write(folder.path().join("token"), "node-1's\n").unwrap();
+    assert_eq!(*said.borrow(), None);
+    std::fs::write(folder.path().join("token"), token("node-1's") + "\n").unwrap();
     let first = timeout(WAIT, async {
         loop {
             match source.now() {
@@ -277,25 +310,45 @@ async fn who_shows_the_wrong_token_gets_nothing() {
         // A gateway's name, either way.
         ("node-1", "node-1's", &gateways, Code::PermissionDenied),
         ("gw-a.gateway.tidegate", "node-1's", &gateways, Code::PermissionDenied),
-        ("node-1", "", &one, Code::InvalidArgument),
         ("", "node-1's", &one, Code::InvalidArgument),
         ("no de", "node-1's", &one, Code::InvalidArgument),
         ("node-1", "node-1's", &vec![0x30; 100], Code::InvalidArgument),
         ("node-1", "node-1's", &vec![0; MAX_REQUEST + 1], Code::InvalidArgument),
     ] {
-        assert_eq!(code(world.ask(None, node, token, asked).await), why, "{node} {token}");
+        assert_eq!(code(world.ask(None, node, self::token(token), asked).await), why, "{node} {token}");
     }
-    let reply = world.ask(None, "node-1", "node-1's", &one).await.unwrap();
+    let reply = world.ask(None, "node-1", token("node-1's"), &one).await.unwrap();
     assert_eq!(reply.renew_ms, 57_600_000);
+    let leaf = CertificateDer::from(reply.chain[0].clone());
+    assert_eq!(node_uid_of(&leaf).as_deref(), Some("uid of node-1"));
+
+    // What cannot be a token for this is not asked about.
+    let asked = *world.table.asked.lock();
+    let claims = |key: &str, value: serde_json::Value| {
+        let mut all = json!({"aud": ["tidegate"], "sub": ACCOUNT, "exp": now() + 3600});
+        all[key] = value;
+        token_with("node-1's", &all)
+    };
+    for (token, why) in [
+        (String::new(), Code::InvalidArgument),
+        ("node-1's".into(), Code::Unauthenticated),
+        (claims("aud", json!(["https://kubernetes.default.svc"])), Code::Unauthenticated),
+        (claims("exp", json!(now() - LEEWAY - 1)), Code::Unauthenticated),
+        (claims("sub", json!("system:serviceaccount:shop:tidegate-agent")), Code::PermissionDenied),
+    ] {
+        assert_eq!(code(world.ask(None, "node-1", token.clone(), &one).await), why, "{token}");
+    }
+    assert_eq!(*world.table.asked.lock(), asked);
+    world.ask(None, "node-1", claims("exp", json!(now() - LEEWAY / 2)), &one).await.unwrap();
 
     // While the API server is away only who holds that node's certificate is served.
     *world.table.away.lock() = true;
     let [first, second] = ["node-1", "node-2"].map(|n| own(&world.authority, Role::Node, n, now(), &DAY));
-    assert_eq!(code(world.ask(None, "node-1", "node-1's", &one).await), Code::Unavailable);
-    assert_eq!(code(world.ask(Some(&second), "node-1", "node-1's", &one).await), Code::Unavailable);
-    world.ask(Some(&first), "node-1", "anything", &one).await.unwrap();
+    assert_eq!(code(world.ask(None, "node-1", token("node-1's"), &one).await), Code::Unavailable);
+    assert_eq!(code(world.ask(Some(&second), "node-1", token("node-1's"), &one).await), Code::Unavailable);
+    world.ask(Some(&first), "node-1", token("anything"), &one).await.unwrap();
     let gateway = own(&world.authority, Role::Gateway, "node-1", now(), &DAY);
-    assert_eq!(code(world.ask(Some(&gateway), "node-1", "anything", &one).await), Code::Unavailable);
+    assert_eq!(code(world.ask(Some(&gateway), "node-1", token("anything"), &one).await), Code::Unavailable);
 }
 
 #[tokio::test]
@@ -318,8 +371,9 @@ async fn a_certificate_speaks_for_its_node_alone() {
     assert!(refused("node-1", own(&world.authority, Role::Node, "node-1", now() - 2 * DAY.certificate, &DAY)).await);
     let foreign = Authority::first(now(), &DAY, KeyPair::generate().unwrap()).unwrap();
     let key = KeyPair::generate().unwrap();
-    let issued = foreign.node("node-1", &request("node-1.node.tidegate", &key), now(), &DAY).unwrap();
-    assert!(refused("node-1", credentials(vec![issued.certificate], &key, &world.authority.bundle())).await);
+    let issued =
+        foreign.node("node-1", Some("uid of node-1"), &request("node-1.node.tidegate", &key), now(), &DAY).unwrap();
+    assert!(refused("node-1", credentials(issued.chain, &key, &world.authority.bundle())).await);
     // The same, as it should be.
     assert!(!refused("node-1", node("node-1")).await);
 
@@ -336,7 +390,7 @@ async fn a_certificate_speaks_for_its_node_alone() {
     assert_eq!(peer(gateway("gw-b"), "gw-c").await.unwrap_err().code(), Code::PermissionDenied);
     peer(gateway("gw-b"), "gw-b").await.unwrap();
     // ... nor to agents that connect to it, whatever name it has,
-    let liar = self::gateway(Arc::new(node("gw-a")), None).await;
+    let liar = self::gateway(Arc::new(node("gw-a")), None, nodes::channel().1).await;
     let own = node("node-1");
     for name in [None, Some("gw-a")] {
         assert!(connect(liar.address, &own, name, WAIT, |e| e).await.is_err());
@@ -382,8 +436,11 @@ async fn a_new_certificate_of_the_gateway_drops_no_stream() {
     let world = world(DAY).await;
     let node = |bundle: &str| {
         let key = KeyPair::generate().unwrap();
-        let issued = world.authority.node("node-1", &request("node-1.node.tidegate", &key), now(), &DAY).unwrap();
-        credentials(vec![issued.certificate], &key, bundle)
+        let issued = world
+            .authority
+            .node("node-1", Some("uid of node-1"), &request("node-1.node.tidegate", &key), now(), &DAY)
+            .unwrap();
+        credentials(issued.chain, &key, bundle)
     };
     // Of another authority, as after a rotation: nodes trust both.
     let next = Authority::first(now(), &DAY, KeyPair::generate().unwrap()).unwrap();
@@ -393,7 +450,7 @@ async fn a_new_certificate_of_the_gateway_drops_no_stream() {
     let Some(ToCore::StateUp { out, .. }) = heard(&world.gateway.core, WAIT).await else { panic!() };
     let key = KeyPair::generate().unwrap();
     let issued = next.gateway("gw-a", &[], &key, now(), &DAY).unwrap();
-    world.gateway.issued.send_replace(Some(Arc::new(credentials(vec![issued.certificate], &key, &both))));
+    world.gateway.issued.send_replace(Some(Arc::new(credentials(issued.chain, &key, &both))));
     // New connections get the new one: who trusts only the former authority does not take it.
     let address = world.gateway.address;
     assert!(connect(address, &node(&world.authority.bundle()), None, WAIT, |e| e).await.is_err());
@@ -401,4 +458,163 @@ async fn a_new_certificate_of_the_gateway_drops_no_stream() {
     assert!(heard(&world.gateway.core, Duration::from_millis(500)).await.is_none(), "no stream went down");
     assert!(!out.is_closed());
     task.abort();
+}
+
+/// A client's end of a connection that wants a certificate, from an address of its own. None: it is not listened to.
+async fn knock(world: &World, from: [u8; 4]) -> Option<TlsStream<TcpStream>> {
+    let mut roots = rustls::RootCertStore::empty();
+    world.bundle().into_iter().for_each(|c| roots.add(c).unwrap());
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let mut config = config.with_root_certificates(roots).with_no_client_auth();
+    config.alpn_protocols = vec![tidegate_identity::JOIN.to_vec()];
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind((from, 0).into()).unwrap();
+    let stream = socket.connect(world.gateway.address).await.unwrap();
+    let name = "gw-a.gateway.tidegate".try_into().unwrap();
+    let mut stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await.ok()?;
+    // With TLS 1.3 the client is done before the server has refused.
+    let read = timeout(Duration::from_millis(300), tokio::io::AsyncReadExt::read(&mut stream, &mut [0; 64])).await;
+    match read {
+        Ok(Ok(0) | Err(_)) => None,
+        _ => Some(stream),
+    }
+}
+
+#[tokio::test]
+async fn pods_that_fill_the_places_keep_no_node_out() {
+    let world = world(DAY).await;
+    let key = KeyPair::generate().unwrap();
+    let asked = request("node-1.node.tidegate", &key);
+    let mut pods: Vec<_> = futures_util::future::join_all((1..=60).map(|n| knock(&world, [127, 0, 1, n])))
+        .await
+        .into_iter()
+        .flatten()
+        .collect();
+    assert!((20..60).contains(&pods.len()), "{}", pods.len());
+    assert!(knock(&world, [127, 0, 2, 1]).await.is_none(), "their places are full");
+    // By its address, ...
+    world.ask(None, "node-1", token("node-1's"), &asked).await.unwrap();
+    // ... and, where that is not known, by the certificate that it still has.
+    world.nodes.tell(known(&[("node-1", "uid of node-1", "192.0.2.1")]));
+    let held = own(&world.authority, Role::Node, "node-1", now(), &DAY);
+    world.ask(Some(&held), "node-1", token("node-1's"), &asked).await.unwrap();
+    let none = tidegate_identity::join(world.gateway.address, world.bundle(), None, None, WAIT).await;
+    let refused = match none {
+        Err(_) => true,
+        Ok(c) => {
+            IdentityClient::new(c.channel).join(JoinRequest::default()).await.unwrap_err().code()
+                != Code::InvalidArgument
+        }
+    };
+    assert!(refused);
+    // Their places come back, but one address asks only a few times.
+    pods.clear();
+    sleep(Duration::from_millis(300)).await;
+    let mut listened = 0;
+    for _ in 0..12 {
+        listened += usize::from(knock(&world, [127, 0, 3, 1]).await.is_some());
+    }
+    assert!((1..=8).contains(&listened), "{listened}");
+}
+
+#[tokio::test]
+async fn a_node_that_is_gone_is_cut_off() {
+    let world = world(DAY).await;
+    let certificate = |uid: &str| {
+        let key = KeyPair::generate().unwrap();
+        let asked = request("node-1.node.tidegate", &key);
+        let issued = world.authority.node("node-1", Some(uid), &asked, now(), &DAY).unwrap();
+        credentials(issued.chain, &key, &world.authority.bundle())
+    };
+    let (tx, _rx) = tokio::sync::mpsc::channel(8);
+    let task = tokio::spawn(world.client("node-1", certificate("uid of node-1")).state(tx));
+    let Some(ToCore::StateUp { id: first, out: _out, .. }) = heard(&world.gateway.core, WAIT).await else { panic!() };
+    // What happens to others ends nothing, ...
+    world.nodes.tell(known(&ALL[..1]));
+    assert!(heard(&world.gateway.core, Duration::from_millis(300)).await.is_none());
+    // ... another machine of the name does, and the former one does not come back; nor does it get a certificate.
+    world.nodes.tell(known(&[("node-1", "another", "127.0.0.1")]));
+    let Some(ToCore::StateDown { id, .. }) = heard(&world.gateway.core, WAIT).await else { panic!() };
+    assert_eq!(id, first);
+    assert!(heard(&world.gateway.core, Duration::from_millis(600)).await.is_none());
+    let key = KeyPair::generate().unwrap();
+    let asked = request("node-1.node.tidegate", &key);
+    assert_eq!(code(world.ask(None, "node-1", token("node-1's"), &asked).await), Code::PermissionDenied);
+    *world.table.away.lock() = true;
+    let former = certificate("uid of node-1");
+    assert_eq!(code(world.ask(Some(&former), "node-1", token("node-1's"), &asked).await), Code::PermissionDenied);
+    task.abort();
+    let (tx, _rx) = tokio::sync::mpsc::channel(8);
+    let task = tokio::spawn(world.client("node-1", certificate("another")).state(tx));
+    let Some(ToCore::StateUp { .. }) = heard(&world.gateway.core, WAIT).await else { panic!() };
+    task.abort();
+}
+
+#[tokio::test]
+async fn one_certificate_has_few_connections() {
+    let world = world(DAY).await;
+    let [one, two] = ["node-1", "node-2"].map(|n| own(&world.authority, Role::Node, n, now(), &DAY));
+    let open = async |own: &Credentials| {
+        let connection = connect(world.gateway.address, own, None, WAIT, |e| e).await.ok()?;
+        let hello = StateAck::from(Up::Applied { boot_id: 1, sequence: 1, error: None });
+        let said = ControlClient::new(connection.channel.clone()).state(tokio_stream::once(hello)).await;
+        // It is listened to, and told that this is no hello.
+        (said.unwrap_err().code() == Code::InvalidArgument).then_some(connection)
+    };
+    let mut held = Vec::new();
+    for _ in 0..20 {
+        held.extend(open(&one).await);
+    }
+    assert_eq!(held.len(), 8);
+    assert!(open(&two).await.is_some(), "another node");
+    held.clear();
+    sleep(Duration::from_millis(300)).await;
+    assert!(open(&one).await.is_some(), "its places came back");
+}
+
+/// Whether a Facts stream ends.
+async fn ended(world: &World) -> bool {
+    loop {
+        match heard(&world.gateway.core, WAIT).await {
+            Some(ToCore::FactsDown { .. }) => return true,
+            Some(_) => {}
+            None => return false,
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_a_node_sees_is_heard_at_a_pace_and_not_too_large() {
+    let world = world(DAY).await;
+    let own = own(&world.authority, Role::Node, "node-1", now(), &DAY);
+    let facts = async |said: Vec<FactsAck>| {
+        let hello = FactsAck::from(Up::Hello { node: "node-1".into(), boot_id: 1 });
+        let channel = connect(world.gateway.address, &own, None, WAIT, |e| e).await.unwrap().channel;
+        let (open, more) = tokio::sync::mpsc::channel(1);
+        let more = tokio_stream::wrappers::ReceiverStream::new(more);
+        let said = tokio_stream::iter(std::iter::once(hello).chain(said)).chain(more);
+        let stream = ControlClient::new(channel).facts(said).await.unwrap();
+        let Some(ToCore::FactsUp { out, .. }) = heard(&world.gateway.core, WAIT).await else { panic!() };
+        (open, stream, out)
+    };
+    let seen = |n: u128| {
+        let claims = (0..n).map(|k| ScopeClaim { scope: tidegate_policy::ScopeKey(k), epoch: u64::MAX }).collect();
+        FactsAck::from(Seen { gateways: vec!["gw-a".into()], claims })
+    };
+    let held = facts(vec![seen(1); 500]).await;
+    sleep(Duration::from_secs(1)).await;
+    let mut n = 0;
+    while let Ok(message) = world.gateway.core.try_recv() {
+        assert!(matches!(message, ToCore::Seen { .. }));
+        n += 1;
+    }
+    assert!((32..60).contains(&n), "{n} in a second");
+    drop(held);
+    assert!(ended(&world).await);
+    // As many scopes as there are in a large cluster, and more than any has.
+    let _held = facts(vec![seen(20_000)]).await;
+    assert!(matches!(heard(&world.gateway.core, WAIT).await, Some(ToCore::Seen { .. })));
+    let _large = facts(vec![seen(100_000)]).await;
+    assert!(ended(&world).await);
 }

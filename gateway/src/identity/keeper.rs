@@ -13,9 +13,12 @@ use tokio::time::sleep;
 
 use super::{Authority, Times, now};
 use crate::admin::Guard;
+use crate::config;
 
 /// The keys of the Secret and of the ConfigMap.
 const AUTHORITY: &str = "authority.json";
+/// Those of a Secret that is given: `kubernetes.io/tls`.
+const GIVEN: [&str; 3] = ["tls.crt", "tls.key", "ca.crt"];
 const BUNDLE: &str = "ca.crt";
 /// How often the Secret is read. A rotation shows within this time.
 const EVERY: Duration = Duration::from_secs(30);
@@ -29,6 +32,8 @@ pub struct Keeper {
     gateway: String,
     names: Vec<String>,
     secret: SecretKey,
+    /// The Secret is somebody else's, and only read.
+    given: bool,
     trust: ConfigMapKey,
     times: Times,
     authority: watch::Sender<Option<Arc<Authority>>>,
@@ -54,11 +59,10 @@ pub struct Kept {
 }
 
 impl Keeper {
-    /// A keeper of the Secret and the ConfigMap of these names. `waiting` goes with the first certificate.
+    /// A keeper of the Secret and the ConfigMap that `settings` name. `waiting` goes with the first certificate.
     pub fn new(
         connection: &Connection,
-        secret: &str,
-        trust: &str,
+        settings: &config::Identity,
         times: Times,
         waiting: Option<Guard>,
     ) -> (Self, Kept) {
@@ -70,8 +74,9 @@ impl Keeper {
         let this = Self {
             gateway: name.clone(),
             names,
-            secret: SecretKey::new(connection, secret, AUTHORITY),
-            trust: ConfigMapKey::new(connection, trust, BUNDLE),
+            secret: SecretKey::new(connection, &settings.secret, AUTHORITY),
+            given: settings.given,
+            trust: ConfigMapKey::new(connection, &settings.trust, BUNDLE),
             times,
             authority,
             issued,
@@ -85,7 +90,8 @@ impl Keeper {
     pub async fn run(mut self) {
         let mut said = String::new();
         while !self.issued.is_closed() {
-            let read = self.read().await.map(|authority| {
+            let read = if self.given { self.read_given().await } else { self.read().await };
+            let read = read.map(|authority| {
                 self.authority.send_if_modified(|old| {
                     let new = old.as_deref() != Some(&authority);
                     if new {
@@ -146,6 +152,26 @@ impl Keeper {
         bail!("others keep writing the Secret or the ConfigMap");
     }
 
+    /// Reads the Secret that somebody else keeps, and brings the bundle up to date.
+    async fn read_given(&self) -> Result<Authority> {
+        for _ in 0..ROUNDS {
+            let trust = self.trust.read().await.context("the trust ConfigMap")?;
+            let [certificates, key, roots] = self.secret.read_keys(GIVEN).await.context("the authority's Secret")?;
+            let needed = |content: Option<String>, key: &str| {
+                content.with_context(|| format!("the authority's Secret, which is given, has no {key}"))
+            };
+            let (certificates, key) = (needed(certificates, GIVEN[0])?, needed(key, GIVEN[1])?);
+            let authority = Authority::given(&certificates, &key, roots.as_deref())
+                .context("the authority's Secret, which is given")?;
+            let bundle = authority.bundle();
+            if trust.content.as_ref() == Some(&bundle) {
+                return Ok(authority);
+            }
+            self.trust.write(trust.version, bundle).await.context("the trust ConfigMap")?;
+        }
+        bail!("others keep writing the ConfigMap");
+    }
+
     /// Renews the own certificate if it is time, and hands it on with the authorities that are trusted now.
     fn renew(&mut self) -> Result<()> {
         let Some(authority) = self.authority.borrow().clone() else { return Ok(()) };
@@ -166,7 +192,7 @@ impl Keeper {
         let key = KeyPair::generate()?;
         let issued = authority.gateway(&self.gateway, &self.names, &key, now, &self.times)?;
         let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
-        let chain = vec![issued.certificate];
+        let chain = issued.chain;
         let credentials = credentials(&chain, &key, &bundle)?;
         credentials.check(Role::Gateway, &self.gateway, now)?;
         tracing::info!(ends = issued.ends, "this gateway's certificate is renewed");

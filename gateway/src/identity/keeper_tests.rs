@@ -14,6 +14,8 @@ use super::*;
 use crate::core::ToCore;
 use crate::identity::join::tests::{ACCOUNT, DAY, gateway, heard, joiner, stream};
 use crate::identity::{Joins, KubeReviews, Reviews, Unknown};
+use crate::nodes;
+use crate::nodes::tests::known;
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -104,7 +106,7 @@ async fn until<T>(what: &str, mut holds: impl FnMut() -> Option<T>) -> T {
 }
 
 fn start(connection: &Connection, times: Times) -> (Kept, tokio::task::JoinHandle<()>) {
-    let (keeper, kept) = Keeper::new(connection, "tidegate-ca", "tidegate-trust", times, None);
+    let (keeper, kept) = Keeper::new(connection, &config::Identity::default(), times, None);
     (kept, tokio::spawn(keeper.run()))
 }
 
@@ -134,14 +136,19 @@ async fn nodes_join_by_the_api_servers_word() {
     let own = until("a certificate", || kept.issued.borrow().clone()).await;
     own.check(Role::Gateway, "gw-a", now()).unwrap();
     let reviews: Arc<dyn Reviews> = Arc::new(KubeReviews::new(Handle::current(), Reviewer::new(&reads)));
+    // All that ask are on a node's address: how many may come from others is another test's.
+    let (teller, nodes) = nodes::channel();
+    let uid = cluster.kubectl(&["get", "node", "node-1", "-o", "jsonpath={.metadata.uid}"], "").unwrap();
+    teller.tell(known(&[("node-1", &uid.success().unwrap(), "127.0.0.1")]));
     let joins = Joins::new(
         kept.authority.clone(),
         reviews.clone(),
         ACCOUNT.into(),
         "tidegate".into(),
         Times { certificate: 6, ..DAY },
+        nodes.clone(),
     );
-    let port = gateway(own, Some(joins)).await;
+    let port = gateway(own, Some(joins), nodes).await;
 
     let key = KeyPair::generate().unwrap();
     let request = rcgen::CertificateParams::new(vec!["node-1.node.tidegate".to_owned()]).unwrap();
@@ -197,7 +204,7 @@ async fn nodes_join_by_the_api_servers_word() {
     // A real agent, and then no API server: streams go on, and come back with certificates that are renewed.
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("ca.crt"), &bundle).unwrap();
-    std::fs::write(folder.path().join("token"), audience).unwrap();
+    std::fs::write(folder.path().join("token"), &audience).unwrap();
     let (joiner, source, _said) = joiner(folder.path(), port.address);
     let agent = tokio::spawn(joiner.run());
     let first = until("the node's certificate", || source.now().ok()).await;
@@ -207,7 +214,7 @@ async fn nodes_join_by_the_api_servers_word() {
     until("a certificate without the API server", || source.now().ok().filter(|c| c.ends() > first.ends())).await;
     let Some(ToCore::StateUp { node, .. }) = heard(&port.core, LONG).await else { panic!() };
     assert_eq!(node, "node-1");
-    assert!(matches!(ask("any".into()).await, Err(Code::Unavailable)), "nobody new");
+    assert!(matches!(ask(audience).await, Err(Code::Unavailable)), "nobody new");
     assert!(matches!(reviews.token("any".into(), Vec::new()).await, Err(Unknown::Away(_))));
     agent.abort();
     streams.abort();
@@ -263,4 +270,77 @@ async fn the_authority_rotates_under_gateways_that_run() {
     own.check(Role::Gateway, "gw-a", now()).unwrap();
     task_a.abort();
     task_b.abort();
+}
+
+/// An authority that somebody else keeps, as cert-manager does, below a root; and then another one below the same.
+#[tokio::test]
+async fn a_given_authority_is_used_and_never_written() {
+    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa};
+    let cluster = cluster();
+    let connection = connection(&cluster, "gw-a").await;
+    let ca = || {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params
+    };
+    let named = |name: &str| {
+        let mut params = ca();
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        params
+    };
+    let root = CertifiedIssuer::self_signed(named("root"), KeyPair::generate().unwrap()).unwrap();
+    let give = |name: &str| {
+        let key = KeyPair::generate().unwrap();
+        let certificate = named(name).signed_by(&key, &root).unwrap();
+        let secret = serde_json::json!({"apiVersion": "v1", "kind": "Secret", "type": "kubernetes.io/tls", "metadata": {"name": "corp", "namespace": "tidegate-system"},
+            "stringData": {"tls.crt": certificate.pem(), "tls.key": key.serialize_pem(), "ca.crt": root.pem()}});
+        cluster.kubectl(&["apply", "-f", "-"], &secret.to_string()).unwrap().success().unwrap();
+    };
+    give("first");
+    let settings = config::Identity { secret: "corp".into(), given: true, ..config::Identity::default() };
+    let times = Times { certificate: 6, ..DAY };
+    let (keeper, kept) = Keeper::new(&connection, &settings, times, None);
+    let task = tokio::spawn(keeper.run());
+    let own = until("a certificate", || kept.issued.borrow().clone()).await;
+    own.check(Role::Gateway, "gw-a", now()).unwrap();
+    let version = async || SecretKey::new(&connection, "corp", "tls.crt").read().await.unwrap().version;
+    let written = version().await;
+    let bundle = ConfigMapKey::new(&connection, "tidegate-trust", BUNDLE).read().await.unwrap().content.unwrap();
+    assert_eq!(authorities_from_pem(bundle.as_bytes()).unwrap(), [root.der().clone()]);
+
+    // A node's certificate holds for whoever trusts the root.
+    let key = KeyPair::generate().unwrap();
+    let asked =
+        CertificateParams::new(vec!["node-1.node.tidegate".to_owned()]).unwrap().serialize_request(&key).unwrap();
+    let authority = kept.authority.borrow().clone().unwrap();
+    let issued = authority.node("node-1", Some("u"), asked.der(), now(), &DAY).unwrap();
+    assert_eq!(issued.chain.len(), 2);
+    let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
+    let node = Credentials::new(issued.chain, key, vec![root.der().clone()]).unwrap();
+    node.check(Role::Node, "node-1", now()).unwrap();
+    assert_eq!(version().await, written);
+
+    // Renewed by somebody: what is signed from then on is signed by the new one.
+    give("second");
+    let issuer =
+        |own: &Credentials| x509_parser::parse_x509_certificate(&own.chain()[0]).unwrap().1.issuer().to_string();
+    assert!(issuer(&own).contains("first"));
+    until("the second one's", || kept.issued.borrow().clone().filter(|own| issuer(own).contains("second"))).await;
+    task.abort();
+}
+
+#[test]
+fn what_is_no_authority_is_refused() {
+    let (key, other) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());
+    let leaf = rcgen::CertificateParams::new(vec!["a".to_owned()]).unwrap().self_signed(&key).unwrap().pem();
+    let own = Authority::first(now(), &DAY, KeyPair::generate().unwrap()).unwrap().bundle();
+    for (certificate, key) in [(leaf.as_str(), &key), (own.as_str(), &other), ("", &key)] {
+        assert!(Authority::given(certificate, &key.serialize_pem(), None).is_err());
+    }
+    // A root of its own.
+    let mut params = rcgen::CertificateParams::default();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let root = params.self_signed(&key).unwrap();
+    let given = Authority::given(&root.pem(), &key.serialize_pem(), None).unwrap();
+    assert_eq!(authorities_from_pem(given.bundle().as_bytes()).unwrap(), [root.der().clone()]);
 }

@@ -30,6 +30,7 @@ use tidegate_kubernetes::Reviewer;
 use crate::admin::Guard;
 use crate::config::{self, Config};
 use crate::kube::Kube;
+use crate::nodes::Nodes;
 
 /// Unix seconds.
 fn now() -> u64 {
@@ -51,7 +52,7 @@ impl Identity {
     ///
     /// # Errors
     /// When there is neither.
-    pub fn start(config: &Config, kube: Option<&Kube>, waiting: Guard) -> Result<Self> {
+    pub fn start(config: &Config, kube: Option<&Kube>, nodes: Nodes, waiting: Guard) -> Result<Self> {
         let reviews = kube.map(|kube| {
             let reviewer = Reviewer::new(&kube.connection());
             Arc::new(KubeReviews::new(kube.handle(), reviewer)) as Arc<dyn Reviews>
@@ -71,9 +72,9 @@ impl Identity {
         };
         let connection = kube.connection();
         let account = format!("system:serviceaccount:{}:{}", connection.namespace, settings.service_account);
-        let (keeper, kept) = Keeper::new(&connection, &settings.secret, &settings.trust, times, Some(waiting));
+        let (keeper, kept) = Keeper::new(&connection, settings, times, Some(waiting));
         kube.spawn(keeper.run());
-        let joins = Joins::new(kept.authority, reviews.clone(), account, settings.audience.clone(), times);
+        let joins = Joins::new(kept.authority, reviews.clone(), account, settings.audience.clone(), times, nodes);
         Ok(Self { source: Source::Issued(kept.issued), joins: Some(joins), reviews: Some(reviews.clone()) })
     }
 }

@@ -17,6 +17,7 @@ use crate::cluster::ClusterNames;
 use crate::config::{Config, Kubernetes};
 use crate::core::ToCore;
 use crate::generations::{Version, Versions};
+use crate::nodes::{Known, Teller};
 
 /// Changes within this time are one compile, as long as they keep coming for at most [`FLOOD`].
 const SETTLE: Duration = Duration::from_millis(20);
@@ -69,6 +70,8 @@ pub struct Follower {
     pub changes: mpsc::Receiver<Change<Feed>>,
     /// What the DNS service is told of the cluster.
     pub names: Arc<ClusterNames>,
+    /// Told which nodes there are.
+    pub nodes: Teller,
     /// Compiles.
     pub compiler: Compiler,
     /// Waits for changes.
@@ -117,6 +120,9 @@ impl Follower {
             return Ok(());
         }
         self.names.set(state.index.external_names(), state.index.dns_servers());
+        if std::mem::take(&mut state.nodes) {
+            self.nodes.tell(Known::of(&state.index));
+        }
         let first = !self.compiler.started();
         let compile = first || state.index.is_touched() || self.compiler.is_due();
         let mut changed = state.index.take_noted();
@@ -155,6 +161,8 @@ struct State {
     versions: Versions,
     /// Whether they moved since they were last told.
     moved: bool,
+    /// Whether something was said of nodes.
+    nodes: bool,
     /// Which problems were put together last, and when.
     said: Option<(u64, Instant)>,
 }
@@ -166,12 +174,14 @@ impl State {
             listed: BTreeSet::new(),
             versions: Versions::new(),
             moved: false,
+            nodes: false,
             said: None,
         }
     }
 
     fn take(&mut self, change: Change<Feed>) {
         let Change { feed, event, reached, newest } = change;
+        self.nodes |= feed == Feed::Nodes;
         let version = self.versions.entry(feed).or_default();
         match event {
             Event::Applied(object) => self.index.apply(feed, &object),

@@ -51,7 +51,16 @@ seccompProfile: {type: RuntimeDefault}
 {{- define "tidegate.gateway.config" -}}
 {{- $config := deepCopy .Values.gateway.config }}
 {{- $_ := set $config "exemptNamespaces" (append $config.exemptNamespaces .Release.Namespace | uniq | sortAlpha) }}
-{{- $_ := set $config "kubernetes" (dict "namespace" .Release.Namespace "service" "tidegate-gateway" "clusterDns" .Values.clusterDns) }}
+{{- $identity := dict "given" (or .Values.identity.given .Values.identity.certManager.enabled) }}
+{{- range list "secret" "trust" "audience" "certificateSeconds" "authoritySeconds" "overlapSeconds" }}
+{{- $value := get $.Values.identity . }}
+{{- $_ := set $identity . (kindIs "string" $value | ternary $value (int64 $value)) }}
+{{- end }}
+{{- $kubernetes := dict "namespace" .Release.Namespace "service" "tidegate-gateway" "clusterDns" .Values.clusterDns "identity" $identity }}
+{{- $_ := set $config "kubernetes" $kubernetes }}
+{{- if .Values.api.enabled }}
+{{- $_ := set $config "api" (printf "[::]:%d" (int .Values.api.port)) }}
+{{- end }}
 {{- $_ := set $config "control" "[::]:7443" }}
 {{- $_ := set $config "admin" "[::]:9090" }}
 {{- $_ := set $config "socket" "/run/tidegate/plug/agent.sock" }}
@@ -104,6 +113,18 @@ seccompProfile: {type: RuntimeDefault}
 {{- end }}
 {{- if lt $bits 2 }}
 {{- fail (printf "agent.config.mark.mask (%d) needs at least two bits: there are two marks" (int64 .mask)) }}
+{{- end }}
+{{- end }}
+{{- with .Values.identity }}
+{{- if and .given .certManager.enabled }}
+{{- fail "identity.given and identity.certManager.enabled: the Secret is either somebody else's or cert-manager's" }}
+{{- end }}
+{{- if and .certManager.enabled (not .certManager.issuerRef.name) }}
+{{- fail "identity.certManager.issuerRef.name is needed where identity.certManager.enabled is true: who signs the authority" }}
+{{- end }}
+{{- $least := mul 3 (add (int64 .certificateSeconds) (int64 .overlapSeconds)) }}
+{{- if and (not (or .given .certManager.enabled)) (lt (int64 .authoritySeconds) $least) }}
+{{- fail (printf "identity.authoritySeconds (%d) is less than three times identity.certificateSeconds and identity.overlapSeconds together (%d)" (int64 .authoritySeconds) $least) }}
 {{- end }}
 {{- end }}
 {{- range $key, $_ := .Values.gateway.podLabels }}

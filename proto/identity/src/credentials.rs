@@ -54,6 +54,7 @@ pub struct Credentials {
     clients: Arc<dyn ClientCertVerifier>,
     server: Arc<ServerConfig>,
     joining: Arc<ServerConfig>,
+    renewing: Arc<ServerConfig>,
     ends: i64,
 }
 
@@ -83,9 +84,9 @@ impl Credentials {
         let builder = || WebPkiClientVerifier::builder_with_provider(roots.clone(), provider());
         let clients = builder().build().map_err(bad)?;
         let strangers = builder().allow_unauthenticated().build().map_err(bad)?;
-        let [control, joining] = [(clients.clone(), H2), (strangers, JOIN)].map(|(c, p)| server(c, &certified, p));
-        let (server, joining) = (Arc::new(control?), Arc::new(joining?));
-        Ok(Self { certified, roots, clients, server, joining, ends })
+        let of = |clients, protocol| server(clients, &certified, protocol).map(Arc::new);
+        let (server, joining, renewing) = (of(clients.clone(), H2)?, of(strangers, JOIN)?, of(clients.clone(), JOIN)?);
+        Ok(Self { certified, roots, clients, server, joining, renewing, ends })
     }
 
     /// Out of PEM.
@@ -106,6 +107,11 @@ impl Credentials {
     /// For a server whose clients want a certificate: those that have one may show it.
     pub fn joining(&self) -> Arc<ServerConfig> {
         self.joining.clone()
+    }
+
+    /// For a server whose clients want a new certificate, and must show the one that they have.
+    pub fn renewing(&self) -> Arc<ServerConfig> {
+        self.renewing.clone()
     }
 
     /// For a server whose clients show no certificate, and speak HTTP.

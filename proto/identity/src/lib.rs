@@ -1,17 +1,19 @@
 //! Who gateways and nodes are to each other.
 //!
 //! A certificate of the cluster's authority speaks for one gateway, `NAME.gateway.tidegate`, or one node,
-//! `NODE.node.tidegate`. Both sides show theirs, and each checks the other's. One thing is done without a
+//! `NODE.node.tidegate`, with the UID of its Node object where there is one. Both sides show theirs, and each checks the other's. One thing is done without a
 //! certificate: asking for a first one, over a connection that offers [`JOIN`] as its protocol (ALPN, RFC 7301).
 #![forbid(unsafe_code)]
 
 mod connect;
 mod credentials;
 mod files;
+mod token;
 
 pub use connect::{Connection, connect, join};
 pub use credentials::{Credentials, Source, authorities_from_pem};
 pub use files::{Files, Paths};
+pub use token::{Claims, MAX_TOKEN};
 
 use rustls_pki_types::CertificateDer;
 use x509_parser::extensions::GeneralName;
@@ -109,6 +111,26 @@ pub fn name_of(certificate: &CertificateDer<'_>, role: Role) -> Option<String> {
     });
     let name = names.next()?;
     names.next().is_none().then(|| name.to_owned())
+}
+
+/// Goes before the UID of a node in its certificate's URI.
+const NODE_UID: &str = "tidegate://node-uid/";
+
+/// The URI of a certificate that speaks for the node with this UID.
+pub fn node_uid_uri(uid: &str) -> String {
+    format!("{NODE_UID}{uid}")
+}
+
+/// The UID of the node that a certificate speaks for. None if there is none, or more than one.
+pub fn node_uid_of(certificate: &CertificateDer<'_>) -> Option<String> {
+    let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    let san = certificate.subject_alternative_name().ok()??;
+    let mut uids = san.value.general_names.iter().filter_map(|n| match n {
+        GeneralName::URI(uri) => uri.strip_prefix(NODE_UID),
+        _ => None,
+    });
+    let uid = uids.next()?;
+    uids.next().is_none().then(|| uid.to_owned())
 }
 
 /// When a certificate begins and ends to hold, in Unix seconds. None if it is no certificate.

@@ -30,6 +30,7 @@ impl Schemas {
         for (kind, schema) in operator() {
             write(folder.path(), "monitoring.coreos.com", "v1", kind, &schema);
         }
+        write(folder.path(), "cert-manager.io", "v1", "Certificate", &certificate());
         Self(folder)
     }
 
@@ -84,6 +85,24 @@ fn strict<'a>(definitions: &'a Map<String, Value>, schema: &'a Value, inside: &m
         out.insert("additionalProperties".into(), strict(definitions, more, inside));
     }
     Value::Object(out)
+}
+
+/// The part of cert-manager's Certificate that the chart may use, as its documentation has it.
+fn certificate() -> Value {
+    let text = || json!({"type": "string", "minLength": 1});
+    let closed = |properties: Value| json!({"type": "object", "properties": properties, "additionalProperties": false});
+    let texts = || json!({"type": "object", "additionalProperties": {"type": "string"}});
+    let spec = closed(json!({
+        "secretName": text(), "commonName": text(), "isCA": {"type": "boolean"}, "duration": text(), "renewBefore": text(),
+        "privateKey": closed(json!({
+            "algorithm": {"enum": ["RSA", "ECDSA", "Ed25519"]}, "size": {"type": "integer"},
+            "encoding": {"enum": ["PKCS1", "PKCS8"]}, "rotationPolicy": {"enum": ["Never", "Always"]},
+        })),
+        "usages": {"type": "array", "items": {"enum": ["cert sign", "crl sign"]}},
+        "issuerRef": closed(json!({"name": text(), "kind": text(), "group": text()})),
+    }));
+    let metadata = closed(json!({"name": text(), "namespace": text(), "labels": texts()}));
+    closed(json!({"apiVersion": text(), "kind": text(), "metadata": metadata, "spec": spec}))
 }
 
 /// The part of the Prometheus operator's resources that the chart may use, as their documentation has it.

@@ -58,6 +58,20 @@ const MATRIX: &[(&str, &str)] = &[
     ),
     ("monitoring without agents", "metrics: {serviceMonitor: {enabled: true}}"),
     (
+        "kept labels",
+        "access: {protectNamespaces: false, protectDeletion: false, protectedLabels: [team, example.com/zone]}",
+    ),
+    ("kept labels and annotations", "access: {protectedLabels: [team]}"),
+    (
+        "identity",
+        "identity: {secret: own-ca, trust: own-trust, audience: egress.example, certificateSeconds: 3, authoritySeconds: 9, overlapSeconds: 0}\napi: {enabled: true, port: 9443}",
+    ),
+    ("given authority", "identity: {given: true, secret: corp-ca}"),
+    (
+        "cert-manager",
+        "identity: {certManager: {enabled: true, issuerRef: {name: corp, kind: Issuer, group: pki.example}, duration: 720h, renewBefore: 240h30m}}",
+    ),
+    (
         "nothing extra",
         "access: {aggregate: false, protectNamespaces: false}\ncrds: {install: false}\nuninstall: {cleanUp: false}",
     ),
@@ -103,6 +117,17 @@ const REFUSED: &[(&str, &[&str])] = &[
     ("gateway: {podLabels: {app.kubernetes.io/name: x}}", &["gateway.podLabels", "app.kubernetes.io/name"]),
     ("image: {digest: 'sha256:0'}", &["image.digest"]),
     ("image: {repository: 'a@sha256:0'}", &["image.repository"]),
+    ("access: {protectedLabels: ['a b']}", &["access.protectedLabels.0"]),
+    ("identity: {certificateSeconds: 2}", &["identity.certificateSeconds"]),
+    (
+        "identity: {authoritySeconds: 269999}",
+        &["identity.authoritySeconds (269999)", "identity.certificateSeconds", "identity.overlapSeconds"],
+    ),
+    ("identity: {given: true, certManager: {enabled: true}}", &["identity.given", "identity.certManager.enabled"]),
+    ("identity: {certManager: {enabled: true}}", &["identity.certManager.issuerRef.name"]),
+    ("identity: {certManager: {duration: a year}}", &["identity.certManager.duration"]),
+    ("identity: {secret: ''}", &["identity.secret"]),
+    ("api: {port: 7443}", &["api.port"]),
     ("uninstall: {timeoutSeconds: 1}", &["uninstall.timeoutSeconds", "30"]),
     ("gateway: {env: {PATH: /}}", &["gateway.env", "PATH"]),
 ];
@@ -149,10 +174,11 @@ fn everything_that_is_rendered_is_what_the_api_server_takes() {
         let text = template(values, true).success().unwrap_or_else(|e| panic!("{name}: {e}"));
         let said = schemas.check(&text);
         assert!(said.ok && said.stdout.contains("Skipped: 0"), "{name}: {said}");
-        // The Prometheus operator's resources are unknown here.
+        // The resources of the Prometheus operator and of cert-manager are unknown here.
+        let unknown = |group: &str| ["monitoring.coreos.com", "cert-manager.io"].contains(&group);
         let known: Vec<Value> = documents(&text)
             .into_iter()
-            .filter(|d| !d["apiVersion"].as_str().unwrap().starts_with("monitoring.coreos.com/"))
+            .filter(|d| !unknown(d["apiVersion"].as_str().unwrap().split('/').next().unwrap()))
             .collect();
         let list = json!({"apiVersion": "v1", "kind": "List", "items": known}).to_string();
         let args = ["apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-"];
