@@ -64,7 +64,7 @@ fn start() -> Test {
         ("prometheus", vec![Access::Path("/metrics".into())]),
     ]);
     let table = Arc::new(Table { rights: Lock::new(rights), ..Table::default() });
-    let recent = Recent::default();
+    let recent = Recent::new(|_| Some("1".into()));
     let api = Api {
         identity: Source::Issued(source),
         reviews: table.clone(),

@@ -184,7 +184,15 @@ pub fn run(path: &Path) -> Result<()> {
     let (teller, nodes) = nodes::channel();
     let Identity { source: identity, joins, reviews } =
         Identity::start(&config, kube.as_ref(), nodes.clone(), readiness.guard("certificate"))?;
-    let recent = config.api.map(|_| audit::Recent::default());
+    let snapshot: Arc<ArcSwapOption<Snapshot>> = Arc::default();
+    let recent = config.api.map(|_| {
+        let snapshot = snapshot.clone();
+        let uid = move |namespace: &str| {
+            let snapshot = snapshot.load();
+            Some(snapshot.as_ref()?.survey.namespaces.get(namespace)?.annotations.uid.clone())
+        };
+        audit::Recent::new(uid)
+    });
 
     let writer = Arc::new(
         audit::start(audit::Config {
@@ -323,7 +331,6 @@ pub fn run(path: &Path) -> Result<()> {
         thread("events", move || runtime.block_on(kernel_events(events, shared, emit, events_ended)))?
     };
     let problems: Problems = Arc::default();
-    let snapshot: Arc<ArcSwapOption<Snapshot>> = Arc::default();
     let reports: Arc<ArcSwap<Reports>> = Arc::default();
     let (outlet, leading) = kube.as_ref().map(report::leading::start).unzip();
     let report_thread = {

@@ -1,4 +1,4 @@
-//! Events of `events.k8s.io` on pods: what was denied, once in a while.
+//! Events of `events.k8s.io`: what was denied to a pod, once in a while, and when the audit of a namespace ends.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -8,60 +8,102 @@ use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use k8s_openapi::jiff::Timestamp;
 use kube::Api;
-use kube::api::PostParams;
+use kube::api::{ApiResource, DynamicObject, PostParams};
+use kube::core::GroupVersionKind;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::client::{Connection, Error, within};
 use crate::lease::{Leads, leads};
+use crate::status::NAME;
 
-/// The reason of all of them.
-pub const REASON: &str = "EgressDenied";
-/// The same denial is said again after so long.
+/// The reason of denials.
+pub const DENIED: &str = "EgressDenied";
+/// The same is said again after so long.
 const ONCE: Duration = Duration::from_secs(600);
-/// Different denials that are remembered.
+/// Different ones that are remembered.
 const REMEMBERED: usize = 8192;
-/// Events in a burst, and the time between two of many.
+/// Events in a burst, and the time between two of many: of all namespaces that have said much lately.
 const BURST: u32 = 25;
-const SPACING: Duration = Duration::from_millis(500);
+const SPACING: Duration = Duration::from_millis(1000);
+/// The same of those that have not: what they begin with is not held up by others.
+const FIRST: u32 = 2;
+/// The same of one namespace.
+const OWN_BURST: u32 = 10;
+const OWN_SPACING: Duration = Duration::from_secs(6);
 /// The longest note, by the API.
 const MAX_NOTE: usize = 1024;
 /// The longest name before the API server's own suffix.
 const MAX_PREFIX: usize = 200;
 
-/// A denial, for its pod.
+/// What is to be said.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Denial {
-    /// The pod's namespace.
+pub struct News {
+    /// The namespace.
     pub namespace: String,
-    /// The pod.
-    pub pod: String,
-    /// The name or address that it asked for.
-    pub what: String,
-    /// The published reason code.
-    pub reason: String,
+    /// Of what in it.
+    pub about: About,
     /// What to say.
     pub note: String,
 }
 
-/// Decides which denials are said: each once in ten minutes, and not too many. Times are local, since any moment.
+/// What an Event is about.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum About {
+    /// A denial of a pod.
+    Denied {
+        /// The pod.
+        pod: String,
+        /// The name or address that it asked for.
+        what: String,
+        /// The published reason code.
+        code: String,
+    },
+    /// The audit of the namespace: of its NamespaceEgress, since an Event about a Namespace could not be in it.
+    Audit {
+        /// The reason of the Event, CamelCase.
+        reason: &'static str,
+        /// When the audit ends, in Unix seconds.
+        until: i64,
+    },
+}
+
+/// A token bucket, as the time at which it is full again.
+#[derive(Clone, Copy, Debug, Default)]
+struct Bucket(Duration);
+
+impl Bucket {
+    fn has(self, burst: u32, spacing: Duration, now: Duration) -> bool {
+        self.0.saturating_sub(now) <= spacing * (burst - 1)
+    }
+
+    fn take(&mut self, spacing: Duration, now: Duration) {
+        self.0 = self.0.max(now) + spacing;
+    }
+}
+
+/// Decides what is said: each once in ten minutes, and not too much, of any namespace and of all. Times are local, since
+/// any moment.
 #[derive(Debug, Default)]
 pub struct Sieve {
-    said: HashMap<(String, String, String, String), Duration>,
-    /// When all of the burst is there again.
-    full_at: Duration,
+    said: HashMap<(String, About), Duration>,
+    of: HashMap<String, Bucket>,
+    /// Of those whose own bucket has lost no more than its first few, and of the others.
+    quiet: Bucket,
+    loud: Bucket,
 }
 
 impl Sieve {
-    /// Whether this one is said now.
-    pub fn lets(&mut self, d: &Denial, now: Duration) -> bool {
-        let key = (d.namespace.clone(), d.pod.clone(), d.what.clone(), d.reason.clone());
+    /// Whether this is said now.
+    pub fn lets(&mut self, n: &News, now: Duration) -> bool {
+        let key = (n.namespace.clone(), n.about.clone());
         let old = |at: &Duration| now.saturating_sub(*at) < ONCE;
         if self.said.get(&key).is_some_and(old) {
             return false;
         }
-        let used = self.full_at.max(now);
-        if used - now > SPACING * (BURST - 1) {
+        let mut own = self.of.get(&n.namespace).copied().unwrap_or_default();
+        let common = if own.has(FIRST, OWN_SPACING, now) { &mut self.quiet } else { &mut self.loud };
+        if !own.has(OWN_BURST, OWN_SPACING, now) || !common.has(BURST, SPACING, now) {
             return false;
         }
         if self.said.len() >= REMEMBERED {
@@ -70,64 +112,87 @@ impl Sieve {
                 return false;
             }
         }
-        self.full_at = used + SPACING;
+        common.take(SPACING, now);
+        own.take(OWN_SPACING, now);
+        self.of.retain(|_, b| b.0 > now);
+        self.of.insert(n.namespace.clone(), own);
         self.said.insert(key, now);
         true
     }
 
-    /// This one could not be said: it may be tried again.
-    fn forget(&mut self, d: &Denial) {
-        self.said.remove(&(d.namespace.clone(), d.pod.clone(), d.what.clone(), d.reason.clone()));
+    /// This could not be said: it may be tried again.
+    fn forget(&mut self, n: &News) {
+        self.said.remove(&(n.namespace.clone(), n.about.clone()));
     }
 }
 
-/// Writes events while this gateway leads, until the channel ends. `reporter` is its name.
-pub async fn write(connection: Connection, mut denials: mpsc::Receiver<Denial>, leading: Leads) {
+/// Writes events while this gateway leads, until the channel ends.
+pub async fn write(connection: Connection, mut news: mpsc::Receiver<News>, leading: Leads) {
     let start = Instant::now();
     let mut sieve = Sieve::default();
-    while let Some(denial) = denials.recv().await {
-        if !leads(&leading) || !sieve.lets(&denial, start.elapsed()) {
+    while let Some(n) = news.recv().await {
+        if !leads(&leading) || !sieve.lets(&n, start.elapsed()) {
             continue;
         }
-        match one(&connection, &denial).await {
-            Ok(()) => {}
-            Err(error) => {
-                sieve.forget(&denial);
-                tracing::debug!(%error, namespace = denial.namespace, pod = denial.pod, "no event of a denial");
-            }
+        if let Err(error) = one(&connection, &n).await {
+            sieve.forget(&n);
+            tracing::debug!(%error, namespace = n.namespace, about = ?n.about, "no event");
         }
     }
 }
 
-async fn one(connection: &Connection, d: &Denial) -> Result<(), Error> {
-    let pods: Api<Pod> = Api::namespaced(connection.client.clone(), &d.namespace);
-    // `kubectl describe` finds events by the pod's UID.
-    let Some(pod) = within(pods.get_metadata_opt(&d.pod)).await? else { return Ok(()) };
-    let Some(uid) = pod.metadata.uid else { return Ok(()) };
-    let events: Api<Event> = Api::namespaced(connection.client.clone(), &d.namespace);
-    within(events.create(&PostParams::default(), &event(d, uid, &connection.name, Timestamp::now()))).await?;
-    Ok(())
+async fn one(connection: &Connection, n: &News) -> Result<(), Error> {
+    // `kubectl describe` finds events by the object's UID.
+    let found = match &n.about {
+        About::Denied { pod, .. } => {
+            let pods: Api<Pod> = Api::namespaced(connection.client.clone(), &n.namespace);
+            within(pods.get_metadata_opt(pod)).await?.map(|p| p.metadata)
+        }
+        About::Audit { .. } => {
+            let kind = ApiResource::from_gvk(&GroupVersionKind::gvk("tidegate.dev", "v1alpha1", "NamespaceEgress"));
+            let api: Api<DynamicObject> = Api::namespaced_with(connection.client.clone(), &n.namespace, &kind);
+            within(api.get_metadata_opt(NAME)).await?.map(|p| p.metadata)
+        }
+    };
+    let Some(uid) = found.and_then(|m| m.uid) else { return Ok(()) };
+    let events: Api<Event> = Api::namespaced(connection.client.clone(), &n.namespace);
+    let event = event(n, uid, &connection.name, Timestamp::now());
+    match within(events.create(&PostParams::default(), &event)).await {
+        // An earlier leader has said it.
+        Err(error) if error.code() == Some(409) => Ok(()),
+        other => other.map(drop),
+    }
 }
 
-fn event(d: &Denial, uid: String, reporter: &str, now: Timestamp) -> Event {
+fn event(n: &News, uid: String, reporter: &str, now: Timestamp) -> Event {
+    let some = |text: &str| Some(text.to_owned());
+    let (kind, version, name, action, reason, grade, own) = match &n.about {
+        About::Denied { pod, .. } => ("Pod", "v1", pod.as_str(), "Deny", DENIED, "Warning", None),
+        About::Audit { reason, until } => {
+            let own = format!("{NAME}.{}.{until}", reason.to_lowercase());
+            ("NamespaceEgress", "tidegate.dev/v1alpha1", NAME, "EndAudit", *reason, "Normal", Some(own))
+        }
+    };
+    let prefix = format!("{}.egress-", cut(name, MAX_PREFIX).trim_end_matches(['.', '-']));
     Event {
         metadata: ObjectMeta {
-            generate_name: Some(format!("{}.egress-", cut(&d.pod, MAX_PREFIX).trim_end_matches(['.', '-']))),
-            namespace: Some(d.namespace.clone()),
+            generate_name: own.is_none().then_some(prefix),
+            name: own,
+            namespace: Some(n.namespace.clone()),
             ..ObjectMeta::default()
         },
         event_time: Some(MicroTime(now)),
-        reporting_controller: Some("tidegate.dev/gateway".to_owned()),
-        reporting_instance: Some(cut(reporter, 128).to_owned()),
-        action: Some("Deny".to_owned()),
-        reason: Some(REASON.to_owned()),
-        type_: Some("Warning".to_owned()),
-        note: Some(cut(&d.note, MAX_NOTE).to_owned()),
+        reporting_controller: some("tidegate.dev/gateway"),
+        reporting_instance: some(cut(reporter, 128)),
+        action: some(action),
+        reason: some(reason),
+        type_: some(grade),
+        note: some(cut(&n.note, MAX_NOTE)),
         regarding: Some(ObjectReference {
-            api_version: Some("v1".to_owned()),
-            kind: Some("Pod".to_owned()),
-            name: Some(d.pod.clone()),
-            namespace: Some(d.namespace.clone()),
+            api_version: some(version),
+            kind: some(kind),
+            name: some(name),
+            namespace: Some(n.namespace.clone()),
             uid: Some(uid),
             ..ObjectReference::default()
         }),
@@ -144,14 +209,9 @@ fn cut(text: &str, most: usize) -> &str {
 mod tests {
     use super::*;
 
-    fn denial(pod: &str, what: &str) -> Denial {
-        Denial {
-            namespace: "shop".into(),
-            pod: pod.into(),
-            what: what.into(),
-            reason: "name-not-allowed".into(),
-            note: "n".into(),
-        }
+    fn denial(namespace: &str, pod: &str, what: &str, code: &str) -> News {
+        let about = About::Denied { pod: pod.into(), what: what.into(), code: code.into() };
+        News { namespace: namespace.into(), about, note: "n".into() }
     }
 
     fn s(seconds: u64) -> Duration {
@@ -161,33 +221,52 @@ mod tests {
     #[test]
     fn the_same_once_in_ten_minutes() {
         let mut f = Sieve::default();
+        let code = "name-not-allowed";
         for (d, at, lets) in [
-            (denial("a", "x"), 0, true),
-            (denial("a", "x"), 599, false),
-            (denial("a", "y"), 599, true),
-            (denial("b", "x"), 599, true),
-            (Denial { reason: "ech".into(), ..denial("a", "x") }, 599, true),
-            (denial("a", "x"), 600, true),
-            (denial("a", "x"), 601, false),
+            (denial("shop", "a", "x", code), 0, true),
+            (denial("shop", "a", "x", code), 599, false),
+            (denial("shop", "a", "y", code), 599, true),
+            (denial("shop", "b", "x", code), 599, true),
+            (denial("shop", "a", "x", "ech"), 599, true),
+            (denial("shop", "a", "x", code), 600, true),
+            (denial("shop", "a", "x", code), 601, false),
         ] {
             assert_eq!(f.lets(&d, s(at)), lets, "{d:?} at {at}");
         }
+        let ends = |until| News { about: About::Audit { reason: "AuditEnded", until }, ..denial("shop", "", "", "") };
+        assert!(f.lets(&ends(1), s(700)) && !f.lets(&ends(1), s(701)) && f.lets(&ends(2), s(701)));
     }
 
     #[test]
     fn a_flood_is_cut_and_memory_has_an_end() {
         let mut f = Sieve::default();
-        let said = (0..1000).filter(|i| f.lets(&denial("a", &i.to_string()), s(0))).count();
-        assert_eq!(said, BURST as usize);
-        let said = (0..1000).filter(|i| f.lets(&denial("b", &i.to_string()), s(10))).count();
-        assert_eq!(said, 20);
+        let flood = |f: &mut Sieve, namespace: &str, at| {
+            (0..1000).filter(|i| f.lets(&denial(namespace, "a", &i.to_string(), "c"), s(at))).count()
+        };
+        assert_eq!(flood(&mut f, "loud", 0), OWN_BURST as usize);
+        assert_eq!(flood(&mut f, "loud", 12), 2);
         // What was not said may be said later.
-        assert!(f.lets(&denial("b", "999"), s(60)));
-        let mut at = 0;
-        for i in 0..20_000 {
-            at += 1;
-            f.lets(&denial("c", &i.to_string()), s(at));
+        assert!(f.lets(&denial("loud", "a", "999", "c"), s(60)));
+        let mut at = 1000;
+        for i in 0..20_000u64 {
+            at += 6;
+            f.lets(&denial(&format!("n{}", i % 7), "c", &i.to_string(), "c"), s(at));
         }
-        assert!(f.said.len() <= REMEMBERED);
+        assert!(f.said.len() <= REMEMBERED && f.of.len() <= 7);
+    }
+
+    #[test]
+    fn loud_namespaces_keep_no_quiet_one_from_being_told() {
+        let mut f = Sieve::default();
+        // A hundred that never stop: all that they may say is used up.
+        for at in 0..120 {
+            for n in 0..100 {
+                f.lets(&denial(&format!("loud-{n}"), "p", &at.to_string(), "c"), s(at));
+            }
+        }
+        assert!(!f.loud.has(BURST, SPACING, s(120)) || !f.lets(&denial("loud-1", "p", "more", "c"), s(119)));
+        assert!(f.lets(&denial("quiet", "p", "x", "c"), s(120)));
+        let all = f.said.len();
+        assert!(all < 2 * (BURST as usize + 121), "{all}");
     }
 }

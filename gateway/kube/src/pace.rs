@@ -1,10 +1,10 @@
 //! Which status is written next, and when: pure, so that it can be tried without an API server.
 //!
 //! News that people wait for are written at once, the rest of an object at most every minute, nothing that the object says
-//! already, and never more than ten writes a second. What is written is what is wanted at that moment, however long it
-//! waited.
+//! already, and never more than ten writes a second. Of those namespaces take turns: one with much news delays no other. What is
+//! written is what is wanted at that moment, however long it waited.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +16,8 @@ pub const SPACING: Duration = Duration::from_millis(100);
 pub const REST: Duration = Duration::from_secs(60);
 /// A condition that is no longer true has to be so for this time: a node that connects again must not look like news.
 pub const SETTLE: Duration = Duration::from_secs(5);
+/// Namespaces whose turn is remembered. Of more those that were written longest ago are forgotten, as if they never were.
+const REMEMBERED: usize = 4096;
 /// The first and the longest wait after a failure.
 const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
@@ -155,6 +157,9 @@ pub struct Pace {
     due: BTreeMap<Object, Duration>,
     queue: BTreeSet<(Duration, Object)>,
     failures: BTreeMap<Object, u32>,
+    /// When each namespace was written last, in turns; the cluster's own objects have the empty name.
+    served: HashMap<String, u64>,
+    turn: u64,
     /// No write before.
     not_before: Duration,
     /// Failures of the API server in a row.
@@ -179,15 +184,19 @@ impl Pace {
 
     /// What is wanted now.
     pub fn want(&mut self, wanted: Arc<Statuses>, now: Duration) {
-        self.wanted = wanted;
+        let before = std::mem::replace(&mut self.wanted, wanted);
         let wanted = self.wanted.clone();
         self.failures.retain(|o, _| wanted.contains_key(o) || self.observed.contains_key(o));
         let gone: Vec<Object> = self.due.keys().filter(|o| !wanted.contains_key(*o)).cloned().collect();
         for object in gone {
             self.settle(&object, now);
         }
-        for object in wanted.keys() {
-            self.settle(object, now);
+        for (object, new) in wanted.iter() {
+            // What is wanted still is settled: what else can change that, settles it anew.
+            let same = |old: &Wanted| Arc::ptr_eq(&old.status, &new.status) && old.uid == new.uid;
+            if !before.get(object).is_some_and(same) {
+                self.settle(object, now);
+            }
         }
         let extra = self.observed.keys().filter(|o| o.kind == Kind::NamespaceEgress && !wanted.contains_key(*o));
         for object in extra.cloned().collect::<Vec<_>>() {
@@ -241,17 +250,32 @@ impl Pace {
     /// What to do at this moment. `time` is what people read as the time of a change.
     pub fn next(&mut self, now: Duration, time: &str) -> Next {
         loop {
-            let Some((due, object)) = self.queue.first().cloned() else { return Next::Idle };
-            let at = due.max(self.not_before);
+            let Some((due, _)) = self.queue.first() else { return Next::Idle };
+            let at = (*due).max(self.not_before);
             if at > now {
                 return Next::Wait(at - now);
             }
-            self.queue.pop_first();
+            let turn = |o: &Object| self.served.get(&o.namespace).copied().unwrap_or_default();
+            let ripe = self.queue.iter().take_while(|(due, _)| *due <= now);
+            let Some(first) = ripe.min_by_key(|(due, o)| (turn(o), *due)).cloned() else { return Next::Idle };
+            self.queue.remove(&first);
+            let (_, object) = first;
             self.due.remove(&object);
+            let namespace = object.namespace.clone();
             let Some(write) = self.write(object, time) else { continue };
             self.not_before = now + SPACING;
+            self.serve(namespace);
             return Next::Write(write);
         }
+    }
+
+    fn serve(&mut self, namespace: String) {
+        self.turn += 1;
+        if self.served.len() >= REMEMBERED {
+            let old = self.turn.saturating_sub(REMEMBERED as u64 / 2);
+            self.served.retain(|_, turn| *turn > old);
+        }
+        self.served.insert(namespace, self.turn);
     }
 
     fn write(&self, object: Object, time: &str) -> Option<Write> {

@@ -24,7 +24,7 @@ struct Test {
 /// A gateway that stands for election, writes statuses, and events.
 struct Gateway {
     wanted: watch::Sender<Option<Arc<Statuses>>>,
-    denials: mpsc::Sender<events::Denial>,
+    denials: mpsc::Sender<events::News>,
     leads: lease::Leads,
     stop: watch::Sender<bool>,
     tasks: Vec<JoinHandle<()>>,
@@ -291,6 +291,15 @@ fn objects_come_and_go_and_pods_hear_of_denials() {
     gateway.wanted.send_replace(all("Audit", 3));
     soon("it again", || egress("shop", "tidegate").is_some_and(|o| o["status"]["mode"] == "Audit"));
 
+    // The end of an audit is an event in its namespace, once, whoever leads.
+    for until in [1_790_000_000, 1_790_000_000, 1_790_000_600] {
+        let about = events::About::Audit { reason: "AuditEnding", until };
+        let news = events::News { namespace: "shop".into(), about, note: "It ends.".into() };
+        gateway.denials.blocking_send(news).unwrap();
+    }
+    let ends = || test.kubectl(&["events", "-n", "shop", "--for", "namespaceegress/tidegate"], "");
+    soon("the audit's end", || ends().matches("AuditEnding").count() == 2);
+
     // A policy that is deleted and made anew is another one.
     test.kubectl(&["delete", "egresspolicy", "-n", "shop", "a"], "");
     let again = test.create_policies(&["a".into()]);
@@ -299,17 +308,15 @@ fn objects_come_and_go_and_pods_hear_of_denials() {
     soon("the new one's status", || programmed(&test.policy("a")) == 1);
     soon("no namespace that nobody wants", || egress("shop", "tidegate").is_none());
 
-    let denial = |name: &str| events::Denial {
+    let denial = |pod: &str, name: &str| events::News {
         namespace: "shop".into(),
-        pod: "web".into(),
-        what: name.into(),
-        reason: "name-not-allowed".into(),
+        about: events::About::Denied { pod: pod.into(), what: name.into(), code: "name-not-allowed".into() },
         note: format!("The DNS query for {name} was denied: name-not-allowed."),
     };
     for name in ["evil.example", "evil.example", "other.example"] {
-        gateway.denials.blocking_send(denial(name)).unwrap();
+        gateway.denials.blocking_send(denial("web", name)).unwrap();
     }
-    gateway.denials.blocking_send(events::Denial { pod: "gone".into(), ..denial("x") }).unwrap();
+    gateway.denials.blocking_send(denial("gone", "x")).unwrap();
     let describe = || test.kubectl(&["describe", "pod", "-n", "shop", "web"], "");
     let told = || describe().matches("EgressDenied").count();
     soon("events", || told() >= 2);

@@ -100,7 +100,7 @@ pub fn refused(issues: &[Issue]) -> Vec<Refused> {
             (reason, _) => reason.as_str(),
         }
         .to_owned(),
-        by: i.by.as_ref().filter(|b| b.len() <= 253).map(ToString::to_string),
+        by: by(i).filter(|b| b.len() <= 253).map(str::to_owned),
         message: Some(cut(explained(i), MAX_ITEM)),
     });
     items.take(MAX_REFUSED).collect()
@@ -123,9 +123,17 @@ fn annotation_path(path: &str) -> String {
     rest.replacen(']', "", 1)
 }
 
+/// What stands against it, as its namespace may know it: the pods of others are not its business.
+fn by(i: &Issue) -> Option<&str> {
+    let by = i.by.as_deref()?;
+    let foreign = i.reason == IssueReason::DuplicateAddress
+        && by.split_once('/').is_none_or(|(namespace, _)| namespace != &*i.policy.namespace);
+    (!foreign).then_some(by)
+}
+
 /// An issue in a sentence.
 fn explained(i: &Issue) -> String {
-    let by = i.by.as_deref().unwrap_or("another one");
+    let by = by(i).unwrap_or("another one");
     match (i.reason, i.kind) {
         (IssueReason::AboveCeiling, IssueKind::Clipped) => {
             format!("only a part of it is below the ceiling of ClusterEgressPolicy {by}; the rest is denied")
@@ -154,7 +162,9 @@ fn explained(i: &Issue) -> String {
             "the rules of its pods have more port ranges than a node can hold; the rest is denied".to_owned()
         }
         (IssueReason::DuplicateAddress, _) => {
-            format!("the pod {by} has the same address; the stricter treatment holds")
+            let other =
+                self::by(i).map_or_else(|| "a pod of another namespace".to_owned(), |by| format!("the pod {by}"));
+            format!("{other} has the same address; the stricter treatment holds")
         }
     }
 }

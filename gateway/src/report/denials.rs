@@ -1,6 +1,6 @@
 //! The latest denials of each namespace.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use tidegate_policy::denied::Denied;
@@ -22,6 +22,8 @@ pub struct Entry {
 
 #[derive(Debug, Default)]
 struct OfNamespace {
+    /// The namespace's UID; empty until it is known.
+    uid: String,
     /// Rises with every denial: which namespace was denied something last.
     touched: u64,
     /// The newest first.
@@ -32,7 +34,11 @@ struct OfNamespace {
 #[derive(Debug, Default)]
 pub struct Table {
     namespaces: BTreeMap<Arc<str>, OfNamespace>,
+    /// The namespaces by when they were touched last.
+    order: BTreeMap<u64, Arc<str>>,
     touched: u64,
+    /// Those that were denied something since this was asked last.
+    news: BTreeSet<Arc<str>>,
 }
 
 impl Table {
@@ -42,10 +48,16 @@ impl Table {
         let name = who.namespace.clone();
         self.touched += 1;
         if !self.namespaces.contains_key(&name) && self.namespaces.len() >= NAMESPACES {
-            let oldest = self.namespaces.iter().min_by_key(|(_, n)| n.touched).map(|(k, _)| k.clone());
-            oldest.and_then(|k| self.namespaces.remove(&k));
+            let oldest = self.order.pop_first();
+            if let Some((_, name)) = oldest {
+                self.namespaces.remove(&name);
+                self.news.insert(name);
+            }
         }
-        let of = self.namespaces.entry(name).or_default();
+        let of = self.namespaces.entry(name.clone()).or_default();
+        self.order.remove(&of.touched);
+        self.order.insert(self.touched, name.clone());
+        self.news.insert(name);
         of.touched = self.touched;
         if let Some(at) = of.entries.iter().position(|e| e.denied.is_like(&denied))
             && let Some(old) = of.entries.remove(at)
@@ -61,19 +73,34 @@ impl Table {
         self.namespaces.get(namespace).into_iter().flat_map(|n| &n.entries)
     }
 
-    /// Forgets namespaces that are gone.
-    pub fn retain(&mut self, exists: impl Fn(&str) -> bool) {
-        self.namespaces.retain(|name, _| exists(name));
+    /// Which namespaces were denied something, or are forgotten, since this was asked last.
+    pub fn take_news(&mut self) -> BTreeSet<Arc<str>> {
+        std::mem::take(&mut self.news)
+    }
+
+    /// Forgets namespaces that are gone, or that are others of the same name now. `uid` has those that are there.
+    pub fn retain<'a>(&mut self, uid: impl Fn(&str) -> Option<&'a str>) {
+        let order = &mut self.order;
+        self.namespaces.retain(|name, of| {
+            let now = uid(name);
+            let stays = now.is_some_and(|now| of.uid.is_empty() || of.uid == now);
+            if stays {
+                now.unwrap_or_default().clone_into(&mut of.uid);
+            } else {
+                order.remove(&of.touched);
+            }
+            stays
+        });
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use tidegate_policy::Reason;
     use tidegate_policy::event::Who;
 
-    fn denied(namespace: &str, name: &str) -> Denied {
+    pub fn denied(namespace: &str, name: &str) -> Denied {
         let who = Arc::new(Who { namespace: namespace.into(), pod: "p".into(), node: "n".into() });
         Denied {
             source: [10, 0, 0, 1].into(),
@@ -100,8 +127,15 @@ mod tests {
         assert_eq!(got, [("c", 2, 3), ("a", 4, 2), ("b", 2, 1)]);
         t.add(Denied { who: None, ..denied("shop", "d") }, UnixSeconds(9));
         assert_eq!((t.of("shop").count(), t.of("other").count()), (3, 0));
-        t.retain(|ns| ns != "shop");
+        assert_eq!(t.take_news().len(), 1);
+        t.retain(|_| Some("1"));
+        assert_eq!(t.of("shop").count(), 3);
+        // Another one of the name has nothing of it.
+        t.retain(|_| Some("2"));
         assert_eq!(t.of("shop").count(), 0);
+        t.add(denied("shop", "a"), UnixSeconds(9));
+        t.retain(|ns| (ns != "shop").then_some("2"));
+        assert_eq!((t.of("shop").count(), t.order.len()), (0, 0));
     }
 
     #[test]
@@ -115,7 +149,7 @@ mod tests {
         for i in 0..NAMESPACES {
             t.add(denied(&format!("ns{i}"), "n"), UnixSeconds(0));
         }
-        assert_eq!(t.namespaces.len(), NAMESPACES);
+        assert_eq!((t.namespaces.len(), t.order.len()), (NAMESPACES, NAMESPACES));
         assert_eq!((t.of("shop").count(), t.of("ns0").count()), (0, 1));
     }
 }

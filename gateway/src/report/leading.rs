@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use tidegate_kubernetes::{Statuses, events, lease, status};
 use tidegate_policy::denied::Denied;
+use tidegate_policy::model::UnixSeconds;
 use tokio::sync::{mpsc, watch};
 
-use super::{Reported, Reports};
+use super::{Reported, Reports, Survey};
 use crate::kube::Kube;
 
 /// The Lease of the leader, in the gateways' namespace.
@@ -20,7 +21,7 @@ const RELEASE: Duration = Duration::from_secs(3);
 /// What the report thread tells the API server.
 pub struct Outlet {
     statuses: watch::Sender<Option<Arc<Statuses>>>,
-    events: mpsc::Sender<events::Denial>,
+    events: mpsc::Sender<events::News>,
     last: Arc<Statuses>,
     said: Reports,
 }
@@ -60,10 +61,10 @@ impl Leading {
 impl Outlet {
     /// Wishes these statuses.
     pub fn wish(&mut self, reports: &Reports) {
-        let wanted = |(object, new): (&_, &Reported)| {
+        let wanted = |(object, new): (&_, &Arc<Reported>)| {
             let object: &tidegate_api::ObjectRef = object;
             // What did not change stays the same value.
-            let same = self.said.get(object).is_some_and(|old| old == new);
+            let same = self.said.get(object).is_some_and(|old| Arc::ptr_eq(old, new));
             status::wanted(
                 &object.kind,
                 &object.namespace,
@@ -79,6 +80,16 @@ impl Outlet {
         self.statuses.send_replace(Some(all));
     }
 
+    /// Tells the people of namespaces whose audit ends. May be repeated: each is said once.
+    pub fn audits(&self, survey: &Survey, now: UnixSeconds) {
+        for (name, place) in survey.namespaces.iter().filter(|(_, p)| p.annotations.audit && !p.exempt) {
+            let news = place.annotations.audit_until.and_then(|until| ending(name, until, now));
+            if let Some(news) = news {
+                let _ = self.events.try_send(news);
+            }
+        }
+    }
+
     /// Tells the pod's people of a denial, if there is room.
     pub fn tell(&self, denied: &Denied, allow_with: Option<&str>) {
         // Where nobody follows, records and statuses still say it.
@@ -88,8 +99,29 @@ impl Outlet {
     }
 }
 
+/// An audit that ends is told of so long before, and so long after, in seconds.
+const BEFORE: i64 = 3600;
+const AFTER: i64 = 600;
+
+/// The event of an audit that ends soon, or has ended.
+fn ending(namespace: &str, until: UnixSeconds, now: UnixSeconds) -> Option<events::News> {
+    let time = super::namespace::time(until);
+    let (reason, note) = if now < until && until.0 - now.0 <= BEFORE {
+        let note = format!(
+            "The audit of this namespace ends at {time}: what no rule allows is denied from then on. Its denials with the verdict Audited say what that is."
+        );
+        ("AuditEnding", note)
+    } else if now >= until && now.0 - until.0 <= AFTER {
+        ("AuditEnded", format!("The audit of this namespace ended at {time}: what no rule allows is denied."))
+    } else {
+        return None;
+    };
+    let about = events::About::Audit { reason, until: until.0 };
+    Some(events::News { namespace: namespace.to_owned(), about, note })
+}
+
 /// The event of a denial.
-fn event(d: &Denied, allow_with: Option<&str>) -> Option<events::Denial> {
+fn event(d: &Denied, allow_with: Option<&str>) -> Option<events::News> {
     let who = d.who.as_ref()?;
     let to = match (&d.name, d.address) {
         (Some(name), Some(ip)) => format!("{name} ({ip})"),
@@ -111,13 +143,8 @@ fn event(d: &Denied, allow_with: Option<&str>) -> Option<events::Denial> {
         note += &one_line(text);
     }
     let what = d.name.as_deref().map_or_else(|| d.address.map(|a| a.to_string()).unwrap_or_default(), str::to_owned);
-    Some(events::Denial {
-        namespace: who.namespace.to_string(),
-        pod: who.pod.to_string(),
-        what,
-        reason: d.reason.as_str().to_owned(),
-        note,
-    })
+    let about = events::About::Denied { pod: who.pod.to_string(), what, code: d.reason.as_str().to_owned() };
+    Some(events::News { namespace: who.namespace.to_string(), about, note })
 }
 
 /// A suggestion in one line, as people see it in `kubectl describe`.
@@ -177,6 +204,28 @@ mod tests {
         (d.name, d.address, d.protocol, d.port) = (Some("a.example".into()), None, None, None);
         let e = event(&d, Some("# A rule denies it")).unwrap();
         assert_eq!(e.note, "The DNS query for a.example was denied: sni-mismatch. A rule denies it");
-        assert_eq!((e.what.as_str(), e.reason.as_str()), ("a.example", "sni-mismatch"));
+        let about = events::About::Denied { pod: "web".into(), what: "a.example".into(), code: "sni-mismatch".into() };
+        assert_eq!(e.about, about);
+    }
+
+    #[test]
+    fn the_end_of_an_audit_is_told_around_it() {
+        let end = UnixSeconds(1_790_000_000);
+        let said = |before: i64| {
+            let news = ending("shop", end, UnixSeconds(end.0 - before))?;
+            let events::About::Audit { reason, until } = news.about else { panic!() };
+            assert!(until == end.0 && news.note.contains("2026-09-21T"), "{}", news.note);
+            Some(reason)
+        };
+        for (before, reason) in [
+            (3601, None),
+            (3600, Some("AuditEnding")),
+            (1, Some("AuditEnding")),
+            (0, Some("AuditEnded")),
+            (-600, Some("AuditEnded")),
+            (-601, None),
+        ] {
+            assert_eq!(said(before), reason, "{before}");
+        }
     }
 }

@@ -13,17 +13,20 @@
 mod cluster_tests;
 mod condition;
 mod denials;
+mod fair;
 pub mod leading;
 mod namespace;
 mod policy;
 mod rollout;
+#[cfg(test)]
+mod scale_tests;
 mod suggest;
 mod survey;
 #[cfg(test)]
 mod tests;
 pub mod thread;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -40,7 +43,7 @@ pub use self::denials::Table;
 use self::namespace::{Subject, issues_of};
 use self::policy::Used;
 use self::rollout::{CompileNumber, Count, Rollout, Spread, reference};
-use self::survey::{CLUSTER_POLICY, POLICY, POOL};
+use self::survey::{CLUSTER_POLICY, POLICY, POOL, Place};
 pub use self::survey::{Source, Survey, records_of};
 use crate::core::{PairStatus, Status};
 use crate::desired::Desired;
@@ -71,8 +74,8 @@ pub struct Reported {
     pub report: Report,
 }
 
-/// All statuses, by object.
-pub type Reports = BTreeMap<ObjectRef, Reported>;
+/// All statuses, by object. What did not change is the same value.
+pub type Reports = BTreeMap<ObjectRef, Arc<Reported>>;
 
 /// One compile with what was surveyed of the same objects.
 #[derive(Clone, Debug)]
@@ -113,6 +116,8 @@ pub struct Reporter {
     spread: Spread,
     last: Option<Snapshot>,
     scopes: HashMap<Arc<str>, Vec<ScopeKey>>,
+    /// What was said last.
+    said: Reports,
 }
 
 /// What reports say beside policy.
@@ -152,9 +157,12 @@ impl Reporter {
             }
         }
         let mut out = Reports::new();
+        let said = std::mem::take(&mut self.said);
         let mut say = |kind: &str, namespace: &str, name: &str, uid: &str, report: Report| {
             let object = ObjectRef { kind: kind.into(), namespace: namespace.into(), name: name.into() };
-            out.insert(object, Reported { uid: uid.to_owned(), report });
+            let new = Reported { uid: uid.to_owned(), report };
+            let same = said.get(&object).filter(|old| ***old == new).cloned();
+            out.insert(object, same.unwrap_or_else(|| Arc::new(new)));
         };
         let issues = world.issues();
         let nodes = &beside.status.nodes;
@@ -176,24 +184,48 @@ impl Reporter {
                 let status = policy::status(written, place.exempt, of_policy(issues, &who), &count);
                 say(POLICY, ns, name, &written.record.uid, Report::Policy(status));
             }
-            let subject = Subject {
-                name: ns,
-                place,
-                survey,
-                world,
-                population: self.spread.namespace(ns),
-                issues: issues_of(issues, ns),
-                scopes: self.scopes.get(ns.as_str()).map(Vec::as_slice).unwrap_or_default(),
-                nodes,
-                denials: beside.denials,
-                names: beside.names,
-                now: beside.now,
-            };
-            if let Some(status) = subject.status() {
-                say(NAMESPACE_EGRESS, ns, NAME, &place.annotations.uid, Report::Namespace(Box::new(status)));
+            if let Some(status) = self.namespace(snapshot, beside, ns, place) {
+                say(NAMESPACE_EGRESS, ns, NAME, &place.annotations.uid, status);
             }
         }
+        self.said.clone_from(&out);
         out
+    }
+
+    /// The same as [`Reporter::reports`] where nothing but denials of these namespaces is new since.
+    pub fn denied(&mut self, snapshot: &Snapshot, beside: &Beside<'_>, namespaces: &BTreeSet<Arc<str>>) -> Reports {
+        for ns in namespaces {
+            let object = ObjectRef { kind: NAMESPACE_EGRESS.into(), namespace: ns.to_string(), name: NAME.into() };
+            let place = snapshot.survey.namespaces.get(&**ns);
+            let status = place.and_then(|p| Some((self.namespace(snapshot, beside, ns, p)?, p)));
+            match status {
+                Some((report, p)) => {
+                    let new = Reported { uid: p.annotations.uid.clone(), report };
+                    if self.said.get(&object).is_none_or(|old| **old != new) {
+                        self.said.insert(object, Arc::new(new));
+                    }
+                }
+                None => drop(self.said.remove(&object)),
+            }
+        }
+        self.said.clone()
+    }
+
+    fn namespace(&self, snapshot: &Snapshot, beside: &Beside<'_>, ns: &str, place: &Place) -> Option<Report> {
+        let subject = Subject {
+            name: ns,
+            place,
+            survey: &snapshot.survey,
+            world: &snapshot.world,
+            population: self.spread.namespace(ns),
+            issues: issues_of(snapshot.world.issues(), ns),
+            scopes: self.scopes.get(ns).map(Vec::as_slice).unwrap_or_default(),
+            nodes: &beside.status.nodes,
+            denials: beside.denials,
+            names: beside.names,
+            now: beside.now,
+        };
+        Some(Report::Namespace(Box::new(subject.status()?)))
     }
 }
 
@@ -224,6 +256,6 @@ fn used<'a>(world: &'a World, claims: &'a [PairStatus]) -> BTreeMap<&'a str, Use
 
 /// Reports as the admin port shows them; of one namespace alone, if one is named.
 pub fn listed(reports: &Reports, namespace: Option<&str>) -> Vec<serde_json::Value> {
-    let one = |(o, r): (&ObjectRef, &Reported)| serde_json::json!({"kind": o.kind, "namespace": o.namespace, "name": o.name, "status": r.report});
+    let one = |(o, r): (&ObjectRef, &Arc<Reported>)| serde_json::json!({"kind": o.kind, "namespace": o.namespace, "name": o.name, "status": r.report});
     reports.iter().filter(|(o, _)| namespace.is_none_or(|n| n == o.namespace)).map(one).collect()
 }

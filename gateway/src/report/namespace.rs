@@ -1,11 +1,13 @@
 //! The status of `NamespaceEgress/tidegate`: what Tidegate does with a namespace.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 
 use jiff::Timestamp;
 use tidegate_api::resource::{
     Cause, Denial, HostNetworkPods, Isolation, NamespaceEgressStatus, NamespaceMode, ScopePair, Verdict,
 };
+use tidegate_policy::denied::Denied;
 use tidegate_policy::model::{ClusterDefault, UnixSeconds};
 use tidegate_policy::world::{Group, Issue, World};
 use tidegate_policy::{Name, ScopeKey};
@@ -151,6 +153,7 @@ impl Subject<'_> {
             last_time: time(e.last),
             count: i64::try_from(d.count).unwrap_or(i64::MAX),
             pod: pod.to_owned(),
+            to: to(d),
             name: d.name.as_deref().map(|n| cut(n.to_owned(), 1000)),
             address: d.address.map(|a| a.to_string()),
             protocol: d.protocol.map(protocol),
@@ -215,6 +218,18 @@ impl Subject<'_> {
             host_network_pods: (count > 0).then_some(HostNetworkPods { count, names }),
         })
     }
+}
+
+/// Where a pod wanted to go, in one word: `api.example.com`, `203.0.113.9:443`, `[2001:db8::1]:443`.
+fn to(d: &Denied) -> String {
+    let text = match (&d.name, d.address, d.port) {
+        (Some(name), _, None) => name.to_string(),
+        (Some(name), _, Some(port)) => format!("{name}:{port}"),
+        (None, Some(ip), None) => ip.to_string(),
+        (None, Some(ip), Some(port)) => SocketAddr::new(ip, port).to_string(),
+        (None, None, _) => String::new(),
+    };
+    cut(text, 1000)
 }
 
 /// Issues of a namespace's annotations and of its pods. `issues` are sorted, as a world has them.

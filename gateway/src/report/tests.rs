@@ -70,7 +70,7 @@ impl Cluster {
 
     fn policy(&mut self, kind: &str, namespace: &str, name: &str) -> PolicyStatus {
         let object = ObjectRef { kind: kind.into(), namespace: namespace.into(), name: name.into() };
-        match self.reports().remove(&object).expect("a report").report {
+        match Arc::unwrap_or_clone(self.reports().remove(&object).expect("a report")).report {
             Report::Policy(p) => p,
             other => panic!("{other:?}"),
         }
@@ -78,7 +78,7 @@ impl Cluster {
 
     fn namespace(&mut self, name: &str) -> Option<NamespaceEgressStatus> {
         let object = ObjectRef { kind: NAMESPACE_EGRESS.into(), namespace: name.into(), name: NAME.into() };
-        match self.reports().remove(&object)?.report {
+        match Arc::unwrap_or_clone(self.reports().remove(&object)?).report {
             Report::Namespace(n) => Some(*n),
             other => panic!("{other:?}"),
         }
@@ -86,7 +86,7 @@ impl Cluster {
 
     fn pool(&mut self, name: &str) -> EgressPoolStatus {
         let object = ObjectRef { kind: POOL.into(), namespace: String::new(), name: name.into() };
-        match self.reports().remove(&object).expect("a report").report {
+        match Arc::unwrap_or_clone(self.reports().remove(&object).expect("a report")).report {
             Report::Pool(p) => p,
             other => panic!("{other:?}"),
         }

@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use tidegate_ledger::Bindings;
-use tidegate_policy::denied::{Denied, Folded};
+use tidegate_policy::denied::Denied;
 use tidegate_policy::event::{Emit, Event};
 use tidegate_policy::model::UnixSeconds;
 use tidegate_policy::{Name, ScopeKey};
 use tidegate_proto::MAX_DENIED;
 
+use super::fair::Fair;
 use super::leading::Outlet;
 use super::{Beside, Reporter, Reports, Snapshot, Table};
 use crate::core::{NodeStatus, PairStatus, Shared, Status, ToCore};
@@ -24,6 +25,10 @@ use crate::telemetry::DENIALS_LOST;
 const QUEUE: usize = 4096;
 /// Reports are made so often at most, and other gateways are told of denials.
 const EVERY: Duration = Duration::from_secs(1);
+/// Audits that end are told of so often; each is an event once.
+const AUDITS: Duration = Duration::from_secs(30);
+/// The most denials of a round that may become events.
+const EVENTS: usize = 64;
 /// The thread takes at most one part in so many of a processor for reports.
 const SHARE: u32 = 20;
 /// How long the thread waits before it looks whether it is to stop.
@@ -104,12 +109,12 @@ struct Run {
     thread: Thread,
     table: Table,
     /// What other gateways are told next.
-    folded: Folded,
+    folded: Fair,
     /// What people are told next by Events.
-    news: Folded,
+    news: Fair,
     reporter: Reporter,
-    /// Whether something happened that reports say.
-    dirty: bool,
+    /// When audits that end were told of last.
+    audits: Option<Instant>,
     seen: Seen,
     last: Option<Arc<Snapshot>>,
 }
@@ -120,10 +125,10 @@ impl Thread {
         let mut run = Run {
             thread: self,
             table: Table::default(),
-            folded: Folded::new(MAX_DENIED * 4),
-            news: Folded::new(MAX_DENIED),
+            folded: Fair::default(),
+            news: Fair::default(),
             reporter: Reporter::default(),
-            dirty: false,
+            audits: None,
             seen: Seen::default(),
             last: None,
         };
@@ -167,7 +172,6 @@ impl Run {
             self.news.add(denied.clone());
         }
         self.table.add(denied, now());
-        self.dirty = true;
     }
 
     /// Tells other gateways what was denied here, and people what was denied anywhere.
@@ -180,7 +184,7 @@ impl Run {
             // A core that does not keep up has other worries.
             let _ = self.thread.core.try_send(ToCore::Denied(self.folded.take(MAX_DENIED)));
         }
-        let news = self.news.take(MAX_DENIED);
+        let news = self.news.take(EVENTS);
         let Some(outlet) = &self.thread.outlet else { return };
         let Some(snapshot) = self.thread.snapshot.load_full() else { return };
         for denied in news {
@@ -200,14 +204,27 @@ impl Run {
         let nodes = status.nodes.iter().map(|(n, s)| (n.clone(), held(s))).collect();
         let seen: Seen = (nodes, status.pairs.clone());
         let same = self.last.as_ref().is_some_and(|last| Arc::ptr_eq(last, &snapshot));
-        if !self.dirty && same && self.seen == seen {
+        self.table.retain(|ns| Some(snapshot.survey.namespaces.get(ns)?.annotations.uid.as_str()));
+        let denied = self.table.take_news();
+        if let Some(outlet) = &self.thread.outlet
+            && self.audits.is_none_or(|at| at.elapsed() >= AUDITS)
+        {
+            self.audits = Some(Instant::now());
+            outlet.audits(&snapshot.survey, now());
+        }
+        // The most frequent case costs what is new.
+        let all = !same || self.seen != seen;
+        if !all && denied.is_empty() {
             return;
         }
-        (self.dirty, self.seen, self.last) = (false, seen, Some(snapshot.clone()));
-        self.table.retain(|ns| snapshot.survey.namespaces.contains_key(ns));
+        (self.seen, self.last) = (seen, Some(snapshot.clone()));
         let names = |s, ip| self.thread.bindings.names_of(s, ip).into_iter().map(|(name, _)| name).collect();
         let beside = Beside { status: &status, denials: &self.table, names: &names, now: now() };
-        let reports = self.reporter.reports(&snapshot, &beside);
+        let reports = if all {
+            self.reporter.reports(&snapshot, &beside)
+        } else {
+            self.reporter.denied(&snapshot, &beside, &denied)
+        };
         if let Some(outlet) = &mut self.thread.outlet {
             outlet.wish(&reports);
         }
@@ -253,10 +270,10 @@ mod tests {
         let run = Run {
             thread,
             table: Table::default(),
-            folded: Folded::new(MAX_DENIED),
-            news: Folded::new(MAX_DENIED),
+            folded: Fair::default(),
+            news: Fair::default(),
             reporter: Reporter::default(),
-            dirty: false,
+            audits: None,
             seen: Seen::default(),
             last: None,
         };

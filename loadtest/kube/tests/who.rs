@@ -55,7 +55,7 @@ fn soon(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 /// The chart in a cluster, with users: `alice` edits the namespace `shop`, `vera` views it, `ned` may write every Namespace, and
-/// `carol` as well, who administers `shop`.
+/// `carol` as well, who administers `shop`, and `pia`, who may update cluster policies. The label `team` is kept.
 fn cluster() -> (Cluster, Api) {
     let cluster = Cluster::start().unwrap();
     let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../helm/tidegate");
@@ -65,7 +65,8 @@ fn cluster() -> (Cluster, Api) {
         String::from_utf8(out.stdout).unwrap()
     };
     helm(&["lint", "--strict"]);
-    let manifests = helm(&["template", "tidegate", "--no-hooks"]);
+    let manifests =
+        helm(&["template", "tidegate", "--no-hooks", "--set", "access.protectedLabels={team,example.com/zone}"]);
     let apply = |text: &str| {
         let out = cluster.kubectl(&["apply", "--server-side", "--validate=strict", "-f", "-"], text).unwrap();
         assert!(out.ok, "{out}");
@@ -94,7 +95,16 @@ items:
   rules:
   - apiGroups: [""]
     resources: [namespaces, namespaces/status, namespaces/finalize]
-    verbs: [get, create, update, patch]
+    verbs: [get, create, update, patch, delete]
+- apiVersion: rbac.authorization.k8s.io/v1
+  kind: ClusterRole
+  metadata: {name: platform}
+  rules: [{apiGroups: [tidegate.dev], resources: [clusteregresspolicies], verbs: [update]}]
+- apiVersion: rbac.authorization.k8s.io/v1
+  kind: ClusterRoleBinding
+  metadata: {name: platform}
+  roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: platform}
+  subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: pia}]
 - apiVersion: rbac.authorization.k8s.io/v1
   kind: ClusterRoleBinding
   metadata: {name: namespaces}
@@ -102,6 +112,7 @@ items:
   subjects:
   - {apiGroup: rbac.authorization.k8s.io, kind: User, name: ned}
   - {apiGroup: rbac.authorization.k8s.io, kind: User, name: carol}
+  - {apiGroup: rbac.authorization.k8s.io, kind: User, name: pia}
 - apiVersion: rbac.authorization.k8s.io/v1
   kind: RoleBinding
   metadata: {name: carol, namespace: shop}
@@ -236,4 +247,46 @@ fn only_administrators_change_how_a_namespace_is_managed() {
     ] {
         assert!(got == 200 || got == 201, "{got} {said}");
     }
+}
+
+#[test]
+fn nobody_leaves_a_cluster_policy_by_a_label_or_by_a_new_namespace() {
+    let (cluster, api) = cluster();
+    let (ned, carol, pia) =
+        (User { api: &api, name: "ned" }, User { api: &api, name: "carol" }, User { api: &api, name: "pia" });
+    let path = |name: &str| format!("/api/v1/namespaces/{name}");
+    let label = |who: &User, path: &str, key: &str, value: Value| {
+        who.send("PATCH", path, &json!({"metadata": {"labels": {key: value}}}))
+    };
+    let (shop, billing) = (path("shop"), path("billing"));
+    soon("the admission policy", || label(&ned, &billing, "team", json!("a")).0 == 403);
+    let refused = |(status, said): (u16, String), ending: &str| {
+        let words = "only those who may update clusteregresspolicies.tidegate.dev may ";
+        assert!(status == 403 && said.contains(words) && said.ends_with(ending), "{status} {said}");
+    };
+    let taken = |(status, said): (u16, String)| assert!(status == 200 || status == 201, "{status} {said}");
+    // Set, changed, removed; through each way that leads to the labels.
+    taken(label(&pia, &billing, "team", json!("payments")));
+    refused(label(&ned, &billing, "team", json!("b")), "change the label team");
+    refused(label(&ned, &billing, "team", json!(null)), "change the label team");
+    refused(label(&ned, &format!("{billing}/status"), "team", json!(null)), "change the label team");
+    refused(label(&carol, &shop, "example.com/zone", json!("open")), "change the label example.com/zone");
+    let new = |name: &str, labels: Value| json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}});
+    refused(ned.send("POST", "/api/v1/namespaces", &new("own", json!({"team": "payments"}))), "change the label team");
+    taken(label(&ned, &billing, "colour", json!("green")));
+    taken(ned.annotate(&billing, "tidegate.dev/allow", Some("api.example.com")));
+
+    // Made anew it would have neither.
+    refused(ned.send("DELETE", &billing, &json!({})), "delete a namespace that has the label team");
+    let (status, said) = ned.send("DELETE", &shop, &json!({}));
+    assert!(status == 403 && said.ends_with("delete a namespace that has tidegate.dev/managed"), "{status} {said}");
+    taken(ned.send("POST", "/api/v1/namespaces", &new("plain", json!({"colour": "red"}))));
+    taken(ned.send("DELETE", &path("plain"), &json!({})));
+    taken(carol.send("DELETE", &shop, &json!({})));
+    taken(pia.send("DELETE", &billing, &json!({})));
+    // What ends a namespace is not kept from it.
+    let _controllers = cluster.start_controllers(&["namespace-controller"]).unwrap();
+    soon("the end of the namespaces", || {
+        [&shop, &billing].iter().all(|p| api.send("GET", p, &[], "").unwrap().status == 404)
+    });
 }

@@ -104,7 +104,7 @@ pub fn all() -> Vec<Value> {
                 column("Isolation", "string", ".status.isolation"),
                 column("Mode", "string", ".status.mode"),
                 column("IPv4", "string", ".status.egress[*].ipv4"),
-                column("Last denied", "string", ".status.denials[0].name"),
+                column("Last denied", "string", ".status.denials[0].to"),
                 column("Reason", "string", ".status.denials[0].reason"),
                 wide("IPv6", "string", ".status.egress[*].ipv6"),
                 wide("Audit until", "date", ".status.auditUntilTime"),

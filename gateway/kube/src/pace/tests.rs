@@ -160,8 +160,9 @@ fn what_tidegate_says_of_a_namespace_comes_and_goes() {
         got,
         [
             Write::Create(egress("new")),
-            Write::Status(egress("new"), json!({"status": {"isolation": "Isolated"}})),
+            // Namespaces take turns.
             Write::Delete(egress("old"), "u9".into()),
+            Write::Status(egress("new"), json!({"status": {"isolation": "Isolated"}})),
         ]
     );
     // Somebody deleted it: it comes back.
@@ -208,4 +209,61 @@ fn an_outage_is_waited_out() {
     p.want(wanted(&[(object("a"), json!({"nodes": 7}))]), now);
     let Next::Write(w) = p.next(now, TIME) else { panic!() };
     assert_eq!(w, Write::Status(object("a"), json!({"status": {"nodes": 7}})));
+}
+
+#[test]
+fn a_loud_namespace_delays_no_other() {
+    let mut p = Pace::default();
+    let policy = |namespace: &str, n: usize| Object { namespace: namespace.into(), ..object(&format!("p{n}")) };
+    let mut all: Vec<_> = (0..500).map(|n| (policy("loud", n), programmed("True", 1, "9 of 9", 9))).collect();
+    p.want(wanted(&all), s(0.0));
+    assert_eq!(play(&mut p, s(0.0), s(5.0)).len(), 50);
+    // A second one, and an object of the cluster, come while hundreds wait.
+    let cluster = Object { kind: Kind::ClusterEgressPolicy, namespace: String::new(), name: "base".into() };
+    all.extend(
+        [policy("quiet", 0), policy("quiet", 1), cluster.clone()].map(|o| (o, programmed("True", 1, "9 of 9", 9))),
+    );
+    p.want(wanted(&all), s(5.0));
+    let next: Vec<Object> = play(&mut p, s(5.0), s(5.55)).into_iter().map(|(_, w)| w.object().clone()).collect();
+    let of = |o: &Object| next.iter().position(|n| n == o);
+    assert!(of(&policy("quiet", 0)).is_some_and(|at| at < 2) && of(&cluster).is_some_and(|at| at < 2), "{next:?}");
+    assert!(of(&policy("quiet", 1)).is_some() && next.iter().any(|o| o.namespace == "loud"), "{next:?}");
+}
+
+#[test]
+fn memory_of_turns_has_an_end() {
+    let mut p = Pace::default();
+    for n in 0..3 * REMEMBERED {
+        p.serve(n.to_string());
+    }
+    assert!(p.served.len() <= REMEMBERED);
+}
+
+/// What stays the same value costs nothing: with 10,000 namespaces it is wished anew every second.
+#[test]
+fn a_wish_costs_what_is_new() {
+    let one = |n: usize| {
+        (
+            egress(&format!("ns{n}")),
+            json!({"mode": "Enforce", "denials": [{"pod": "p", "count": n}], "conditions": [condition("Programmed", "True", 1, "m")]}),
+        )
+    };
+    let all = wanted(&(0..10_000).map(one).collect::<Vec<_>>());
+    let mut p = Pace::default();
+    let started = std::time::Instant::now();
+    p.want(all.clone(), s(0.0));
+    let first = started.elapsed();
+    assert_eq!(p.queue.len(), 10_000);
+    p.wanted.keys().for_each(|o| {
+        p.due.remove(o);
+    });
+    p.queue.clear();
+    let mut next = Statuses::clone(&all);
+    let changed = Wanted { uid: "u".into(), status: Arc::new(one(7).1) };
+    next.insert(egress("ns7"), changed);
+    let started = std::time::Instant::now();
+    p.want(Arc::new(next), s(1.0));
+    println!("10,000 new ones: {first:?}, one of them changed: {:?}", started.elapsed());
+    // The one that changed, by itself: nothing else was looked at.
+    assert_eq!(p.queue.len(), 1);
 }

@@ -235,6 +235,10 @@ pub struct Denial {
     /// The pod.
     #[schemars(length(max = 253))]
     pub pod: String,
+    /// Where the pod wanted to go: the name, or else the address, with the port where there is one.
+    #[serde(default)]
+    #[schemars(length(max = 1024))]
+    pub to: String,
     /// The name that the pod asked for, or that its connection named; absent where there was none.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 1024))]
