@@ -127,6 +127,8 @@ pub struct Topology {
     pub onlink: Vec<(IpNet, u32)>,
     /// Devices of default routes.
     pub defaults: BTreeSet<u32>,
+    /// Devices of default routes in other tables than the main one, to which rules lead.
+    pub ruled: BTreeSet<u32>,
     /// Neighbours: (device, address) → hardware address.
     pub neighbours: BTreeMap<(u32, IpAddr), [u8; 6]>,
     /// Forwarding tables: (bridge, hardware address) → port.
@@ -162,6 +164,15 @@ impl Topology {
             }
         }
         out
+    }
+
+    /// Devices by which rules send packets outside, such as a second network card of whose addresses some pods have one.
+    /// None that leads to a container.
+    pub fn by_rule(&self, uplinks: &[&Link]) -> Vec<&Link> {
+        let inside = self.inside(&[]);
+        let ours = |l: &Link| devices::OURS.contains(&l.name.as_str()) || inside.contains(&l.index);
+        let known = |l: &Link| uplinks.iter().any(|u| u.index == l.index);
+        self.ruled.iter().filter_map(|i| self.links.get(i)).filter(|l| !ours(l) && !known(l)).collect()
     }
 
     /// Devices on top of these that are no tunnels (VLANs, macvlans): what leaves by them leaves there.
@@ -463,8 +474,9 @@ fn add_route(out: &mut Topology, best: &mut BTreeMap<IpAddr, u32>, route: &Route
     }
     let length = route.header.destination_prefix_length;
     let Some(destination) = destination else {
-        if length == 0 && table == u32::from(RouteHeader::RT_TABLE_MAIN) {
-            out.defaults.extend(out_devices);
+        if length == 0 {
+            let main = table == u32::from(RouteHeader::RT_TABLE_MAIN);
+            if main { &mut out.defaults } else { &mut out.ruled }.extend(out_devices);
         }
         return;
     };
@@ -551,6 +563,19 @@ mod tests {
         assert_eq!(names(None), ["eth0"]);
         assert_eq!(names(Some(&["br0".into(), "none0".into()])), ["br0"]);
         assert!(names(Some(&["tgq".into()])).is_empty());
+    }
+
+    #[test]
+    fn rules_lead_out_by_other_devices_but_never_by_a_containers() {
+        let mut t = topology();
+        let cable = Link { peer_netns: Some(1), ..device(6, "veth2", Kind::Veth) };
+        for l in [device(7, "eth1", Kind::Other), cable] {
+            t.links.insert(l.index, l);
+        }
+        t.ruled = [1, 4, 6, 7, 9].into();
+        let names: Vec<&str> = t.by_rule(&t.uplinks(None)).iter().map(|l| l.name.as_str()).collect();
+        assert_eq!(names, ["eth1"]);
+        assert!(t.by_rule(&t.uplinks(Some(&["eth0".into(), "eth1".into()]))).is_empty());
     }
 
     #[test]

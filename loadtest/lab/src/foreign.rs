@@ -43,6 +43,20 @@ pub fn attach(netns: &str, devices: &[String], pins: &Path) -> Result<()> {
     })?
 }
 
+/// The programs on a device of a namespace, by name: of what it receives first to last, then of what it sends.
+///
+/// # Errors
+/// When there is no such device.
+pub fn programs(netns: &str, device: &str) -> Result<Vec<String>> {
+    netns::within(netns, || {
+        let query = |kind| -> Result<Vec<String>> {
+            let (_, programs) = SchedClassifier::query_tcx(device, kind).with_context(|| device.to_owned())?;
+            Ok(programs.into_iter().map(|p| p.name_as_str().unwrap_or_default().to_owned()).collect())
+        };
+        Ok([query(TcAttachType::Ingress)?, query(TcAttachType::Egress)?].concat())
+    })?
+}
+
 /// The ELF file: the program, its licence, names and one symbol.
 fn object() -> Vec<u8> {
     /// Name, type, flags, link (a section's number), info, entry size, content.

@@ -257,7 +257,7 @@ impl Lab {
         let scenario = &self.state.scenario;
         for node in &scenario.nodes {
             let pods = scenario.pods.iter().filter(|p| p.node == node.name);
-            let devices: Vec<String> = pods.map(world::veth).collect();
+            let devices: Vec<String> = pods.map(|p| world::veth(scenario, p)).collect();
             let pins = self.layout.bpffs().join(name).join(&node.name);
             foreign::attach(&self.state.netns(&node.name), &devices, &pins)?;
         }
@@ -366,6 +366,10 @@ impl Lab {
         if words.is_empty() { format!("{} is empty", self.layout.log(name).display()) } else { words }
     }
 
+    pub(crate) fn state_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
+
     pub(crate) fn told(&self) -> &AtomicBool {
         &self.told
     }
@@ -384,10 +388,18 @@ impl Lab {
     /// # Errors
     /// When there is none of this name or it ends at once.
     pub fn start(&mut self, name: &str) -> Result<()> {
+        self.start_with(name, &[])
+    }
+
+    /// As [`Lab::start`], with more in its environment.
+    ///
+    /// # Errors
+    /// As [`Lab::start`].
+    pub fn start_with(&mut self, name: &str, environment: &[(&str, &str)]) -> Result<()> {
         let role = if self.state.scenario.node(name).is_ok() { "agent" } else { "gateway" };
         let netns = self.place(name)?.netns;
         let mut command = Command::new(&self.tidegate);
-        command.arg(role).arg("--config").arg(self.layout.config(name));
+        command.arg(role).arg("--config").arg(self.layout.config(name)).envs(environment.iter().copied());
         let pod = role == "agent" && self.has_kubernetes();
         if pod {
             self.mount_trust()?;

@@ -6,6 +6,7 @@
 
 pub mod admin;
 pub mod certs;
+pub mod change;
 pub mod cluster;
 pub mod family;
 pub mod foreign;

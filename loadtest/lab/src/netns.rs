@@ -84,12 +84,21 @@ pub fn sysctls(netns: &str, values: &[(String, String)]) -> Result<()> {
 
 /// Runs `ip` once for many commands.
 pub fn ip_batch(netns: &str, lines: &[String]) -> Result<()> {
+    batch("ip", netns, lines)
+}
+
+/// Runs `bridge` once for many commands.
+pub fn bridge_batch(netns: &str, lines: &[String]) -> Result<()> {
+    batch("bridge", netns, lines)
+}
+
+fn batch(tool: &str, netns: &str, lines: &[String]) -> Result<()> {
     if lines.is_empty() {
         return Ok(());
     }
     let mut text = lines.join("\n");
     text.push('\n');
-    checked(Command::new("ip").args(["-n", netns, "-batch", "-"]), Some(&text))
+    checked(Command::new(tool).args(["-n", netns, "-batch", "-"]), Some(&text))
         .with_context(|| format!("in namespace {netns}, of\n{text}"))
 }
 

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::certs::{Authority, Files};
 use crate::kube::{self, GATEWAY_SERVICE, agent_token, gateway_kubeconfig, trust};
-use crate::scenario::{CLUSTER_DOMAIN, Cni, SYSTEM_NAMESPACE, Scenario};
+use crate::scenario::{CLUSTER_DOMAIN, Pod, SYSTEM_NAMESPACE, Scenario};
 
 /// Where agents find gateways, on the gateway pod's own address.
 const CONTROL_PORT: u16 = 7443;
@@ -136,6 +136,13 @@ pub fn write(scenario: &Scenario, layout: &Layout) -> Result<()> {
     Ok(())
 }
 
+/// Writes the configuration of a gateway that was added; with an API server, where it needs no certificate.
+pub(crate) fn write_gateway(scenario: &Scenario, layout: &Layout, name: &str, node: &str) -> Result<()> {
+    let keys = scenario.tidegate.as_ref().map(|t| t.gateway.clone()).unwrap_or_default();
+    let config = overlay(gateway(scenario, layout, name, node), &keys);
+    Ok(std::fs::write(layout.config(name), yaml(&config)?)?)
+}
+
 /// Policy manifests are copied flat; the product re-reads the copies, so a user's files stay as they are.
 fn copy_policies(from: &Path, to: &Path) -> Result<()> {
     for entry in std::fs::read_dir(from).with_context(|| format!("cannot read {}", from.display()))? {
@@ -183,10 +190,7 @@ fn agent(scenario: &Scenario, layout: &Layout, node: &str) -> Result<Value> {
         "node": node,
         "socket": layout.socket(node),
         "pins": layout.bpffs().join(node),
-        "interfaces": match scenario.hosts.cni {
-            Cni::Ptp => "HostRoute",
-            Cni::Bridge => "Bridge",
-        },
+        "interfaces": if scenario.hosts.cni.is_bridge() { "Bridge" } else { "HostRoute" },
         "admin": format!("127.0.0.1:{AGENT_ADMIN}"),
         "audit": {"file": layout.audit(node)},
     });
@@ -312,20 +316,7 @@ pub fn manifests(scenario: &Scenario) -> Result<Vec<(String, String)>> {
         })
     });
     files.push(("nodes.yaml".into(), documents(nodes)?));
-    let pods = scenario.pods.iter().map(|pod| {
-        json!({
-            "apiVersion": "v1", "kind": "Pod",
-            "metadata": {
-                "name": pod.name, "namespace": pod.namespace, "uid": uid("pod", &pod.key()), "labels": pod.labels,
-            },
-            "spec": {"nodeName": pod.node, "containers": [{"name": "main", "image": "lab"}]},
-            "status": {
-                "phase": "Running",
-                "podIP": pod.addresses().first(),
-                "podIPs": pod.addresses().iter().map(|ip| json!({"ip": ip})).collect::<Vec<_>>(),
-            },
-        })
-    });
+    let pods = scenario.pods.iter().map(pod_object);
     files.push(("pods.yaml".into(), documents(pods)?));
     let pools = scenario.pools.iter().map(|pool| {
         let addresses: Vec<Value> = pool
@@ -336,16 +327,18 @@ pub fn manifests(scenario: &Scenario) -> Result<Vec<(String, String)>> {
                 ips.into_iter().flatten().map(|(key, ip)| (key.to_owned(), ip)).collect()
             })
             .collect();
-        let allowed = if pool.allowed_namespaces.is_empty() {
-            json!({})
-        } else {
-            json!({"matchLabels": pool.allowed_namespaces})
+        let selector = |labels: &BTreeMap<String, String>| match labels.is_empty() {
+            true => json!({}),
+            false => json!({"matchLabels": labels}),
         };
-        json!({
-            "apiVersion": "tidegate.dev/v1alpha1", "kind": "EgressPool",
-            "metadata": {"name": pool.name},
-            "spec": {"allowedNamespaces": allowed, "addressSource": "Static", "static": {"addresses": addresses}},
-        })
+        let mut spec = json!({
+            "allowedNamespaces": selector(&pool.allowed_namespaces),
+            "addressSource": "Static", "static": {"addresses": addresses},
+        });
+        if !pool.gateway_node_selector.is_empty() {
+            spec["gatewayNodeSelector"] = selector(&pool.gateway_node_selector);
+        }
+        json!({"apiVersion": "tidegate.dev/v1alpha1", "kind": "EgressPool", "metadata": {"name": pool.name}, "spec": spec})
     });
     if !scenario.pools.is_empty() {
         files.push(("pools.yaml".into(), documents(pools)?));
@@ -362,6 +355,22 @@ pub fn namespace_object(
     json!({
         "apiVersion": "v1", "kind": "Namespace",
         "metadata": {"name": name, "uid": uid("namespace", name), "labels": labels, "annotations": annotations},
+    })
+}
+
+/// The Pod of a pod.
+pub(crate) fn pod_object(pod: &Pod) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {
+            "name": pod.name, "namespace": pod.namespace, "uid": uid("pod", &pod.key()), "labels": pod.labels,
+        },
+        "spec": {"nodeName": pod.node, "containers": [{"name": "main", "image": "lab"}]},
+        "status": {
+            "phase": "Running",
+            "podIP": pod.addresses().first(),
+            "podIPs": pod.addresses().iter().map(|ip| json!({"ip": ip})).collect::<Vec<_>>(),
+        },
     })
 }
 

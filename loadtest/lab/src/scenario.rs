@@ -95,11 +95,27 @@ pub struct Hosts {
 /// How pods are linked to their node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Cni {
-    /// A link and a host route for each pod (ptp, Calico, AWS).
+    /// A link and a host route for each pod, as such CNIs have them in common.
     #[default]
     Ptp,
-    /// The bridge `cni0` with the node's range on it (bridge, flannel).
+    /// As kind has it: the plugins ptp and host-local. The node's end of every pod's link has the range's first address.
+    Kind,
+    /// As Calico without an overlay has it: no address on the node's ends, which all have one hardware address.
+    Calico,
+    /// As AWS VPC has it: a node's second network card has the even IPv4 addresses of pods, and rules send what such a pod
+    /// sends out by it. Pods know their gateway's hardware address.
+    AwsVpc,
+    /// The bridge `cni0` with the node's range on it, and routes to other nodes.
     Bridge,
+    /// The same, with flannel's VXLAN between nodes.
+    Flannel,
+}
+
+impl Cni {
+    /// Whether pods are on a bridge.
+    pub const fn is_bridge(self) -> bool {
+        matches!(self, Cni::Bridge | Cni::Flannel)
+    }
 }
 
 /// Source validation (RFC 3704).
@@ -147,6 +163,16 @@ pub struct Gateway {
     pub name: String,
     /// The node that it runs on.
     pub node: String,
+}
+
+impl Gateway {
+    /// The pod that it is.
+    pub(crate) fn pod(&self) -> Pod {
+        Pod {
+            labels: BTreeMap::from([("app".into(), "tidegate-gateway".into())]),
+            ..Pod::new(SYSTEM_NAMESPACE, &self.name, &self.node)
+        }
+    }
 }
 
 /// A Kubernetes namespace.
@@ -352,6 +378,9 @@ pub struct Pool {
     /// Labels of the namespaces that may use it; empty: every namespace.
     #[serde(default)]
     pub allowed_namespaces: BTreeMap<String, String>,
+    /// Labels of the nodes whose gateways may hold it; empty: every node.
+    #[serde(default)]
+    pub gateway_node_selector: BTreeMap<String, String>,
 }
 
 /// An egress pair.
@@ -437,20 +466,24 @@ impl Scenario {
         Ok(scenario)
     }
 
+    /// Adds a pod, with addresses that nobody has; gives it complete.
+    ///
+    /// # Errors
+    /// When its name or address is taken, or its node has no address left.
+    pub(crate) fn add_pod(&mut self, pod: Pod) -> Result<Pod> {
+        let key = pod.key();
+        self.pods.push(pod);
+        let added = self.check_names().and_then(|()| self.allocate()).and_then(|()| self.pod(&key).cloned());
+        if added.is_err() {
+            self.pods.pop();
+        }
+        added
+    }
+
     fn complete(&mut self) -> Result<()> {
         ensure!(!self.families.is_empty(), "families is empty");
         self.drop_families();
-        for gateway in &self.gateways {
-            self.pods.push(Pod {
-                name: gateway.name.clone(),
-                namespace: SYSTEM_NAMESPACE.into(),
-                node: gateway.node.clone(),
-                labels: BTreeMap::from([("app".into(), "tidegate-gateway".into())]),
-                ipv4: None,
-                ipv6: None,
-                listen: Listen::default(),
-            });
-        }
+        self.pods.extend(self.gateways.iter().map(Gateway::pod));
         for name in self.pods.iter().map(|p| p.namespace.clone()).collect::<BTreeSet<_>>() {
             if !self.namespaces.iter().any(|n| n.name == name) {
                 self.namespaces.push(Namespace { name, labels: BTreeMap::new(), annotations: BTreeMap::new() });
@@ -745,6 +778,19 @@ impl Service {
 }
 
 impl Pod {
+    /// A pod without labels that serves nothing; its addresses are chosen when it is added.
+    pub fn new(namespace: &str, name: &str, node: &str) -> Self {
+        Self {
+            name: name.into(),
+            namespace: namespace.into(),
+            node: node.into(),
+            labels: BTreeMap::new(),
+            ipv4: None,
+            ipv6: None,
+            listen: Listen::default(),
+        }
+    }
+
     /// `NAMESPACE/NAME`.
     pub fn key(&self) -> String {
         format!("{}/{}", self.namespace, self.name)

@@ -10,14 +10,13 @@ use std::time::Duration;
 
 use aya::maps::MapInfo;
 use aya::programs::links::{FdLink, PinnedLink};
-use aya::programs::{SchedClassifier, TcAttachType};
 use nix::sys::signal::Signal;
 use tidegate_lab::family::{FAMILIES, Family};
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::observe::Watch;
 use tidegate_lab::probe::curl;
 use tidegate_lab::steady::{Servers, Steady};
-use tidegate_lab::{Lab, Options, Scenario, world};
+use tidegate_lab::{Lab, Options, Scenario, foreign, world};
 
 static ONE: Mutex<()> = Mutex::new(());
 const POD: &str = "shop/web";
@@ -113,12 +112,7 @@ fn layout(lab: &Lab, name: &str) -> PathBuf {
 
 /// The programs on a device of a place, first to last.
 fn programs(lab: &Lab, place: &str, device: &str) -> Vec<String> {
-    let query = |kind| {
-        let (_, programs) = SchedClassifier::query_tcx(device, kind).unwrap();
-        programs.into_iter().map(|p| p.name_as_str().unwrap_or_default().to_owned()).collect::<Vec<_>>()
-    };
-    let look = || [query(TcAttachType::Ingress), query(TcAttachType::Egress)].concat();
-    lab.place(place).unwrap().within(look).unwrap()
+    foreign::programs(lab.place(place).unwrap().netns(), device).unwrap()
 }
 
 /// Adds keys to a process's configuration, and gives what it was.
@@ -173,7 +167,7 @@ fn an_agent_is_killed_under_traffic_and_comes_back() {
 #[test]
 fn an_agent_moves_to_other_maps_and_back_under_traffic() {
     let (_one, mut lab) = up("moves");
-    let veth = world::veth(lab.scenario().pod(POD).unwrap());
+    let veth = world::veth(lab.scenario(), lab.scenario().pod(POD).unwrap());
     moves(&mut lab, "node-1", &[(&veth, 2), ("tgn", 1), ("eth0", 2)]);
 }
 

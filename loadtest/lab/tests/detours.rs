@@ -144,12 +144,12 @@ fn allowed_again(lab: &Lab, what: &str) {
 
 /// Takes the pod's cable away.
 fn unplug(lab: &Lab, pod: &str) {
-    run(lab, NODE, &format!("ip link del {}", veth(lab.scenario().pod(pod).unwrap())));
+    run(lab, NODE, &format!("ip link del {}", veth(lab.scenario(), lab.scenario().pod(pod).unwrap())));
 }
 
 /// Lays a cable as the network plugin does.
 fn plug(lab: &Lab, pod: &str) {
-    let veth = veth(lab.scenario().pod(pod).unwrap());
+    let veth = veth(lab.scenario(), lab.scenario().pod(pod).unwrap());
     let netns = lab.pod(pod).netns().to_owned();
     let (a, b) = (address(lab, pod, Family::V4), address(lab, pod, Family::V6));
     run(

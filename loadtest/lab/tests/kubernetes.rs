@@ -190,13 +190,7 @@ fn the_api_server_is_away(lab: &mut Lab) {
 fn the_order_of_objects_decides_nothing(lab: &mut Lab) {
     let pod = "shop/worker";
     let ips = lab.scenario().pod(pod).unwrap().addresses();
-    let guest = |key: &'static str, app: &str| Guest {
-        key,
-        node: "node-2",
-        labels: json!({"app": app}),
-        addresses: ips.clone(),
-        host_network: false,
-    };
+    let guest = |key: &'static str, app: &str| Guest::new(key, "node-2", app, &ips);
     // In lists billing comes before shop.
     lab.make_pod(&guest("billing/heir", "pay")).unwrap();
     lab.restart("gw-b").unwrap();

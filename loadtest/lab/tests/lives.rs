@@ -248,13 +248,7 @@ fn an_address_that_moves_to_another_namespace_starts_with_nothing() {
         for family in FAMILIES {
             assert_eq!(seen(lab, pod, family, "www.example.com"), Some(of(POOL_A, family)));
         }
-        let guest = |key: &'static str, app: &str| Guest {
-            key,
-            node: "node-2",
-            labels: json!({"app": app}),
-            addresses: ips.clone(),
-            host_network: false,
-        };
+        let guest = |key: &'static str, app: &str| Guest::new(key, "node-2", app, &ips);
         // Who is faster than a watch: the address never belongs to nobody for longer than two requests take.
         lab.delete_pod(pod).unwrap();
         lab.make_pod(&guest("billing/heir", "pay")).unwrap();
@@ -347,9 +341,7 @@ fn a_deleted_namespaces_pods_stay_isolated_while_they_end() {
                 lab.request("POST", &path, &policy).unwrap();
             }
             let key = format!("{namespace}/app");
-            let labels = json!({});
-            let guest = Guest { key: &key, node: "node-2", labels, addresses: ips.clone(), host_network: false };
-            lab.make_pod(&guest).unwrap();
+            lab.make_pod(&Guest::new(&key, "node-2", "doomed", &ips)).unwrap();
             isolated(lab, place);
             assert!(seen(lab, place, Family::V4, "api.example.com").is_some());
 
@@ -374,9 +366,7 @@ fn a_deleted_namespaces_pods_stay_isolated_while_they_end() {
             let end = wait_for(Duration::from_secs(60), || gone().then_some(()));
             assert!(end.is_some(), "{namespace} is not emptied");
         }
-        let labels = json!({"app": "batch"});
-        let guest = Guest { key: place, node: "node-2", labels, addresses: ips, host_network: false };
-        lab.make_pod(&guest).unwrap();
+        lab.make_pod(&Guest::new(place, "node-2", "batch", &ips)).unwrap();
         untouched(lab, place);
     });
 }

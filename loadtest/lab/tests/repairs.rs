@@ -394,7 +394,7 @@ fn node(at: &At<'_>) {
     let folder = || std::fs::remove_dir_all(&pins).unwrap();
     heals(at.lab, at.pest, at.place, "pin", "rm -r maps", &names, &folder);
     // Another program comes first on a pod's interface, and hides those behind it.
-    let veth = world::veth(at.lab.scenario().pod(POD).unwrap());
+    let veth = world::veth(at.lab.scenario(), at.lab.scenario().pod(POD).unwrap());
     let first = || {
         let query = || aya::programs::SchedClassifier::query_tcx(veth.as_str(), aya::programs::TcAttachType::Ingress);
         let (_, programs) = at.lab.place(at.place).unwrap().within(query).unwrap().unwrap();

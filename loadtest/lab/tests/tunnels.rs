@@ -301,7 +301,7 @@ fn layers(lab: &mut Lab) {
     std::fs::write(&file, table).unwrap();
     run(lab, node, &format!("nft -f {}", file.display()));
     for (pod, ..) in ATTACKERS.iter().filter(|(_, n, _)| *n == node) {
-        detach(lab, node, "pod_egress", &veth(lab.scenario().pod(pod).unwrap()));
+        detach(lab, node, "pod_egress", &veth(lab.scenario(), lab.scenario().pod(pod).unwrap()));
     }
     go(lab);
     eyes.nothing("netfilter alone");

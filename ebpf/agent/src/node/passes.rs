@@ -286,7 +286,12 @@ impl Node {
         let mut foreign = names(&underlay);
         foreign.extend(self.tunnels().map(|l| l.name.clone()));
         foreign.push(EGRESS_SIDE.to_owned());
-        let uplinks = self.uplinks();
+        let mut uplinks = self.uplinks();
+        let by_rule = self.topology.by_rule(&uplinks);
+        foreign.extend(names(&by_rule));
+        foreign.sort_unstable();
+        foreign.dedup();
+        uplinks.extend(by_rule);
         // Where the network plugin has bridges, pods' packets are forwarded from theirs.
         let place = |(ip, index): (&IpAddr, &u32)| {
             let links = &self.topology.links;
@@ -315,8 +320,13 @@ impl Node {
                 out.insert((*program, link.index), link.name.clone());
             }
         };
-        for link in self.uplinks() {
+        let uplinks = self.uplinks();
+        for link in &uplinks {
             want(link, &[Program::NodeGuard, Program::UplinkIngress]);
+        }
+        // Of devices without a hardware address the packets are not as the program expects them.
+        for link in self.topology.by_rule(&uplinks).into_iter().filter(|l| l.kind == Kind::Other && l.mac != [0; 6]) {
+            want(link, &[Program::NodeGuard]);
         }
         for (name, program) in
             [(TUNNEL, Program::TunnelIngress), (POD_SIDE, Program::GatewayReturn), (EGRESS_SIDE, Program::UplinkEgress)]

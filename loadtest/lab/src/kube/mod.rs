@@ -243,15 +243,21 @@ impl Lab {
         }
         let site = self.site()?;
         for gateway in &self.scenario().gateways {
-            let file = site.folder().join(format!("{}.token", gateway.name));
-            self.write_token(objects::GATEWAY_SERVICE, &gateway.name, None, &file)?;
-            site.write_token_kubeconfig(&gateway_kubeconfig(site.folder(), &gateway.name), &gateway.name, &file)?;
+            self.give_kubeconfig(&gateway.name)?;
         }
         for node in &self.scenario().nodes {
             let file = agent_token(site.folder(), &node.name);
             self.write_token(objects::AGENT_ACCOUNT, &objects::agent_pod(&node.name), Some(AUDIENCE), &file)?;
         }
         Ok(())
+    }
+
+    /// Writes the kubeconfig of a gateway, whose pod is there.
+    pub(crate) fn give_kubeconfig(&self, gateway: &str) -> Result<()> {
+        let site = self.site()?;
+        let file = site.folder().join(format!("{gateway}.token"));
+        self.write_token(objects::GATEWAY_SERVICE, gateway, None, &file)?;
+        site.write_token_kubeconfig(&gateway_kubeconfig(site.folder(), gateway), gateway, &file)
     }
 
     /// Installs the chart. Nobody makes pods of its Deployment and DaemonSet: those are the scenario's.

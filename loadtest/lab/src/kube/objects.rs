@@ -4,13 +4,15 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use crate::family::Family;
-use crate::product::{documents, manifests};
+use crate::product::{documents, manifests, pod_object};
 use crate::scenario::{Node, Pod, SYSTEM_NAMESPACE, Scenario};
 
 /// The ServiceAccount of agents.
 pub const AGENT_ACCOUNT: &str = "tidegate-agent";
 /// The headless Service of gateways, and their ServiceAccount.
 pub const GATEWAY_SERVICE: &str = "tidegate-gateway";
+/// The controller that makes slices of Services with selectors, such as the gateways'.
+const SLICER: &str = "endpointslice-controller";
 /// Where gateways listen.
 const CONTROL_PORT: u16 = 7443;
 
@@ -142,6 +144,11 @@ fn agent(scenario: &Scenario, node: &Node) -> Value {
     )
 }
 
+/// A pod that comes while the lab runs, as kubelets write it.
+pub fn pod(scenario: &Scenario, pod: &Pod) -> Value {
+    native(scenario, pod_object(pod))
+}
+
 /// An object as people and kubelets write it.
 fn native(scenario: &Scenario, mut object: Value) -> Value {
     if let Some(metadata) = object["metadata"].as_object_mut() {
@@ -166,6 +173,8 @@ fn native(scenario: &Scenario, mut object: Value) -> Value {
                 "app.kubernetes.io/component": "gateway",
             });
             object["spec"]["serviceAccountName"] = json!(GATEWAY_SERVICE);
+            // The Service names its port by the container's.
+            object["spec"]["containers"][0]["ports"] = json!([{"name": "control", "containerPort": CONTROL_PORT}]);
         }
     }
     object
@@ -195,6 +204,9 @@ fn services(scenario: &Scenario) -> Result<Vec<Value>> {
             "spec": spec,
         }));
         all.extend(slices(scenario, &service.namespace, &service.name, &ports, &pods));
+    }
+    if scenario.kubernetes.as_ref().is_some_and(|k| k.controllers.iter().any(|c| c == SLICER)) {
+        return Ok(all);
     }
     let pods = scenario.gateways.iter().map(|g| scenario.pod(&format!("{SYSTEM_NAMESPACE}/{}", g.name)));
     let pods = pods.collect::<Result<Vec<_>>>()?;

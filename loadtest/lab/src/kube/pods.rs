@@ -5,8 +5,9 @@ use std::net::IpAddr;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use super::objects;
 use crate::lab::Lab;
-use crate::scenario::{CLUSTER_DOMAIN, NameSpec};
+use crate::scenario::{CLUSTER_DOMAIN, NameSpec, Pod};
 
 /// A Pod object.
 #[derive(Clone, Debug)]
@@ -21,6 +22,13 @@ pub struct Guest<'a> {
     pub addresses: Vec<IpAddr>,
     /// Whether it is on its node's own network.
     pub host_network: bool,
+}
+
+impl<'a> Guest<'a> {
+    /// A pod on its own network, with the label `app`.
+    pub fn new(key: &'a str, node: &'a str, app: &str, addresses: &[IpAddr]) -> Self {
+        Self { key, node, labels: json!({"app": app}), addresses: addresses.to_vec(), host_network: false }
+    }
 }
 
 fn path(key: &str) -> Result<(String, &str)> {
@@ -50,6 +58,15 @@ impl Lab {
             self.request("PATCH", &format!("{pods}/{name}/status"), &json!({"status": status}))?;
         }
         self.set_addresses(guest.key, &guest.addresses)
+    }
+
+    /// Makes the Pod object of a pod of the scenario, as its kubelet has it once it runs.
+    pub(crate) fn make_object(&self, pod: &Pod) -> Result<()> {
+        let mut object = objects::pod(self.scenario(), pod);
+        let status = object["status"].take();
+        let (pods, name) = path(&pod.key()).map(|(pods, name)| (pods, name.to_owned()))?;
+        self.request("POST", &pods, &object)?;
+        self.request("PATCH", &format!("{pods}/{name}/status"), &json!({"status": status})).map(drop)
     }
 
     /// Says in a pod's status which addresses it has, as its kubelet would.

@@ -13,12 +13,21 @@ use nix::sys::signal::Signal;
 use socket2::{Domain, Protocol, Socket, Type};
 use tidegate_lab::family::{FAMILIES, Family};
 use tidegate_lab::lab::wait_for;
-use tidegate_lab::netns::within;
+use tidegate_lab::netns::{ip_batch, within};
 use tidegate_lab::probe::{curl, dig};
 use tidegate_lab::{Lab, Options, Scenario};
 
 /// Pods of the namespace whose egress pair is looked at, on the nodes without a gateway.
 pub const PODS: [&str; 2] = ["shop/web", "shop/worker"];
+/// A pod whose namespace has no pool: it leaves as its gateway's pod does, by the PodNetwork.
+pub const PLAIN: &str = "annotated/app";
+/// Names are back so soon when a gateway has died, and egress addresses.
+pub const NAMES: Duration = Duration::from_secs(1);
+pub const ADDRESSES: Duration = Duration::from_secs(3);
+/// What traffic may notice of what should not touch it, on a busy machine.
+pub const CALM: (Duration, Duration) = (Duration::from_millis(700), Duration::from_secs(1));
+/// The shop's pool.
+pub const POOL: &str = "/apis/tidegate.dev/v1alpha1/egresspools/partner-a";
 /// A gateway must be ready so soon after its start.
 pub const READY: Duration = Duration::from_secs(20);
 
@@ -56,14 +65,20 @@ pub fn up(name: &str) -> Lab {
     up_like("demo.yaml", name, |_| {})
 }
 
-/// The same with another scenario file, or a changed one.
+/// The cluster of another scenario file, or a changed one, with whoever has taken which pair.
 #[track_caller]
-pub fn up_like(file: &str, name: &str, change: impl FnOnce(&mut Scenario)) -> Lab {
+pub fn start(file: &str, name: &str, change: impl FnOnce(&mut Scenario)) -> Lab {
     let scenarios = concat!(env!("CARGO_MANIFEST_DIR"), "/../scenarios/");
     let mut scenario = Scenario::load(format!("{scenarios}{file}").as_ref()).unwrap();
     change(&mut scenario);
     let options = Options { lab: Some(env!("CARGO_BIN_EXE_tidegate-lab").into()), ..Options::unique(name) };
-    let mut lab = Lab::up(scenario, &options).unwrap();
+    Lab::up(scenario, &options).unwrap()
+}
+
+/// The same with two gateways, and the shop's pair at gw-a.
+#[track_caller]
+pub fn up_like(file: &str, name: &str, change: impl FnOnce(&mut Scenario)) -> Lab {
+    let mut lab = start(file, name, change);
     if owner(&lab, "gw-b").0 != "gw-a" {
         // On a machine so busy that gw-a was not able for ten seconds the other one has begun.
         lab.restart("gw-b").unwrap();
@@ -101,6 +116,13 @@ impl Log {
             .chain(log.iter().filter(|(at, r)| *at > since && r.is_ok()).map(|(at, _)| *at))
             .collect();
         good.windows(2).map(|w| w[1].duration_since(w[0])).max().unwrap_or(Duration::MAX)
+    }
+
+    /// How many tries failed after `since`, of how many.
+    pub fn failures(&self, since: Instant) -> (usize, usize) {
+        let log = self.0.lock().unwrap();
+        let late: Vec<bool> = log.iter().filter(|(at, _)| *at > since).map(|(_, r)| r.is_err()).collect();
+        (late.iter().filter(|failed| **failed).count(), late.len())
     }
 
     /// Whom servers saw after `since`, each once.
@@ -228,6 +250,22 @@ pub fn gaps(what: &str, all: &[Traffic], since: Instant, names: Duration, flows:
     assert!(worst.0 < names && worst.1 < flows, "{what}: {worst:?}");
 }
 
+/// Without a pool of its own a pod leaves with the address of its gateway's node: another one after a failover. `plain` is
+/// such a pod, `now` the gateway that has them since soon after `since`.
+#[track_caller]
+pub fn pod_network(lab: &Lab, plain: &str, traffic: &[Traffic], since: Instant, now: &str) {
+    for t in traffic.iter().filter(|t| t.pod == plain) {
+        let (dns, flows) = (t.names.longest(since), t.flows.longest(since));
+        println!("PodNetwork {:?}: longest DNS gap {dns:?}, gap {flows:?}", t.family);
+        assert!(dns < NAMES && flows < ADDRESSES, "PodNetwork: {dns:?} {flows:?}");
+        let gateways = &lab.scenario().gateways;
+        let known: Vec<IpAddr> = gateways.iter().map(|g| node_of(lab, &g.name, t.family)).collect();
+        assert!(t.flows.sources(None).iter().all(|ip| known.contains(ip)), "{:?}", t.flows.sources(None));
+        let late = t.flows.sources(Some(since + ADDRESSES));
+        assert_eq!(late, [node_of(lab, now, t.family)]);
+    }
+}
+
 /// Ends a process at once; says when.
 pub fn kill(lab: &Lab, name: &str) -> Instant {
     let at = Instant::now();
@@ -269,6 +307,62 @@ pub fn owner(lab: &Lab, gateway: &str) -> (String, u64) {
 pub fn wait_owner(lab: &Lab, asked: &str, owned_by: &str, limit: Duration) -> u64 {
     let found = wait_for(limit, || Some(owner(lab, asked)).filter(|(o, _)| o == owned_by));
     found.unwrap_or_else(|| panic!("{asked} says {:?}, not {owned_by}", owner(lab, asked))).1
+}
+
+/// With an API server: what stands in the status of the shop's pool.
+pub fn recorded(lab: &Lab) -> (String, u64) {
+    let pool = lab.request("GET", POOL, &serde_json::Value::Null).unwrap();
+    let entry = &pool["status"]["addresses"][0];
+    (entry["owner"].as_str().unwrap_or_default().into(), entry["epoch"].as_u64().unwrap_or_default())
+}
+
+/// Waits until this owner is recorded, with an epoch that is at least this and the one that the owner says; gives it.
+#[track_caller]
+pub fn wait_recorded(lab: &Lab, gateway: &str, least: u64) -> u64 {
+    let agree = || {
+        let (who, epoch) = recorded(lab);
+        let own = owner_of(lab, gateway, "203.0.113.10");
+        (who == gateway && epoch >= least && own == (who, epoch, true)).then_some(epoch)
+    };
+    let found = wait_for(Duration::from_secs(10), agree);
+    found.unwrap_or_else(|| panic!("{:?} is recorded; {gateway} says {:?}", recorded(lab), owner(lab, gateway)))
+}
+
+/// The link of the node of gw-a, the owner, fails: it hears nobody and withdraws, gw-b serves. Back again, it takes
+/// nothing. Gives the epoch of gw-b.
+#[track_caller]
+pub fn owner_is_cut_off(lab: &mut Lab, wire: &Wire) -> u64 {
+    let (who, epoch) = owner(lab, "gw-a");
+    assert_eq!(who, "gw-a");
+    let node = "gw-node-a";
+    let port = lab.scenario().nodes.iter().position(|n| n.name == node).unwrap();
+    let fabric = lab.place("fabric").unwrap().netns().to_owned();
+    let (cut, traffic) = under_traffic(lab, &PODS, |lab| {
+        let cut = Instant::now();
+        ip_batch(&fabric, &[format!("link set port{port} down")]).unwrap();
+        wait_owner(lab, "gw-b", "gw-b", Duration::from_secs(10));
+        let withdrawn = || (!owner_of(lab, "gw-a", "203.0.113.10").2).then_some(());
+        assert!(wait_for(Duration::from_secs(10), withdrawn).is_some(), "the owner withdraws");
+        let held = || (lab.metric(node, "tidegate_held_addresses", &[]).unwrap() == 0.0).then_some(());
+        assert!(wait_for(Duration::from_secs(5), held).is_some(), "its node holds nothing");
+        std::thread::sleep(Duration::from_secs(1));
+        cut
+    });
+    gaps("owner cut off", &traffic, cut, NAMES, ADDRESSES);
+    assert_eq!(owner(lab, "gw-b"), ("gw-b".into(), epoch + 1));
+    let (back, traffic) = under_traffic(lab, &PODS, |lab| {
+        let back = Instant::now();
+        ip_batch(&fabric, &[format!("link set port{port} up")]).unwrap();
+        wait_owner(lab, "gw-a", "gw-b", Duration::from_secs(20));
+        std::thread::sleep(Duration::from_secs(4));
+        back
+    });
+    gaps("owner is back", &traffic, back, CALM.0, CALM.1);
+    for g in ["gw-a", "gw-b"] {
+        assert_eq!(owner(lab, g), ("gw-b".into(), epoch + 1), "{g}");
+    }
+    wire.only(cut, &["gw-b"]);
+    epoch + 1
 }
 
 /// Connections to what was resolved long ago, forwarded and relayed, with no query by anybody.
