@@ -10,6 +10,7 @@ use tidegate_dns::DnsConfig;
 use tidegate_dns_core::budget::BudgetLimits;
 use tidegate_dns_core::{AddressDecision, Allow, AskMode, Denial, NameDecision};
 use tidegate_policy::Reason;
+use tidegate_random::Random;
 
 mod bench;
 use bench::wiring::{Rr, Table, a, aaaa, allow, answer, cname, deny, name, query, rr};
@@ -19,20 +20,17 @@ use bench::{Asked, Authority, Bench, Policy, config, pod};
 const NAMES: u64 = 120;
 const TYPES: [u16; 6] = [1, 28, 65, 64, 16, 5];
 
-/// SplitMix64: the same every time.
-struct Random(u64);
+/// Answers out of random numbers.
+struct Draw(Random);
 
-impl Random {
+impl Draw {
     fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % n
+        self.0.below(n)
     }
 
     /// Of this text, always the same.
     fn of(text: &str, salt: u64) -> Self {
-        Self(text.bytes().fold(salt, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)))
+        Self(Random(text.bytes().fold(salt, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))))
     }
 
     fn v4(&mut self) -> [u8; 4] {
@@ -122,7 +120,7 @@ impl Random {
 }
 
 fn resolver(q: &Asked<'_>) -> Option<Vec<u8>> {
-    let mut r = Random::of(&q.name, u64::from(q.qtype));
+    let mut r = Draw::of(&q.name, u64::from(q.qtype));
     let records = r.records(&q.name, q.qtype);
     let rdata = [&name("m.example")[..], &name("r.example"), &[0; 16], &60u32.to_be_bytes()].concat();
     let code = if records.is_empty() && r.below(2) == 0 { 3 } else { 0 };

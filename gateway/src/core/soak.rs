@@ -33,6 +33,7 @@ use tidegate_policy::event::{Emit, Event, Verdict, What};
 use tidegate_policy::model::{Objects, Touched, UnixSeconds};
 use tidegate_policy::world::World;
 use tidegate_proto::{Beat, PeerFact, PeerMessage};
+use tidegate_random::Random;
 use tidegate_sni::Registry;
 use tokio::sync::mpsc;
 
@@ -96,22 +97,6 @@ const SLACK: usize = 256 << 10;
 fn clocks() -> Clocks {
     let ms = NOW.load(Ordering::Relaxed);
     Clocks { kernel: "one boot".into(), boot_ms: ms, wall_ms: WALL as u64 * 1000 + ms }
-}
-
-/// SplitMix64: the same every time.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
 }
 
 /// How much is done.

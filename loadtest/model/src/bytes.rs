@@ -1,5 +1,7 @@
 //! Decisions out of bytes: every byte string means something, so that a fuzzer may change any byte.
 
+use tidegate_random::Random;
+
 /// What is left of the bytes. At the end every question is answered with zero.
 #[derive(Clone, Debug)]
 pub struct Bytes<'a>(&'a [u8]);
@@ -49,14 +51,10 @@ impl<'a> Bytes<'a> {
 
 /// Bytes that are the same for the same seed (SplitMix64).
 pub fn random(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     let mut out = Vec::with_capacity(len + 8);
     while out.len() < len {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        out.extend_from_slice(&(z ^ (z >> 31)).to_le_bytes());
+        out.extend_from_slice(&random.next().to_le_bytes());
     }
     out.truncate(len);
     out

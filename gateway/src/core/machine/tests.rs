@@ -7,28 +7,13 @@ use tidegate_policy::model::{
 };
 use tidegate_policy::pattern::Pattern;
 use tidegate_policy::{Name, Proto};
+use tidegate_random::Random;
 
 use super::*;
 use crate::desired::{Compiled, Order};
 
 const TARGETS: [Target<'static>; 4] = [Target::Own, Target::Node("n1"), Target::Node("n2"), Target::Node("n3")];
 const SPACES: [&str; 3] = ["a", "b", "c"];
-
-/// SplitMix64: the same every time.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % n
-    }
-
-    fn of<T: Copy>(&mut self, all: &[T]) -> T {
-        all[self.below(all.len() as u64) as usize]
-    }
-}
 
 fn desired() -> Desired {
     let text = "{name: gw-a, node: n1, directory: /nowhere, control: '127.0.0.1:1', socket: /nowhere/s, pins: /nowhere/p, \
