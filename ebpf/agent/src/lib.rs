@@ -25,6 +25,7 @@ pub mod join;
 pub mod links;
 pub mod merge;
 mod node;
+mod places;
 pub mod plug;
 pub mod stream;
 pub mod sysctl;

@@ -28,6 +28,7 @@ use crate::guard::{self, Keeper, Settings};
 use crate::held::{LEASE, Leases};
 use crate::links::{self, Netlink, Topology};
 use crate::merge::{self, Model, Source};
+use crate::places::Places;
 use crate::plug::{Hello, Request};
 use crate::stream::{self, Ack, Applied};
 use crate::told::Told;
@@ -127,6 +128,8 @@ struct Node {
     /// Interfaces of local pods that were found, by address. They stay while the device exists: a route that flaps or a
     /// neighbour that is forgotten must not open a pod.
     interfaces: BTreeMap<IpAddr, u32>,
+    /// The same on bridges, with what is known of whom they are.
+    places: Places,
     pod_macs: BTreeMap<u32, [u8; 6]>,
     attached: BTreeMap<(Program, u32), String>,
     gateway: Option<Gateway>,
@@ -192,6 +195,7 @@ impl Node {
                 }
             });
         }
+        let places = Places::adopt(datapath.interfaces());
         let gateways = Gateways::new(config.gateways.iter().map(|g| g.name.as_str()));
         let mut node = Self {
             config,
@@ -213,6 +217,7 @@ impl Node {
             topology,
             tunnel_mtu,
             interfaces: BTreeMap::new(),
+            places,
             pod_macs: BTreeMap::new(),
             attached: BTreeMap::new(),
             gateway: None,

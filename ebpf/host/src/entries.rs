@@ -1,10 +1,17 @@
 //! How full the kernel's tables are.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use crate::load::Datapath;
 
 impl Datapath {
+    /// The interfaces of this machine's pods by address, as they were last written, also by an earlier process.
+    pub fn interfaces(&self) -> BTreeMap<IpAddr, u32> {
+        let here = self.tables.endpoints.iter().filter(|(_, e)| e.ifindex != 0);
+        here.map(|(addr, e)| (addr.to_ip(), e.ifindex)).collect()
+    }
+
     /// How many entries each table holds: of those that programs change as the kernel has them (they are walked, so this
     /// costs a system call an entry), of the others as they were written.
     pub fn entries(&self) -> BTreeMap<&'static str, usize> {

@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use serde_json::json;
 use socket2::{Domain, Protocol, Socket, Type};
-use support::{address, named, run, translate};
+use support::{PASSES, address, named, run, translate};
+use tidegate_lab::forge;
+use tidegate_lab::lab::wait_for;
 use tidegate_lab::probe::{self, FAMILIES, Family};
 use tidegate_lab::{Lab, Options, Scenario};
 
@@ -51,6 +53,65 @@ fn hostile_tenants() {
     services_that_lead_outside(&lab);
     tunnels_of_the_network_plugin(&lab);
     openings_that_nobody_sent(&lab);
+}
+
+/// On a bridge a pod's interface is found by what its neighbours say of themselves: one that takes another's address by
+/// ARP or neighbour discovery must not get what that one may.
+#[test]
+fn a_neighbours_address_on_a_bridge() {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../scenarios/variants/bridge.yaml");
+    let options = Options { lab: Some(env!("CARGO_BIN_EXE_tidegate-lab").into()), ..Options::unique("bridged") };
+    let mut lab = Lab::up(Scenario::load(file.as_ref()).unwrap(), &options).unwrap();
+    let (node, thief, owner) = ("node-1", "shop/web", "untouched/app");
+    let link = run(&lab, thief, "ip -br link show eth0");
+    let mac = link.split_whitespace().nth(2).unwrap().to_owned();
+    for again in [false, true] {
+        for family in FAMILIES {
+            let (theirs, to) = (address(&lab, owner, family), denied(family));
+            let watch = lab.watch(to.ip(), "").unwrap();
+            let length = family.pick(32, 128);
+            let bridge = family.pick("10.244.1.1", "fd00:10:244:1::1");
+            let claim = format!(
+                "ip addr replace {theirs}/{length} dev eth0 {}; ip neigh flush dev eth0; ping -c 1 -W 1 -I {theirs} {bridge}; true",
+                family.pick("", "nodad")
+            );
+            let go = |lab: &Lab| {
+                // A node does not believe another one within a second.
+                let taken = wait_for(Duration::from_secs(10), || {
+                    run(lab, thief, &claim);
+                    run(lab, node, &format!("ip neigh show {theirs} dev cni0")).contains(&mac).then_some(())
+                });
+                assert!(taken.is_some(), "{family:?}: the node takes the thief for the owner");
+                // Until the agent has heard of it.
+                std::thread::sleep(Duration::from_millis(500));
+                for source in [theirs, address(lab, thief, family)] {
+                    let packet = forge::udp(SocketAddr::new(source, 6333), to, b"stolen");
+                    forge::send(&lab.pod(thief), None, &packet).unwrap();
+                }
+                std::thread::sleep(PASSES);
+            };
+            go(&lab);
+            if again {
+                // An agent that comes later finds it so.
+                lab.restart(node).unwrap();
+                lab.wait_ready(node, Duration::from_secs(30)).unwrap();
+                go(&lab);
+            }
+            assert_eq!(watch.packets().unwrap(), 0, "{family:?}, the agent restarted: {again}");
+            // Given back, all is as before.
+            run(&lab, thief, &format!("ip addr del {theirs}/{length} dev eth0"));
+            let back = wait_for(Duration::from_secs(10), || {
+                run(&lab, owner, &format!("ip neigh flush dev eth0; ping -c 1 -W 1 {bridge}; true"));
+                answers(&lab, owner, to).then_some(())
+            });
+            assert!(back.is_some(), "{family:?}: the owner goes on");
+            let seen = wait_for(Duration::from_secs(10), || {
+                let seen = probe::curl(&lab.pod(thief), family, "https://api.example.com/", &[]);
+                (seen.exit == 0).then_some(())
+            });
+            assert!(seen.is_some(), "{family:?}: so does the other one with what it may");
+        }
+    }
 }
 
 /// An address of the cluster set that is translated to one outside.

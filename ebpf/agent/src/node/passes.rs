@@ -13,6 +13,7 @@ use crate::devices::{EGRESS_SIDE, POD_SIDE, TUNNEL};
 use crate::events;
 use crate::guard::Desired;
 use crate::links::{Kind, Link};
+use crate::places::Who;
 
 /// The most neighbours to ask for in one second.
 const MAX_RESOLVE: usize = 64;
@@ -60,12 +61,27 @@ impl Node {
     async fn find_pods(&mut self) {
         let links = &self.topology.links;
         let pods: BTreeSet<IpAddr> = self.local_pods().collect();
-        self.interfaces.retain(|ip, index| pods.contains(ip) && links.contains_key(index));
-        for ip in pods {
-            if let Some(link) = self.topology.interface(ip, self.config.interfaces) {
-                self.interfaces.insert(ip, link.index);
-            }
+        let how = self.config.interfaces;
+        let said = |ip: IpAddr| self.topology.interface(ip, how).map(|l| l.index);
+        if how == Interfaces::HostRoute {
+            self.interfaces.retain(|ip, index| pods.contains(ip) && links.contains_key(index));
+            self.interfaces.extend(pods.into_iter().filter_map(|ip| Some((ip, said(ip)?))));
+        } else if self.settled() {
+            // Before that nobody knows which pods there are.
+            let who = |ip: IpAddr| {
+                let e = self.merged.endpoints.get(&ip)?;
+                Some((ip, Who { pod: (&*e.namespace, &*e.pod), touch: e.touch }))
+            };
+            let pods: BTreeMap<IpAddr, Who<'_>> = pods.into_iter().filter_map(who).collect();
+            self.places.follow(&pods, |index| links.contains_key(&index), said);
+            self.interfaces = self.places.found();
+            let refused = self.places.refused();
+            let text = refused.first().map(|ip| {
+                format!("{ip} answers behind another pod's interface ({} in all): not believed", refused.len())
+            });
+            self.problem("neighbours", text);
         }
+        let links = &self.topology.links;
         self.pod_macs.retain(|index, _| links.contains_key(index));
         let unknown: BTreeSet<u32> =
             self.interfaces.values().filter(|i| !self.pod_macs.contains_key(i)).copied().collect();
