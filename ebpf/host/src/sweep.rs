@@ -1,7 +1,5 @@
 //! What nobody deletes by name: idle flows, facts long expired, forgotten identities.
 
-use std::time::Duration;
-
 use ahash::{AHashMap, AHashSet};
 use aya::Pod;
 use aya::maps::{HashMap, MapData};
@@ -20,7 +18,7 @@ const SHORT: u32 = 60;
 /// How long a UDP flow may be silent (RFC 4787, REQ-5 recommends 5 min).
 const UDP: u32 = 300;
 /// How long an expired fact is kept for the flows that it may still carry.
-const EXPIRED: Duration = Duration::from_secs(24 * 3600);
+const EXPIRED: u32 = 24 * 3600;
 
 /// What [`Datapath::sweep`] removed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -65,8 +63,11 @@ impl Datapath {
     /// # Errors
     /// What the kernel refused.
     pub fn sweep(&mut self) -> Result<Swept, Error> {
+        self.sweep_at(now_secs())
+    }
+
+    fn sweep_at(&mut self, now: u32) -> Result<Swept, Error> {
         let mut swept = Swept::default();
-        let now = now_secs();
         let mut counts: AHashMap<Addr, u32> = AHashMap::new();
         for (key, value) in entries(&self.flows, self.options.capacities.flows) {
             let pod = self.tables.endpoints.get(&key.pod);
@@ -87,7 +88,6 @@ impl Datapath {
         }
         swept.repaired = self.ids.restore()?;
         let (mut scopes, mut classes) = (AHashSet::new(), AHashSet::new());
-        let limit = u32::try_from(EXPIRED.as_secs()).unwrap_or(u32::MAX);
         let mut there = AHashSet::new();
         for (key, mut value) in entries::<FactKey, Fact>(&self.facts, self.options.capacities.facts) {
             let Some((class, expires)) = self.told.get(&key).copied() else {
@@ -103,7 +103,7 @@ impl Datapath {
             }
             there.insert(key);
             let idle_since = value.expires.max(value.seen);
-            if now.saturating_sub(idle_since) > limit {
+            if now.saturating_sub(idle_since) > EXPIRED {
                 gone(self.facts.remove(&key), "FACTS")?;
                 self.told.remove(&key);
                 swept.facts += 1;
@@ -150,5 +150,56 @@ impl Datapath {
         }
         swept.ids = self.ids.retain(|kind, id| used.contains(&(kind, id)))?;
         Ok(swept)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::time::Duration;
+
+    use tidegate_policy::state::{FactUpdate, FactValue, NodeState};
+    use tidegate_policy::{ClassKey, ScopeKey};
+
+    use super::*;
+    use crate::{Capacities, Local, Options, Role};
+
+    struct Pins(PathBuf);
+
+    impl Drop for Pins {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn facts_are_forgotten_a_day_after_their_last_use() {
+        let pins = Pins(PathBuf::from(format!("/sys/fs/bpf/tidegate-sweep-{}", std::process::id())));
+        let mut options = Options::new(Role::Gateway, &pins.0);
+        options.capacities = Capacities { endpoints: 64, facts: 64, grants: 64, portsets: 64, prefixes: 64, flows: 64 };
+        let mut d = Datapath::load(&options).unwrap();
+        d.apply(&NodeState::default(), &Local { node: "n1".into(), ..Local::default() }, false).unwrap();
+        let fact = |last: u8, ttl| FactUpdate {
+            scope: ScopeKey(last.into()),
+            ip: [192, 0, 2, last].into(),
+            value: Some(FactValue { class: ClassKey(last.into()), ttl: Duration::from_secs(ttl) }),
+        };
+        let before = now_secs();
+        d.facts(&[fact(1, 60), fact(2, 60), fact(3, 600)]).unwrap();
+        // The second one carried packets until later.
+        let key = FactKey { scope: d.ids.find(Kind::Scope, 2).unwrap(), addr: Addr::from_ip([192, 0, 2, 2].into()) };
+        let used = Fact { seen: before + 300, ..d.facts.get(&key, 0).unwrap() };
+        d.facts.insert(key, used, 0).unwrap();
+        let mut left = |after: u32| {
+            let swept = d.sweep_at(before + after).unwrap();
+            (swept.facts, swept.repaired, d.entries()["FACTS"], d.ids.find(Kind::Scope, 1).is_some())
+        };
+        const DAY: u32 = 24 * 3600;
+        assert_eq!(left(0), (0, 0, 3, true));
+        assert_eq!(left(DAY + 59), (0, 0, 3, true));
+        assert_eq!(left(DAY + 70), (1, 0, 2, false), "and its scope's identity with it");
+        assert_eq!(left(DAY + 299), (0, 0, 2, false));
+        assert_eq!(left(DAY + 301), (1, 0, 1, false));
+        assert_eq!(left(DAY + 620), (1, 0, 0, false));
     }
 }

@@ -315,6 +315,59 @@ fn tunnel_packets_to_other_addresses_of_the_node_are_dropped() {
     }
 }
 
+/// A node's tunnel packet: to a gateway (1) or to a pod (2).
+fn tunnelled(vni: u8, source: &str, destination: &str) -> Vec<u8> {
+    let mut packet = vec![8, 0, 0, 0, 0, 0, vni, 0];
+    packet.extend(packets::udp(source, destination, 53));
+    packet
+}
+
+#[test]
+fn who_is_in_no_list_neither_speaks_nor_hears_in_the_tunnel() {
+    let mut w = World::new();
+    let mut state = state();
+    let mut untouched = state.endpoints[&ip("10.244.2.5")].clone();
+    (untouched.touch, untouched.member) = (Touch::Untouched, None);
+    state.endpoints.insert(ip("10.244.2.6"), untouched);
+    w.a.fixture.path_mut().apply(&state, &w.a.local, false).unwrap();
+    w.b.ns.ip("address add 192.0.2.202/24 dev underlay");
+    let send = |from: &NodeSide, own: &str, to: &str, packet: &[u8]| {
+        let socket = from.ns.enter(|| UdpSocket::bind((own, 0)).unwrap());
+        socket.send_to(packet, (to, 8475)).unwrap();
+    };
+    let counts = |node: &NodeSide| {
+        let of = |outcome, reason| node.count(Hook::TunnelIngress, outcome, reason);
+        let dropped = [Reason::SpoofedSource, Reason::UnknownPod, Reason::Malformed].map(|r| of(Outcome::Drop, r));
+        (of(Outcome::Steer, Reason::Allowed), dropped)
+    };
+    let soon = |node: &NodeSide, wanted: (u64, [u64; 3]), what: &str| {
+        let deadline = std::time::Instant::now() + Duration::from_secs(5);
+        while counts(node) != wanted && std::time::Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(counts(node), wanted, "{what}");
+    };
+    // The gateway's node speaks to pods of the node, not to others and not up its stack.
+    for (n, to) in [(1, "10.244.2.77"), (2, "10.244.1.5"), (3, "192.0.2.2")] {
+        send(&w.a, "192.0.2.1", "192.0.2.2", &tunnelled(2, "198.51.100.53", to));
+        soon(&w.b, (0, [0, n, 0]), to);
+    }
+    send(&w.a, "192.0.2.1", "192.0.2.2", &tunnelled(2, "198.51.100.53", "10.244.2.5"));
+    soon(&w.b, (1, [0, 3, 0]), "a pod of the node");
+    // Of a pod that nobody listed, of one that nobody selects, of a machine that is no node.
+    let listed = tunnelled(1, "10.244.2.5", "198.51.100.53");
+    send(&w.b, "192.0.2.2", "192.0.2.1", &tunnelled(1, "10.244.2.77", "198.51.100.53"));
+    soon(&w.a, (0, [1, 0, 0]), "a stranger's source");
+    send(&w.b, "192.0.2.2", "192.0.2.1", &tunnelled(1, "10.244.2.6", "198.51.100.53"));
+    soon(&w.a, (0, [2, 0, 0]), "an untouched pod's source");
+    send(&w.b, "192.0.2.202", "192.0.2.1", &listed);
+    soon(&w.a, (0, [3, 0, 0]), "a machine that is no node");
+    send(&w.b, "192.0.2.2", "192.0.2.1", &tunnelled(3, "10.244.2.5", "198.51.100.53"));
+    soon(&w.a, (0, [3, 0, 1]), "another network's number");
+    send(&w.b, "192.0.2.2", "192.0.2.1", &listed);
+    soon(&w.a, (1, [3, 0, 1]), "a node speaks for its pod");
+}
+
 #[test]
 fn the_guard_stops_detours() {
     let mut w = World::new();
