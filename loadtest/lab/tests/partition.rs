@@ -10,19 +10,21 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{
-    CALM, PODS, READY, Wire, facts, facts_hold, gaps, kill, learn, log, owner, owner_is_cut_off, owner_of, status,
-    under_traffic, up, wait_owner,
+    PODS, READY, Wire, facts, facts_hold, gaps, kill, learn, log, owner, owner_of, status, under_traffic, up,
+    wait_owner,
 };
 use nix::sys::signal::Signal;
 use tidegate_lab::Lab;
 use tidegate_lab::certs::Authority;
 use tidegate_lab::family::FAMILIES;
 use tidegate_lab::lab::wait_for;
-use tidegate_lab::netns::nft;
+use tidegate_lab::netns::{ip_batch, nft};
 use tidegate_lab::probe::dig;
 
 const NODES: [&str; 2] = ["gw-node-a", "gw-node-b"];
 const GATEWAYS: [&str; 2] = ["gw-a", "gw-b"];
+/// What traffic may notice of what should not touch it, on a busy machine.
+const CALM: (Duration, Duration) = (Duration::from_millis(700), Duration::from_secs(1));
 
 #[test]
 fn partition() {
@@ -33,6 +35,7 @@ fn partition() {
     owner_is_cut_off(&mut lab, &wire);
     owner_is_told_to_end(&mut lab, &wire);
     agent_of_the_owner_dies(&mut lab, &wire);
+    agent_of_the_owner_hangs(&mut lab, &wire);
     certificates_are_replaced(&mut lab);
     lab.down().unwrap();
 }
@@ -88,6 +91,38 @@ fn gateways_lose_each_other(lab: &mut Lab, wire: &Wire) {
     let same = || (facts(lab, "gw-a") == facts(lab, "gw-b")).then_some(());
     assert!(wait_for(Duration::from_secs(15), same).is_some());
     assert_eq!((owners(lab), decisions(lab)), before);
+}
+
+/// The link of the owner's node fails: it hears nobody and withdraws, the other one serves. Back again, it takes nothing.
+fn owner_is_cut_off(lab: &mut Lab, wire: &Wire) {
+    let (_, epoch) = owner(lab, "gw-a");
+    let port = lab.scenario().nodes.iter().position(|n| n.name == NODES[0]).unwrap();
+    let fabric = lab.place("fabric").unwrap().netns().to_owned();
+    let (cut, traffic) = under_traffic(lab, &PODS, |lab| {
+        let cut = Instant::now();
+        ip_batch(&fabric, &[format!("link set port{port} down")]).unwrap();
+        wait_owner(lab, "gw-b", "gw-b", Duration::from_secs(10));
+        let withdrawn = || (!owner_of(lab, "gw-a", "203.0.113.10").2).then_some(());
+        assert!(wait_for(Duration::from_secs(10), withdrawn).is_some(), "the owner withdraws");
+        let held = || (lab.metric(NODES[0], "tidegate_held_addresses", &[]).unwrap() == 0.0).then_some(());
+        assert!(wait_for(Duration::from_secs(5), held).is_some(), "its node holds nothing");
+        std::thread::sleep(Duration::from_secs(1));
+        cut
+    });
+    gaps("owner cut off", &traffic, cut, Duration::from_secs(1), Duration::from_secs(3));
+    assert_eq!(owner(lab, "gw-b"), ("gw-b".into(), epoch + 1));
+    let (back, traffic) = under_traffic(lab, &PODS, |lab| {
+        let back = Instant::now();
+        ip_batch(&fabric, &[format!("link set port{port} up")]).unwrap();
+        wait_owner(lab, "gw-a", "gw-b", Duration::from_secs(20));
+        std::thread::sleep(Duration::from_secs(4));
+        back
+    });
+    gaps("owner is back", &traffic, back, CALM.0, CALM.1);
+    for g in GATEWAYS {
+        assert_eq!(owner(lab, g), ("gw-b".into(), epoch + 1), "{g}");
+    }
+    wire.only(cut, &["gw-b"]);
 }
 
 /// SIGTERM: the other one has everything in place before this one lets go.
@@ -147,6 +182,29 @@ fn agent_of_the_owner_dies(lab: &mut Lab, wire: &Wire) {
         assert_eq!(owner(lab, g), ("gw-b".into(), epoch + 1), "{g}");
     }
     wire.only(killed, &["gw-b"]);
+}
+
+/// One that hangs ends no stream and no lease of the kernel's by itself: silence alone says so, 2 s of it, and as long
+/// again its owner waits for it.
+fn agent_of_the_owner_hangs(lab: &mut Lab, wire: &Wire) {
+    let (_, epoch) = owner(lab, "gw-b");
+    let (hung, traffic) = under_traffic(lab, &PODS, |lab| {
+        let hung = Instant::now();
+        lab.signal(NODES[1], Signal::SIGSTOP, None).unwrap();
+        wait_owner(lab, "gw-a", "gw-a", Duration::from_secs(10));
+        println!("agent hung: taken over after {:?}", hung.elapsed());
+        std::thread::sleep(Duration::from_secs(2));
+        lab.signal(NODES[1], Signal::SIGCONT, None).unwrap();
+        lab.wait_ready(NODES[1], READY).unwrap();
+        lab.wait_ready("gw-b", READY).unwrap();
+        std::thread::sleep(Duration::from_secs(2));
+        hung
+    });
+    gaps("agent hung", &traffic, hung, Duration::from_secs(1), Duration::from_secs(5));
+    for g in GATEWAYS {
+        assert_eq!(owner(lab, g), ("gw-a".into(), epoch + 1), "{g}");
+    }
+    wire.only(hung, &["gw-a"]);
 }
 
 /// Another authority and new certificates for all, while everything runs: who connects from then on shows the new
