@@ -383,8 +383,7 @@ impl Run {
                 (n.compiles, n.status.held) = (Held::default(), 0);
                 // An empty snapshot would take policy away from the node's pods: before there is one, nothing is said.
                 if self.settled {
-                    let parts = self.parts();
-                    self.send_state(&node, &parts);
+                    self.send_state(&node);
                     self.compile_sent(&node);
                 }
             }

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use tidegate_ebpf::Local;
 use tidegate_policy::model::{self, AddressSource, Labels, Node, Objects, Selector, Touched};
 use tidegate_policy::state::{self, NodeState};
-use tidegate_policy::world::{NodeStateParts, Scope, World};
+use tidegate_policy::world::{NodeStateParts, Scope, Sight, World};
 use tidegate_policy::{ClassKey, GroupKey, PortSet, ScopeKey};
 use tidegate_proto::Pair;
 
@@ -71,11 +71,6 @@ impl Compiled {
             egress: self.egress.clone(),
             gateway_nodes: self.gateway_nodes.clone(),
         }
-    }
-
-    /// Classes that facts will have if no prefix rule holds their addresses: their grants are pushed ahead.
-    pub fn ahead(&self) -> impl Iterator<Item = (ScopeKey, ClassKey)> {
-        self.world.scopes().values().flat_map(|s| s.single_rule_classes().map(|c| (s.key(), c)))
     }
 
     /// Whether gateways of a node may hold the pool.
@@ -233,13 +228,67 @@ impl Desired {
         pairs.collect::<BTreeSet<_>>().into_iter().collect()
     }
 
-    /// Everything that follows from policy, with the grants of these classes; to be cut by [`Desired::state`].
-    pub fn parts(&self, world: &World, active: impl IntoIterator<Item = (ScopeKey, ClassKey)>) -> NodeStateParts {
-        world.node_state_parts(active)
+    /// A node needs its own endpoints, untouched ones too; where a gateway runs, and in our own kernel, every endpoint
+    /// whose packets it may have to take. Every gateway tells all of them: nodes follow the owner's word where there is
+    /// one, and a pod is never without its policy while ownership moves.
+    pub fn sight<'t>(&self, target: Target<'t>) -> Sight<'t> {
+        match target {
+            Target::Own => Sight { everything: true, here: None },
+            Target::Node(n) => Sight { everything: self.members.load().all().any(|g| g.node == n), here: Some(n) },
+        }
     }
 
-    /// What one machine should hold.
-    pub fn state(&self, compiled: &Compiled, parts: &NodeStateParts, target: Target<'_>) -> NodeState {
+    /// What one machine should hold, at the cost of that. `live` says which classes the facts of a scope have.
+    pub fn state<C: IntoIterator<Item = ClassKey>>(
+        &self,
+        compiled: &Compiled,
+        target: Target<'_>,
+        live: impl Fn(ScopeKey) -> C,
+    ) -> NodeState {
+        let NodeStateParts { endpoints, groups, prefixes, grants, .. } = compiled.world.parts(self.sight(target), live);
+        let mut out = self.frame(compiled);
+        let claims = self.claims.load();
+        let scopes: BTreeSet<ScopeKey> = endpoints.values().filter_map(|e| Some(e.member?.0)).collect();
+        let members: BTreeSet<(ScopeKey, GroupKey)> = endpoints.values().filter_map(|e| e.member).collect();
+        out.endpoints = endpoints;
+        // What our own kernel may carry out: of other gateways' scopes it takes only DNS.
+        let mut carries = BTreeSet::new();
+        for key in scopes {
+            let Some(scope) = compiled.world.scope(key) else { continue };
+            let way = self.way_out(scope);
+            if way.is_some() || matches!(target, Target::Node(_)) {
+                carries.insert(key);
+            }
+            let Some(claim) = Self::pair(scope).and_then(|p| claims.get(&p)) else { continue };
+            let value = state::Scope {
+                owner: claim.owner.clone(),
+                epoch: claim.epoch,
+                pair: way.map_or(u8::from(scope.pair().is_some()), |w| w.index),
+                standbys: claim.standbys.clone(),
+            };
+            out.scopes.insert(key, value);
+        }
+        let mut granted = BTreeSet::new();
+        for (scope, key) in members {
+            let Some(mut group) = groups.get(&key).cloned() else { continue };
+            if carries.contains(&scope) {
+                granted.insert(key);
+            } else {
+                (group.admin, group.own) = (None, None);
+            }
+            for set in [group.admin, group.own].into_iter().flatten() {
+                if let Some(p) = prefixes.get(&set) {
+                    out.prefixes.insert(set, p.as_ref().clone());
+                }
+            }
+            out.groups.insert(key, group);
+        }
+        out.grants = grants.into_iter().filter(|((g, _), _)| granted.contains(g)).collect();
+        out
+    }
+
+    /// What all machines hold alike.
+    pub fn frame(&self, compiled: &Compiled) -> NodeState {
         let config = &self.config;
         let mut out = NodeState::default();
         let mut prefixes: BTreeSet<_> = compiled.prefixes.iter().map(IpNet::trunc).collect();
@@ -253,61 +302,9 @@ impl Desired {
         for (name, n) in compiled.nodes.iter() {
             out.nodes.insert(name.clone(), state::Node { addresses: n.addresses.clone() });
         }
-        let members = self.members.load();
-        for g in members.all() {
+        for g in self.members.load().all() {
             out.gateways.insert(g.name.clone(), state::Gateway { node: g.node.clone() });
         }
-        // A node needs its own endpoints, untouched ones too; where a gateway runs, and in our own kernel, every endpoint
-        // whose packets it may have to take. Every gateway tells all of them: nodes follow the owner's word where there is
-        // one, and a pod is never without its policy while ownership moves.
-        let (everything, here) = match target {
-            Target::Own => (true, None),
-            Target::Node(n) => (members.all().any(|g| g.node == n), Some(n)),
-        };
-        for (ip, e) in &parts.endpoints {
-            let local = here == Some(e.node.as_str());
-            if local || everything && e.member.is_some() {
-                out.endpoints.insert(*ip, e.clone());
-            }
-        }
-        let claims = self.claims.load();
-        let scopes: BTreeSet<ScopeKey> = out.endpoints.values().filter_map(|e| Some(e.member?.0)).collect();
-        let groups: BTreeSet<(ScopeKey, GroupKey)> = out.endpoints.values().filter_map(|e| e.member).collect();
-        // What our own kernel may carry out: of other gateways' scopes it takes only DNS.
-        let mut carries = BTreeSet::new();
-        for key in scopes {
-            let Some(scope) = compiled.world.scope(key) else { continue };
-            let way = self.way_out(scope);
-            if way.is_some() || here.is_some() {
-                carries.insert(key);
-            }
-            let Some(claim) = Self::pair(scope).and_then(|p| claims.get(&p)) else { continue };
-            let value = state::Scope {
-                owner: claim.owner.clone(),
-                epoch: claim.epoch,
-                pair: way.map_or(u8::from(scope.pair().is_some()), |w| w.index),
-                standbys: claim.standbys.clone(),
-            };
-            out.scopes.insert(key, value);
-        }
-        let mut granted = BTreeSet::new();
-        for (scope, key) in groups {
-            let Some(group) = parts.groups.get(&key) else { continue };
-            let mut group = group.clone();
-            if carries.contains(&scope) {
-                granted.insert(key);
-            } else {
-                (group.admin, group.own) = (None, None);
-            }
-            for set in [group.admin, group.own].into_iter().flatten() {
-                if let Some(p) = parts.prefixes.get(&set) {
-                    out.prefixes.insert(set, p.as_ref().clone());
-                }
-            }
-            out.groups.insert(key, group);
-        }
-        let grants = parts.grants.iter().filter(|((g, _), _)| granted.contains(g));
-        out.grants = grants.map(|(k, v)| (*k, v.clone())).collect();
         out
     }
 

@@ -494,7 +494,7 @@ pub struct Endpoint {
     pub pod: ::prost::alloc::string::String,
     #[prost(enumeration = "Touch", tag = "5")]
     pub touch: i32,
-    /// Absent for an untouched pod.
+    /// Absent for an untouched pod, and for an address that several pods claim.
     #[prost(message, optional, tag = "6")]
     pub member: ::core::option::Option<Member>,
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ahash::AHashMap;
 use tidegate_policy::state::{self, Entry, EntryKey, NodeState};
-use tidegate_policy::world::{Changes, Group, World};
+use tidegate_policy::world::{Changes, Group, Sight, World};
 use tidegate_policy::{ClassKey, GroupKey, PortSet, PrefixSetKey, ScopeKey};
 use tidegate_proto::{Pair, StateBatch};
 
@@ -18,21 +18,10 @@ use super::classes::Classes;
 use super::sent::Sent;
 use crate::desired::{Desired, Ownership, Target};
 
-/// Which endpoints a machine is told of.
-#[derive(Clone, Copy)]
-struct Sight<'a> {
-    /// Every touched one: a gateway may have to take its packets.
-    everything: bool,
-    /// All of this node, untouched ones too.
-    here: Option<&'a str>,
-}
-
 /// What the states of all machines follow from, as of `now` on the ledger's clock.
 pub(super) struct Basis<'a> {
     desired: &'a Desired,
     world: &'a World,
-    /// What all machines hold alike.
-    frame: &'a NodeState,
     classes: &'a Classes,
     lingering: BTreeSet<(ScopeKey, ClassKey)>,
     claims: Arc<BTreeMap<Pair, Ownership>>,
@@ -41,37 +30,9 @@ pub(super) struct Basis<'a> {
 }
 
 impl<'a> Basis<'a> {
-    pub fn new(
-        desired: &'a Desired,
-        world: &'a World,
-        frame: &'a NodeState,
-        classes: &'a Classes,
-        now: Duration,
-    ) -> Self {
+    pub fn new(desired: &'a Desired, world: &'a World, classes: &'a Classes, now: Duration) -> Self {
         let (claims, lingering) = (desired.claims(), classes.lingering(now).collect());
-        Self { desired, world, frame, classes, lingering, claims, grants: RefCell::default() }
-    }
-
-    /// A node needs its own endpoints, untouched ones too; where a gateway runs, and in our own kernel, every endpoint
-    /// whose packets it may have to take. Every gateway tells all of them: nodes follow the owner's word where there is
-    /// one, and a pod is never without its policy while ownership moves.
-    fn sight<'t>(&self, target: Target<'t>) -> Sight<'t> {
-        match target {
-            Target::Own => Sight { everything: true, here: None },
-            Target::Node(n) => Sight { everything: self.frame.gateways.values().any(|g| g.node == n), here: Some(n) },
-        }
-    }
-
-    fn endpoint(&self, sight: Sight<'_>, ip: IpAddr) -> Option<state::Endpoint> {
-        let e = self.world.endpoint(ip)?;
-        let local = sight.here == Some(&*e.who.node);
-        (local || sight.everything && e.member.is_some()).then(|| state::Endpoint {
-            node: e.who.node.to_string(),
-            namespace: e.who.namespace.to_string(),
-            pod: e.who.pod.to_string(),
-            touch: e.touch,
-            member: e.member.map(|m| (m.scope, m.group)),
-        })
+        Self { desired, world, classes, lingering, claims, grants: RefCell::default() }
     }
 
     /// Whether the machine carries what this scope allows: of other gateways' scopes our own kernel takes only DNS.
@@ -104,7 +65,7 @@ impl<'a> Basis<'a> {
     }
 
     /// The classes that facts of a scope have, and those that the next facts will have.
-    fn live(&self, scope: ScopeKey) -> impl Iterator<Item = ClassKey> {
+    pub fn live(&self, scope: ScopeKey) -> impl Iterator<Item = ClassKey> {
         let ahead = self.world.scope(scope).into_iter().flat_map(|s| s.single_rule_classes());
         let left = self.lingering.range((scope, ClassKey(0))..=(scope, ClassKey(u128::MAX))).map(|(_, class)| *class);
         ahead.chain(self.classes.of_facts(scope)).chain(left)
@@ -141,7 +102,7 @@ impl Delta {
     pub fn new(old: &World, new: &World, changes: Changes, classes: BTreeSet<(ScopeKey, ClassKey)>) -> Self {
         let mut by_node: AHashMap<Arc<str>, BTreeSet<IpAddr>> = AHashMap::new();
         for ip in &changes.endpoints {
-            for e in [old.endpoint(*ip), new.endpoint(*ip)].into_iter().flatten() {
+            for e in old.endpoints_of(*ip).iter().chain(new.endpoints_of(*ip)) {
                 by_node.entry(e.who.node.clone()).or_default().insert(*ip);
             }
         }
@@ -225,7 +186,7 @@ impl Uses {
     /// What brings a state from one world to the next. It must have been whole in the one before, and what all machines
     /// hold alike, and who owns what, must be as it was.
     pub fn follow(&mut self, held: &NodeState, b: &Basis<'_>, target: Target<'_>, d: &Delta) -> News {
-        let sight = b.sight(target);
+        let sight = b.desired.sight(target);
         let mut step = Step { held, b, sight, told: Vec::new(), delete: Vec::new() };
         let (mut scopes, mut groups) = (BTreeSet::new(), BTreeSet::new());
         let endpoints = self.endpoints(&mut step, d, &mut scopes, &mut groups);
@@ -282,7 +243,8 @@ impl Uses {
         groups: &mut BTreeSet<GroupKey>,
     ) -> Vec<Entry> {
         for ip in d.endpoints(step.sight) {
-            let (old, new) = (step.held.endpoints.get(&ip), step.b.endpoint(step.sight, ip));
+            let (old, new) =
+                (step.held.endpoints.get(&ip), step.b.world.seen(step.sight, ip).map(state::Endpoint::from));
             if let Some((scope, group)) = new.as_ref().and_then(|e| e.member) {
                 scopes.extend(add(&mut self.scopes, scope).then_some(scope));
                 groups.extend(add(&mut self.groups, group).then_some(group));

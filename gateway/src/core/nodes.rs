@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 
 use tidegate_ledger::{Input, NodeId, OwnerId, Usage};
 use tidegate_policy::state::{Entry, FactUpdate, NodeState};
-use tidegate_policy::world::NodeStateParts;
 use tidegate_policy::{ClassKey, ScopeKey};
 use tidegate_proto::{FactsBatch, GrantEntry, StateBatch};
 
@@ -14,33 +13,27 @@ use crate::desired::Target;
 
 impl Run {
     pub(super) fn apply_own(&mut self) {
-        let parts = self.parts();
-        self.whole_own(&parts, false);
+        self.whole_own(false);
     }
 
-    fn whole_own(&mut self, parts: &NodeStateParts, full: bool) {
-        self.own = self.core.desired.state(&self.compiled, parts, Target::Own);
+    fn whole_own(&mut self, full: bool) {
+        self.own = self.whole(Target::Own);
         self.own_uses = Uses::of(&self.own);
         self.apply_maps(full);
     }
 
     /// Brings every node to what follows from policy, facts and ownership.
     pub(super) fn send_states(&mut self) {
-        let parts = self.parts();
-        self.whole_nodes(&parts);
-    }
-
-    fn whole_nodes(&mut self, parts: &NodeStateParts) {
         let names: Vec<String> = self.nodes.keys().cloned().collect();
         for node in names {
-            self.send_state(&node, parts);
+            self.send_state(&node);
         }
         self.told = self.core.desired.claims();
     }
 
     /// What all machines hold alike.
     pub(super) fn frame(&self) -> NodeState {
-        self.core.desired.state(&self.compiled, &NodeStateParts::default(), Target::Own)
+        self.core.desired.frame(&self.compiled)
     }
 
     /// Brings our own kernel and every node from one world to the next, at the cost of what has changed. What all machines
@@ -48,7 +41,7 @@ impl Run {
     pub(super) fn follow(&mut self, delta: &Delta) {
         let (shared, gateway, boot_id) = (self.core.shared.clone(), self.core.gateway.clone(), self.core.boot_id);
         let world = &self.compiled.world;
-        let basis = Basis::new(&self.core.desired, world, &self.frame, &self.classes, shared.now());
+        let basis = Basis::new(&self.core.desired, world, &self.classes, shared.now());
         let own = self.own_uses.follow(&self.own, &basis, Target::Own, delta);
         let mut told = Vec::new();
         for (node, n) in self.nodes.iter_mut().filter(|(_, n)| n.state.is_some() && n.sent.begun) {
@@ -71,13 +64,10 @@ impl Run {
         self.told = self.core.desired.claims();
     }
 
-    /// Classes that facts have, and those that the next facts will have.
-    fn live_classes(&self) -> impl Iterator<Item = (ScopeKey, ClassKey)> {
-        self.classes.active(self.core.shared.now()).chain(self.compiled.ahead())
-    }
-
-    pub(super) fn parts(&self) -> NodeStateParts {
-        self.core.desired.parts(&self.compiled.world, self.live_classes())
+    fn whole(&self, target: Target<'_>) -> NodeState {
+        let (desired, now) = (&self.core.desired, self.core.shared.now());
+        let basis = Basis::new(desired, &self.compiled.world, &self.classes, now);
+        desired.state(&self.compiled, target, |scope| basis.live(scope))
     }
 
     /// Our own kernel must hold facts, with their classes' grants, before any answer says them.
@@ -134,12 +124,12 @@ impl Run {
         }
     }
 
-    pub(super) fn send_state(&mut self, node: &str, parts: &NodeStateParts) {
-        let Some(n) = self.nodes.get_mut(node) else { return };
-        if n.state.is_none() {
+    pub(super) fn send_state(&mut self, node: &str) {
+        if self.nodes.get(node).is_none_or(|n| n.state.is_none()) {
             return;
         }
-        let wanted = self.core.desired.state(&self.compiled, parts, Target::Node(node));
+        let wanted = self.whole(Target::Node(node));
+        let Some(n) = self.nodes.get_mut(node) else { return };
         let batch = n.sent.state(&self.core.gateway, self.core.boot_id, wanted);
         n.uses = Uses::of(&n.sent.state);
         if let Some(batch) = batch {
@@ -202,9 +192,8 @@ impl Run {
             return;
         }
         self.forget();
-        let parts = self.parts();
-        self.whole_own(&parts, true);
-        self.whole_nodes(&parts);
+        self.whole_own(true);
+        self.send_states();
         let now = self.core.shared.now();
         self.classes.news(now);
         // Classes that are pushed ahead are known to their scopes.

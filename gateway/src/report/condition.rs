@@ -43,14 +43,14 @@ pub fn said(note: &Note) -> String {
     if note.path.is_empty() { note.message.clone() } else { format!("{}: {}", note.path, note.message) }
 }
 
-/// Why an object is not taken, and what holds instead.
-pub fn not_taken(record: &Record, error: &Note, in_force: bool) -> Condition {
+/// Why an object is not taken, and what holds instead: `closed` where no good version is known.
+pub fn not_taken(record: &Record, error: &Note, in_force: bool, closed: &str) -> Condition {
     let errors = record.notes.iter().filter(|n| n.severity == Severity::Error).count();
     let more = if errors > 1 { format!(" (and {} more)", errors - 1) } else { String::new() };
     let instead = match (in_force, record.closed) {
-        (true, false) => "the last good version stays in force",
-        (true, true) => "no good version is known: the pods that it selects are isolated, and it allows nothing",
-        (false, _) => "nothing of it is in force",
+        (true, false) => "the last good version stays in force".to_owned(),
+        (true, true) => format!("no good version is known: {closed}"),
+        (false, _) => "nothing of it is in force".to_owned(),
     };
     let message = format!("{}{more}; {instead}", said(error));
     condition("Accepted", false, record.generation, error.code.as_str(), message)
@@ -164,7 +164,7 @@ fn explained(i: &Issue) -> String {
         (IssueReason::DuplicateAddress, _) => {
             let other =
                 self::by(i).map_or_else(|| "a pod of another namespace".to_owned(), |by| format!("the pod {by}"));
-            format!("{other} has the same address; the stricter treatment holds")
+            format!("{other} has the same address: until one of them is gone, nothing is allowed to it")
         }
     }
 }

@@ -15,7 +15,15 @@ pub fn status(written: &Written, exempt: bool, issues: &[Issue], count: &Count) 
     let generation = record.generation;
     let refused = refused(issues);
     let accepted = if let Some(error) = record.error() {
-        not_taken(record, error, written.in_force)
+        let closed = match (written.cluster, written.subject_lost) {
+            (false, _) => "the pods that it selects are isolated, and it allows nothing",
+            (true, false) => "what it denies is denied as far as it can be read, and its ceiling permits nothing",
+            (true, true) => {
+                "whom it is for cannot be read: for every pod that policy concerns, what it denies is denied as far as it can \
+                 be read, and its ceiling permits nothing"
+            }
+        };
+        not_taken(record, error, written.in_force, closed)
     } else if exempt {
         let message = "the installation exempts this namespace: no policy touches it";
         condition("Accepted", false, generation, "NamespaceExempt", message.to_owned())
@@ -39,7 +47,7 @@ fn programmed(written: &Written, exempt: bool, count: &Count) -> (Condition, Cou
     if written.record.error().is_some() {
         let last = match (written.in_force, written.record.closed) {
             (true, false) => format!("; the last good version is held by {count}"),
-            (true, true) => format!("; that it isolates is held by {count}"),
+            (true, true) => format!("; what holds instead is held by {count}"),
             (false, _) => String::new(),
         };
         let mut count = count.clone();
@@ -74,7 +82,7 @@ pub struct Used<'a> {
 pub fn pool(basin: &Basin, used: Option<&Used<'_>>) -> EgressPoolStatus {
     let record = &basin.record;
     let accepted = match record.error() {
-        Some(error) => not_taken(record, error, basin.in_force),
+        Some(error) => not_taken(record, error, basin.in_force, ""),
         None => taken(record, ("Accepted", "valid"), &[]),
     };
     let none = Used::default();

@@ -47,7 +47,7 @@ pub struct Record {
     pub generation: Option<i64>,
     /// What is wrong with what is written now.
     pub notes: Vec<Note>,
-    /// No good version of it is known: if anything of it is in force, it is that it isolates.
+    /// No good version of it is known: if anything of it is in force, it is what is strict in it.
     pub closed: bool,
 }
 
@@ -158,6 +158,10 @@ pub struct Written {
     pub everywhere: bool,
     /// The pool that it asks for.
     pub pool: Option<String>,
+    /// It is a cluster policy.
+    pub cluster: bool,
+    /// It is a bad cluster policy, and whom it is for cannot be read.
+    pub subject_lost: bool,
 }
 
 /// A namespace.
@@ -248,7 +252,7 @@ impl Survey {
 fn cluster(objects: &Objects, source: &dyn Source) -> BTreeMap<String, Written> {
     let written = |(name, record): (String, Record)| {
         let p = objects.cluster_policies.get(&name);
-        let all = |p: &ClusterPolicy| is_all(&p.namespaces) && is_all(&p.pods);
+        let all = |p: &ClusterPolicy| is_all(&p.namespaces) && is_all(&p.pods) && !p.subject_lost;
         let written = Written {
             edition: edition(&record, p),
             record,
@@ -256,6 +260,8 @@ fn cluster(objects: &Objects, source: &dyn Source) -> BTreeMap<String, Written> 
             staged: p.is_some_and(|p| p.mode == PolicyMode::Staged),
             everywhere: p.is_some_and(all),
             pool: None,
+            cluster: true,
+            subject_lost: p.is_some_and(|p| p.subject_lost),
         };
         (name, written)
     };
@@ -315,6 +321,8 @@ fn place(objects: &Objects, source: &dyn Source, name: &str) -> Option<Place> {
             staged: p.is_some_and(|p| p.mode == PolicyMode::Staged),
             everywhere: p.is_some_and(|p| is_all(&p.pod_selector)),
             pool: p.and_then(|p| p.pool.clone()),
+            cluster: false,
+            subject_lost: false,
         };
         out.policies.insert(policy, written);
     }
@@ -341,7 +349,8 @@ fn place(objects: &Objects, source: &dyn Source, name: &str) -> Option<Place> {
     let labels = ns.map(|ns| &ns.labels);
     let none = BTreeMap::new();
     let takes = |p: &ClusterPolicy| {
-        p.mode == PolicyMode::Enforce && p.namespaces.matches(labels.unwrap_or(&none)) && !out.exempt
+        let labels = labels.unwrap_or(&none);
+        p.mode == PolicyMode::Enforce && !p.subject_lost && p.namespaces.matches(labels) && !out.exempt
     };
     out.cluster =
         objects.cluster_policies.iter().filter(|(_, p)| takes(p)).map(|(n, _)| Arc::from(n.as_str())).collect();

@@ -1,11 +1,13 @@
 //! Statuses by example: manifests in, what people read out.
 
+use tidegate_api::index::{Feed, Index};
 use tidegate_api::resource::{Condition, ConditionStatus, Isolation, NamespaceMode};
 use tidegate_api::{Reader, Severity};
 use tidegate_policy::event::{RuleRef, Who};
-use tidegate_policy::model::Touched;
+use tidegate_policy::model::{Settings, Touched};
 use tidegate_policy::{Proto, Reason};
 
+use super::rollout::Count;
 use super::survey::NAMESPACE;
 use super::*;
 use crate::core::NodeStatus;
@@ -199,6 +201,32 @@ fn what_is_written_badly_says_what_holds_instead() {
         "False NotAccepted: no node holds what is written now; the last good version is held by 2 of 2 nodes"
     );
     assert_eq!(s.nodes.unwrap().programmed, 0);
+}
+
+#[test]
+fn a_bad_cluster_policy_of_which_no_good_version_is_known_says_what_is_strict_in_it() {
+    let mut index = Index::new(Settings::default());
+    let say = |index: &mut Index, subject: &str| {
+        let object = format!(
+            r#"{{"metadata": {{"name": "guard", "uid": "u", "generation": 1}}, "spec": {{"tier": "Admin", "priority": 1,
+            "subject": {subject}, "ceiling": {{"permits": ["All"]}}}}}}"#
+        );
+        index.apply(Feed::ClusterEgressPolicies, &serde_json::from_str(&object).unwrap());
+        let survey = Survey::new(index.objects(), index, Touched::ALL, None);
+        let status = super::policy::status(&survey.cluster["guard"], false, &[], &Count::default());
+        ["Accepted", "Programmed"].map(|kind| text(&status.conditions, kind))
+    };
+    let [accepted, programmed] = say(&mut index, r#"{"namespaceSelector": {}}"#);
+    assert!(accepted.starts_with("False Invalid: spec.ceiling.permits[0]: "), "{accepted}");
+    assert!(accepted.ends_with(
+        "; no good version is known: what it denies is denied as far as it can be read, and its ceiling permits nothing"
+    ));
+    assert!(programmed.ends_with("; what holds instead is held by 0 of 0 nodes"), "{programmed}");
+    let [accepted, _] = say(&mut index, "{}");
+    assert!(
+        accepted.contains("; no good version is known: whom it is for cannot be read: for every pod that"),
+        "{accepted}"
+    );
 }
 
 #[test]

@@ -27,6 +27,8 @@ const FLOOD: Duration = Duration::from_millis(250);
 const STEP: Duration = Duration::from_millis(200);
 /// The problems of objects are put together at most so often.
 const SAY: Duration = Duration::from_secs(1);
+/// Policies that were deleted age by so much, see [`Index::age`].
+const AGE: Duration = Duration::from_secs(1);
 /// The most problems that are logged and shown; every object's own status says its own.
 const MAX_PROBLEMS: usize = 1000;
 
@@ -119,6 +121,10 @@ impl Follower {
         if state.listed.len() < Feed::ALL.len() {
             return Ok(());
         }
+        if state.aged.elapsed() >= AGE {
+            state.aged = Instant::now();
+            state.index.age();
+        }
         self.names.set(state.index.external_names(), state.index.dns_servers());
         if std::mem::take(&mut state.nodes) {
             self.nodes.tell(Known::of(&state.index));
@@ -163,6 +169,8 @@ struct State {
     moved: bool,
     /// Whether something was said of nodes.
     nodes: bool,
+    /// When the index aged last.
+    aged: Instant,
     /// Which problems were put together last, and when.
     said: Option<(u64, Instant)>,
 }
@@ -175,6 +183,7 @@ impl State {
             versions: Versions::new(),
             moved: false,
             nodes: false,
+            aged: Instant::now(),
             said: None,
         }
     }

@@ -98,6 +98,7 @@ fn cluster_policy(says: Action, r: Rule, namespaces: Selector, ceiling: Option<C
         mode: PolicyMode::Enforce,
         namespaces,
         pods: Selector::default(),
+        subject_lost: false,
         rules: vec![(says, r)],
         ceiling,
     }

@@ -7,6 +7,7 @@ use tidegate_api::Reader;
 use tidegate_api::annotation::allow_item;
 use tidegate_policy::World;
 use tidegate_policy::model::{Touched, UnixSeconds};
+use tidegate_policy::world::Sight;
 
 /// A file of this process and thread that goes with its value.
 struct File(PathBuf);
@@ -45,7 +46,8 @@ pub fn manifest(data: &[u8]) -> bool {
     let world = World::compile(&first.objects, UnixSeconds(1_700_000_000), None);
     let incremental = World::compile(&first.objects, UnixSeconds(1_700_000_000), Some((&world, Touched::ALL)));
     assert_eq!(world.issues(), incremental.issues());
-    assert_eq!(world.node_state_parts([]), incremental.node_state_parts([]));
+    let all = Sight { everything: true, here: None };
+    assert_eq!(world.parts(all, |_| []), incremental.parts(all, |_| []));
     let o = &first.objects;
     o.namespaces.len() + o.pods.len() + o.nodes.len() + o.pools.len() + o.policies.len() + o.cluster_policies.len() > 0
 }

@@ -10,7 +10,7 @@ use prost::Message;
 use tidegate_ledger::{Answer, Classify, Config as Limits, Input, Ledger, NodeId, Output};
 use tidegate_policy::model::{Objects, Touched, UnixSeconds};
 use tidegate_policy::state::{Entry, FactUpdate, NodeState};
-use tidegate_policy::world::{NodeStateParts, World};
+use tidegate_policy::world::World;
 use tidegate_policy::{ClassKey, Name, ScopeKey};
 use tidegate_proto::{FactsBatch, GrantEntry, Pair, PeerFact, Seen};
 
@@ -337,36 +337,37 @@ impl Gateway {
         }
         self.apply_own();
         self.send_states();
-        self.world().retain_classes(&self.live_classes().into_iter().map(|(_, c)| c).collect());
+        self.world().retain_classes(&self.classes.active(self.kernel.now).map(|(_, c)| c).collect());
     }
 
     fn send_states(&mut self) {
-        let parts = self.parts();
-        NODES.iter().for_each(|n| self.send_state(n, &parts));
+        NODES.iter().for_each(|n| self.send_state(n));
     }
 
     fn apply_own(&mut self) {
-        self.own = self.desired.state(&self.compiled, &self.parts(), Target::Own);
+        self.own = self.state(Target::Own);
         self.kernel.apply(&self.own, self.node, &BTreeSet::new(), &BTreeSet::new());
     }
 
-    /// Classes that facts have, and those that the next facts will have.
-    fn live_classes(&self) -> BTreeSet<(ScopeKey, ClassKey)> {
-        self.classes.active(self.kernel.now).chain(self.compiled.ahead()).collect()
-    }
-
-    fn parts(&self) -> NodeStateParts {
-        self.desired.parts(&self.compiled.world, self.live_classes())
+    /// With the grants of classes that facts have, and of those that the next facts will have.
+    fn state(&self, target: Target<'_>) -> NodeState {
+        let active: BTreeSet<(ScopeKey, ClassKey)> = self.classes.active(self.kernel.now).collect();
+        let of = |scope| active.range((scope, ClassKey(0))..=(scope, ClassKey(u128::MAX))).map(|(_, class)| *class);
+        let ahead = |scope| self.compiled.world.scope(scope).into_iter().flat_map(|s| s.single_rule_classes());
+        self.desired.state(&self.compiled, target, |scope| of(scope).chain(ahead(scope)))
     }
 
     /// What it would tell a node that knows nothing.
     pub fn fresh(&self, node: &str) -> NodeState {
-        self.desired.state(&self.compiled, &self.parts(), Target::Node(node))
+        self.state(Target::Node(node))
     }
 
-    fn send_state(&mut self, node: &'static str, parts: &NodeStateParts) {
-        let Some(n) = self.nodes.get_mut(node).filter(|n| n.state) else { return };
-        let wanted = self.desired.state(&self.compiled, parts, Target::Node(node));
+    fn send_state(&mut self, node: &'static str) {
+        if self.nodes.get(node).is_none_or(|n| !n.state) {
+            return;
+        }
+        let wanted = self.state(Target::Node(node));
+        let Some(n) = self.nodes.get_mut(node) else { return };
         let Some(batch) = n.sent.state(self.name, self.boot, wanted) else { return };
         if !batch.snapshot && n.facts {
             let pod = |e: &Entry| if let Entry::Endpoint(ip, _) = e { Some(*ip) } else { None };
@@ -382,8 +383,7 @@ impl Gateway {
         n.sent.anew();
         n.state_out.clear();
         if self.version.is_some() {
-            let parts = self.parts();
-            self.send_state(node, &parts);
+            self.send_state(node);
         }
     }
 

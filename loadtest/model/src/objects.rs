@@ -226,6 +226,7 @@ pub fn initial() -> Objects {
         mode: PolicyMode::Enforce,
         namespaces: Selector { labels: labels(&[("env", "test")]), expressions: vec![] },
         pods: Selector::default(),
+        subject_lost: false,
         rules: vec![(action, rule)],
         ceiling: None,
     };
@@ -350,6 +351,7 @@ fn cluster_policy(b: &mut Bytes<'_>, now: UnixSeconds) -> ClusterPolicy {
         mode: if b.one_in(10) { PolicyMode::Staged } else { PolicyMode::Enforce },
         namespaces,
         pods: pod_selector(b),
+        subject_lost: false,
         rules: rules.into_iter().map(|r| (action(b), r)).collect(),
         ceiling: b.one_in(4).then(|| Ceiling {
             fqdns: b.some(2, |b| fqdn(b.pick(&PATTERNS))),

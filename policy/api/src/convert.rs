@@ -223,6 +223,7 @@ fn cluster_policy_spec(ctx: &mut Ctx, spec: &ClusterEgressPolicySpec) -> Option<
         mode: mode(spec.mode),
         namespaces,
         pods,
+        subject_lost: false,
         rules,
         ceiling,
     })

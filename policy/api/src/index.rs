@@ -7,6 +7,7 @@
 //! equal.
 
 mod cluster;
+mod ending;
 mod json;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,13 +16,13 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use tidegate_policy::Name;
-use tidegate_policy::model::{self, Objects, Pair, Settings, Touched};
+use tidegate_policy::model::{Objects, Pair, Settings, Touched};
 
 use self::cluster::Cluster;
-use crate::convert::{self, Ctx};
+use self::ending::Endings;
 use crate::manifest::{self, Object};
 use crate::problem::{Code, FieldPath, FieldProblem, Severity};
-use crate::resource::{API_VERSION, GROUP, LabelSelector};
+use crate::resource::{API_VERSION, GROUP};
 
 /// The name of the one `NamespaceEgress` of a namespace.
 pub const NAMESPACE_EGRESS: &str = "tidegate";
@@ -129,8 +130,8 @@ pub struct Record {
     pub resource_version: String,
     /// Whether that version is the one that holds.
     pub good: bool,
-    /// Whether some version of it holds: when it is not good, the last good one. Of a namespaced policy of which no good
-    /// version is known only that it isolates.
+    /// Whether some version of it holds: when it is not good, the last good one. Of a policy of which no good version is
+    /// known only what is strict: it isolates, it denies what it says, its ceiling holds nothing.
     pub held: bool,
     /// What is wrong with it, or noteworthy.
     pub problems: Vec<FieldProblem>,
@@ -147,10 +148,7 @@ pub struct Index {
     external: Arc<ExternalNames>,
     /// The pairs that each namespace was assigned.
     assigned: BTreeMap<String, Vec<(String, Pair)>>,
-    /// Namespaces that are being deleted.
-    ending: BTreeSet<String>,
-    /// Policies that were deleted with their namespace. They hold as long as its pods may still run: until it is gone.
-    orphans: BTreeSet<Key>,
+    endings: Endings,
     touched: Touched,
     /// Counts the changes of what [`Index::records`] says, resourceVersions aside.
     noted: u64,
@@ -169,8 +167,7 @@ impl Index {
             cluster: Cluster::default(),
             external: Arc::default(),
             assigned: BTreeMap::new(),
-            ending: BTreeSet::new(),
-            orphans: BTreeSet::new(),
+            endings: Endings::default(),
             touched: Touched::default(),
             noted: 0,
             noted_in: Touched::default(),
@@ -247,26 +244,39 @@ impl Index {
         let text = |field: &str| meta[field].as_str().unwrap_or_default().to_owned();
         let (uid, version) = (text("uid"), text("resourceVersion"));
         let generation = meta["generation"].as_i64().unwrap_or_default();
-        let before = self.records.get(&feed).and_then(|r| r.get(&key));
-        if before.is_some_and(|r| r.uid != uid) {
+        let mut before = self.records.get(&feed).and_then(|r| r.get(&key)).map(|r| r.uid == uid);
+        if before == Some(false) {
             // Another object of the same name: nothing of the old one stays.
-            self.remove(feed, &key);
+            before = None;
+            self.records.entry(feed).or_default().remove(&key);
+            self.hold(feed, &key, None);
         }
-        let (read, problems) = match read(feed, object) {
-            Ok((value, problems)) => (Some(value), problems),
-            Err(problems) => (None, problems),
-        };
+        let Found { mut read, closed, mut problems } = read(feed, object);
         let good = read.is_some();
-        match feed {
-            Feed::Namespaces if meta["deletionTimestamp"].is_string() => drop(self.ending.insert(key.1.clone())),
-            Feed::EgressPolicies => drop(self.orphans.remove(&key)),
-            _ => {}
-        }
         let held = good || self.record(feed, &key.0, &key.1).is_some_and(|r| r.held);
-        if let Some(value) = read {
-            self.hold(feed, &key, Some(value));
-        } else if feed == Feed::EgressPolicies && !held {
-            self.hold(feed, &key, closed(object).map(|p| Read::Object(Object::Policy(p))));
+        if feed == Feed::Namespaces {
+            let value = match read {
+                Some(Read::Object(Object::Namespace(v))) => Some(v),
+                _ => None,
+            };
+            let (value, problem) = self.namespace_seen(&key.1, object, before.is_none(), value);
+            read = value.map(|v| Read::Object(Object::Namespace(v)));
+            problems.extend(problem);
+        }
+        let is_policy = matches!(feed, Feed::EgressPolicies | Feed::ClusterEgressPolicies);
+        let value = match read {
+            Some(value) => Some(Some(value)),
+            None if is_policy && !held => Some(closed.map(Read::Object)),
+            None => None,
+        };
+        if let Some(value) = value {
+            let policy = match &value {
+                Some(Read::Object(Object::Policy(p))) => Some(p),
+                _ => None,
+            };
+            if feed != Feed::EgressPolicies || self.policy_seen(&key, policy) {
+                self.hold(feed, &key, value);
+            }
         }
         let records = self.records.entry(feed).or_default();
         let record = Record { uid, generation, resource_version: version, good, held, problems };
@@ -288,7 +298,7 @@ impl Index {
     /// An object is gone.
     pub fn delete(&mut self, feed: Feed, object: &Value) {
         if let Some(key) = key(object) {
-            self.remove(feed, &key);
+            self.remove(feed, &key, ending::version(object));
         }
     }
 
@@ -296,24 +306,24 @@ impl Index {
     pub fn restarted(&mut self, feed: Feed, seen: &BTreeSet<Key>) {
         let gone: Vec<Key> = self.records(feed).map(|(k, _)| k).filter(|k| !seen.contains(*k)).cloned().collect();
         for key in gone {
-            self.remove(feed, &key);
+            self.remove(feed, &key, None);
         }
     }
 
-    fn remove(&mut self, feed: Feed, key: &Key) {
-        if self.records.get_mut(&feed).is_some_and(|r| r.remove(key).is_some()) {
-            self.note(feed, key);
-            if feed == Feed::EgressPolicies && self.ending.contains(&key.0) {
-                // Not somebody's wish, and pods take their time to end: without it they would be open until then.
-                self.orphans.insert(key.clone());
-                return;
+    /// An object is gone, at a version if that is known.
+    fn remove(&mut self, feed: Feed, key: &Key, version: Option<u64>) {
+        if self.records.get_mut(&feed).is_none_or(|r| r.remove(key).is_none()) {
+            return;
+        }
+        self.note(feed, key);
+        match feed {
+            Feed::EgressPolicies => self.policy_gone(key, version),
+            Feed::Namespaces => self.namespace_gone(&key.1),
+            Feed::Pods => {
+                self.hold(feed, key, None);
+                self.pod_gone(&key.0);
             }
-            self.hold(feed, key, None);
-            if feed == Feed::Namespaces && self.ending.remove(&key.1) {
-                for orphan in self.orphans.extract_if(.., |o| o.0 == key.1).collect::<Vec<_>>() {
-                    self.hold(Feed::EgressPolicies, &orphan, None);
-                }
-            }
+            _ => self.hold(feed, key, None),
         }
     }
 
@@ -407,38 +417,22 @@ enum Read {
     Assigned(Vec<(String, Pair)>),
 }
 
-/// What holds of a policy that cannot be read, and of which no good version is known, as after a restart: it isolates the
-/// pods that it selects or, where not even that can be read, all of its namespace. Without it they would be open.
-fn closed(object: &Value) -> Option<model::Policy> {
-    let spec = &object["spec"];
-    let selector = serde_json::from_value::<LabelSelector>(spec["podSelector"].clone()).ok().and_then(|s| {
-        let mut ctx = Ctx::default();
-        let selector = convert::selector(&mut ctx, &s);
-        ctx.finish(Some(selector)).value
-    });
-    (spec["mode"] != "Staged").then(|| model::Policy {
-        created: model::UnixSeconds(0),
-        pod_selector: selector.unwrap_or_default(),
-        mode: model::PolicyMode::Enforce,
-        pool: None,
-        on_revoke: model::OnRevoke::Reset,
-        egress: Vec::new(),
-        deny: Vec::new(),
-    })
+/// What was found in an object.
+struct Found {
+    /// Absent where it is bad.
+    read: Option<Read>,
+    /// What holds of a bad one of which no good version is known.
+    closed: Option<Object>,
+    problems: Vec<FieldProblem>,
 }
 
-/// Reads an object; what was found besides, or why it is bad.
-fn read(feed: Feed, object: &Value) -> Result<(Read, Vec<FieldProblem>), Vec<FieldProblem>> {
-    let bad = |message: String| {
-        vec![FieldProblem { severity: Severity::Error, code: Code::Invalid, path: FieldPath::default(), message }]
-    };
-    let whole = |read| Ok((read, Vec::new()));
-    match feed {
+fn read(feed: Feed, object: &Value) -> Found {
+    let part = match feed {
         Feed::ServiceCidrs | Feed::ApiEndpoints | Feed::DnsService | Feed::DnsEndpoints => {
-            cluster::read(feed, object).map_err(bad).and_then(|part| whole(Read::Cluster(part)))
+            cluster::read(feed, object).map(Read::Cluster)
         }
-        Feed::ExternalNames => cluster::external(object).map_err(bad).and_then(|name| whole(Read::External(name))),
-        Feed::NamespaceEgresses => cluster::assigned(object).map_err(bad).and_then(|p| whole(Read::Assigned(p))),
+        Feed::ExternalNames => cluster::external(object).map(Read::External),
+        Feed::NamespaceEgresses => cluster::assigned(object).map(Read::Assigned),
         _ => {
             let item = manifest::one(&json::tree(feed, object));
             let problem = |f: manifest::Found| FieldProblem {
@@ -448,10 +442,14 @@ fn read(feed: Feed, object: &Value) -> Result<(Read, Vec<FieldProblem>), Vec<Fie
                 message: f.message,
             };
             let problems = item.found.into_iter().map(problem).collect();
-            match item.object {
-                Some(object) => Ok((Read::Object(object), problems)),
-                None => Err(problems),
-            }
+            return Found { read: item.object.map(Read::Object), closed: item.closed, problems };
+        }
+    };
+    match part {
+        Ok(read) => Found { read: Some(read), closed: None, problems: Vec::new() },
+        Err(message) => {
+            let (severity, code, path) = (Severity::Error, Code::Invalid, FieldPath::default());
+            Found { read: None, closed: None, problems: vec![FieldProblem { severity, code, path, message }] }
         }
     }
 }

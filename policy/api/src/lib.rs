@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod annotation;
+mod closed;
 pub mod convert;
 mod core_v1;
 pub mod crd;

@@ -2,6 +2,7 @@
 
 use tidegate_policy::model;
 
+use crate::closed::closed;
 use crate::convert::{self, Converted};
 use crate::core_v1;
 use crate::de::{self, Refusal};
@@ -79,6 +80,8 @@ pub(crate) struct Item {
     pub id: Option<Id>,
     /// The object; absent when it is bad or not read.
     pub object: Option<Object>,
+    /// What holds of a bad one of which no good version is known.
+    pub closed: Option<Object>,
     /// Its line.
     pub line: u32,
     /// It is bad and may be any of the objects that the file held.
@@ -192,6 +195,7 @@ fn object(tree: &Tree, base: Vec<Seg>) -> Item {
     if bad {
         r.item.object = None;
         r.item.unknown = r.item.id.is_none();
+        r.item.closed = r.item.id.as_ref().and_then(|id| closed(id.kind, tree));
     }
     r.item
 }

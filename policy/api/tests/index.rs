@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use serde_json::{Value, json};
 use tidegate_api::index::{Feed, Index};
-use tidegate_policy::model::{Objects, PolicyMode, Selector, Settings, Touched};
+use tidegate_policy::model::{Action, Ceiling, Objects, PolicyMode, Selector, Settings, Tier, Touched};
 
 fn index() -> Index {
     Index::new(Settings::default())
@@ -49,6 +49,12 @@ fn ports(o: &Objects) -> Vec<(&str, u16)> {
 fn ips(o: &Objects, namespace: &str, name: &str) -> Vec<String> {
     let pod = o.pods.get(&(namespace.to_owned(), name.to_owned()));
     pod.map(|p| p.addresses.iter().map(IpAddr::to_string).collect()).unwrap_or_default()
+}
+
+/// As much as it takes for a policy that went to have no effect.
+fn age(i: &mut Index) {
+    i.age();
+    i.age();
 }
 
 #[test]
@@ -131,7 +137,87 @@ fn a_bad_object_keeps_its_last_good_version_and_stops_no_other() {
     i.apply(Feed::EgressPolicies, &policy("one", "w", 3, 0));
     assert!(isolates(&i));
     i.delete(Feed::EgressPolicies, &policy("one", "w", 3, 0));
+    age(&mut i);
     assert_eq!(ports(i.objects()), [("two", 444)]);
+}
+
+fn cluster_policy(spec: Value) -> Value {
+    json!({"apiVersion": "tidegate.dev/v1alpha1", "kind": "ClusterEgressPolicy",
+        "metadata": {"name": "guard", "uid": "u", "generation": 1}, "spec": spec})
+}
+
+#[test]
+fn of_a_bad_cluster_policy_the_strict_part_holds_when_no_good_version_is_known() {
+    let held = |spec: Value| {
+        let mut i = index();
+        i.apply(Feed::ClusterEgressPolicies, &cluster_policy(spec));
+        let r = i.record(Feed::ClusterEgressPolicies, "", "guard").unwrap();
+        assert!(!r.good && !r.held && !r.problems.is_empty());
+        i.objects().cluster_policies.get("guard").cloned()
+    };
+    let to = |names: &[&str]| names.iter().map(|n| json!({"matchName": n})).collect::<Vec<_>>();
+    let spec = json!({"tier": "Baseline", "priority": 7,
+        "subject": {"namespaceSelector": {"matchLabels": {"env": "prod"}}},
+        "egress": [
+            {"name": "ok", "action": "Deny", "toFQDNs": to(&["a.example"]), "toPorts": [{"protocol": "TCP", "port": 443}]},
+            {"action": "Deny", "toFQDNs": to(&["b.example", "*.b.example", "c.example"]), "toPorts": [{"protocol": "SCTP"}]},
+            {"action": "Accept", "toFQDNs": to(&["d.example"]), "toPorts": [{"protocol": "TCP", "port": 443}]},
+            {"action": "Deny", "toCIDRs": [{"cidr": "203.0.113.0/24", "except": ["x"]}], "toPorts": [{"protocol": "Any"}]},
+            {"action": "Nay", "toFQDNs": to(&["e.example"]), "toPorts": [{"protocol": "TCP", "port": 443}]},
+            7],
+        "ceiling": {"toFQDNs": to(&["a.example"]), "permits": ["Everything"]}});
+    let p = held(spec.clone()).unwrap();
+    assert_eq!((p.tier, p.priority, p.subject_lost, p.ceiling), (Tier::Baseline, 7, false, Some(Ceiling::default())));
+    assert_eq!(p.namespaces.labels["env"], "prod");
+    let rules: Vec<String> = p
+        .rules
+        .iter()
+        .map(|(action, r)| {
+            let names = r.fqdns.iter().map(|f| format!("{f:?}")).collect::<Vec<_>>().len();
+            let nets: Vec<String> = r.cidrs.iter().map(|c| format!("{}-{}", c.cidr, c.except.len())).collect();
+            let ports: Vec<_> = r.ports.iter().map(|p| (p.proto.is_some(), p.lo, p.hi)).collect();
+            format!("{action:?} {} {names} {nets:?} {ports:?}", r.name)
+        })
+        .collect();
+    assert_eq!(
+        rules,
+        [
+            "Deny ok 1 [] [(true, 443, 443)]",
+            "Deny 1 2 [] [(false, 0, 65535)]",
+            "Deny 3 0 [\"203.0.113.0/24-0\"] [(false, 0, 65535)]"
+        ]
+    );
+    // Whom it is for, how important it is: what cannot be read is taken as the strictest.
+    let mut lost = spec.clone();
+    lost["subject"] = json!({"namespaceSelector": {"matchLabels": "env"}});
+    (lost["tier"], lost["priority"]) = (json!("Other"), json!(-1));
+    let p = held(lost).unwrap();
+    assert_eq!((p.tier, p.priority, p.subject_lost), (Tier::Admin, 0, true));
+    assert_eq!(p.namespaces, Selector::default());
+    let mut pods = spec.clone();
+    pods["subject"]["podSelector"] = json!([]);
+    let p = held(pods).unwrap();
+    assert!(!p.subject_lost && p.pods == Selector::default() && p.namespaces.labels["env"] == "prod");
+    let mut open = spec.clone();
+    open.as_object_mut().unwrap().remove("ceiling");
+    assert_eq!(held(open).unwrap().ceiling, None, "it never had one");
+    let nothing = held(json!("spec")).unwrap();
+    assert!(nothing.subject_lost && nothing.rules.is_empty() && nothing.ceiling.is_some());
+    let mut staged = spec.clone();
+    staged["mode"] = json!("Staged");
+    assert_eq!(held(staged), None);
+
+    // A good one replaces it, and stays when a bad one follows.
+    let mut i = index();
+    i.apply(Feed::ClusterEgressPolicies, &cluster_policy(spec.clone()));
+    let mut good = spec.clone();
+    good["egress"] = json!([spec["egress"][2]]);
+    good["ceiling"]["permits"] = json!([]);
+    i.apply(Feed::ClusterEgressPolicies, &cluster_policy(good));
+    i.apply(Feed::ClusterEgressPolicies, &cluster_policy(spec));
+    let p = &i.objects().cluster_policies["guard"];
+    assert_eq!((p.rules.len(), p.rules[0].0), (1, Action::Accept));
+    assert!(i.record(Feed::ClusterEgressPolicies, "", "guard").unwrap().held);
 }
 
 #[test]
@@ -148,7 +234,12 @@ fn a_relist_takes_away_what_it_does_not_have() {
     assert_eq!(i.take_touched(), touched(false, &[], &[("shop", "a"), ("shop", "c")]));
     assert_eq!((i.objects().pods.len(), i.objects().policies.len()), (1, 1), "other feeds keep theirs");
     i.restarted(Feed::EgressPolicies, &BTreeSet::new());
-    assert!(i.objects().policies.is_empty() && i.records(Feed::EgressPolicies).next().is_none());
+    assert!(i.records(Feed::EgressPolicies).next().is_none());
+    assert_eq!(i.take_touched(), touched(false, &["shop"], &[]));
+    i.age();
+    assert!(!i.is_touched());
+    i.age();
+    assert!(i.objects().policies.is_empty());
     assert_eq!(i.take_touched(), touched(false, &["shop"], &[]));
 }
 
@@ -163,39 +254,6 @@ fn a_namespace_made_anew_is_another_one() {
     let ns = &i.objects().namespaces["shop"];
     assert!(ns.uid == "new" && !ns.has_allow && ns.allow.is_empty());
     assert_eq!(i.take_touched(), touched(false, &["shop"], &[]));
-}
-
-#[test]
-fn a_deleted_namespaces_policies_hold_until_it_is_gone() {
-    let ending = |uid: &str| {
-        let mut object = namespace("shop", uid, json!({}));
-        object["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
-        object
-    };
-    let mut i = index();
-    i.apply(Feed::Namespaces, &namespace("shop", "u", json!({})));
-    i.apply(Feed::EgressPolicies, &policy("one", "p", 1, 443));
-    i.apply(Feed::EgressPolicies, &policy("two", "q", 1, 444));
-    i.delete(Feed::EgressPolicies, &policy("two", "q", 1, 444));
-    assert_eq!(ports(i.objects()), [("one", 443)], "what is deleted by itself is gone");
-    i.apply(Feed::Namespaces, &ending("u"));
-    i.take_touched();
-    i.restarted(Feed::EgressPolicies, &BTreeSet::new());
-    assert_eq!(ports(i.objects()), [("one", 443)]);
-    assert!(i.record(Feed::EgressPolicies, "shop", "one").is_none() && !i.is_touched());
-    i.delete(Feed::Namespaces, &ending("u"));
-    assert!(i.objects().policies.is_empty());
-    assert_eq!(i.take_touched(), touched(false, &["shop"], &[]));
-
-    // The name's next owner has nothing of the old one's, even if nobody saw that one go.
-    i.apply(Feed::Namespaces, &ending("u"));
-    i.apply(Feed::EgressPolicies, &policy("one", "p", 1, 443));
-    i.delete(Feed::EgressPolicies, &policy("one", "p", 1, 443));
-    i.apply(Feed::Namespaces, &namespace("shop", "v", json!({})));
-    assert!(i.objects().policies.is_empty());
-    i.apply(Feed::EgressPolicies, &policy("one", "r", 1, 445));
-    i.delete(Feed::EgressPolicies, &policy("one", "r", 1, 445));
-    assert!(i.objects().policies.is_empty(), "it is not ending");
 }
 
 #[test]

@@ -11,7 +11,8 @@ use crate::layer::Layer;
 use crate::model::{ClusterPolicy, Objects, PolicyMode, Touched, UnixSeconds};
 use crate::shards::Shards;
 use crate::space::{Resident, Space};
-use crate::world::{Context, Endpoint, Way, World};
+use crate::state::Touch;
+use crate::world::{Context, Endpoint, Known, Way, World};
 use crate::{GroupKey, ScopeKey};
 
 pub(crate) fn compile(o: &Objects, now: UnixSeconds, previous: Option<(&World, &Touched)>) -> World {
@@ -85,7 +86,51 @@ type Claimant = (Arc<str>, Arc<str>);
 #[derive(Debug)]
 pub(crate) struct Contested {
     claimants: Vec<Claimant>,
+    /// What each of their nodes makes of it, by the nodes' names.
+    pub at: Vec<Endpoint>,
     pub issues: Vec<Issue>,
+}
+
+impl Contested {
+    /// By their claimants, which are sorted by name. Where pods of one group on one node are meant, nothing is in doubt. Else
+    /// nobody can tell whose packets these are: each node isolates the strictest of its own pods, and no rule allows it
+    /// anything. Pods that nothing is denied to stay without a policy.
+    fn new(claimants: &[(Claimant, &Resident)]) -> Self {
+        let endpoints: Vec<Endpoint> = claimants.iter().map(|(_, r)| r.endpoint()).collect();
+        let alike = |a: &Endpoint, b: &Endpoint| (&a.who.node, a.touch, a.member) == (&b.who.node, b.touch, b.member);
+        let mut at: BTreeMap<&str, (Touch, Endpoint)> = BTreeMap::new();
+        if endpoints.iter().all(|e| alike(e, &endpoints[0])) {
+            at.extend(endpoints.first().map(|e| (&*e.who.node, (e.touch, e.clone()))));
+        } else {
+            for (e, (_, r)) in endpoints.iter().zip(claimants) {
+                let strictness = r.strictness();
+                if at.get(&*e.who.node).is_none_or(|(known, _)| strictness > *known) {
+                    let touch = if strictness == Touch::Untouched { strictness } else { Touch::Isolated };
+                    at.insert(&e.who.node, (strictness, Endpoint { who: e.who.clone(), touch, member: None }));
+                }
+            }
+        }
+        let named = |(namespace, name): &Claimant| format!("{namespace}/{name}").into();
+        let doubt = at.values().any(|(_, e)| e.member.is_none());
+        let issue = |(n, ((namespace, name), _)): (usize, &(Claimant, _))| Issue {
+            kind: IssueKind::Conflicted,
+            policy: PolicyRef { kind: "Pod", namespace: namespace.clone(), name: name.clone() },
+            path: "status.podIPs".into(),
+            reason: IssueReason::DuplicateAddress,
+            by: Some(named(&claimants[usize::from(n == 0)].0)),
+        };
+        Self {
+            issues: claimants.iter().filter(|_| doubt).enumerate().map(issue).collect(),
+            claimants: claimants.iter().map(|(who, _)| who.clone()).collect(),
+            at: at.into_values().map(|(_, e)| e).collect(),
+        }
+    }
+
+    /// What gateways know of it: the strictest of all, of equals the first by name.
+    fn holder(&self) -> Option<&Endpoint> {
+        let key = |e: &Endpoint| (std::cmp::Reverse(e.touch), e.who.namespace.clone(), e.who.pod.clone());
+        self.at.iter().min_by_key(|e| key(e))
+    }
 }
 
 /// A namespace whose space changes.
@@ -208,11 +253,10 @@ impl<'a> Compiler<'a> {
             }
             spaces.insert(name, new);
         }
-        let mut endpoints = self.previous.map(|p| p.endpoints.clone()).unwrap_or_default();
-        let mut contested = self.previous.map(|p| p.contested.clone()).unwrap_or_default();
+        let mut known = self.previous.map(|p| p.known.clone()).unwrap_or_default();
         self.claims.sort_by_key(|(ip, ..)| *ip);
         for run in self.claims.chunk_by(|a, b| a.0 == b.0) {
-            settle(run, &spaces, &mut endpoints, &mut contested);
+            settle(run, &spaces, &mut known);
         }
         let ends = timed.values().filter_map(|w| w.until);
         World {
@@ -225,8 +269,7 @@ impl<'a> Compiler<'a> {
             ways,
             groups,
             slots: self.slots,
-            endpoints,
-            contested,
+            known,
             timed,
             flawed,
             issues: OnceLock::new(),
@@ -249,17 +292,12 @@ fn leave(ways: &mut BTreeMap<Way, (Arc<Scope>, u32)>, scope: &Scope) {
     }
 }
 
-/// Finds out whose an address is now. Two owners of one: the stricter treatment holds until one is gone.
-fn settle(
-    claims: &[(IpAddr, Claimant, bool)],
-    spaces: &Shards<Arc<str>, Arc<Space>>,
-    endpoints: &mut Shards<IpAddr, Endpoint>,
-    contested: &mut Shards<IpAddr, Arc<Contested>>,
-) {
+/// Finds out whose an address is now.
+fn settle(claims: &[(IpAddr, Claimant, bool)], spaces: &Shards<Arc<str>, Arc<Space>>, known: &mut Known) {
     let Some((ip, ..)) = claims.first() else { return };
-    let mut all: BTreeSet<Claimant> = match contested.get(ip) {
+    let mut all: BTreeSet<Claimant> = match known.contested.get(ip) {
         Some(c) => c.claimants.iter().cloned().collect(),
-        None => endpoints.get(ip).map(|e| (e.who.namespace.clone(), e.who.pod.clone())).into_iter().collect(),
+        None => known.endpoints.get(ip).map(|e| (e.who.namespace.clone(), e.who.pod.clone())).into_iter().collect(),
     };
     for (_, who, has) in claims {
         if *has {
@@ -268,32 +306,14 @@ fn settle(
             all.remove(who);
         }
     }
-    let mut holder: Option<Endpoint> = None;
-    let mut issues = Vec::new();
-    for (namespace, pod) in &all {
-        let Some(new) = spaces.get(namespace).and_then(|s| s.pods.get(pod)).map(Resident::endpoint) else { continue };
-        let Some(old) = &holder else {
-            holder = Some(new);
-            continue;
-        };
-        issues.push(Issue {
-            kind: IssueKind::Conflicted,
-            policy: PolicyRef { kind: "Pod", namespace: namespace.clone(), name: pod.clone() },
-            path: "status.podIPs".into(),
-            reason: IssueReason::DuplicateAddress,
-            by: Some(format!("{}/{}", old.who.namespace, old.who.pod).into()),
-        });
-        if new.touch > old.touch {
-            holder = Some(new);
+    let resident = |(namespace, pod): &Claimant| spaces.get(namespace)?.pods.get(pod);
+    let all: Vec<(Claimant, &Resident)> = all.into_iter().filter_map(|c| Some((c.clone(), resident(&c)?))).collect();
+    match all.as_slice() {
+        [] => known.set(*ip, None, None),
+        [(_, one)] => known.set(*ip, Some(one.endpoint()), None),
+        several => {
+            let contested = Contested::new(several);
+            known.set(*ip, contested.holder().cloned(), Some(contested));
         }
-    }
-    match holder {
-        Some(e) => drop(endpoints.insert(*ip, e)),
-        None => drop(endpoints.remove(ip)),
-    }
-    if all.len() > 1 {
-        contested.insert(*ip, Arc::new(Contested { claimants: all.into_iter().collect(), issues }));
-    } else {
-        contested.remove(ip);
     }
 }

@@ -44,7 +44,7 @@ pub enum IssueReason {
     TooManyPatterns,
     /// The rules that can meet on one destination have more port ranges than the kernel holds; the rest is denied.
     TooManyPortRanges,
-    /// Two pods claim one address; the stricter treatment holds.
+    /// Two pods claim one address: while they do it is isolated on each node that has one of them, and nothing is allowed to it.
     DuplicateAddress,
 }
 

@@ -295,6 +295,8 @@ pub struct ClusterPolicy {
     pub namespaces: Selector,
     /// The pods of its subjects.
     pub pods: Selector,
+    /// The namespaces that it is for cannot be read. Then it is for pods of all that are guarded or isolated without it.
+    pub subject_lost: bool,
     /// Its rules; the first match decides.
     pub rules: Vec<(Action, Rule)>,
     /// What its subjects may grant themselves; absent: unbounded.

@@ -19,7 +19,8 @@ use crate::issue::{Issue, IssueKind, IssueReason, PolicyRef};
 use crate::key::KeyHasher;
 use crate::layer::Layer;
 use crate::model::{
-    AddressSource, ClusterDefault, Labels, Namespace, Pair, Pod, Policy, PolicyMode, Pool, Tier, UnixSeconds,
+    AddressSource, ClusterDefault, ClusterPolicy, Labels, Namespace, Pair, Pod, Policy, PolicyMode, Pool, Tier,
+    UnixSeconds,
 };
 use crate::shards::Shards;
 use crate::state::Touch;
@@ -69,6 +70,12 @@ impl Resident {
         let member =
             self.kind.group.as_ref().map(|g| Member { scope: g.scope().key(), group: g.key(), index: g.index() });
         Endpoint { who: self.who.clone(), touch: self.kind.touch, member }
+    }
+
+    /// How strictly it is treated: what is audited is denied nothing.
+    pub fn strictness(&self) -> Touch {
+        let audited = self.kind.group.as_ref().is_some_and(|g| g.audit());
+        if audited { Touch::Untouched } else { self.kind.touch }
     }
 }
 
@@ -357,22 +364,33 @@ impl<'a> Compiler<'a> {
         if place.ns.has_allow {
             own.push(place.enforced.len() as u32);
         }
+        let isolated =
+            !own.is_empty() || place.ns.managed || self.o.settings.cluster_default == ClusterDefault::Isolated;
         let mut s = Selection { own, ..Selection::default() };
-        for id in &place.relevant {
-            let p = self.clusters[*id as usize];
-            if !p.pods.matches(labels) {
-                continue;
-            }
+        let of = |lost: bool| {
+            let all = place.relevant.iter().map(|id| (*id, self.clusters[*id as usize]));
+            all.filter(move |(_, p)| p.subject_lost == lost && p.pods.matches(labels))
+        };
+        let mut add = |(id, p): (u32, &ClusterPolicy)| {
             match p.tier {
-                Tier::Admin => s.admin.push((p.priority, *id)),
-                Tier::Baseline => s.baseline.push((p.priority, *id)),
+                Tier::Admin => s.admin.push((p.priority, id)),
+                Tier::Baseline => s.baseline.push((p.priority, id)),
             }
             if p.ceiling.is_some() {
-                s.ceilings.push(*id);
+                s.ceilings.push(id);
             }
+        };
+        let mut guarded = false;
+        of(false).for_each(|p| {
+            guarded = true;
+            add(p);
+        });
+        if isolated || guarded {
+            of(true).for_each(add);
         }
         s.admin.sort_unstable();
         s.baseline.sort_unstable();
+        s.ceilings.sort_unstable();
         s
     }
 

@@ -82,7 +82,7 @@ pub struct Endpoint {
     pub pod: String,
     /// What it is.
     pub touch: Touch,
-    /// Its scope and group; absent for an untouched pod.
+    /// Its scope and group; absent for an untouched pod, and where it is in doubt whose address it is.
     pub member: Option<(ScopeKey, GroupKey)>,
 }
 

@@ -16,7 +16,7 @@
 //!     scope.single_rule_classes()                    → classes whose grants are pushed ahead
 //!     scope.pool(), scope.pair(), scope.families()
 //! world.changes(&previous)                           → endpoints, scopes and groups that may be others, at their cost
-//! world.node_state_parts(active)                     → what is pushed: endpoints, groups, prefixes, grants, scopes
+//! world.parts(sight, live)                           → what a machine is told: endpoints, groups, prefixes, grants, scopes
 //! world.retain_classes(&live)                        → forgets classes that no fact has
 //! world.issues()                                     → refused, clipped, conflicted
 //! ```
@@ -28,6 +28,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, OnceLock};
 
 use ipnet::IpNet;
+use smallvec::SmallVec;
 
 pub use crate::class::Scope;
 use crate::compile::{Contested, Slots};
@@ -51,7 +52,7 @@ pub struct Endpoint {
     pub who: Arc<Who>,
     /// What the pod is.
     pub touch: Touch,
-    /// Its scope and group; absent for an untouched pod.
+    /// Its scope and group; absent for an untouched pod, and where it is in doubt whose address it is.
     pub member: Option<Member>,
 }
 
@@ -87,6 +88,62 @@ impl Context {
     }
 }
 
+/// The addresses of pods.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Known {
+    /// What gateways know of each.
+    pub endpoints: Shards<IpAddr, Endpoint>,
+    /// Those that several pods have.
+    pub contested: Shards<IpAddr, Arc<Contested>>,
+    /// Those of each node's pods.
+    pub nodes: Shards<Arc<str>, Arc<Shards<IpAddr, ()>>>,
+}
+
+impl Known {
+    /// What each node that has a pod with this address makes of it.
+    pub fn at(&self, ip: IpAddr) -> &[Endpoint] {
+        match self.contested.get(&ip) {
+            Some(c) => &c.at,
+            None => self.endpoints.get(&ip).map_or(&[], std::slice::from_ref),
+        }
+    }
+
+    pub fn set(&mut self, ip: IpAddr, endpoint: Option<Endpoint>, contested: Option<Contested>) {
+        let nodes = |of: &Self| of.at(ip).iter().map(|e| e.who.node.clone()).collect::<SmallVec<[_; 1]>>();
+        let before = nodes(self);
+        match endpoint {
+            Some(e) => drop(self.endpoints.insert(ip, e)),
+            None => drop(self.endpoints.remove(&ip)),
+        }
+        match contested {
+            Some(c) => drop(self.contested.insert(ip, Arc::new(c))),
+            None => drop(self.contested.remove(&ip)),
+        }
+        let after = nodes(self);
+        for node in before.iter().filter(|n| !after.contains(n)) {
+            let mut all = self.nodes.remove(node).unwrap_or_default();
+            Arc::make_mut(&mut all).remove(&ip);
+            if !all.is_empty() {
+                self.nodes.insert(node.clone(), all);
+            }
+        }
+        for node in after.into_iter().filter(|n| !before.contains(n)) {
+            let mut all = self.nodes.remove(&node).unwrap_or_default();
+            Arc::make_mut(&mut all).insert(ip, ());
+            self.nodes.insert(node, all);
+        }
+    }
+}
+
+/// Which pods a machine is told of.
+#[derive(Clone, Copy, Debug)]
+pub struct Sight<'a> {
+    /// Every touched one: a gateway may have to take its packets.
+    pub everything: bool,
+    /// All of this node, untouched ones too.
+    pub here: Option<&'a str>,
+}
+
 /// A pool with one of its pairs.
 pub(crate) type Way = (Arc<str>, Option<Pair>);
 
@@ -100,11 +157,9 @@ pub struct World {
     pub(crate) scopes: Shards<ScopeKey, Arc<Scope>>,
     pub(crate) groups: Shards<GroupKey, Arc<Group>>,
     pub(crate) slots: Slots,
-    pub(crate) endpoints: Shards<IpAddr, Endpoint>,
+    pub(crate) known: Known,
     /// A scope for each way out, with their number.
     pub(crate) ways: BTreeMap<Way, (Arc<Scope>, u32)>,
-    /// Addresses that several pods have.
-    pub(crate) contested: Shards<IpAddr, Arc<Contested>>,
     /// Namespaces for which time plays a role.
     pub(crate) timed: Shards<Arc<str>, Window>,
     /// Namespaces with issues.
@@ -139,14 +194,14 @@ pub struct ScopePart {
     pub pair: Option<Pair>,
 }
 
-/// What follows from policy in the desired state of machines.
+/// What follows from policy in the desired state of a machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeStateParts {
-    /// Every known address of a pod.
+    /// The addresses that it is told of.
     pub endpoints: BTreeMap<IpAddr, state::Endpoint>,
-    /// Scopes that have endpoints.
+    /// Their scopes.
     pub scopes: BTreeMap<ScopeKey, ScopePart>,
-    /// Groups.
+    /// Their groups.
     pub groups: BTreeMap<GroupKey, state::Group>,
     /// The prefix sets of the groups.
     pub prefixes: BTreeMap<PrefixSetKey, Arc<Prefixes>>,
@@ -177,7 +232,7 @@ impl World {
         self.issues.get_or_init(|| {
             let spaces = self.flawed.keys().filter_map(|name| self.spaces.get(name));
             let spaces = spaces.flat_map(|s| &s.issues);
-            let addresses = self.contested.values().flat_map(|c| &c.issues);
+            let addresses = self.known.contested.values().flat_map(|c| &c.issues);
             let mut all: Vec<Issue> = self.cluster.issues.iter().chain(spaces).chain(addresses).cloned().collect();
             all.sort_unstable();
             all.dedup();
@@ -185,14 +240,34 @@ impl World {
         })
     }
 
-    /// What is known of a pod's address.
+    /// What is known of a pod's address. One that several pods have is isolated and of no group, unless they are on one
+    /// node and of one group.
     pub fn endpoint(&self, ip: IpAddr) -> Option<&Endpoint> {
-        self.endpoints.get(&ip)
+        self.known.endpoints.get(&ip)
     }
 
     /// All endpoints, in no particular order.
     pub fn endpoints(&self) -> impl Iterator<Item = (IpAddr, &Endpoint)> {
-        self.endpoints.iter().map(|(ip, e)| (*ip, e))
+        self.known.endpoints.iter().map(|(ip, e)| (*ip, e))
+    }
+
+    /// What each node that has a pod with this address makes of it: of those that several have each its own.
+    pub fn endpoints_of(&self, ip: IpAddr) -> &[Endpoint] {
+        self.known.at(ip)
+    }
+
+    /// What a machine is told of an address.
+    pub fn seen(&self, sight: Sight<'_>, ip: IpAddr) -> Option<&Endpoint> {
+        let local = self.known.at(ip).iter().find(|e| sight.here == Some(&*e.who.node));
+        local.or_else(|| self.endpoint(ip).filter(|e| sight.everything && e.touch != Touch::Untouched))
+    }
+
+    /// The addresses that a machine is told of, at their cost.
+    pub fn addresses<'a>(&'a self, sight: Sight<'a>) -> impl Iterator<Item = IpAddr> + 'a {
+        let touched = self.known.endpoints.iter().filter(move |_| sight.everything);
+        let here = sight.here.and_then(|n| self.known.nodes.get(n)).into_iter().flat_map(|n| n.keys());
+        let all = touched.map(|(ip, _)| *ip).chain(here.filter(move |_| !sight.everything).copied());
+        all.filter(move |ip| self.seen(sight, *ip).is_some())
     }
 
     /// The addresses of a namespace's pods; some may be known as another pod's.
@@ -248,17 +323,27 @@ impl World {
 
     /// Whether the address belongs to the cluster: configured prefixes, nodes and their pod ranges, and every pod.
     pub fn in_cluster(&self, ip: IpAddr) -> bool {
-        self.endpoints.contains_key(&ip) || self.context.in_cluster(ip)
+        self.known.endpoints.contains_key(&ip) || self.context.in_cluster(ip)
     }
 
     /// What may be other than in an earlier world. Costs what is.
     pub fn changes(&self, previous: &World) -> Changes {
         let mut out = Changes::default();
-        self.endpoints.compare(&previous.endpoints, |ip, old, new| {
+        self.known.endpoints.compare(&previous.known.endpoints, |ip, old, new| {
             if old != new {
                 out.endpoints.push(*ip);
             }
         });
+        let whole = out.endpoints.len();
+        self.known.contested.compare(&previous.known.contested, |ip, _, _| {
+            if self.endpoints_of(*ip) != previous.endpoints_of(*ip) {
+                out.endpoints.push(*ip);
+            }
+        });
+        if out.endpoints.len() > whole {
+            out.endpoints.sort_unstable();
+            out.endpoints.dedup();
+        }
         self.scopes.compare(&previous.scopes, |key, old, new| {
             let both = old.zip(new);
             if both.is_none_or(|(a, b)| !Arc::ptr_eq(a, b) && !a.same_way(b)) {
@@ -291,45 +376,53 @@ impl World {
         self.registry.len()
     }
 
-    /// What is pushed to machines. `active` says which classes the facts of a scope have; each
-    /// group of the scope gets a grant for each. A class that nobody has registered has no grant: a fact of it allows nothing.
-    pub fn node_state_parts(&self, active: impl IntoIterator<Item = (ScopeKey, ClassKey)>) -> NodeStateParts {
+    /// What is pushed to a machine, at the cost of what it is told of. `live` says which classes the facts of a scope
+    /// have; each group of the scope gets a grant for each. A class that nobody has registered has no grant: a fact of it allows nothing.
+    pub fn parts<C: IntoIterator<Item = ClassKey>>(
+        &self,
+        sight: Sight<'_>,
+        live: impl Fn(ScopeKey) -> C,
+    ) -> NodeStateParts {
         let mut out = NodeStateParts::default();
-        for (ip, e) in self.endpoints() {
-            out.endpoints.insert(
-                ip,
-                state::Endpoint {
-                    node: e.who.node.to_string(),
-                    namespace: e.who.namespace.to_string(),
-                    pod: e.who.pod.to_string(),
-                    touch: e.touch,
-                    member: e.member.map(|m| (m.scope, m.group)),
-                },
-            );
-        }
-        for s in self.scopes.values() {
-            let part = ScopePart { namespace: s.namespace().clone(), pool: s.pool().clone(), pair: s.pair() };
-            out.scopes.insert(s.key(), part);
-        }
-        let mut of_scope: BTreeMap<ScopeKey, Vec<&Arc<Group>>> = BTreeMap::new();
-        for g in self.groups.values() {
-            of_scope.entry(g.scope().key()).or_default().push(g);
-            let sets = [g.admin_prefixes(), g.own_prefixes()];
-            for (key, set) in sets.into_iter().flatten() {
-                out.prefixes.insert(*key, set.clone());
+        let mut of_scope: BTreeMap<ScopeKey, BTreeSet<GroupKey>> = BTreeMap::new();
+        for ip in self.addresses(sight) {
+            let Some(e) = self.seen(sight, ip) else { continue };
+            if let Some(m) = e.member {
+                of_scope.entry(m.scope).or_default().insert(m.group);
             }
-            let [admin, own] = sets.map(|s| s.map(|(key, _)| *key));
-            let isolated = g.touch() == Touch::Isolated;
-            out.groups.insert(g.key(), state::Group { isolated, audit: g.audit(), admin, own });
+            out.endpoints.insert(ip, e.into());
         }
-        let active: BTreeSet<(ScopeKey, ClassKey)> = active.into_iter().collect();
-        for (scope, class) in active {
-            for g in of_scope.get(&scope).into_iter().flatten() {
-                if let Some(set) = g.grant(class) {
-                    out.grants.insert((g.key(), class), set);
+        for (scope, groups) in of_scope {
+            let Some(s) = self.scope(scope) else { continue };
+            let part = ScopePart { namespace: s.namespace().clone(), pool: s.pool().clone(), pair: s.pair() };
+            out.scopes.insert(scope, part);
+            let groups: Vec<&Arc<Group>> = groups.iter().filter_map(|g| self.group_by_key(*g)).collect();
+            for g in &groups {
+                let sets = [g.admin_prefixes(), g.own_prefixes()];
+                for (key, set) in sets.into_iter().flatten() {
+                    out.prefixes.insert(*key, set.clone());
                 }
+                let [admin, own] = sets.map(|s| s.map(|(key, _)| *key));
+                let isolated = g.touch() == Touch::Isolated;
+                out.groups.insert(g.key(), state::Group { isolated, audit: g.audit(), admin, own });
+            }
+            for class in live(scope).into_iter().collect::<BTreeSet<_>>() {
+                let grants = groups.iter().filter_map(|g| Some(((g.key(), class), g.grant(class)?)));
+                out.grants.extend(grants);
             }
         }
         out
+    }
+}
+
+impl From<&Endpoint> for state::Endpoint {
+    fn from(e: &Endpoint) -> Self {
+        Self {
+            node: e.who.node.to_string(),
+            namespace: e.who.namespace.to_string(),
+            pod: e.who.pod.to_string(),
+            touch: e.touch,
+            member: e.member.map(|m| (m.scope, m.group)),
+        }
     }
 }

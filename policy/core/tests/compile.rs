@@ -9,7 +9,7 @@ use common::*;
 use tidegate_policy::World;
 use tidegate_policy::model::*;
 use tidegate_policy::state::Touch;
-use tidegate_policy::world::{Answer, IssueReason};
+use tidegate_policy::world::{Answer, IssueReason, Sight};
 
 fn allow(names: &[&str]) -> Policy {
     policy(vec![rule("r", names, &["443"])], vec![])
@@ -99,6 +99,29 @@ fn staged_policies_have_no_effect() {
     assert_eq!(touch(&o, "10.1.0.1"), Touch::Untouched);
     let g = o.own("b", allow(&["b.com"])).group();
     assert_eq!((g.a("a.com"), g.a("b.com")), (Answer::NxDomain, Answer::Bind));
+}
+
+#[test]
+fn a_cluster_policy_that_does_not_say_for_whom_is_for_whom_policy_concerns() {
+    let deny = vec![(Action::Deny, rule("d", &["a.com"], &["any"]))];
+    let mut lost = cluster(Tier::Admin, 1, deny);
+    lost.subject_lost = true;
+    lost.ceiling = Some(Ceiling::default());
+    let mut o = shop().clustered("lost", lost);
+    assert_eq!(touch(&o, "10.1.0.1"), Touch::Untouched, "nothing else concerns it");
+    let own = o.clone().own("p", policy(vec![rule("r", &["a.com", "b.com", "192.0.2.0/24"], &["443"])], vec![]));
+    let own = own.own("q", policy(vec![rule("c", &["192.0.2.0/24"], &["443"])], vec![]));
+    let g = own.group();
+    assert!(!g.to("a.com", 443).allowed() && !g.to("b.com", 443).allowed() && !g.to_ip("192.0.2.1", 443).allowed());
+    let managed = o.clone().with_ns(|n| n.managed = true);
+    assert_eq!(managed.group().policies().count(), 1);
+    o = o.clustered("other", cluster(Tier::Admin, 2, vec![]));
+    assert_eq!(touch(&o, "10.1.0.1"), Touch::Guarded);
+    assert!(!o.group().to("a.com", 443).allowed() && o.group().to("b.com", 443).allowed());
+    let mut audit = o.clone();
+    audit.cluster_policies.remove("other");
+    audit.settings.cluster_default = ClusterDefault::Audit;
+    assert!(audit.group().audit(), "who only watches is denied nothing");
 }
 
 #[test]
@@ -322,7 +345,9 @@ fn what_is_pushed_hangs_together() {
     let ahead: Vec<_> = g.scope().single_rule_classes().collect();
     let learnt = g.scope().class(ip("192.0.2.1"), &[name("x.b.com")]);
     assert!(ahead.contains(&learnt), "the class of one name is there before anybody asks");
-    let parts = w.node_state_parts(ahead.iter().map(|c| (scope, *c)));
+    let parts = w.parts(Sight { everything: false, here: Some("n1") }, |_| ahead.clone());
+    assert_eq!(parts, w.parts(Sight { everything: true, here: None }, |_| ahead.clone()));
+    assert_eq!(w.parts(Sight { everything: false, here: Some("n2") }, |_| ahead.clone()), Default::default());
     assert!(parts.grants.contains_key(&(g.key(), learnt)));
     let e = &parts.endpoints[&ip("10.1.0.1")];
     assert_eq!(
@@ -340,7 +365,8 @@ fn two_pods_with_one_address_get_the_stricter_treatment() {
     let mut o = shop().own("p", allow(&["a.com"]));
     o.pods.insert(("aaa".into(), "free".into()), pod("10.1.0.1", &[]));
     let w = o.world();
-    assert_eq!(w.endpoint(ip("10.1.0.1")).unwrap().who.namespace.as_ref(), "shop");
+    let e = w.endpoint(ip("10.1.0.1")).unwrap();
+    assert_eq!((e.who.namespace.as_ref(), e.touch, e.member), ("shop", Touch::Isolated, None));
     assert_eq!(w.issues()[0].reason, IssueReason::DuplicateAddress);
 }
 

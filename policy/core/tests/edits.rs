@@ -13,7 +13,8 @@ use common::*;
 use proptest::prelude::*;
 use tidegate_policy::World;
 use tidegate_policy::model::*;
-use tidegate_policy::world::IssueReason;
+use tidegate_policy::state::Touch;
+use tidegate_policy::world::{Endpoint, IssueReason, Sight};
 
 const SPACES: [&str; 4] = ["aaa", "shop", "team", "zoo"];
 const NAMES: &[&str] = &["a.x.com", "b.x.com", "y.org"];
@@ -71,6 +72,7 @@ fn cluster_policy(e: &Edit) -> ClusterPolicy {
     if flag(e, 6) {
         p.pods = selector(&[("app", "job")]);
     }
+    p.subject_lost = e.how % 11 == 0;
     p
 }
 
@@ -170,8 +172,10 @@ fn edit(o: &mut Objects, e: &Edit, touched: &mut Touched) {
 fn check_changes(new: &World, old: &World, ips: &[IpAddr]) -> Result<(), TestCaseError> {
     let c = new.changes(old);
     let endpoints: BTreeSet<IpAddr> = c.endpoints.iter().copied().collect();
+    prop_assert_eq!(endpoints.len(), c.endpoints.len());
     for ip in ips {
-        prop_assert_eq!(endpoints.contains(ip), new.endpoint(*ip) != old.endpoint(*ip), "{}", ip);
+        let same = new.endpoint(*ip) == old.endpoint(*ip) && new.endpoints_of(*ip) == old.endpoints_of(*ip);
+        prop_assert_eq!(endpoints.contains(ip), !same, "{}", ip);
     }
     for key in new.scopes().keys().chain(old.scopes().keys()) {
         let same = new.scope(*key).zip(old.scope(*key)).is_some_and(|(a, b)| a.same_way(b));
@@ -184,6 +188,42 @@ fn check_changes(new: &World, old: &World, ips: &[IpAddr]) -> Result<(), TestCas
     for key in new.groups().keys().chain(old.groups().keys()) {
         let same = new.group_by_key(*key).zip(old.group_by_key(*key)).is_some_and(|(a, b)| a.says_the_same(b));
         prop_assert_eq!(c.groups.contains(key), !same);
+    }
+    Ok(())
+}
+
+/// Addresses that several pods have, looked at one pod at a time, as if no other had them.
+fn check_contested(o: &Objects, now: UnixSeconds, w: &World, ips: &[IpAddr]) -> Result<(), TestCaseError> {
+    for ip in ips {
+        let has = |p: &Pod| !p.host_network && p.addresses.contains(ip);
+        let claimants: Vec<_> = o.pods.iter().filter(|(_, p)| has(p)).collect();
+        if claimants.len() < 2 {
+            continue;
+        }
+        let alone = |key: &(String, String)| {
+            let mut o = o.clone();
+            o.pods.retain(|k, p| k == key || !has(p));
+            let w = World::compile(&o, now, None);
+            let e = w.endpoint(*ip).unwrap().clone();
+            (e.touch, e.member.map(|m| m.group), w.group_of(*ip).is_some_and(|g| g.audit()))
+        };
+        let all: Vec<_> = claimants.into_iter().map(|(k, p)| (p.node.clone(), alone(k))).collect();
+        let certain = all.iter().all(|one| *one == all[0]);
+        for node in ["n1", "n2"] {
+            let here: Vec<_> = all.iter().filter(|(n, _)| n == node).map(|(_, what)| what).collect();
+            let found = w.seen(Sight { everything: false, here: Some(node) }, *ip);
+            prop_assert_eq!(found.is_some(), !here.is_empty());
+            let Some(found) = found else { continue };
+            if certain {
+                prop_assert_eq!((found.touch, found.member.map(|m| m.group)), (here[0].0, here[0].1));
+                continue;
+            }
+            let enforced = here.iter().any(|(touch, _, audit)| *touch != Touch::Untouched && !audit);
+            let expected = if enforced { Touch::Isolated } else { Touch::Untouched };
+            prop_assert_eq!((found.touch, found.member), (expected, None));
+        }
+        let strictest = w.endpoints_of(*ip).iter().map(|e| e.touch).max();
+        prop_assert_eq!(w.endpoint(*ip).map(|e| e.touch), strictest);
     }
     Ok(())
 }
@@ -208,6 +248,7 @@ proptest! {
             let next = World::compile(&o, now, Some((&world, &touched)));
             same(&next, &World::compile(&o, now, None), NAMES, &asked)?;
             check_changes(&next, &world, &ips)?;
+            check_contested(&o, now, &next, &ips)?;
             world = next;
         }
     }
@@ -218,27 +259,72 @@ fn touch(pods: &[(&str, &str)]) -> Touched {
 }
 
 #[test]
-fn an_address_that_two_namespaces_have_is_the_stricter_ones_until_one_is_gone() {
+fn an_address_that_two_pods_have_is_nobodys_until_one_is_gone() {
     let mut o = shop().own("p", policy(vec![rule("r", &["a.com"], &["443"])], vec![]));
     let address = ip("10.1.0.1");
-    let owner = |w: &World| w.endpoint(address).map(|e| e.who.namespace.to_string());
+    let at = |w: &World, node: &str| {
+        let e = w.seen(Sight { everything: false, here: Some(node) }, address)?;
+        Some((e.who.namespace.to_string(), e.touch, e.member.is_some()))
+    };
+    let gateway = |w: &World| {
+        let e = w.seen(Sight { everything: true, here: None }, address);
+        e.map(|e: &Endpoint| (e.who.namespace.to_string(), e.member.is_some()))
+    };
     let conflicts = |w: &World| w.issues().iter().filter(|i| i.reason == IssueReason::DuplicateAddress).count();
+    let shop = |namespace: &str, touch, member| Some((namespace.to_owned(), touch, member));
     let first = o.world();
-    for (free, order) in [("aaa", 0), ("zzz", 1)] {
+    assert_eq!(at(&first, "n1"), shop("shop", Touch::Isolated, true));
+    // Another pod on the same node: nobody knows whose packets these are.
+    for free in ["aaa", "zzz"] {
+        let touched = touch(&[(free, "free")]);
         o.pods.insert((free.into(), "free".into()), pod("10.1.0.1", &[]));
-        let both = World::compile(&o, UnixSeconds(1000), Some((&first, &touch(&[(free, "free")]))));
-        assert_eq!((owner(&both).as_deref(), conflicts(&both)), (Some("shop"), 1), "{order}");
-        // The stricter one goes: what is left is the other.
+        let both = World::compile(&o, UnixSeconds(1000), Some((&first, &touched)));
+        assert_eq!((at(&both, "n1"), conflicts(&both)), (shop("shop", Touch::Isolated, false), 2));
+        assert_eq!((gateway(&both), both.group_of(address).is_none()), (Some(("shop".into(), false)), true));
+        // It moves to another node: each has its own, and the untouched one is left alone.
+        o.pods.get_mut(&(free.to_owned(), "free".to_owned())).unwrap().node = "n2".into();
+        let apart = World::compile(&o, UnixSeconds(1000), Some((&both, &touched)));
+        assert_eq!(at(&apart, "n1"), shop("shop", Touch::Isolated, false));
+        assert_eq!(at(&apart, "n2"), shop(free, Touch::Untouched, false));
+        assert_eq!(apart.changes(&both).endpoints, [address], "what another node is told has changed");
+        // A policy comes to it: the node that was not told of the first pod isolates it, too.
+        o.policies.insert((free.into(), "q".into()), policy(vec![rule("r", &["b.com"], &["443"])], vec![]));
+        let spaces = Touched { namespaces: [free.to_owned()].into(), ..Touched::default() };
+        let strict = World::compile(&o, UnixSeconds(1000), Some((&apart, &spaces)));
+        assert_eq!(at(&strict, "n2"), shop(free, Touch::Isolated, false));
+        assert_eq!(strict.changes(&apart).endpoints, [address]);
+        // Either goes: what is left is the other's.
         let web = o.pods.remove(&("shop".into(), "web".into())).unwrap();
-        let one = World::compile(&o, UnixSeconds(1000), Some((&both, &touch(&[("shop", "web")]))));
-        assert_eq!((owner(&one).as_deref(), conflicts(&one)), (Some(free), 0));
+        let one = World::compile(&o, UnixSeconds(1000), Some((&strict, &touch(&[("shop", "web")]))));
+        assert_eq!((at(&one, "n1"), at(&one, "n2"), conflicts(&one)), (None, shop(free, Touch::Isolated, true), 0));
         o.pods.insert(("shop".into(), "web".into()), web);
         let again = World::compile(&o, UnixSeconds(1000), Some((&one, &touch(&[("shop", "web")]))));
-        assert_eq!((owner(&again).as_deref(), conflicts(&again)), (Some("shop"), 1));
+        assert_eq!((at(&again, "n1"), at(&again, "n2")), (at(&strict, "n1"), at(&strict, "n2")));
         o.pods.remove(&(free.into(), "free".into()));
-        let alone = World::compile(&o, UnixSeconds(1000), Some((&again, &touch(&[(free, "free")]))));
-        assert_eq!((owner(&alone).as_deref(), conflicts(&alone)), (Some("shop"), 0));
+        let alone = World::compile(&o, UnixSeconds(1000), Some((&again, &touched)));
+        assert_eq!((at(&alone, "n1"), at(&alone, "n2")), (at(&first, "n1"), None));
+        assert_eq!((gateway(&alone), conflicts(&alone)), (Some(("shop".into(), true)), 0));
+        o.policies.remove(&(free.into(), "q".into()));
     }
+    // Pods of one group on one node are treated alike whichever it is: nothing is in doubt.
+    o.pods.insert(("shop".into(), "twin".into()), pod("10.1.0.1", &[("app", "web")]));
+    let twins = World::compile(&o, UnixSeconds(1000), Some((&first, &touch(&[("shop", "twin")]))));
+    assert_eq!((at(&twins, "n1"), conflicts(&twins)), (shop("shop", Touch::Isolated, true), 0));
+    o.pods.get_mut(&("shop".to_owned(), "twin".to_owned())).unwrap().node = "n2".into();
+    let apart = World::compile(&o, UnixSeconds(1000), Some((&twins, &touch(&[("shop", "twin")]))));
+    assert_eq!((at(&apart, "n1"), at(&apart, "n2")), {
+        let closed = shop("shop", Touch::Isolated, false);
+        (closed.clone(), closed)
+    });
+}
+
+#[test]
+fn an_audited_pod_is_denied_nothing_for_an_address_that_another_has() {
+    let mut o = shop().own("p", policy(vec![rule("r", &["a.com"], &["443"])], vec![])).with_ns(|n| n.audit = true);
+    o.pods.insert(("other".into(), "free".into()), Pod { node: "n2".into(), ..pod("10.1.0.1", &[]) });
+    let w = o.world();
+    assert!(w.endpoints_of(ip("10.1.0.1")).iter().all(|e| e.touch == Touch::Untouched));
+    assert_eq!(w.endpoints_of(ip("10.1.0.1")).len(), 2);
 }
 
 #[test]

@@ -90,6 +90,7 @@ fn edit(o: &mut Objects, r: &mut Random, touched: &mut Touched) {
                 mode: PolicyMode::Enforce,
                 namespaces: Selector::default(),
                 pods: app("job"),
+                subject_lost: false,
                 rules: vec![(r.of(&[Action::Accept, Action::Deny]), rule(r))],
                 ceiling: None,
             };
@@ -150,7 +151,7 @@ fn edit_after_edit_is_told_in_whole() {
         let mut world = Arc::new(World::compile(&o, UnixSeconds(0), None));
         let mut compiled = Compiled::new(world.clone(), &o, 1);
         let mut now = Duration::from_secs(100);
-        let frame = desired.state(&compiled, &Default::default(), Target::Own);
+        let frame = desired.frame(&compiled);
         let mut machines: Vec<_> = TARGETS.iter().map(|_| (frame.clone(), Uses::default())).collect();
         for step in 0..40 {
             let mut touched = Touched::default();
@@ -161,11 +162,13 @@ fn edit_after_edit_is_told_in_whole() {
             (0..r.below(4)).for_each(|_| learn(&next, &compiled, r, &mut classes, now, &mut machines));
             now += Duration::from_secs(r.below(4));
             let delta = Delta::new(&world, &next, next.changes(&world), classes.news(now));
-            let basis = Basis::new(&desired, &next, &frame, &classes, now);
-            let parts = desired.parts(&next, classes.active(now).chain(compiled.ahead()));
+            let basis = Basis::new(&desired, &next, &classes, now);
+            let active: BTreeSet<_> = classes.active(now).collect();
+            let ahead = |s| next.scope(s).into_iter().flat_map(|s| s.single_rule_classes());
+            let live = |s| active.iter().filter(move |(of, _)| *of == s).map(|(_, c)| *c).chain(ahead(s));
             for (target, (held, uses)) in TARGETS.into_iter().zip(&mut machines) {
                 let news = uses.follow(held, &basis, target, &delta);
-                let wanted = desired.state(&compiled, &parts, target);
+                let wanted = desired.state(&compiled, target, live);
                 // No word too many.
                 assert_eq!(news.set.len() + news.delete.len(), {
                     let (set, delete) = held.diff(&wanted);

@@ -180,6 +180,7 @@ pub fn edit(o: &mut Objects, n: u64) -> Vec<String> {
                 mode: PolicyMode::Enforce,
                 namespaces: Selector::default(),
                 pods: Selector::default(),
+                subject_lost: false,
                 rules,
                 ceiling: None,
             };

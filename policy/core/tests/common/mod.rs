@@ -82,6 +82,7 @@ pub fn cluster(tier: Tier, priority: u16, rules: Vec<(Action, Rule)>) -> Cluster
         mode: PolicyMode::Enforce,
         namespaces: Selector::default(),
         pods: Selector::default(),
+        subject_lost: false,
         rules,
         ceiling: None,
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use tidegate_policy::model::AddressSource;
-use tidegate_policy::world::{Endpoint, Scope};
+use tidegate_policy::world::{Endpoint, Scope, Sight};
 use tidegate_policy::{Proto, World};
 
 use super::{ip, name};
@@ -22,7 +22,14 @@ pub fn same(a: &World, b: &World, names: &[&str], ips: &[IpAddr]) -> Result<(), 
     };
     let (of_a, of_b) = (class(a), class(b));
     prop_assert_eq!(&of_a, &of_b);
-    prop_assert_eq!(a.node_state_parts(of_a), b.node_state_parts(of_b));
+    for (everything, here) in [(true, None), (true, Some("n1")), (false, Some("n1")), (false, Some("n2"))] {
+        let sight = Sight { everything, here };
+        let live = |s| of_a.iter().filter(move |(of, _)| *of == s).map(|(_, c)| *c);
+        let parts = a.parts(sight, live);
+        prop_assert_eq!(&parts, &b.parts(sight, live));
+        let whole = b.endpoints().flat_map(|(ip, _)| b.seen(sight, ip).map(|e| (ip, e.into()))).collect();
+        prop_assert_eq!(parts.endpoints, whole);
+    }
     prop_assert_eq!(a.issues(), b.issues());
     prop_assert_eq!((a.now(), a.next_change()), (b.now(), b.next_change()));
     prop_assert_eq!(a.endpoints().count(), b.endpoints().count());
