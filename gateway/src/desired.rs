@@ -65,7 +65,7 @@ impl Compiled {
         Self {
             number: self.number + 1,
             world,
-            nodes: self.nodes.clone(),
+            nodes: if touched.nodes { Arc::new(objects.nodes.clone()) } else { self.nodes.clone() },
             prefixes: self.prefixes.clone(),
             dns: self.dns.clone(),
             egress: self.egress.clone(),

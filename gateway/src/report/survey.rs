@@ -226,16 +226,21 @@ impl Survey {
                 default: objects.settings.cluster_default,
             },
         };
-        let names: Vec<String> = match earlier {
-            Some(_) => {
+        let names: BTreeSet<String> = match earlier {
+            Some(e) => {
                 let pods = touched.pods.iter().map(|(ns, _)| ns);
-                touched.namespaces.iter().chain(pods).cloned().collect()
+                let mut names: BTreeSet<String> = touched.namespaces.iter().chain(pods).cloned().collect();
+                if !touched.cluster_policies.is_empty() {
+                    out.cluster = cluster(objects, source);
+                    names.extend(e.concerned(objects, &touched.cluster_policies));
+                }
+                names
             }
             None => {
                 let mut names = source.namespaces();
                 names.extend(objects.namespaces.keys().cloned());
                 names.extend(objects.pods.keys().chain(objects.policies.keys()).map(|(ns, _)| ns.clone()));
-                names.into_iter().collect()
+                names
             }
         };
         for name in names {
@@ -246,6 +251,19 @@ impl Survey {
             }
         }
         out
+    }
+}
+
+impl Survey {
+    /// The namespaces that one of these cluster policies selects, or selected when this was surveyed.
+    fn concerned(&self, objects: &Objects, policies: &BTreeSet<String>) -> Vec<String> {
+        let none = BTreeMap::new();
+        let now: Vec<&ClusterPolicy> = policies.iter().filter_map(|n| objects.cluster_policies.get(n)).collect();
+        let all = self.namespaces.iter().filter(|(name, place)| {
+            let labels = objects.namespaces.get(*name).map_or(&none, |ns| &ns.labels);
+            place.cluster.iter().any(|n| policies.contains(&**n)) || now.iter().any(|p| p.namespaces.matches(labels))
+        });
+        all.map(|(name, _)| name.clone()).collect()
     }
 }
 

@@ -594,7 +594,7 @@ fn only_what_was_touched_is_surveyed_again() {
     objects.namespaces.get_mut("shop").unwrap().managed = true;
     objects.namespaces.get_mut("other").unwrap().managed = false;
     objects.pods.remove(&("shop".to_owned(), "db".to_owned()));
-    let touched = Touched { all: false, namespaces: ["shop".to_owned(), "new".to_owned()].into(), pods: [].into() };
+    let touched = Touched { namespaces: ["shop".to_owned(), "new".to_owned()].into(), ..Touched::default() };
     let second = Survey::new(&objects, &records, &touched, Some(&first));
     assert!(second.namespaces["shop"].annotations.managed && !first.namespaces["shop"].annotations.managed);
     assert!(Arc::ptr_eq(&first.namespaces["other"], &second.namespaces["other"]));

@@ -136,9 +136,8 @@ impl Follower {
         if compile {
             let touched = state.index.take_touched();
             self.compiler.compile(state.index.objects(), &touched)?;
-            changed.all |= touched.all || first;
-            changed.namespaces.extend(touched.namespaces);
-            changed.pods.extend(touched.pods);
+            changed.all |= first;
+            changed.extend(touched);
         }
         if compile || noted {
             self.compiler.survey(state.index.objects(), &state.index, &changed);

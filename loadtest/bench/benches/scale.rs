@@ -14,6 +14,7 @@ use tidegate_policy::model::{
     Permit, Pod, Policy, PolicyMode, Pool, Ports, Rule, Selector, Tier, Touched, UnixSeconds,
 };
 use tidegate_policy::pattern::Pattern;
+use tidegate_policy::world::Sight;
 use tidegate_policy::{Name, Proto, World};
 
 const NAMESPACES: u32 = 10_000;
@@ -260,11 +261,20 @@ fn main() {
             o.cluster_policies.get_mut("deny").expect("it").rules[0].1.fqdns = vec![pattern(text)];
         }
     };
-    edit("a cluster policy", &mut o, Touched::ALL, bad("**.worse.example"), bad("**.bad.example"));
+    let cluster = |name: &str| Touched { cluster_policies: [name.to_owned()].into(), ..Touched::default() };
+    let deny = cluster("deny");
+    edit("a cluster policy of 4,000 namespaces", &mut o, &deny, bad("**.worse.example"), bad("**.bad.example"));
+    let only = |o: &mut Objects| {
+        let deny = rule("bad", vec![pattern("**.bad.example")], &[]);
+        let one = selector(&[("kubernetes.io/metadata.name", "namespace-4210")]);
+        drop(o.cluster_policies.insert("one".into(), cluster_policy(Action::Deny, deny, one, None)));
+    };
+    edit("a cluster policy of one", &mut o, &cluster("one"), only, |o| drop(o.cluster_policies.remove("one")));
     let joins = |o: &mut Objects| {
         drop(o.nodes.insert("node-x".into(), Node { addresses: vec![[192, 168, 1, 1].into()], ..Node::default() }))
     };
-    edit("a node joins", &mut o, Touched::ALL, joins, |o| drop(o.nodes.remove("node-x")));
+    let nodes = Touched { nodes: true, ..Touched::default() };
+    edit("a node joins", &mut o, &nodes, joins, |o| drop(o.nodes.remove("node-x")));
     edit("nothing, but all is looked at", &mut o, Touched::ALL, |_| {}, |_| {});
 
     put(same)(&mut o);
@@ -297,6 +307,14 @@ fn main() {
         of_many.0,
         at.elapsed() / asked
     );
+    next.scopes().values().for_each(|s| s.prepare());
+    let live = |s| next.scope(s).into_iter().flat_map(|s| s.single_rule_classes());
+    for (who, everything, here) in [("a node", false, Some("node-7")), ("a gateway", true, None)] {
+        let at = Instant::now();
+        let parts = black_box(next.parts(Sight { everything, here }, live));
+        let (took, n) = (at.elapsed(), parts.endpoints.len());
+        println!("What {who} is told of {n} endpoints is put together in {took:.1?}.");
+    }
     let at = Instant::now();
     let mut found = 0;
     for n in 0..NAMESPACES {

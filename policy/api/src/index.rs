@@ -204,7 +204,8 @@ impl Index {
         match feed {
             Feed::Namespaces => drop(self.noted_in.namespaces.insert(key.1.clone())),
             Feed::EgressPolicies => drop(self.noted_in.namespaces.insert(key.0.clone())),
-            Feed::EgressPools | Feed::ClusterEgressPolicies => self.noted_in.all = true,
+            Feed::EgressPools => self.noted_in.all = true,
+            Feed::ClusterEgressPolicies => drop(self.noted_in.cluster_policies.insert(key.1.clone())),
             _ => {}
         }
     }
@@ -364,7 +365,9 @@ impl Index {
             Feed::Namespaces => drop(t.namespaces.insert(name.clone())),
             Feed::Pods => drop(t.pods.insert(key.clone())),
             Feed::EgressPolicies | Feed::NamespaceEgresses => drop(t.namespaces.insert(key.0.clone())),
-            Feed::Nodes | Feed::EgressPools | Feed::ClusterEgressPolicies => t.all = true,
+            Feed::Nodes => t.nodes = true,
+            Feed::ClusterEgressPolicies => drop(t.cluster_policies.insert(name.clone())),
+            Feed::EgressPools => t.all = true,
             Feed::ServiceCidrs | Feed::ApiEndpoints | Feed::DnsService | Feed::DnsEndpoints => self.settle(),
             // No rule depends on them: the DNS service asks for them.
             Feed::ExternalNames => {}

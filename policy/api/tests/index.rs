@@ -18,6 +18,7 @@ fn touched(all: bool, namespaces: &[&str], pods: &[(&str, &str)]) -> Touched {
         all,
         namespaces: namespaces.iter().map(|n| (*n).to_owned()).collect(),
         pods: pods.iter().map(|(n, p)| ((*n).to_owned(), (*p).to_owned())).collect(),
+        ..Touched::default()
     }
 }
 
@@ -64,7 +65,7 @@ fn what_changes_nothing_touches_nothing() {
     i.apply(Feed::Pods, &pod("shop", "a", "p", &["10.0.0.1"]));
     i.apply(Feed::Nodes, &json!({"metadata": {"name": "n1"}, "status": {"addresses": []}}));
     i.apply(Feed::EgressPolicies, &policy("one", "u", 1, 443));
-    assert_eq!(i.take_touched(), touched(true, &["shop"], &[("shop", "a")]));
+    assert_eq!(i.take_touched(), Touched { nodes: true, ..touched(false, &["shop"], &[("shop", "a")]) });
     let noted = i.noted();
 
     let mut beat = pod("shop", "a", "p", &["10.0.0.1"]);

@@ -12,9 +12,8 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use crate::eval::Hits;
 use crate::key::KeyHasher;
 use crate::layer::{Ids, Layer, Says};
-use crate::model::{AddressSource, Fqdn, Pair};
+use crate::model::{AddressSource, DnsFilter, Fqdn, Pair};
 use crate::pattern::Pattern;
-use crate::world::Context;
 use crate::{ClassKey, Name, ScopeKey};
 
 /// Sorted stable keys of rules.
@@ -83,7 +82,7 @@ pub struct Scope {
     /// Cluster policies whose namespace selector takes this namespace, as dense ids, sorted.
     pub(crate) relevant: Vec<u32>,
     pub(crate) registry: Arc<Registry>,
-    pub(crate) context: Arc<Context>,
+    pub(crate) dns_filter: DnsFilter,
     /// What [`Scope::single_rule_classes`] found; later scopes with the same rules have it too.
     pub(crate) ahead: Arc<OnceLock<BTreeMap<ClassKey, Arc<ClassDef>>>>,
 }
@@ -233,11 +232,6 @@ impl Scope {
         Arc::ptr_eq(&self.own, &other.own)
             && Arc::ptr_eq(&self.cluster, &other.cluster)
             && self.relevant == other.relevant
-    }
-
-    /// Whether this is an in-cluster destination by the configured prefixes, the nodes' addresses or their pod ranges.
-    pub fn in_cluster(&self, ip: IpAddr) -> bool {
-        self.context.in_cluster(ip)
     }
 }
 

@@ -8,21 +8,27 @@ use crate::class::{Registry, Scope};
 use crate::decide::Group;
 use crate::issue::{Issue, IssueKind, IssueReason, PolicyRef};
 use crate::layer::Layer;
-use crate::model::{ClusterPolicy, Objects, PolicyMode, Touched, UnixSeconds};
+use crate::model::{Labels, Objects, Selector, Touched, UnixSeconds};
+use crate::ranges::Ranges;
 use crate::shards::Shards;
 use crate::space::{Resident, Space};
 use crate::state::Touch;
-use crate::world::{Context, Endpoint, Known, Way, World};
+use crate::world::{Endpoint, Known, Way, World, cluster_nets};
 use crate::{GroupKey, ScopeKey};
+
+/// Namespaces that changed cluster policies do not select keep the layer of before, until so many of those are alive.
+const MAX_BEHIND: u32 = 16;
 
 pub(crate) fn compile(o: &Objects, now: UnixSeconds, previous: Option<(&World, &Touched)>) -> World {
     let touched = previous.filter(|(w, t)| !t.all && w.cluster.in_time(now));
     let previous = previous.map(|(w, _)| w);
-    let mut c = Compiler::new(o, now, previous, touched.is_none());
-    match touched {
+    let mut c = Compiler::new(o, now, previous, touched.map(|(_, t)| t));
+    match touched.filter(|_| !c.all) {
         Some((world, touched)) => {
             let due = world.timed.iter().filter(|(_, w)| !w.holds(now)).map(|(name, _)| &**name);
-            let whole: BTreeSet<&str> = touched.namespaces.iter().map(String::as_str).chain(due).collect();
+            let selected = c.selected(world, &touched.cluster_policies);
+            let whole = touched.namespaces.iter().map(String::as_str).chain(due).chain(selected);
+            let whole: BTreeSet<&str> = whole.collect();
             whole.iter().for_each(|name| c.space(name, None));
             let mut pods: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
             for (namespace, pod) in touched.pods.iter().filter(|(namespace, _)| !whole.contains(namespace.as_str())) {
@@ -140,10 +146,12 @@ pub(crate) struct Compiler<'a> {
     pub o: &'a Objects,
     pub now: UnixSeconds,
     pub previous: Option<&'a World>,
-    pub context: Arc<Context>,
+    /// Whether every namespace is looked at.
+    pub all: bool,
+    nets: Arc<Ranges>,
+    /// All cluster policies as they are now. A namespace that the changed ones do not select keeps the layer that it has.
     pub cluster: Arc<Layer>,
-    /// Cluster policies that have effect, in the order of their layer.
-    pub clusters: Vec<&'a ClusterPolicy>,
+    behind: u32,
     pub registry: Arc<Registry>,
     pub slots: Slots,
     pub replaced: Vec<Replaced>,
@@ -153,29 +161,57 @@ pub(crate) struct Compiler<'a> {
 }
 
 impl<'a> Compiler<'a> {
-    fn new(o: &'a Objects, now: UnixSeconds, previous: Option<&'a World>, all: bool) -> Self {
-        let (context, cluster) = match previous {
-            Some(p) if !all => (p.context.clone(), p.cluster.clone()),
+    fn new(o: &'a Objects, now: UnixSeconds, previous: Option<&'a World>, touched: Option<&Touched>) -> Self {
+        let part = previous.zip(touched);
+        let nets = match part {
+            Some((p, t)) if !t.nodes => p.nets.clone(),
             _ => {
-                let context = Context::new(o);
-                let same = previous.map(|p| &p.context).filter(|c| ***c == context).cloned();
-                let cluster = Layer::cluster(&o.cluster_policies, now, previous.map(|p| &p.cluster));
-                (same.unwrap_or_else(|| Arc::new(context)), cluster)
+                let nets = cluster_nets(o);
+                let same = previous.map(|p| &p.nets).filter(|n| ***n == nets).cloned();
+                same.unwrap_or_else(|| Arc::new(nets))
             }
         };
+        let cluster = match part {
+            Some((p, t)) if t.cluster_policies.is_empty() => p.cluster.clone(),
+            _ => Layer::cluster(&o.cluster_policies, now, previous.map(|p| &p.cluster)),
+        };
+        let (mut all, mut behind) = (part.is_none(), 0);
+        if let Some((p, _)) = part {
+            let moved = !Arc::ptr_eq(&p.cluster, &cluster);
+            behind = p.behind + u32::from(moved);
+            // Which of too many patterns count depends on all policies.
+            let full = |l: &Layer| !l.issues.is_empty();
+            all = moved && (behind >= MAX_BEHIND || full(&cluster) || full(&p.cluster));
+        }
+        if all {
+            behind = 0;
+        }
         Self {
             o,
             now,
             previous,
-            context,
+            all,
+            nets,
             cluster,
-            clusters: o.cluster_policies.values().filter(|p| p.mode == PolicyMode::Enforce).collect(),
+            behind,
             registry: previous.map(|p| p.registry.clone()).unwrap_or_default(),
             slots: previous.map(|p| p.slots.clone()).unwrap_or_default(),
             replaced: Vec::new(),
             claims: Vec::new(),
             nodes: HashMap::default(),
         }
+    }
+
+    /// The namespaces of a world that changed cluster policies select, or selected.
+    fn selected<'w>(&self, world: &'w World, names: &BTreeSet<String>) -> Vec<&'w str> {
+        let both = |n: &String| (world.cluster.subject(n).cloned(), self.cluster.subject(n).cloned());
+        let changed = names.iter().map(both).filter(|(old, new)| old != new);
+        let changed: Vec<Selector> =
+            changed.flat_map(|(old, new)| [old, new]).flatten().map(|p| p.namespaces).collect();
+        let none = Labels::new();
+        let labels = |ns: &str| self.o.namespaces.get(ns).map_or(&none, |ns| &ns.labels);
+        let all = world.spaces.keys().map(|ns| &**ns).filter(|_| !changed.is_empty());
+        all.filter(|ns| changed.iter().any(|s| s.matches(labels(ns)))).collect()
     }
 
     /// A node's name, shared by its pods.
@@ -262,8 +298,9 @@ impl<'a> Compiler<'a> {
         World {
             now: self.now,
             next_change: ends.chain(self.cluster.window().and_then(|w| w.until)).min(),
-            context: self.context,
+            nets: self.nets,
             cluster: self.cluster,
+            behind: self.behind,
             spaces,
             scopes,
             ways,

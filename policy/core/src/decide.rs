@@ -244,10 +244,6 @@ impl Group {
         // How wide a prefix is matters to the built-in verdict alone.
         hits.wide.clear();
         let mut explanation = Explanation::default();
-        if self.scope.in_cluster(ip) {
-            explanation.built_in = Some(BuiltIn::InCluster);
-            return Decision { via: Via::Pass, reason: Reason::Allowed, rule: None, ech_allow: true, explanation };
-        }
         let local = rules.isolated && is_metadata(ip);
         if rules.isolated && (local || port == ENCRYPTED_DNS) {
             // Only a prefix opens these; a name never does.
@@ -377,7 +373,7 @@ impl Group {
 
     /// `dnsFilter: Open`, and every ceiling permits it.
     fn resolves_all(&self) -> bool {
-        self.scope.context.dns_filter == DnsFilter::Open
+        self.scope.dns_filter == DnsFilter::Open
             && self.selection.ceilings.iter().all(|id| {
                 let c = self.scope.cluster.policy(*id).ceiling.as_ref();
                 c.is_none_or(|c| c.permits(Permit::DnsOpen))
@@ -485,9 +481,6 @@ impl Group {
 
     /// What holds for an address that a canonical name resolved to.
     pub fn address(&self, name: &str, ip: IpAddr) -> AddressDecision {
-        if self.scope.in_cluster(ip) {
-            return AddressDecision::Filter(Reason::Rebinding);
-        }
         let by_prefix = self.cidr_hits(ip);
         let s = &self.scope;
         let denies = by_prefix.own.iter().any(|id| s.own.rule(*id).says == Says::Deny)

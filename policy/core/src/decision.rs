@@ -13,8 +13,6 @@ use crate::{Carry, PortSet, Reason, Via};
 /// A built-in verdict that comes before every policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BuiltIn {
-    /// The destination belongs to the cluster: never steered.
-    InCluster,
     /// Link-local or metadata, and no cluster policy accepts exactly that prefix.
     Metadata,
     /// DNS over TLS or QUIC, and no cluster policy accepts it.
@@ -36,7 +34,6 @@ impl fmt::Display for Explanation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut sep = "";
         match self.built_in {
-            Some(BuiltIn::InCluster) => f.write_str("in-cluster destinations pass")?,
             Some(BuiltIn::Metadata) => {
                 f.write_str("link-local and metadata addresses are denied unless a cluster policy of the Admin tier accepts exactly that prefix")?;
             }

@@ -248,6 +248,22 @@ impl Layer {
         b.finish(source)
     }
 
+    /// The cluster policies that have effect, in the order of `policies`, by name.
+    pub fn subjects(&self) -> impl Iterator<Item = (&str, &ClusterPolicy)> {
+        let all: &[(String, ClusterPolicy)] = match &self.source {
+            Source::Cluster(policies) => policies,
+            Source::Own { .. } => &[],
+        };
+        all.iter().filter(|(_, p)| p.mode == PolicyMode::Enforce).map(|(name, p)| (name.as_str(), p))
+    }
+
+    /// A cluster policy that has effect.
+    pub fn subject(&self, name: &str) -> Option<&ClusterPolicy> {
+        let Source::Cluster(policies) = &self.source else { return None };
+        let at = policies.binary_search_by(|(n, _)| n.as_str().cmp(name)).ok()?;
+        Some(&policies[at].1).filter(|p| p.mode == PolicyMode::Enforce)
+    }
+
     pub fn rule(&self, id: u32) -> &CRule {
         &self.rules[id as usize]
     }

@@ -44,8 +44,12 @@ pub struct Objects {
 /// seen.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Touched {
-    /// Anything may be: a cluster policy, a pool, a node or a setting changed.
+    /// Anything may be: a pool or a setting changed.
     pub all: bool,
+    /// Nodes are new, changed or gone.
+    pub nodes: bool,
+    /// Cluster policies that are new, changed or gone, by name.
+    pub cluster_policies: BTreeSet<String>,
     /// Namespaces which changed themselves, have changed policies or were given another pair: all of their pods are looked
     /// at again.
     pub namespaces: BTreeSet<String>,
@@ -55,7 +59,22 @@ pub struct Touched {
 
 impl Touched {
     /// Anything may be.
-    pub const ALL: &'static Touched = &Touched { all: true, namespaces: BTreeSet::new(), pods: BTreeSet::new() };
+    pub const ALL: &'static Touched = &Touched {
+        all: true,
+        nodes: true,
+        cluster_policies: BTreeSet::new(),
+        namespaces: BTreeSet::new(),
+        pods: BTreeSet::new(),
+    };
+
+    /// Adds what else was touched.
+    pub fn extend(&mut self, more: Touched) {
+        self.all |= more.all;
+        self.nodes |= more.nodes;
+        self.cluster_policies.extend(more.cluster_policies);
+        self.namespaces.extend(more.namespaces);
+        self.pods.extend(more.pods);
+    }
 }
 
 /// What a pod that no policy selects is.

@@ -96,6 +96,8 @@ impl Window {
 #[derive(Clone, Debug)]
 pub(crate) struct Space {
     own: Arc<Layer>,
+    /// All cluster policies, those as they are that select the namespace.
+    cluster: Arc<Layer>,
     /// By selection, with the number of pods.
     kinds: Vec<(Arc<Kind>, usize)>,
     pub pods: Shards<Arc<str>, Resident>,
@@ -158,6 +160,7 @@ impl Space {
     /// Whether it is the same as one that had the same pods.
     fn is(&self, other: &Space) -> bool {
         Arc::ptr_eq(&self.own, &other.own)
+            && Arc::ptr_eq(&self.cluster, &other.cluster)
             && self.kinds.len() == other.kinds.len()
             && self.kinds.iter().zip(&other.kinds).all(|(a, b)| Arc::ptr_eq(&a.0, &b.0) && a.1 == b.1)
             && self.issues == other.issues
@@ -171,10 +174,11 @@ struct Place<'a, 'p> {
     ns: &'p Namespace,
     exempt: bool,
     own: Arc<Layer>,
+    cluster: &'p Arc<Layer>,
     /// Policies that have effect, in the order of the layer.
     enforced: Vec<(&'a str, &'a Policy)>,
     /// The cluster policies whose namespace selector takes this namespace.
-    relevant: Vec<u32>,
+    relevant: Vec<(u32, &'p ClusterPolicy)>,
     audit: bool,
     old: Option<&'p Space>,
 }
@@ -203,6 +207,10 @@ impl<'a> Compiler<'a> {
                 Layer::own(name, &policies, ns.has_allow.then_some(&ns.allow), self.now, old.as_ref().map(|s| &s.own))
             }
         };
+        let cluster = match &old {
+            Some(old) if !self.all && (only.is_some() || self.keeps(&old.cluster, &ns.labels)) => old.cluster.clone(),
+            _ => self.cluster.clone(),
+        };
         let audit = ns.audit && ns.audit_until.is_none_or(|end| self.now < end);
         let name: Arc<str> = match &old {
             Some(old) => old.pods.values().next().map(|r| r.who.namespace.clone()),
@@ -213,11 +221,8 @@ impl<'a> Compiler<'a> {
             ns,
             exempt,
             own: own.clone(),
-            relevant: (0..)
-                .zip(&self.clusters)
-                .filter(|(_, p)| p.namespaces.matches(&ns.labels))
-                .map(|(i, _): (u32, _)| i)
-                .collect(),
+            relevant: relevant(&cluster, &ns.labels).map(|(id, _, p)| (id, p)).collect(),
+            cluster: &cluster,
             enforced: policies.iter().copied().filter(|(_, p)| p.mode == PolicyMode::Enforce).collect(),
             audit,
             old: old.as_deref(),
@@ -260,8 +265,14 @@ impl<'a> Compiler<'a> {
 
     fn all_pods(&mut self, place: &Place<'a, '_>, changed: &mut Vec<(Option<Resident>, Option<Resident>)>) -> Space {
         let known = place.old.map(|old| old.pods.clone()).unwrap_or_default();
-        let mut space =
-            Space { own: place.own.clone(), kinds: Vec::new(), pods: known, issues: Vec::new(), window: None };
+        let mut space = Space {
+            own: place.own.clone(),
+            cluster: place.cluster.clone(),
+            kinds: Vec::new(),
+            pods: known,
+            issues: Vec::new(),
+            window: None,
+        };
         let first = (place.name.to_string(), String::new());
         let pods = self.o.pods.range(first..).take_while(|((n, _), _)| **n == *place.name);
         // What a pod is follows from its labels.
@@ -284,6 +295,12 @@ impl<'a> Compiler<'a> {
             changed.extend(gone.iter().filter_map(|pod| space.set(pod, None)));
         }
         space
+    }
+
+    /// Whether a namespace with these labels may keep a layer: what concerns it is the same in the present one.
+    fn keeps(&self, layer: &Arc<Layer>, labels: &Labels) -> bool {
+        let concerns = |l| relevant(l, labels).map(|(_, name, p)| (name, p));
+        Arc::ptr_eq(layer, &self.cluster) || (layer.in_time(self.now) && concerns(layer).eq(concerns(&self.cluster)))
     }
 
     fn resident(
@@ -341,7 +358,7 @@ impl<'a> Compiler<'a> {
         };
         let audit = place.audit || (!own && by_default && default == ClusterDefault::Audit);
         let mut issues = Vec::new();
-        self.ties(&selection, &mut issues);
+        ties(place.cluster, &selection, &mut issues);
         let pool = self.pool(place, &selection, &mut issues);
         let scope = self.scope(space, place, pool);
         let key = group_key(&scope, &selection);
@@ -368,8 +385,7 @@ impl<'a> Compiler<'a> {
             !own.is_empty() || place.ns.managed || self.o.settings.cluster_default == ClusterDefault::Isolated;
         let mut s = Selection { own, ..Selection::default() };
         let of = |lost: bool| {
-            let all = place.relevant.iter().map(|id| (*id, self.clusters[*id as usize]));
-            all.filter(move |(_, p)| p.subject_lost == lost && p.pods.matches(labels))
+            place.relevant.iter().copied().filter(move |(_, p)| p.subject_lost == lost && p.pods.matches(labels))
         };
         let mut add = |(id, p): (u32, &ClusterPolicy)| {
             match p.tier {
@@ -392,30 +408,6 @@ impl<'a> Compiler<'a> {
         s.baseline.sort_unstable();
         s.ceilings.sort_unstable();
         s
-    }
-
-    /// Policies that select a live pod together, at equal priority.
-    fn ties(&self, s: &Selection, issues: &mut Vec<Issue>) {
-        for tier in [&s.admin, &s.baseline] {
-            for run in tier.chunk_by(|a, b| a.0 == b.0) {
-                for (i, (_, a)) in run.iter().enumerate() {
-                    for (_, b) in &run[i + 1..] {
-                        let (a, b) = (self.cluster.policy(*a), self.cluster.policy(*b));
-                        let ((d1, a1), (d2, a2)) = (a.actions, b.actions);
-                        if !(d1 && a2 || a1 && d2) {
-                            continue;
-                        }
-                        issues.extend([(a, b), (b, a)].map(|(x, y)| Issue {
-                            kind: IssueKind::Conflicted,
-                            policy: x.who.clone(),
-                            path: "priority".into(),
-                            reason: IssueReason::EqualPriority,
-                            by: Some(y.who.name.clone()),
-                        }));
-                    }
-                }
-            }
-        }
     }
 
     /// The pool of a pod: of its policies the oldest, then the first by name; the annotation; the built-in one.
@@ -487,20 +479,50 @@ impl<'a> Compiler<'a> {
             source,
             pair,
             own: place.own.clone(),
-            cluster: self.cluster.clone(),
-            relevant: place.relevant.clone(),
+            cluster: place.cluster.clone(),
+            relevant: place.relevant.iter().map(|(id, _)| *id).collect(),
             registry: self.registry.clone(),
-            context: self.context.clone(),
+            dns_filter: self.o.settings.dns_filter,
             ahead: Arc::default(),
         };
         let old = place.old.and_then(|old| old.groups().map(|g| g.scope()).find(|s| s.key() == key));
         let Some(old) = old.filter(|s| s.same_classes(&new)) else { return Arc::new(new) };
-        if old.same_way(&new) && Arc::ptr_eq(&old.context, &new.context) {
+        if old.same_way(&new) && old.dns_filter == new.dns_filter {
             return old.clone();
         }
         new.ahead = old.ahead.clone();
         Arc::new(new)
     }
+}
+
+/// Policies that select a live pod together, at equal priority.
+fn ties(cluster: &Layer, s: &Selection, issues: &mut Vec<Issue>) {
+    for tier in [&s.admin, &s.baseline] {
+        for run in tier.chunk_by(|a, b| a.0 == b.0) {
+            for (i, (_, a)) in run.iter().enumerate() {
+                for (_, b) in &run[i + 1..] {
+                    let (a, b) = (cluster.policy(*a), cluster.policy(*b));
+                    let ((d1, a1), (d2, a2)) = (a.actions, b.actions);
+                    if !(d1 && a2 || a1 && d2) {
+                        continue;
+                    }
+                    issues.extend([(a, b), (b, a)].map(|(x, y)| Issue {
+                        kind: IssueKind::Conflicted,
+                        policy: x.who.clone(),
+                        path: "priority".into(),
+                        reason: IssueReason::EqualPriority,
+                        by: Some(y.who.name.clone()),
+                    }));
+                }
+            }
+        }
+    }
+}
+
+/// The cluster policies whose namespace selector takes a namespace: their place in the layer, their name, and themselves.
+fn relevant<'l>(layer: &'l Layer, labels: &Labels) -> impl Iterator<Item = (u32, &'l str, &'l ClusterPolicy)> {
+    let all = (0..).zip(layer.subjects()).map(|(id, (name, p))| (id, name, p));
+    all.filter(|(_, _, p)| p.namespaces.matches(labels))
 }
 
 /// When time changes something.

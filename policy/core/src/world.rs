@@ -6,7 +6,7 @@
 //! world.endpoint(ip)                                 → who, touch, scope and group of a pod's address
 //! world.group(index) / world.group_by_key(key)       → &Arc<Group>:
 //!     group.name(name, qtype)                        → NameDecision: answer, reason, rule, facts of the name
-//!     group.address(name, ip)                        → AddressDecision: privateAddresses, denied prefixes, in-cluster
+//!     group.address(name, ip)                        → AddressDecision: privateAddresses, denied prefixes
 //!     group.connection(Some(&bound), ip, proto, port)→ Decision: via, reason, rule, ech_allow, explanation
 //!     group.connection_unbound(&sni, ip, …)          → the same for a name that is not bound to the address
 //!     group.grant(class)                             → PortSet for (group, class)
@@ -38,7 +38,7 @@ pub use crate::eval::{Said, Step};
 use crate::event::Who;
 pub use crate::issue::{Issue, IssueKind, IssueReason, PolicyRef};
 use crate::layer::Layer;
-use crate::model::{DnsFilter, Objects, Pair, Touched, UnixSeconds};
+use crate::model::{Objects, Pair, Touched, UnixSeconds};
 use crate::ranges::Ranges;
 use crate::shards::Shards;
 use crate::space::{Space, Window};
@@ -67,25 +67,11 @@ pub struct Member {
     pub index: u32,
 }
 
-/// Facts about the cluster that decisions need.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct Context {
-    pub dns_filter: DnsFilter,
-    nets: Ranges,
-}
-
-impl Context {
-    pub fn new(o: &Objects) -> Self {
-        let nodes = o.nodes.values();
-        let nodes =
-            nodes.flat_map(|n| n.pod_prefixes.iter().copied().chain(n.addresses.iter().map(|a| IpNet::from(*a))));
-        let nets = o.settings.cluster_prefixes.iter().copied().chain(nodes).collect();
-        Self { dns_filter: o.settings.dns_filter, nets }
-    }
-
-    pub fn in_cluster(&self, ip: IpAddr) -> bool {
-        self.nets.contains(ip)
-    }
+/// The configured prefixes, the nodes and their pod ranges.
+pub(crate) fn cluster_nets(o: &Objects) -> Ranges {
+    let nodes = o.nodes.values();
+    let nodes = nodes.flat_map(|n| n.pod_prefixes.iter().copied().chain(n.addresses.iter().map(|a| IpNet::from(*a))));
+    o.settings.cluster_prefixes.iter().copied().chain(nodes).collect()
 }
 
 /// The addresses of pods.
@@ -151,8 +137,10 @@ pub(crate) type Way = (Arc<str>, Option<Pair>);
 #[derive(Debug)]
 pub struct World {
     pub(crate) now: UnixSeconds,
-    pub(crate) context: Arc<Context>,
+    pub(crate) nets: Arc<Ranges>,
     pub(crate) cluster: Arc<Layer>,
+    /// How often cluster policies changed since all namespaces had their layer.
+    pub(crate) behind: u32,
     pub(crate) spaces: Shards<Arc<str>, Arc<Space>>,
     pub(crate) scopes: Shards<ScopeKey, Arc<Scope>>,
     pub(crate) groups: Shards<GroupKey, Arc<Group>>,
@@ -321,9 +309,10 @@ impl World {
         self.group(self.endpoint(ip)?.member?.index)
     }
 
-    /// Whether the address belongs to the cluster: configured prefixes, nodes and their pod ranges, and every pod.
+    /// Whether the address belongs to the cluster: configured prefixes, nodes and their pod ranges, and every pod. What is
+    /// inside passes before any rule, and is no answer for a public name: groups are not asked about it.
     pub fn in_cluster(&self, ip: IpAddr) -> bool {
-        self.known.endpoints.contains_key(&ip) || self.context.in_cluster(ip)
+        self.known.endpoints.contains_key(&ip) || self.nets.contains(ip)
     }
 
     /// What may be other than in an earlier world. Costs what is.

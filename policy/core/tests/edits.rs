@@ -72,7 +72,7 @@ fn cluster_policy(e: &Edit) -> ClusterPolicy {
     if flag(e, 6) {
         p.pods = selector(&[("app", "job")]);
     }
-    p.subject_lost = e.how % 11 == 0;
+    p.subject_lost = e.how.is_multiple_of(11);
     p
 }
 
@@ -131,9 +131,9 @@ fn edit(o: &mut Objects, e: &Edit, touched: &mut Touched) {
             if e.how.is_multiple_of(3) {
                 o.cluster_policies.remove(&name);
             } else {
-                o.cluster_policies.insert(name, cluster_policy(e));
+                o.cluster_policies.insert(name.clone(), cluster_policy(e));
             }
-            touched.all = true;
+            touched.cluster_policies.insert(name);
         }
         6 => {
             let address = |n: u8| Pair { ipv4: Some([203, 0, 113, n].into()), ipv6: None, draining: flag(e, n % 8) };
@@ -163,7 +163,7 @@ fn edit(o: &mut Objects, e: &Edit, touched: &mut Touched) {
         _ => {
             let node = Node { addresses: vec![ip(&format!("192.0.2.{}", e.how % 4))], ..Node::default() };
             o.nodes.insert(["n1", "n2"][e.which % 2].into(), node);
-            touched.all = true;
+            touched.nodes = true;
         }
     }
 }

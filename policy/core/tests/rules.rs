@@ -3,6 +3,7 @@
 mod common;
 
 use common::*;
+use tidegate_policy::World;
 use tidegate_policy::model::*;
 use tidegate_policy::state::Touch;
 use tidegate_policy::world::{Answer, Said};
@@ -329,7 +330,7 @@ fn metadata_and_encrypted_dns_are_closed_to_isolated_pods() {
 }
 
 #[test]
-fn in_cluster_destinations_pass() {
+fn what_belongs_to_the_cluster() {
     let mut o = shop().own("p", policy(vec![rule("r", &["a.com"], &["443"])], vec![]));
     o.settings.cluster_prefixes = vec!["10.96.0.0/16".parse().unwrap()];
     o.nodes.insert(
@@ -340,13 +341,15 @@ fn in_cluster_destinations_pass() {
             ..Node::default()
         },
     );
-    let g = o.group();
-    for a in ["10.96.3.4", "192.168.0.1", "fd00:1::9"] {
-        assert_eq!(g.to_ip(a, 22).via, Via::Pass, "{a}");
-        assert_eq!(g.address("a.com", ip(a)), tidegate_policy::world::AddressDecision::Filter(Reason::Rebinding));
+    let w = o.world();
+    for a in ["10.96.3.4", "192.168.0.1", "fd00:1::9", "10.1.0.1"] {
+        assert!(w.in_cluster(ip(a)), "{a}");
     }
-    assert_eq!(g.to_ip("192.168.0.2", 22).via, Via::Deny);
-    assert!(o.world().in_cluster(ip("10.1.0.1")), "pods");
+    assert!(!w.in_cluster(ip("192.168.0.2")));
+    o.nodes.insert("n2".into(), Node { addresses: vec![ip("192.168.0.2")], ..Node::default() });
+    let nodes = Touched { nodes: true, ..Touched::default() };
+    let joined = World::compile(&o, UnixSeconds(1000), Some((&w, &nodes)));
+    assert!(joined.in_cluster(ip("192.168.0.2")) && joined.changes(&w) == Default::default());
 }
 
 #[test]

@@ -99,7 +99,7 @@ fn edit(o: &mut Objects, r: &mut Random, touched: &mut Touched) {
             } else {
                 drop(o.cluster_policies.insert("k".into(), policy))
             }
-            touched.all = true;
+            touched.cluster_policies.insert("k".into());
         }
         _ => {
             let pair = |n| Pair { ipv4: Some([203, 0, 113, n].into()), ipv6: None, draining: false };
