@@ -160,6 +160,13 @@ impl View for DnsView {
     }
 }
 
+/// Whether the asking pod's node must know the addresses of a name: it steers what an isolated pod sends to addresses that it
+/// does not know, but what a guarded one sends it passes, and here some ports are denied.
+pub fn needs_ack(world: &World, asker: &Asker, name: &str) -> bool {
+    let denied = |g: &Arc<world::Group>| g.name(name, 1).facts.ports.ranges().iter().any(|r| r.via == Via::Deny);
+    asker.mode == AskMode::Guarded && world.group_by_key(asker.group).is_some_and(denied)
+}
+
 /// The way to the ledger.
 pub struct CoreBinder {
     /// What the core shares.
@@ -177,13 +184,15 @@ impl Binder for CoreBinder {
             return false;
         }
         let until = self.shared.now() + Duration::from_secs(ttl_secs.into());
-        self.bindings.answer_stands(asker.scope, name, ips, node, until)
+        let acked = self.bindings.is_steered(node) && needs_ack(&self.shared.world.load(), asker, name);
+        self.bindings.answer_stands(asker.scope, name, ips, node, until, acked)
     }
 
     async fn bind(&self, request: BindRequest) -> Result<Vec<IpAddr>, Reason> {
         let who = &request.asker.who;
         // Only names of the canonical form match a rule, and only those come here.
         let name = Name::parse(&request.name).map_err(|_| Reason::DnsMalformed)?;
+        let acked = needs_ack(&self.shared.world.load(), &request.asker, name.as_str());
         let (reply, answer) = oneshot::channel();
         let bind = Bind {
             scope: request.asker.scope,
@@ -194,6 +203,7 @@ impl Binder for CoreBinder {
             addresses: request.ips,
             ttl: Duration::from_secs(request.ttl_secs.into()),
             min_binding: (request.min_binding_secs > 0).then(|| Duration::from_secs(request.min_binding_secs.into())),
+            acked,
             reply,
         };
         // A full queue is overload: fail closed, and at once.

@@ -58,6 +58,7 @@ impl Run {
             addresses: b.addresses,
             ttl: b.ttl,
             min_binding: b.min_binding,
+            acked: b.acked,
         }));
     }
 

@@ -36,6 +36,8 @@ pub struct Bind {
     pub ttl: Duration,
     /// The rule's least life of a binding.
     pub min_binding: Option<Duration>,
+    /// The node must have confirmed the addresses in any case.
+    pub acked: bool,
     /// Told which addresses are bound.
     pub reply: oneshot::Sender<Result<Vec<IpAddr>, Reason>>,
 }

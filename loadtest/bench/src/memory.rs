@@ -57,6 +57,7 @@ fn ledger() -> Result<Ledger<OneClass>> {
                 addresses: vec![ip],
                 ttl: Duration::from_secs(60),
                 min_binding: None,
+                acked: false,
             };
             ledger.handle(Input::Answer(answer), now, &mut out);
             seq += 1;

@@ -88,8 +88,17 @@ impl Product {
 
     /// Learns, and has the node confirm.
     fn learn(&self, scope: ScopeKey, name: Name, addresses: Vec<IpAddr>, ttl: Duration) -> Result<Vec<IpAddr>, Reason> {
-        let answer =
-            Answer { ticket: 1, scope, owner: OwnerId(1), node: NODE, name, addresses, ttl, min_binding: None };
+        let answer = Answer {
+            ticket: 1,
+            scope,
+            owner: OwnerId(1),
+            node: NODE,
+            name,
+            addresses,
+            ttl,
+            min_binding: None,
+            acked: false,
+        };
         let mut ledger = self.ledger.lock();
         let mut out = Vec::new();
         ledger.handle(Input::Answer(answer), self.now(), &mut out);
@@ -172,7 +181,7 @@ impl View for PolicyView {
 impl Binder for Product {
     fn standing(&self, asker: &Asker, name: &str, ips: &[IpAddr], ttl_secs: u32) -> bool {
         let until = self.now() + Duration::from_secs(ttl_secs.into());
-        self.bindings.answer_stands(asker.scope, name, ips, NODE, until)
+        self.bindings.answer_stands(asker.scope, name, ips, NODE, until, false)
     }
 
     async fn bind(&self, request: BindRequest) -> Result<Vec<IpAddr>, Reason> {

@@ -80,6 +80,10 @@ impl Gateway {
         let min = Duration::from_secs(plan.min_binding_secs.into());
         let ttl = stored.ttl_or_zero(now.as_millis() as u64);
         let bound = scratch.bind.clone();
+        // What a guarded pod's node does not know passes there.
+        let denied =
+            |g: &Arc<world::Group>| g.name(name.as_str(), 1).facts.ports.ranges().iter().any(|r| r.via == Via::Deny);
+        let acked = asker.mode == AskMode::Guarded && world.group_by_key(asker.group).is_some_and(denied);
         let answer = Answer {
             ticket,
             scope: asker.scope,
@@ -89,6 +93,7 @@ impl Gateway {
             addresses: scratch.bind,
             ttl: Duration::from_secs(ttl.into()),
             min_binding: (!min.is_zero()).then_some(min),
+            acked,
         };
         if hit && self.stands(pod, &answer, now) {
             return Asked::Stands(bound);

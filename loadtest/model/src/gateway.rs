@@ -578,6 +578,6 @@ impl Gateway {
     pub(crate) fn stands(&self, pod: IpAddr, a: &Answer, now: Duration) -> bool {
         let bindings = self.ledger.bindings();
         !self.settling.has(a.node, pod)
-            && bindings.answer_stands(a.scope, a.name.as_str(), &a.addresses, a.node, now + a.ttl)
+            && bindings.answer_stands(a.scope, a.name.as_str(), &a.addresses, a.node, now + a.ttl, a.acked)
     }
 }

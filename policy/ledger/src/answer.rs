@@ -7,6 +7,7 @@ use smallvec::SmallVec;
 use tidegate_policy::{Name, Reason};
 
 use crate::ledger::Ledger;
+use crate::node::Ticket;
 use crate::table::{Fact, pack, unpack};
 use crate::tick::Tick;
 use crate::{Answer, Classify, FactRecord, MAX_BINDING, NodeId, Output};
@@ -26,7 +27,7 @@ struct Change {
 
 impl<C: Classify> Ledger<C> {
     pub(crate) fn answer(&mut self, answer: Answer, out: &mut Vec<Output>) {
-        let Answer { ticket, scope, owner, node, name, addresses, ttl, min_binding } = answer;
+        let Answer { ticket, scope, owner, node, name, addresses, ttl, min_binding, acked } = answer;
         if addresses.is_empty() {
             out.push(Output::Release { ticket, addresses });
             return;
@@ -74,7 +75,9 @@ impl<C: Classify> Ledger<C> {
         if stands {
             out.push(Output::Release { ticket, addresses });
         } else {
-            self.wait(ticket, node, number, addresses, out);
+            let ticket =
+                (ticket, Ticket { node, scope: number, deadline: self.now + self.config.barrier, addresses, acked });
+            self.wait(ticket, out);
         }
     }
 

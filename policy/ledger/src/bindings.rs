@@ -128,7 +128,7 @@ impl Bindings {
         self.read(scope, |t| Some(t.address(t.find_ip(&self.hash, pack(ip))?)?.class())).flatten()
     }
 
-    /// Whether replies to pods of the node need no ack, because its stream has been down
+    /// Whether replies to isolated pods of the node need no ack, because its stream has been down
     /// so long that its kernel steers what it does not know.
     pub fn is_steered(&self, node: NodeId) -> bool {
         self.any_steered.load(Ordering::Acquire) && self.steered.read().contains(&node)
@@ -146,12 +146,20 @@ impl Bindings {
 
     /// Whether a reply may go out without asking the ledger: `name` (canonical text) is bound to every
     /// address until `until` since boot, and the node's kernel has confirmed it ([`Self::standing`])
-    /// or is steered ([`Self::is_steered`]) and will be told when it is back.
-    pub fn answer_stands(&self, scope: ScopeKey, name: &str, ips: &[IpAddr], node: NodeId, until: Duration) -> bool {
+    /// or is steered ([`Self::is_steered`]) and will be told when it is back; with `acked` only the former.
+    pub fn answer_stands(
+        &self,
+        scope: ScopeKey,
+        name: &str,
+        ips: &[IpAddr],
+        node: NodeId,
+        until: Duration,
+        acked: bool,
+    ) -> bool {
         if ips.is_empty() {
             return true;
         }
-        let steered = self.is_steered(node);
+        let steered = !acked && self.is_steered(node);
         let until = Tick::ceil(until);
         let stands = |t: &Table| {
             let Some(n) = t.find_name(&self.hash, name) else {

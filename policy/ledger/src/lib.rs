@@ -144,6 +144,8 @@ pub struct Answer {
     pub ttl: Duration,
     /// The rule's `minBindingSeconds`: the least life of a newly learnt or refreshed fact; at most [`MAX_BINDING`].
     pub min_binding: Option<Duration>,
+    /// The node must have confirmed the addresses, even when it steers what it does not know: this pod's packets it passes.
+    pub acked: bool,
 }
 
 /// One fact with all that is needed to learn it again elsewhere or after a restart.

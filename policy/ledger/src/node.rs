@@ -72,6 +72,8 @@ pub(crate) struct Ticket {
     pub scope: u32,
     pub deadline: Duration,
     pub addresses: Vec<IpAddr>,
+    /// It needs the node's ack in any case.
+    pub acked: bool,
 }
 
 impl<C: Classify> Ledger<C> {
@@ -147,13 +149,18 @@ impl<C: Classify> Ledger<C> {
         }
     }
 
-    /// The node's kernel steers from now on: replies need no ack any more.
+    /// The node's kernel steers from now on: most replies need no ack any more, and the others will not get it.
     pub(crate) fn node_fell(&mut self, id: NodeId, out: &mut Vec<Output>) {
         let Some(n) = self.nodes.get_mut(&id) else { return };
         n.steered = true;
         self.bindings.set_steered(id, true);
         for (_, ticket) in std::mem::take(&mut n.waiting) {
-            self.release(ticket, out);
+            if self.tickets.get(&ticket).is_some_and(|t| t.acked) {
+                self.tickets.remove(&ticket);
+                out.push(Output::Fail { ticket, reason: Reason::BarrierTimeout });
+            } else {
+                self.release(ticket, out);
+            }
         }
     }
 
@@ -241,21 +248,20 @@ impl<C: Classify> Ledger<C> {
     }
 
     /// Lets a reply wait for the node's next ack, or releases it if there is nothing to wait for.
-    pub(crate) fn wait(&mut self, id: u64, node: NodeId, scope: u32, addresses: Vec<IpAddr>, out: &mut Vec<Output>) {
-        let deadline = self.now + self.config.barrier;
-        let queued = self.queued.contains_key(&node);
+    pub(crate) fn wait(&mut self, (id, ticket): (u64, Ticket), out: &mut Vec<Output>) {
+        let queued = self.queued.contains_key(&ticket.node);
         let full = self.tickets.len() >= self.config.max_waiting;
-        let n = self.node(node);
+        let n = self.node(ticket.node);
         // What a node cannot take now is in the snapshot that it gets next.
         let seq = if queued || !n.writable() { n.last_seq + 1 } else { n.last_seq };
-        if n.steered || n.acked >= seq {
-            out.push(Output::Release { ticket: id, addresses });
-        } else if full {
+        if n.acked >= seq || (n.steered && !ticket.acked) {
+            out.push(Output::Release { ticket: id, addresses: ticket.addresses });
+        } else if full || n.steered {
             out.push(Output::Fail { ticket: id, reason: Reason::BarrierTimeout });
         } else {
             n.waiting.push_back((seq, id));
-            self.deadlines.push_back((deadline, id));
-            self.tickets.insert(id, Ticket { node, scope, deadline, addresses });
+            self.deadlines.push_back((ticket.deadline, id));
+            self.tickets.insert(id, ticket);
         }
     }
 

@@ -126,6 +126,7 @@ impl Sim {
             addresses: ips.iter().map(|i| ip(*i)).collect(),
             ttl,
             min_binding,
+            acked: false,
         };
         (self.tickets, self.input(Input::Answer(answer)))
     }

@@ -68,6 +68,7 @@ fn a_learnt_name_with_both_families_costs_under_400_octets_and_leaves_nothing() 
                 addresses: vec![ip],
                 ttl: Duration::from_secs(60),
                 min_binding: None,
+                acked: false,
             };
             ledger.handle(Input::Answer(answer), start, &mut out);
             seq += 1;

@@ -275,6 +275,7 @@ impl World {
                     addresses: ips.iter().map(|i| ip(*i)).collect(),
                     ttl: Duration::from_secs(ttl),
                     min_binding: least.map(Duration::from_secs),
+                    acked: false,
                 }));
             }
             Op::Pass(d) => self.pass(d),

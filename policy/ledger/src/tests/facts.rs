@@ -218,7 +218,7 @@ fn scopes_learn_apart() {
     let b = s.bindings();
     assert_eq!(b.is_bound(ScopeKey(8), "a.example", ip(1), s.now), Bound::No);
     assert!(!b.standing(ScopeKey(8), ip(1), NODE, s.now));
-    assert!(!b.answer_stands(ScopeKey(8), "a.example", &[ip(1)], NODE, s.now));
+    assert!(!b.answer_stands(ScopeKey(8), "a.example", &[ip(1)], NODE, s.now, false));
 }
 
 #[test]
@@ -250,6 +250,7 @@ fn mapped_addresses_and_duplicates_are_one_address() {
         addresses: vec![mapped, ip(1), ip(1)],
         ttl: secs(60),
         min_binding: None,
+        acked: false,
     }));
     assert_eq!(pushes(&out, NODE)[0].1.len(), 1);
     assert_eq!(released(&s.ack(NODE, &out), t), Some(vec![ip(1)]));
@@ -269,9 +270,9 @@ fn readers_see_names_and_addresses() {
     assert_eq!(b.is_bound(SCOPE, "b.example", ip(1), s.now), Bound::No);
     // The kernel has both addresses, but the second name has only one.
     assert!(b.standing(SCOPE, ip(1), NODE, s.now + secs(60)));
-    assert!(b.answer_stands(SCOPE, "a.example", &[ip(1), ip(2)], NODE, s.now + secs(60)));
-    assert!(!b.answer_stands(SCOPE, "b.example", &[ip(1), ip(2)], NODE, s.now + secs(60)));
-    assert!(!b.answer_stands(SCOPE, "a.example", &[ip(1)], OTHER, s.now));
+    assert!(b.answer_stands(SCOPE, "a.example", &[ip(1), ip(2)], NODE, s.now + secs(60), false));
+    assert!(!b.answer_stands(SCOPE, "b.example", &[ip(1), ip(2)], NODE, s.now + secs(60), false));
+    assert!(!b.answer_stands(SCOPE, "a.example", &[ip(1)], OTHER, s.now, false));
 }
 
 #[test]

@@ -32,14 +32,56 @@ fn a_node_without_stream_is_steered_after_a_while() {
     assert!(s.bindings().is_steered(NODE) && !s.bindings().is_steered(OTHER));
     let (t, out) = s.ask(NODE, "d.example", &[4], 60);
     assert!(released(&out, t).is_some() && pushes(&out, NODE).is_empty());
-    assert!(s.bindings().answer_stands(SCOPE, "d.example", &[ip(4)], NODE, s.now + secs(60)));
+    assert!(s.bindings().answer_stands(SCOPE, "d.example", &[ip(4)], NODE, s.now + secs(60), false));
     assert!(!s.bindings().standing(SCOPE, ip(4), NODE, s.now));
     // It comes back: everything that its pods were told, at once.
     let out = s.input(Input::NodeUp { node: NODE });
     assert_eq!(snapshot(&out, NODE).map(|(_, n)| n), Some(4));
-    assert!(!s.bindings().answer_stands(SCOPE, "d.example", &[ip(4)], NODE, s.now + secs(60)));
+    assert!(!s.bindings().answer_stands(SCOPE, "d.example", &[ip(4)], NODE, s.now + secs(60), false));
     s.ack(NODE, &out);
-    assert!(s.bindings().answer_stands(SCOPE, "d.example", &[ip(4)], NODE, s.now + secs(60)));
+    assert!(s.bindings().answer_stands(SCOPE, "d.example", &[ip(4)], NODE, s.now + secs(60), false));
+}
+
+#[test]
+fn what_a_node_would_pass_waits_for_its_ack_however_long_it_is_away() {
+    let mut s = Sim::new();
+    let ask = |s: &mut Sim, n: &str, i: u8| {
+        s.tickets += 1;
+        let (ticket, addresses) = (s.tickets, vec![ip(i)]);
+        let (ttl, name) = (secs(60), name(n));
+        let answer = Answer {
+            ticket,
+            scope: SCOPE,
+            owner: OWNER,
+            node: NODE,
+            name,
+            addresses,
+            ttl,
+            min_binding: None,
+            acked: true,
+        };
+        (ticket, s.input(Input::Answer(answer)))
+    };
+    let failed = |t| Output::Fail { ticket: t, reason: Reason::BarrierTimeout };
+    let (t, out) = ask(&mut s, "a.example", 1);
+    assert_eq!(released(&s.ack(NODE, &out), t), Some(vec![ip(1)]));
+    s.input(Input::NodeDown { node: NODE });
+    s.pass(ms(2400));
+    let (t, out) = ask(&mut s, "b.example", 2);
+    assert!(released(&out, t).is_none());
+    assert_eq!(s.pass(ms(150)), [failed(t)], "steered");
+    let (t, out) = ask(&mut s, "c.example", 3);
+    assert!(out.contains(&failed(t)), "at once");
+    let stands =
+        |s: &Sim, n: &str, i: u8, acked| s.bindings().answer_stands(SCOPE, n, &[ip(i)], NODE, s.now + secs(9), acked);
+    assert!(stands(&s, "c.example", 3, false) && !stands(&s, "c.example", 3, true));
+    // What it confirmed it holds.
+    assert!(stands(&s, "a.example", 1, true));
+    let (t, out) = ask(&mut s, "a.example", 1);
+    assert!(released(&out, t).is_some());
+    let out = s.input(Input::NodeUp { node: NODE });
+    s.ack(NODE, &out);
+    assert!(stands(&s, "c.example", 3, true));
 }
 
 #[test]
