@@ -2,13 +2,14 @@
 # Missing packages are installed by scripts/setup.
 export PATH := $(PATH):$(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin
 
-.PHONY: help demo demo-kubernetes test soak lint bench build setup clean-lab
+.PHONY: help demo demo-kubernetes test soak lint bench build image setup clean-lab
 
 help:
 	@echo "make demo       builds everything, brings up the lab and plays the story"
 	@echo "make demo-kubernetes  the same with a real API server, changed with kubectl"
 	@echo "make test       runs every test, the lab's included"
 	@echo "make soak       lets a week of simulated time pass, then the lab's processes work for 20 minutes; over an hour"
+	@echo "make image      makes target/tidegate-image.tar, which container engines load"
 	@echo "make lint       checks formatting and lints"
 	@echo "make bench      measures Tidegate beside unbound, dnsdist, HAProxy and nginx"
 	@echo "make clean-lab  removes what a crashed lab left behind"
@@ -18,6 +19,11 @@ setup:
 
 build: setup
 	cargo build --locked --bins --workspace --exclude tidegate-ebpf-programs
+
+# What the Containerfile gives, without a container engine.
+image: setup
+	CARGO_PROFILE_RELEASE_DEBUG=false CARGO_PROFILE_RELEASE_STRIP=symbols cargo build --locked --release --package tidegate --bin tidegate
+	scripts/image archive target/release/tidegate target/tidegate-image.tar
 
 demo: build
 	target/debug/tidegate-lab demo

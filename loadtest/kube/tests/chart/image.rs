@@ -1,20 +1,42 @@
-//! Whether the image that the Containerfile builds has what the chart and the program ask for. Nothing is built here.
+//! Whether the image has what the chart and the program ask for, and nothing else. Its root is made by scripts/image, which
+//! the Containerfile runs as well.
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
+use tempfile::TempDir;
 
 use crate::common::{documents, root, run, template, tidegate};
 
-/// What Debian's slim image has, of what is asked for.
-const BASE: &[&str] = &["/bin/sleep"];
-/// Which package brings which command.
-const PACKAGES: &[(&str, &str)] = &[("nftables", "nft")];
-/// Shared libraries of Debian's slim image.
-const LIBRARIES: &[&str] =
-    &["libc.so.6", "libm.so.6", "libgcc_s.so.1", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"];
+/// What is in the image, beside shared libraries.
+const FILES: &[&str] =
+    &["/bin/sleep", "/etc/protocols", "/etc/ssl/certs/ca-certificates.crt", "/usr/local/bin/tidegate", "/usr/sbin/nft"];
+
+/// The image's root, of the program that the tests use.
+fn image_root() -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let mut script = Command::new(root().join("scripts/image"));
+    run(script.args(["root".as_ref(), tidegate().as_os_str(), folder.path().as_os_str()]), "").success().unwrap();
+    folder
+}
+
+/// The paths of all files below a folder, as they are in the image.
+fn files(root: &Path, folder: &Path) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(files(root, &path));
+        } else {
+            found.insert(format!("/{}", path.strip_prefix(root).unwrap().display()));
+        }
+    }
+    found
+}
 
 /// Instructions of a Containerfile's stages, continued lines joined.
 fn stages() -> Vec<Vec<(String, String)>> {
@@ -51,10 +73,8 @@ fn containers() -> Vec<Value> {
 fn the_image_has_what_the_chart_runs() {
     let stages = stages();
     let last = stages.last().unwrap();
-    let mut files: BTreeSet<String> = BASE.iter().map(|f| (*f).to_owned()).collect();
-    for copy in all(last, "COPY") {
-        files.insert(copy.split_whitespace().next_back().unwrap().to_owned());
-    }
+    let image = image_root();
+    let files = files(image.path(), image.path());
     let user = all(last, "USER")[0].split(':').map(|n| n.parse::<u64>().unwrap()).collect::<Vec<_>>();
     assert!(user.iter().all(|id| *id != 0), "the image's own user is root");
     let containers = containers();
@@ -77,32 +97,104 @@ fn the_image_has_what_the_chart_runs() {
 }
 
 #[test]
-fn the_image_has_what_the_program_runs() {
-    let stages = stages();
-    let last = stages.last().unwrap();
-    let packages = all(last, "RUN").join(" ");
-    let brings = |command: &str| PACKAGES.iter().any(|(p, c)| *c == command && packages.contains(p));
+fn the_image_has_what_the_program_runs_and_nothing_else() {
+    let image = image_root();
+    let all = files(image.path(), image.path());
+    let library = |f: &&String| f.contains(".so");
+    let others: Vec<&str> = all.iter().filter(|f| !library(f)).map(String::as_str).collect();
+    assert_eq!(others, FILES);
     // Programs that are run outside of tests.
     for folder in
         ["gateway/src", "gateway/kube/src", "ebpf/agent/src", "ebpf/host/src", "dns/server/src", "sni/relay/src"]
     {
         for text in sources(&root().join(folder)) {
             let text = text.split("#[cfg(test)]").next().unwrap();
-            for part in text.split("Command::new(\"").skip(1) {
-                let command = part.split('"').next().unwrap();
-                assert!(brings(command), "{folder} runs {command}, which is not in the image");
+            let run = text.split("Command::new(\"").skip(1).map(|part| format!("/usr/sbin/{}", first(part)));
+            let named = text.split("\"command\": [\"").skip(1).map(|part| first(part).to_owned());
+            for command in run.chain(named) {
+                assert!(all.contains(&command), "{folder} runs {command}, which is not in the image");
             }
         }
     }
-    assert!(packages.contains("ca-certificates"));
-    // Its libraries: the same Debian in both stages, and nothing that the slim one lacks.
-    let debian = |stage: &[(String, String)]| all(stage, "FROM")[0].contains("bookworm");
-    assert!(stages.iter().all(|s| debian(s)));
-    let out = run(Command::new("readelf").arg("--dynamic").arg(tidegate()), "").success().unwrap();
-    for line in out.lines().filter(|l| l.contains("(NEEDED)")) {
-        let library = line.split(['[', ']']).nth(1).unwrap();
-        assert!(LIBRARIES.contains(&library), "{library} is not in the image");
+    // They find their libraries where nothing else is.
+    for (program, flag) in
+        [("/usr/local/bin/tidegate", "--version"), ("/usr/sbin/nft", "--version"), ("/bin/sleep", "0")]
+    {
+        let out = run(
+            Command::new("chroot")
+                .arg(image.path())
+                .args([program, flag])
+                .env_clear()
+                .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
+            "",
+        );
+        assert!(out.ok, "{program}: {out}");
     }
+    // nft knows the protocols that rules name; in a network namespace of its own, where it is asked and changes nothing.
+    let rules = "table inet t { chain c { meta l4proto { icmp, ipv6-icmp, tcp, udp } accept; }; }";
+    let mut nft = Command::new("unshare");
+    nft.args(["--net", "chroot"]).arg(image.path()).args(["/usr/sbin/nft", "--check", "--file", "-"]);
+    run(&mut nft, rules).success().unwrap();
+    for file in &all {
+        let mode = fs::metadata(image.path().join(&file[1..])).unwrap().permissions().mode() & 0o7777;
+        assert!([0o755, 0o644].contains(&mode), "{file} has the mode {mode:o}");
+    }
+}
+
+#[test]
+fn the_archive_is_the_same_every_time_and_container_engines_can_read_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let archive = |name: &str| {
+        let path = folder.path().join(name);
+        let mut script = Command::new(root().join("scripts/image"));
+        // A small program will do.
+        run(script.args(["archive".as_ref(), Path::new("/bin/true").as_os_str(), path.as_os_str()]), "")
+            .success()
+            .unwrap();
+        fs::read(path).unwrap()
+    };
+    let first = archive("first.tar");
+    // Times of files are whole seconds in the archive.
+    std::thread::sleep(std::time::Duration::from_millis(1100));
+    assert!(first == archive("second.tar"), "the same files gave another archive");
+    let tar = |args: &[&str]| run(Command::new("tar").current_dir(folder.path()).args(args), "").success().unwrap();
+    tar(&["-xf", "first.tar"]);
+    let json = |path: &str| -> Value { serde_json::from_slice(&fs::read(folder.path().join(path)).unwrap()).unwrap() };
+    // Every digest is that of the octets, from the index to the layer.
+    let blob = |descriptor: &Value| -> String {
+        let digest = descriptor["digest"].as_str().unwrap().strip_prefix("sha256:").unwrap();
+        let path = format!("blobs/sha256/{digest}");
+        let sum = run(Command::new("sha256sum").arg(folder.path().join(&path)), "").success().unwrap();
+        assert!(sum.starts_with(digest), "{sum}");
+        assert_eq!(fs::metadata(folder.path().join(&path)).unwrap().len(), descriptor["size"].as_u64().unwrap());
+        path
+    };
+    let entry = &json("index.json")["manifests"][0];
+    let name = entry["annotations"]["io.containerd.image.name"].as_str().unwrap();
+    let manifest = json(&blob(entry));
+    let (config, layer) = (blob(&manifest["config"]), blob(&manifest["layers"][0]));
+    let read = json(&config);
+    assert_eq!(read["rootfs"]["diff_ids"][0], manifest["layers"][0]["digest"]);
+    assert_eq!(read["config"]["User"], "65532:65532");
+    assert!(tar(&["-tf", &layer]).contains("./usr/local/bin/tidegate\n"));
+    // docker's form says the same, and the name is what the chart asks for.
+    let docker = &json("manifest.json")[0];
+    assert_eq!(
+        (&docker["Config"], &docker["Layers"][0], &docker["RepoTags"][0]),
+        (&config.into(), &layer.into(), &name.into())
+    );
+    assert!(containers().iter().all(|c| c["image"] == name), "the chart asks for another image than {name}");
+    // The Containerfile's image has the same settings.
+    let stages = stages();
+    let last = stages.last().unwrap();
+    assert_eq!(all(last, "USER"), [read["config"]["User"].as_str().unwrap()]);
+    assert_eq!(all(last, "ENV"), [read["config"]["Env"][0].as_str().unwrap()]);
+    assert_eq!(all(last, "ENTRYPOINT"), [read["config"]["Entrypoint"].to_string()]);
+}
+
+/// Up to the next quote.
+fn first(text: &str) -> &str {
+    text.split('"').next().unwrap()
 }
 
 #[test]
@@ -119,9 +211,10 @@ fn the_image_is_built_as_the_tests_build() {
         assert!(run.contains(part), "{part}");
         assert!(part.contains('@') || part.contains("--") || setup.contains(part), "scripts/setup has no {part}");
     }
-    // What is built is what is copied.
-    let copy = all(stages.last().unwrap(), "COPY")[0];
-    assert!(copy.contains("--from=build /src/target/release/tidegate ") && all(build, "WORKDIR") == ["/src"]);
+    // What is built is what is copied, and nothing else.
+    let last = stages.last().unwrap();
+    assert!(run.contains("scripts/image root target/release/tidegate /image") && all(build, "WORKDIR") == ["/src"]);
+    assert_eq!((all(last, "FROM"), all(last, "COPY")), (vec!["scratch"], vec!["--from=build /image/ /"]));
     let ignored = fs::read_to_string(root().join(".dockerignore")).unwrap();
     for line in ignored.lines() {
         assert!(["/target", "/.git"].contains(&line), "{line} may be needed to build");
