@@ -53,6 +53,46 @@ fn link_error(path: &Path) -> impl Fn(LinkError) -> Error {
     move |e| Error::Link { path: path.clone(), message: format!("{e:?}") }
 }
 
+/// The ids of the programs on a device's hook, in their order. CAP_NET_ADMIN is enough for it, where aya's query opens each
+/// program, which takes CAP_SYS_ADMIN.
+fn attached_to(interface: &str, egress: bool) -> Result<Vec<u32>, Error> {
+    const BPF_PROG_QUERY: libc::c_long = 16;
+    /// `BPF_TCX_INGRESS`; egress is the next one.
+    const TCX_INGRESS: u32 = 46;
+    /// The kernel's own bound for a hook (`BPF_MPROG_MAX`).
+    const MOST: usize = 64;
+    /// The part of `union bpf_attr` that the command uses.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Query {
+        ifindex: u32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        ids: u64,
+        count: u32,
+        padding: u32,
+        program_flags: u64,
+        links: u64,
+        link_flags: u64,
+        revision: u64,
+    }
+    let mut ids = [0u32; MOST];
+    let mut query = Query {
+        ifindex: index(interface)?,
+        attach_type: TCX_INGRESS + u32::from(egress),
+        ids: ids.as_mut_ptr() as u64,
+        count: MOST as u32,
+        ..Query::default()
+    };
+    // SAFETY: the attribute is as long as told; the kernel writes at most `count` ids, which live until the call returns.
+    let done = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, &raw mut query, size_of::<Query>()) };
+    if done < 0 {
+        return Err(Error::io(format!("cannot ask for the programs of {interface}"))(io::Error::last_os_error()));
+    }
+    Ok(ids.into_iter().take(query.count as usize).collect())
+}
+
 /// A link at the head of the chain, not pinned yet.
 fn attach_first(ebpf: &mut Ebpf, program: Program, interface: &str, pin: &Path) -> Result<FdLink, Error> {
     let loaded = classifier(ebpf, program)?;
@@ -117,15 +157,20 @@ impl Datapath {
             return Ok(Place::Missing);
         };
         let own = link.info().map_err(link_error(&pin))?.program_id();
-        let (_, programs) =
-            SchedClassifier::query_tcx(interface, attach_type(program)).map_err(program_error(program))?;
-        let Some(at) = programs.iter().position(|p| p.id() == own) else {
+        let programs = attached_to(interface, program.is_egress())?;
+        let Some(at) = programs.iter().position(|id| *id == own) else {
             return Ok(Place::Missing);
         };
         if at == 0 {
             return Ok(Place::First);
         }
-        Ok(Place::Behind(programs[..at].iter().map(|p| p.name_as_str().unwrap_or("?").to_owned()).collect()))
+        // Only CAP_SYS_ADMIN sees what others' programs are called, and gateways do not have it.
+        let named = SchedClassifier::query_tcx(interface, attach_type(program)).map(|(_, p)| p).unwrap_or_default();
+        let name = |id: &u32| {
+            let found = named.iter().find(|p| p.id() == *id).and_then(|p| p.name_as_str()).map(str::to_owned);
+            found.unwrap_or_else(|| format!("program {id}"))
+        };
+        Ok(Place::Behind(programs[..at].iter().map(name).collect()))
     }
 
     /// Takes the first place back: a second copy is attached first, then the old link goes, so that no

@@ -411,6 +411,39 @@ fn the_first_place_is_taken_back() {
     assert!(answers(&w.a.pod, DNS));
 }
 
+/// Runs something without CAP_SYS_ADMIN, as a gateway's container does.
+fn without_sys_admin<R>(work: impl FnOnce() -> R) -> R {
+    /// `_LINUX_CAPABILITY_VERSION_3`, of the calling thread.
+    const HEADER: [u32; 2] = [0x2008_0522, 0];
+    const CAP_SYS_ADMIN: u32 = 21;
+    let call = |number: libc::c_long, sets: &mut [u32; 6]| {
+        let header = HEADER;
+        // SAFETY: both are as long as the version says: two times effective, permitted and inheritable.
+        let done = unsafe { libc::syscall(number, header.as_ptr(), sets.as_mut_ptr()) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    };
+    let mut before = [0; 6];
+    call(libc::SYS_capget, &mut before);
+    let mut less = before;
+    less[0] &= !(1 << CAP_SYS_ADMIN);
+    call(libc::SYS_capset, &mut less);
+    let result = work();
+    call(libc::SYS_capset, &mut before);
+    result
+}
+
+#[test]
+fn the_place_is_known_without_the_right_to_see_other_programs() {
+    let w = World::new();
+    let mut other = Fixture::new(Role::Node);
+    let place = || w.a.ns.enter(|| without_sys_admin(|| w.a.fixture.path().place(Program::PodEgress, "pod0")));
+    assert_eq!(place().unwrap(), Place::First);
+    w.a.ns.enter(|| other.path_mut().attach(Program::PodEgress, "pod0")).unwrap();
+    // By its number: what it is called is not for everybody.
+    let seen = place().unwrap();
+    assert!(matches!(&seen, Place::Behind(all) if all.len() == 1 && all[0].starts_with("program ")), "{seen:?}");
+}
+
 #[test]
 fn a_new_device_with_an_old_index() {
     let ns = Ns::new();
