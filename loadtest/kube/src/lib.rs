@@ -12,5 +12,5 @@ mod tools;
 
 pub use api::{Answer, Api};
 pub use cluster::{Cluster, Controllers};
-pub use site::{Addresses, Output, Site};
+pub use site::{API_PORT, Addresses, NodeFiles, Output, Site};
 pub use tools::{Tool, tool};

@@ -17,10 +17,18 @@ use crate::certs::{self, Authority, Files};
 use crate::tools::{Tool, tool};
 
 /// The API server's port.
-pub(crate) const API_PORT: u16 = 6443;
+pub const API_PORT: u16 = 6443;
 pub(crate) const ETCD_PORT: u16 = 2379;
 pub(crate) const ETCD_PEER_PORT: u16 = 2380;
 pub(crate) const CONTROLLERS_PORT: u16 = 10257;
+/// Users of Kubernetes' own components.
+const CONTROLLER_MANAGER: &str = "system:kube-controller-manager";
+const SCHEDULER: &str = "system:kube-scheduler";
+const PROXY: &str = "system:kube-proxy";
+/// As whom the API server speaks to kubelets.
+const KUBELET_CLIENT: &str = "kube-apiserver-kubelet-client";
+/// Where a node keeps what it shows to the API server.
+const NODE_FOLDER: &str = "/etc/kubernetes";
 
 /// Where a control plane is.
 #[derive(Clone, Debug)]
@@ -42,6 +50,18 @@ pub struct Addresses {
 pub struct Site {
     folder: PathBuf,
     addresses: Addresses,
+    kubelets: bool,
+}
+
+/// A node that gets certificates.
+#[derive(Clone, Copy, Debug)]
+pub struct NodeFiles<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Where its kubelet is reached.
+    pub addresses: &'a [IpAddr],
+    /// The folder that is its /etc; what it gets is in `kubernetes` there.
+    pub etc: &'a Path,
 }
 
 /// What a command said.
@@ -93,7 +113,14 @@ impl fmt::Display for Output {
 impl Site {
     /// Describes the control plane of a folder that has its files already.
     pub fn new(folder: &Path, addresses: Addresses) -> Self {
-        Self { folder: folder.to_owned(), addresses }
+        Self { folder: folder.to_owned(), addresses, kubelets: false }
+    }
+
+    /// The same with all that a cluster with kubelets has: ServiceAccounts in pods, kubelets that may touch their own pods
+    /// alone, every controller.
+    #[must_use]
+    pub fn with_kubelets(self) -> Self {
+        Self { kubelets: true, ..self }
     }
 
     /// Writes what the servers and the administrator show: certificates, the keys of tokens, the kubeconfig.
@@ -101,6 +128,56 @@ impl Site {
     /// # Errors
     /// When a file cannot be written.
     pub fn write_credentials(&self) -> Result<()> {
+        self.sign_credentials().map(drop)
+    }
+
+    /// As [`Site::write_credentials`], for a cluster with kubelets: also what each node shows, into a folder that is the node's
+    /// /etc, and what controllers and scheduler show.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn write_cluster_credentials(&self, nodes: &[NodeFiles<'_>]) -> Result<()> {
+        let authority = self.sign_credentials()?;
+        for (user, group) in [(CONTROLLER_MANAGER, CONTROLLER_MANAGER), (SCHEDULER, SCHEDULER)] {
+            let Files { certificate, key } = authority.client(user, group)?;
+            let shows = format!("client-certificate: {}, client-key: {}", certificate.display(), key.display());
+            self.write_kubeconfig(&self.component_kubeconfig(user), user, &shows)?;
+        }
+        // Bound to nothing by default: kubelets ask the API server whether it may.
+        authority.client(KUBELET_CLIENT, "system:masters")?;
+        let proxy = authority.client(PROXY, PROXY)?;
+        for node in nodes {
+            let user = format!("system:node:{}", node.name);
+            let client = authority.client(&user, "system:nodes")?;
+            let server = authority.server(&format!("kubelet-{}", node.name), &[node.name], node.addresses)?;
+            let folder = node.etc.join("kubernetes");
+            fs::create_dir_all(&folder)?;
+            fs::copy(self.authority(), folder.join("ca.crt"))?;
+            for (name, files) in [("client", &client), ("kubelet", &server), ("proxy", &proxy)] {
+                fs::copy(&files.certificate, folder.join(format!("{name}.crt")))?;
+                fs::copy(&files.key, folder.join(format!("{name}.key")))?;
+            }
+            for (file, user, pair) in [("kubelet.conf", user.as_str(), "client"), ("proxy.conf", PROXY, "proxy")] {
+                let shows =
+                    format!("client-certificate: {NODE_FOLDER}/{pair}.crt, client-key: {NODE_FOLDER}/{pair}.key");
+                let text = kubeconfig(&self.url(), &format!("{NODE_FOLDER}/ca.crt"), user, &shows);
+                fs::write(folder.join(file), text)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the administrator's kubeconfig for clients that dial another of the server's addresses.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write_admin_kubeconfig(&self, path: &Path, server: IpAddr) -> Result<()> {
+        let url = format!("https://{}", SocketAddr::new(server, API_PORT));
+        let shows = format!("client-certificate: {}, client-key: {}", self.file("admin.crt"), self.file("admin.key"));
+        Ok(fs::write(path, kubeconfig(&url, &self.authority().display().to_string(), "admin", &shows))?)
+    }
+
+    fn sign_credentials(&self) -> Result<Authority> {
         let authority = Authority::new(&self.folder)?;
         authority.server("etcd", &[], &[self.addresses.own.into()])?;
         let names =
@@ -113,7 +190,8 @@ impl Site {
         // Members of this group may do everything, whatever RBAC says.
         let Files { certificate, key } = authority.client("admin", "system:masters")?;
         let user = format!("client-certificate: {}, client-key: {}", certificate.display(), key.display());
-        self.write_kubeconfig(&self.kubeconfig(), "admin", &user)
+        self.write_kubeconfig(&self.kubeconfig(), "admin", &user)?;
+        Ok(authority)
     }
 
     /// Writes the kubeconfig of a user who shows the token of a file, which clients read again when it changes.
@@ -125,15 +203,12 @@ impl Site {
     }
 
     fn write_kubeconfig(&self, path: &Path, user: &str, shows: &str) -> Result<()> {
-        let text = format!(
-            "apiVersion: v1\nkind: Config\ncurrent-context: {user}\n\
-             clusters: [{{name: tidegate-kube, cluster: {{server: '{}', certificate-authority: {}}}}}]\n\
-             users: [{{name: {user}, user: {{{shows}}}}}]\n\
-             contexts: [{{name: {user}, context: {{cluster: tidegate-kube, user: {user}}}}}]\n",
-            self.url(),
-            self.authority().display(),
-        );
+        let text = kubeconfig(&self.url(), &self.authority().display().to_string(), user, shows);
         Ok(fs::write(path, text)?)
+    }
+
+    fn component_kubeconfig(&self, user: &str) -> PathBuf {
+        self.folder.join(format!("{user}.kubeconfig"))
     }
 
     /// The certificate of the authority that signed the API server's.
@@ -207,7 +282,19 @@ impl Site {
     /// When there is no such program.
     pub fn api_server(&self) -> Result<Command> {
         let services: Vec<String> = self.addresses.services.iter().map(ToString::to_string).collect();
-        command(
+        let admission = if self.kubelets {
+            [
+                ("enable-admission-plugins", "NodeRestriction".to_owned()),
+                ("kubelet-certificate-authority", self.file("ca.crt")),
+                ("kubelet-client-certificate", self.file(&format!("{KUBELET_CLIENT}.crt"))),
+                ("kubelet-client-key", self.file(&format!("{KUBELET_CLIENT}.key"))),
+                ("kubelet-preferred-address-types", "InternalIP".to_owned()),
+            ]
+            .to_vec()
+        } else {
+            [("disable-admission-plugins", "ServiceAccount".to_owned())].to_vec()
+        };
+        let mut command = command(
             Tool::ApiServer,
             [
                 ("advertise-address", self.addresses.advertised.to_string()),
@@ -215,7 +302,6 @@ impl Site {
                 ("authorization-mode", "Node,RBAC".to_owned()),
                 ("bind-address", self.addresses.bind.to_string()),
                 ("client-ca-file", self.file("ca.crt")),
-                ("disable-admission-plugins", "ServiceAccount".to_owned()),
                 ("etcd-cafile", self.file("ca.crt")),
                 ("etcd-certfile", self.file("kube-apiserver.crt")),
                 ("etcd-keyfile", self.file("kube-apiserver.key")),
@@ -227,6 +313,47 @@ impl Site {
                 ("service-cluster-ip-range", services.join(",")),
                 ("tls-cert-file", self.file("kube-apiserver.crt")),
                 ("tls-private-key-file", self.file("kube-apiserver.key")),
+            ],
+        )?;
+        command.args(admission.iter().map(|(flag, value)| format!("--{flag}={value}")));
+        Ok(command)
+    }
+
+    /// Starts every controller of a cluster with kubelets, each with the rights of its own account. Nodes say themselves
+    /// which addresses their pods get.
+    ///
+    /// # Errors
+    /// When there is no such program.
+    pub fn all_controllers(&self) -> Result<Command> {
+        command(
+            Tool::ControllerManager,
+            [
+                ("bind-address", self.addresses.own.to_string()),
+                ("cert-dir", self.folder.display().to_string()),
+                ("cluster-signing-cert-file", self.file("ca.crt")),
+                ("cluster-signing-key-file", self.file("ca.key")),
+                ("kubeconfig", self.component_kubeconfig(CONTROLLER_MANAGER).display().to_string()),
+                ("leader-elect", "false".to_owned()),
+                ("root-ca-file", self.file("ca.crt")),
+                ("secure-port", CONTROLLERS_PORT.to_string()),
+                ("service-account-private-key-file", self.file("tokens.key")),
+                ("use-service-account-credentials", "true".to_owned()),
+            ],
+        )
+    }
+
+    /// Starts the scheduler.
+    ///
+    /// # Errors
+    /// When there is no such program.
+    pub fn scheduler(&self) -> Result<Command> {
+        command(
+            Tool::Scheduler,
+            [
+                ("bind-address", self.addresses.own.to_string()),
+                ("cert-dir", self.folder.display().to_string()),
+                ("kubeconfig", self.component_kubeconfig(SCHEDULER).display().to_string()),
+                ("leader-elect", "false".to_owned()),
             ],
         )
     }
@@ -282,6 +409,15 @@ fn first(range: &IpNet) -> IpAddr {
         IpNet::V4(r) => IpAddr::V4((u32::from(r.network()) + 1).into()),
         IpNet::V6(r) => IpAddr::V6((u128::from(r.network()) + 1).into()),
     }
+}
+
+fn kubeconfig(url: &str, authority: &str, user: &str, shows: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Config\ncurrent-context: '{user}'\n\
+         clusters: [{{name: tidegate-kube, cluster: {{server: '{url}', certificate-authority: {authority}}}}}]\n\
+         users: [{{name: '{user}', user: {{{shows}}}}}]\n\
+         contexts: [{{name: '{user}', context: {{cluster: tidegate-kube, user: '{user}'}}}}]\n"
+    )
 }
 
 fn command<const N: usize>(program: Tool, flags: [(&str, String); N]) -> Result<Command> {

@@ -18,6 +18,22 @@ pub enum Tool {
     Kubectl,
     /// `kube-controller-manager`
     ControllerManager,
+    /// `kube-scheduler`
+    Scheduler,
+    /// `kubelet`
+    Kubelet,
+    /// `kube-proxy`
+    Proxy,
+    /// `coredns`
+    CoreDns,
+    /// `ptp`, the network plugin of a link for each pod
+    Ptp,
+    /// `bridge`, the network plugin
+    Bridge,
+    /// `loopback`, the network plugin
+    Loopback,
+    /// `host-local`, the network plugins' addresses
+    HostLocal,
     /// `helm`
     Helm,
     /// `kubeconform`
@@ -32,6 +48,14 @@ impl Tool {
             Tool::Etcd => "etcd",
             Tool::Kubectl => "kubectl",
             Tool::ControllerManager => "kube-controller-manager",
+            Tool::Scheduler => "kube-scheduler",
+            Tool::Kubelet => "kubelet",
+            Tool::Proxy => "kube-proxy",
+            Tool::CoreDns => "coredns",
+            Tool::Ptp => "ptp",
+            Tool::Bridge => "bridge",
+            Tool::Loopback => "loopback",
+            Tool::HostLocal => "host-local",
             Tool::Helm => "helm",
             Tool::Kubeconform => "kubeconform",
         }

@@ -203,6 +203,9 @@ impl Lab {
 
     fn build(&mut self, idle: bool) -> Result<()> {
         self.layout.create()?;
+        if self.has_kubelets() {
+            return self.build_cluster();
+        }
         product::write(&self.state.scenario, &self.layout)?;
         fs::write(self.resolv_conf(SYSTEM_NAMESPACE), resolv_conf(&self.state.scenario, SYSTEM_NAMESPACE))?;
         for namespace in &self.state.scenario.namespaces {
@@ -224,6 +227,34 @@ impl Lab {
             self.start_product()?;
         }
         Ok(())
+    }
+
+    /// The world with nodes that run pods by themselves. What runs in them comes with kubectl and helm.
+    fn build_cluster(&mut self) -> Result<()> {
+        self.write_nodes()?;
+        world::build(&mut self.state)?;
+        self.start_servers()?;
+        self.start_control().context("the API server did not come up")?;
+        self.start_nodes().context("the nodes did not come up")
+    }
+
+    /// Writes down where nodes' files will be, before they are.
+    pub(crate) fn claim_disk(&mut self, disk: &Path) -> Result<()> {
+        ensure!(!disk.exists(), "{} is there already and not this lab's", disk.display());
+        self.state.disk = Some(disk.to_owned());
+        self.state.save()
+    }
+
+    /// Writes down a group of processes, and makes it.
+    pub(crate) fn claim_cgroup(&mut self, group: &str) -> Result<()> {
+        self.state.cgroups.push(group.to_owned());
+        self.state.save()?;
+        crate::kubelet::create_cgroup(group)
+    }
+
+    /// The lab's own binary.
+    pub(crate) fn binary(&self) -> &Path {
+        &self.lab
     }
 
     /// Starts all of the product, and waits until it is ready.
@@ -299,15 +330,17 @@ impl Lab {
         state::replace(&internet_dns.zone, &serde_json::to_vec_pretty(&zone)?)?;
         let mut jobs = vec![("internet".to_owned(), scenario.internet.listen.clone(), Some(internet_dns))];
 
-        let key = scenario.pod(&scenario.cluster_dns)?.key();
-        let cluster_dns = serve::Dns {
-            addresses: scenario.cluster_dns_servers(),
-            zone: serve.join("cluster.zone.json"),
-            forward: scenario.internet.resolvers.first().map(|ip| SocketAddr::new(*ip, 53)),
-            log: serve.join("cluster.queries.jsonl"),
-        };
-        state::replace(&cluster_dns.zone, &serde_json::to_vec_pretty(&cluster_zone(&scenario)?)?)?;
-        jobs.push((key, Listen::default(), Some(cluster_dns)));
+        if !self.has_kubelets() {
+            let key = scenario.pod(&scenario.cluster_dns)?.key();
+            let cluster_dns = serve::Dns {
+                addresses: scenario.cluster_dns_servers(),
+                zone: serve.join("cluster.zone.json"),
+                forward: scenario.internet.resolvers.first().map(|ip| SocketAddr::new(*ip, 53)),
+                log: serve.join("cluster.queries.jsonl"),
+            };
+            state::replace(&cluster_dns.zone, &serde_json::to_vec_pretty(&cluster_zone(&scenario)?)?)?;
+            jobs.push((key, Listen::default(), Some(cluster_dns)));
+        }
         jobs.extend(scenario.pods.iter().filter(|p| !p.listen.is_empty()).map(|p| (p.key(), p.listen.clone(), None)));
 
         if scenario.hosts.dns_daemons {
@@ -344,6 +377,19 @@ impl Lab {
 
     /// As [`Lab::launch`], with a resolv.conf of its own.
     fn launch_with(&mut self, name: &str, netns: &str, resolv: Option<&Path>, mut command: Command) -> Result<Process> {
+        self.prepare(name, &mut command)?;
+        let child = netns::spawn(netns, resolv, &mut command)?;
+        self.launched(name, child.id())
+    }
+
+    /// As [`Lab::launch`], in the network namespace of this process.
+    pub(crate) fn launch_here(&mut self, name: &str, mut command: Command) -> Result<Process> {
+        self.prepare(name, &mut command)?;
+        let child = command.spawn().with_context(|| format!("cannot start {name}"))?;
+        self.launched(name, child.id())
+    }
+
+    fn prepare(&self, name: &str, command: &mut Command) -> Result<()> {
         let log = File::options().create(true).append(true).open(self.layout.log(name))?;
         command
             .stdin(Stdio::null())
@@ -353,8 +399,11 @@ impl Lab {
             .env(MARKER, &self.state.name)
             // A group of its own: Ctrl-C at the terminal is for the lab, which then stops it in order.
             .process_group(0);
-        let child = netns::spawn(netns, resolv, &mut command)?;
-        self.state.add_process(name, child.id()).with_context(|| self.last_words(name))?;
+        Ok(())
+    }
+
+    fn launched(&mut self, name: &str, pid: u32) -> Result<Process> {
+        self.state.add_process(name, pid).with_context(|| self.last_words(name))?;
         self.state.processes.last().cloned().context("no process was recorded")
     }
 

@@ -13,6 +13,7 @@ pub mod foreign;
 pub mod forge;
 pub mod hello;
 pub mod kube;
+pub mod kubelet;
 pub mod lab;
 pub mod liar;
 pub mod netns;

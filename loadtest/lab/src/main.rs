@@ -1,12 +1,14 @@
 //! `tidegate-lab`: builds, shows and removes labs.
 #![forbid(unsafe_code)]
 
+use std::net::SocketAddr;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use tidegate_lab::{Lab, Options, Scenario, serve, state, story};
+use tidegate_lab::{Lab, Options, Scenario, kubelet, serve, state, story};
 
 /// A whole cluster in network namespaces on one machine.
 #[derive(Parser)]
@@ -80,6 +82,14 @@ enum Do {
         #[arg(long)]
         kubernetes: bool,
     },
+    /// A Kubernetes cluster with kubelets on this machine.
+    Cluster {
+        /// Name of the instance.
+        #[arg(long, default_value = "cluster", global = true)]
+        name: String,
+        #[command(subcommand)]
+        command: ClusterDo,
+    },
     /// Takes a lab down when a process has ended.
     #[command(hide = true)]
     Guard {
@@ -99,6 +109,56 @@ enum Do {
         /// The file.
         file: PathBuf,
     },
+    /// Becomes a node with a kubelet.
+    #[command(hide = true)]
+    Node {
+        /// Become its first process: the namespaces are made.
+        #[arg(long)]
+        inside: bool,
+        /// The file.
+        file: PathBuf,
+    },
+    /// Passes connections on to a network namespace.
+    #[command(hide = true)]
+    Relay {
+        /// Where it listens.
+        #[arg(long)]
+        listen: SocketAddr,
+        /// The namespace.
+        #[arg(long)]
+        netns: String,
+        /// The address there.
+        #[arg(long)]
+        to: SocketAddr,
+    },
+}
+
+#[derive(Subcommand)]
+enum ClusterDo {
+    /// Builds a cluster and leaves it running.
+    Up {
+        /// The scenario; without it the cluster's.
+        #[arg(long)]
+        scenario: Option<PathBuf>,
+    },
+    /// Shows what runs.
+    Status,
+    /// Runs kubectl as the administrator.
+    Kubectl {
+        /// What kubectl gets.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Runs a command on a node, among its own processes and mounts.
+    Exec {
+        /// The node.
+        node: String,
+        /// The command.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Removes it, also after a crash.
+    Down,
 }
 
 fn main() -> ExitCode {
@@ -111,13 +171,18 @@ fn main() -> ExitCode {
     }
 }
 
-/// The demo's scenario, found from the folder of the call or of the build.
+/// The demo's scenario.
 fn demo_scenario() -> PathBuf {
-    let relative = PathBuf::from("loadtest/scenarios/demo.yaml");
+    scenario_file("demo.yaml")
+}
+
+/// A scenario of the tree, found from the folder of the call or of the build.
+fn scenario_file(name: &str) -> PathBuf {
+    let relative = PathBuf::from("loadtest/scenarios").join(name);
     if relative.is_file() {
         return relative;
     }
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../scenarios/demo.yaml")
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../scenarios").join(name)
 }
 
 fn run(command: Do) -> Result<ExitCode> {
@@ -172,8 +237,42 @@ fn run(command: Do) -> Result<ExitCode> {
             }
         }
         Do::Serve { file } => serve::run(&file)?,
+        Do::Cluster { name, command } => cluster(name, command)?,
+        Do::Node { inside: true, file } => kubelet::boot::init(&file)?,
+        Do::Node { inside: false, file } => kubelet::boot::run(&file)?,
+        Do::Relay { listen, netns, to } => kubelet::relay::run(listen, &netns, to)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn cluster(name: String, command: ClusterDo) -> Result<()> {
+    match command {
+        ClusterDo::Up { scenario } => {
+            let begun = std::time::Instant::now();
+            let scenario = Scenario::load(&scenario.unwrap_or_else(|| scenario_file("cluster.yaml")))?;
+            let lab = Lab::up(scenario, &Options { name, ..Options::default() })?;
+            println!("the cluster is up after {:.1} s", begun.elapsed().as_secs_f32());
+            println!("try: export KUBECONFIG={}", lab.host_kubeconfig().display());
+            lab.detach();
+        }
+        ClusterDo::Status => {
+            let lab = Lab::open(&name)?;
+            show(&lab);
+            print!("{}", lab.host_kubectl(&["get", "nodes,pods", "--all-namespaces", "--output=wide"], "")?);
+        }
+        ClusterDo::Kubectl { command } => {
+            let lab = Lab::open(&name)?;
+            let kubectl = tidegate_kube::tool(tidegate_kube::Tool::Kubectl)?;
+            let mut kubectl = std::process::Command::new(kubectl);
+            let error = kubectl.args(command).env("KUBECONFIG", lab.host_kubeconfig()).exec();
+            return Err(error).context("cannot run kubectl");
+        }
+        ClusterDo::Exec { node, command } => {
+            Lab::open(&name)?.exec_on_node(&node, &command)?;
+        }
+        ClusterDo::Down => Lab::open(&name)?.down().with_context(|| format!("{name} did not go down cleanly"))?,
+    }
+    Ok(())
 }
 
 /// Plays the story; an interrupt takes the lab down too.

@@ -569,8 +569,26 @@ impl Scenario {
     }
 
     fn check_references(&self) -> Result<()> {
-        let dns = self.pod(&self.cluster_dns).context("clusterDns")?;
-        ensure!(dns.listen.is_empty(), "clusterDns: {} cannot listen for anything else", dns.key());
+        if self.has_kubelets() {
+            let hosts = Hosts { cni: self.hosts.cni, rp_filter: self.hosts.rp_filter, ..Hosts::default() };
+            let known = matches!(self.hosts.cni, Cni::Ptp | Cni::Bridge);
+            ensure!(known, "kubernetes.kubelets: hosts.cni is Ptp or Bridge there");
+            let bare = self.pods.is_empty()
+                && self.namespaces.is_empty()
+                && self.services.is_empty()
+                && self.pools.is_empty()
+                && self.policies.is_none()
+                && self.tidegate.is_none()
+                && self.hosts == hosts;
+            ensure!(
+                bare,
+                "kubernetes.kubelets: gateways, namespaces, pods, services, pools, policies, tidegate and hosts other than cni and \
+                 rpFilter are made with kubectl and helm, and not here"
+            );
+        } else {
+            let dns = self.pod(&self.cluster_dns).context("clusterDns")?;
+            ensure!(dns.listen.is_empty(), "clusterDns: {} cannot listen for anything else", dns.key());
+        }
         for service in &self.services {
             for pod in &service.pods {
                 self.pod(&format!("{}/{pod}", service.namespace))
@@ -648,6 +666,11 @@ impl Scenario {
         }
     }
 
+    /// Whether nodes run pods by themselves.
+    pub fn has_kubelets(&self) -> bool {
+        self.kubernetes.as_ref().is_some_and(|k| k.kubelets.is_some())
+    }
+
     /// Whether the cluster has a family.
     pub fn has(&self, family: Family) -> bool {
         self.families.contains(&family)
@@ -693,6 +716,16 @@ impl Scenario {
         let leads = |s: &&Service| dns.is_some_and(|d| s.namespace == d.namespace && s.pods == [d.name.clone()]);
         let service = self.services.iter().find(leads).and_then(|s| self.service_addresses(s).ok());
         service.unwrap_or_else(|| self.cluster_dns_servers().iter().map(SocketAddr::ip).collect())
+    }
+
+    /// The addresses of the cluster DNS's Service where nodes have kubelets: the tenth of each range.
+    pub fn kubelet_dns(&self) -> Vec<IpAddr> {
+        let ranges = self.service_ranges.iter().flat_map(|ranges| self.ranges(ranges));
+        let tenth = |range: IpNet| match range {
+            IpNet::V4(r) => IpAddr::V4((u32::from(r.network()) + 10).into()),
+            IpNet::V6(r) => IpAddr::V6((u128::from(r.network()) + 10).into()),
+        };
+        ranges.map(tenth).collect()
     }
 
     /// The router's addresses on the underlay.

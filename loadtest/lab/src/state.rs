@@ -34,6 +34,12 @@ pub struct State {
     pub processes: Vec<Process>,
     /// Where a bpffs is mounted.
     pub bpffs: Option<PathBuf>,
+    /// Where nodes with kubelets keep their files.
+    #[serde(default)]
+    pub disk: Option<PathBuf>,
+    /// Groups that those nodes' containers are in.
+    #[serde(default)]
+    pub cgroups: Vec<String>,
 }
 
 /// A network namespace that the lab made.
@@ -83,7 +89,15 @@ impl State {
             && name.len() <= 32
             && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
         ensure!(ok, "{name:?} is not a name for a lab: use a-z, 0-9 and '-', at most 32");
-        let state = Self { name: name.into(), scenario, namespaces: Vec::new(), processes: Vec::new(), bpffs: None };
+        let state = Self {
+            name: name.into(),
+            scenario,
+            namespaces: Vec::new(),
+            processes: Vec::new(),
+            bpffs: None,
+            disk: None,
+            cgroups: Vec::new(),
+        };
         // Made aside and renamed: there is never a folder without a state, whenever this process dies.
         let made = Path::new(ROOT).join(format!(".{name}.{}", std::process::id()));
         fs::create_dir_all(&made).with_context(|| format!("cannot make {}", made.display()))?;
@@ -165,6 +179,13 @@ impl State {
         {
             let done = nix::mount::umount2(bpffs, nix::mount::MntFlags::MNT_DETACH);
             errors.extend(done.with_context(|| format!("cannot unmount {}", bpffs.display())).err());
+        }
+        for group in self.cgroups.iter().rev() {
+            errors.extend(crate::kubelet::remove_cgroup(group).err());
+        }
+        if let Some(disk) = self.disk.as_deref().filter(|d| errors.is_empty() && d.exists()) {
+            let removed = fs::remove_dir_all(disk).with_context(|| format!("cannot remove {}", disk.display()));
+            errors.extend(removed.err());
         }
         if errors.is_empty() {
             fs::remove_dir_all(folder(&self.name)).context("cannot remove the state folder")?;

@@ -449,7 +449,8 @@ fn node(scenario: &Scenario, node: &Node, netns: &impl Fn(&str) -> String) -> Re
         }
         Cni::Ptp | Cni::Kind | Cni::Bridge | Cni::Flannel => {}
     }
-    if scenario.hosts.cni.is_bridge() {
+    // A network plugin makes its own.
+    if scenario.hosts.cni.is_bridge() && !scenario.has_kubelets() {
         place.link(format!("link add {BRIDGE} mtu {} type bridge stp_state 0 forward_delay 0", scenario.mtu));
         for range in scenario.ranges(&node.pods) {
             let nodad = Family::of(range.addr()).pick("", " nodad");

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tidegate_kube::{Addresses, Api, Output, Site, Tool, tool};
 
+use crate::kubelet::{self, Kubelets};
 use crate::lab::{Lab, wait_for};
 use crate::scenario::{SYSTEM_NAMESPACE, Scenario};
 use crate::state::{MARKER, Process};
@@ -53,6 +54,9 @@ pub struct Kubernetes {
     /// Controllers of kube-controller-manager that run, by their names.
     #[serde(default)]
     pub controllers: Vec<String>,
+    /// Nodes run pods by themselves; the lab makes no pod and no object.
+    #[serde(default)]
+    pub kubelets: Option<Kubelets>,
 }
 
 /// Where the control plane of a scenario is; everything of it lies in `folder`.
@@ -60,15 +64,17 @@ pub fn site(scenario: &Scenario, folder: &Path) -> Site {
     let (v4, v6) = scenario.control();
     let of = |family: &Family| family.pick(IpAddr::from(v4), v6.into());
     let clients: Vec<IpAddr> = scenario.families.iter().map(of).collect();
+    let here = scenario.has_kubelets().then(|| kubelet::relay::address(folder));
     let any = if scenario.has(Family::V6) { IpAddr::from([0; 16]) } else { IpAddr::from([0; 4]) };
     let addresses = Addresses {
         own: Ipv4Addr::LOCALHOST,
         bind: any,
         advertised: clients.first().copied().unwrap_or(any),
-        clients,
+        clients: clients.into_iter().chain(here).collect(),
         services: scenario.service_ranges.iter().flat_map(|ranges| scenario.ranges(ranges)).collect(),
     };
-    Site::new(folder, addresses)
+    let site = Site::new(folder, addresses);
+    if scenario.has_kubelets() { site.with_kubelets() } else { site }
 }
 
 /// The kubeconfig of a gateway, in the control plane's folder.
@@ -92,7 +98,7 @@ impl Lab {
         self.scenario().kubernetes.is_some()
     }
 
-    fn site(&self) -> Result<Site> {
+    pub(crate) fn site(&self) -> Result<Site> {
         ensure!(self.has_kubernetes(), "this lab has no API server: its scenario does not say `kubernetes`");
         Ok(site(self.scenario(), &self.layout().control()))
     }
@@ -156,8 +162,10 @@ impl Lab {
     /// Starts the control plane, and waits until it answers.
     pub(crate) fn start_control(&mut self) -> Result<()> {
         let site = self.site()?;
-        fs::create_dir_all(site.folder())?;
-        site.write_credentials()?;
+        if !self.has_kubelets() {
+            fs::create_dir_all(site.folder())?;
+            site.write_credentials()?;
+        }
         self.launch_control("etcd", site.etcd()?)?;
         self.start_api_server()?;
         let socket = proxy(site.folder());
@@ -198,7 +206,7 @@ impl Lab {
         self.signal("kube-apiserver", Signal::SIGKILL, Some(GONE))
     }
 
-    fn launch_control(&mut self, name: &str, command: Command) -> Result<Process> {
+    pub(crate) fn launch_control(&mut self, name: &str, command: Command) -> Result<Process> {
         let netns = self.place(PLACE)?.netns().to_owned();
         self.launch(name, &netns, command)
     }

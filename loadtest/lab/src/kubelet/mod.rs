@@ -1,0 +1,367 @@
+//! A whole Kubernetes cluster on one machine: nodes with containerd, kubelet and kube-proxy in namespaces of their own, every
+//! controller, the scheduler and CoreDNS.
+//!
+//! The world around is the lab's: the same underlay, router and internet. Nothing of the product is started: kubectl and helm do
+//! that, as they do in any cluster.
+
+pub mod boot;
+mod cgroups;
+mod files;
+pub mod relay;
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tidegate_kube::{API_PORT, NodeFiles, Output, Tool, tool};
+
+pub(crate) use cgroups::{create as create_cgroup, remove as remove_cgroup};
+
+use crate::kube;
+use crate::lab::{Lab, wait_for};
+use crate::scenario::Node;
+
+/// Where nodes' disks are; /run is often in memory.
+const DISKS: &str = "/var/lib/tidegate-lab";
+/// The image of every pod's first process.
+pub const PAUSE_IMAGE: &str = "localhost/tidegate-lab/pause:1";
+/// An image with a shell, curl and dig, which trusts the internet's authority.
+pub const CLIENT_IMAGE: &str = "localhost/tidegate-lab/client:1";
+/// What CoreDNS runs from.
+const COREDNS_IMAGE: &str = "localhost/tidegate-lab/coredns:1";
+/// What the client's image has, where the machine has it.
+const CLIENT_PROGRAMS: &[&str] = &[
+    "/bin/cat",
+    "/bin/date",
+    "/bin/ls",
+    "/bin/sh",
+    "/bin/sleep",
+    "/usr/bin/curl",
+    "/usr/bin/dig",
+    "/usr/bin/env",
+    "/usr/bin/timeout",
+];
+/// CoreDNS, without its Service.
+const COREDNS: &str = include_str!("../../../manifests/cluster/coredns.yaml");
+/// How long nodes and CoreDNS may take to be ready.
+const READY: &str = "--timeout=180s";
+/// How long a service of a node may take to be there.
+const START_LIMIT: Duration = Duration::from_secs(60);
+
+/// How nodes run pods.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Kubelets {
+    /// How kube-proxy makes services.
+    #[serde(default)]
+    pub kube_proxy: Proxy,
+}
+
+/// The modes of kube-proxy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Proxy {
+    /// `nftables`
+    #[default]
+    Nftables,
+    /// `iptables`
+    Iptables,
+}
+
+/// Says in one sentence what this machine lacks to run pods.
+fn preflight(proxy: Proxy) -> Result<()> {
+    let mut needed = vec![
+        ("containerd", "containerd"),
+        ("ctr", "containerd"),
+        ("runc", "runc"),
+        ("curl", "curl"),
+        ("dig", "bind9-dnsutils"),
+    ];
+    if proxy == Proxy::Iptables {
+        needed.push(("iptables", "iptables"));
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    for (program, package) in needed {
+        let found = std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
+        ensure!(found, "`{program}` is missing: scripts/setup cluster installs {package}");
+    }
+    Ok(())
+}
+
+/// Where the nodes of an instance keep their files.
+pub fn disk(lab: &str) -> PathBuf {
+    Path::new(DISKS).join(lab)
+}
+
+impl Lab {
+    fn kubelets(&self) -> Option<&Kubelets> {
+        self.scenario().kubernetes.as_ref()?.kubelets.as_ref()
+    }
+
+    /// Whether the cluster's nodes run pods by themselves.
+    pub fn has_kubelets(&self) -> bool {
+        self.scenario().has_kubelets()
+    }
+
+    /// The kubeconfig that is good outside of every namespace, for plain kubectl and helm.
+    pub fn host_kubeconfig(&self) -> PathBuf {
+        self.layout().folder.join("kubeconfig")
+    }
+
+    /// kubectl as somebody at this machine runs it.
+    ///
+    /// # Errors
+    /// With what it said, when it fails.
+    pub fn host_kubectl(&self, args: &[&str], stdin: &str) -> Result<String> {
+        self.at_host(Tool::Kubectl, args, stdin)?.success().with_context(|| format!("kubectl {}", args.join(" ")))
+    }
+
+    /// Runs kubectl or helm as somebody at this machine does.
+    ///
+    /// # Errors
+    /// When it cannot be run. That it failed is in the output.
+    pub fn at_host(&self, program: Tool, args: &[&str], stdin: &str) -> Result<Output> {
+        let home = self.layout().folder.join("home");
+        let mut command = Command::new(tool(program)?);
+        command.args(args).env("KUBECONFIG", self.host_kubeconfig()).env("KUBECACHEDIR", &home);
+        // Nothing of whoever runs this.
+        for key in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
+            command.env(key, &home);
+        }
+        let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        Output::of(child, stdin)
+    }
+
+    /// Writes what each node reads, and what it shows to the API server.
+    pub(crate) fn write_nodes(&mut self) -> Result<()> {
+        let proxy = self.kubelets().cloned().unwrap_or_default().kube_proxy;
+        preflight(proxy)?;
+        let disk = disk(self.name());
+        self.claim_disk(&disk)?;
+        let scenario = self.scenario().clone();
+        let mut nodes = Vec::new();
+        for node in &scenario.nodes {
+            let root = disk.join(&node.name);
+            let folders = [
+                "etc.work",
+                "etc/kubernetes",
+                "etc/cni/net.d",
+                "opt/cni/bin",
+                "opt/node/images",
+                "var/lib/kubelet",
+                "var/log",
+                "var/tmp",
+            ];
+            for folder in folders {
+                fs::create_dir_all(root.join(folder))?;
+            }
+            for (file, text) in files::of(&scenario, node, self.name(), proxy) {
+                fs::write(root.join(file), text).with_context(|| format!("cannot write {file}"))?;
+            }
+            for plugin in [Tool::Ptp, Tool::Bridge, Tool::Loopback, Tool::HostLocal] {
+                fs::copy(tool(plugin)?, root.join("opt/cni/bin").join(plugin.name()))?;
+            }
+            nodes.push((node.name.clone(), scenario.node_addresses(node), root.join("etc")));
+        }
+        let nodes: Vec<NodeFiles<'_>> =
+            nodes.iter().map(|(name, addresses, etc)| NodeFiles { name, addresses, etc }).collect();
+        let site = self.site()?;
+        fs::create_dir_all(site.folder())?;
+        site.write_cluster_credentials(&nodes)
+    }
+
+    /// Makes the images that every node has.
+    fn write_images(&self) -> Result<PathBuf> {
+        let images = disk(self.name()).join("images");
+        fs::create_dir_all(&images)?;
+        let root = disk(self.name()).join("image");
+        let programs = CLIENT_PROGRAMS.iter().filter(|p| Path::new(p).is_file()).map(|p| (*p).to_owned());
+        let ca = format!("{}:/etc/ssl/certs/ca-certificates.crt", self.internet_ca().display());
+        let client: Vec<String> = programs.chain([ca]).collect();
+        let path = r#""Env":["PATH=/usr/bin:/bin"]"#;
+        let archives = [
+            (
+                "client.tar",
+                client,
+                format!(r#"{{{path},"Cmd":["/bin/sleep","infinity"]}}"#),
+                vec![CLIENT_IMAGE, PAUSE_IMAGE],
+            ),
+            (
+                "coredns.tar",
+                vec![format!("{}:/coredns", tool(Tool::CoreDns)?.display())],
+                r#"{"Entrypoint":["/coredns"]}"#.to_owned(),
+                vec![COREDNS_IMAGE],
+            ),
+        ];
+        for (archive, files, config, names) in archives {
+            script("image-root", Command::new("").args([&root]).args(&files))?;
+            script("image-archive", Command::new("").args([&root, &images.join(archive)]).arg(config).args(names))?;
+            fs::remove_dir_all(&root)?;
+        }
+        let archive = images.join("tidegate.tar");
+        let program = disk(self.name()).join("tidegate");
+        // What a debugger reads is most of a debug build.
+        let stripped = Command::new("strip").arg("-o").arg(&program).arg(self.tidegate()).status();
+        if !stripped.is_ok_and(|s| s.success()) {
+            fs::copy(self.tidegate(), &program)?;
+        }
+        script("image", Command::new("").arg("archive").args([&program, &archive]))?;
+        fs::remove_file(&program)?;
+        Ok(images)
+    }
+
+    /// Starts controllers, scheduler and every node, and waits until pods can run and names resolve.
+    pub(crate) fn start_nodes(&mut self) -> Result<()> {
+        let site = self.site()?;
+        self.launch_control("kube-controller-manager", site.all_controllers()?)?;
+        self.launch_control("kube-scheduler", site.scheduler()?)?;
+        self.start_relay()?;
+        let images = self.write_images()?;
+        let nodes = self.scenario().nodes.clone();
+        let list: Vec<_> = nodes.iter().map(|n| self.node_object(n)).collect();
+        let list = json!({"apiVersion": "v1", "kind": "List", "items": list});
+        self.host_kubectl(&["create", "-f", "-"], &list.to_string())?;
+        self.claim_cgroup(&cgroups::parent(self.name()))?;
+        for node in &nodes {
+            self.claim_cgroup(&files::cgroup_of(&node.name, self.name()))?;
+            self.start_node(node, &images)?;
+        }
+        self.host_kubectl(&["apply", "-f", "-"], COREDNS)?;
+        self.host_kubectl(&["apply", "-f", "-"], &self.dns_service().to_string())?;
+        let waits = [
+            &["wait", "--for=condition=Ready", READY, "nodes", "--all"][..],
+            &["rollout", "status", READY, "-n", "kube-system", "deployment/coredns"],
+        ];
+        for args in waits {
+            self.host_kubectl(args, "").with_context(|| self.nodes_say())?;
+        }
+        Ok(())
+    }
+
+    fn start_relay(&mut self) -> Result<()> {
+        let site = self.site()?;
+        let address = relay::address(site.folder());
+        site.write_admin_kubeconfig(&self.host_kubeconfig(), address)?;
+        let mut command = Command::new(self.binary());
+        command.args(["relay", "--listen", &SocketAddr::new(address, API_PORT).to_string()]);
+        command.args(["--netns", self.place(kube::PLACE)?.netns(), "--to", &site.endpoint().to_string()]);
+        let relay = self.launch_here("relay", command)?;
+        let up = wait_for(START_LIMIT, || match self.host_kubectl(&["get", "--raw", "/readyz"], "") {
+            _ if !relay.is_alive() => Some(false),
+            said => said.is_ok().then_some(true),
+        });
+        ensure!(up == Some(true), "the API server cannot be reached from here: {}", self.last_words("relay"));
+        Ok(())
+    }
+
+    /// Starts a node, or starts it again.
+    ///
+    /// # Errors
+    /// When it ends at once.
+    fn start_node(&mut self, node: &Node, images: &Path) -> Result<()> {
+        let programs = [("kubelet", Tool::Kubelet), ("kube-proxy", Tool::Proxy)];
+        let at = |name: &str| format!("{}/{name}", boot::PROGRAMS);
+        let addresses: Vec<String> = self.scenario().node_addresses(node).iter().map(ToString::to_string).collect();
+        let service = |name: &str, command: Vec<String>| (name.to_owned(), command);
+        let config = boot::Config {
+            name: node.name.clone(),
+            disk: disk(self.name()).join(&node.name),
+            programs: programs.iter().map(|(name, t)| Ok(((*name).to_owned(), tool(*t)?))).collect::<Result<_>>()?,
+            images: images.to_owned(),
+            services: vec![
+                service("containerd", vec!["containerd".into(), "--config".into(), "/etc/containerd.toml".into()]),
+                service(
+                    "kubelet",
+                    vec![
+                        at("kubelet"),
+                        "--config=/etc/kubernetes/kubelet.yaml".into(),
+                        "--kubeconfig=/etc/kubernetes/kubelet.conf".into(),
+                        format!("--hostname-override={}", node.name),
+                        format!("--node-ip={}", addresses.join(",")),
+                    ],
+                ),
+                service("kube-proxy", vec![at("kube-proxy"), "--config=/etc/kubernetes/proxy.yaml".into()]),
+            ],
+        };
+        let file = self.layout().folder.join("config").join(format!("{}.node.json", node.name));
+        fs::write(&file, serde_json::to_vec_pretty(&config)?)?;
+        let mut command = Command::new(self.binary());
+        command.arg("node").arg(&file);
+        let netns = self.place(&node.name)?.netns().to_owned();
+        self.launch(&format!("node {}", node.name), &netns, command).map(drop)
+    }
+
+    /// The Node, with the addresses of its pods, which a controller of a cloud or kubeadm's gives elsewhere.
+    fn node_object(&self, node: &Node) -> serde_json::Value {
+        let ranges: Vec<String> = self.scenario().ranges(&node.pods).iter().map(ToString::to_string).collect();
+        json!({
+            "apiVersion": "v1", "kind": "Node",
+            "metadata": {"name": node.name, "labels": node.labels},
+            "spec": {"podCIDR": ranges.first(), "podCIDRs": ranges},
+        })
+    }
+
+    fn dns_service(&self) -> serde_json::Value {
+        let addresses = self.scenario().kubelet_dns();
+        let ports: Vec<_> = [("dns", "UDP"), ("dns-tcp", "TCP")]
+            .map(|(name, protocol)| json!({"name": name, "port": 53, "protocol": protocol}))
+            .to_vec();
+        json!({
+            "apiVersion": "v1", "kind": "Service",
+            "metadata": {"name": "kube-dns", "namespace": "kube-system", "labels": {"k8s-app": "kube-dns"}},
+            "spec": {
+                "selector": {"k8s-app": "kube-dns"}, "ports": ports, "ipFamilyPolicy": "PreferDualStack",
+                "clusterIP": addresses.first(), "clusterIPs": addresses,
+            },
+        })
+    }
+
+    /// The ends of nodes' logs, for an error.
+    fn nodes_say(&self) -> String {
+        let mut text = String::new();
+        for node in &self.scenario().nodes {
+            let log = disk(self.name()).join(&node.name).join("var/log/kubelet.log");
+            let log = fs::read_to_string(log).unwrap_or_default();
+            let errors: Vec<&str> = log.lines().rev().filter(|l| l.starts_with('E')).take(2).collect();
+            text.push_str(&format!(
+                "{}: {}; {}\n",
+                node.name,
+                self.last_words(&format!("node {}", node.name)),
+                errors.join(" | ")
+            ));
+        }
+        text
+    }
+
+    /// Turns this process into a command on a node, among its processes and mounts.
+    ///
+    /// # Errors
+    /// When the node does not run, or the command cannot be.
+    pub fn exec_on_node(&self, node: &str, command: &[String]) -> Result<std::convert::Infallible> {
+        use std::os::unix::process::CommandExt;
+        let init = self.node_init(node)?;
+        let error = Command::new("nsenter").arg(format!("--target={init}")).args(["--all", "--"]).args(command).exec();
+        Err(error).context("cannot run nsenter")
+    }
+
+    /// The process id of a node's init, as the machine sees it.
+    fn node_init(&self, node: &str) -> Result<i32> {
+        let outer = self.process(&format!("node {node}"))?.pid;
+        let children = fs::read_to_string(format!("/proc/{outer}/task/{outer}/children"))
+            .with_context(|| format!("{node} does not run"))?;
+        children.split_whitespace().next().and_then(|c| c.parse().ok()).with_context(|| format!("{node} has no init"))
+    }
+}
+
+/// Runs a script of the tree.
+fn script(name: &str, arguments: &Command) -> Result<()> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts").join(name);
+    let out =
+        Command::new(path).args(arguments.get_args()).output().with_context(|| format!("cannot run scripts/{name}"))?;
+    ensure!(out.status.success(), "scripts/{name}: {}", String::from_utf8_lossy(&out.stderr).trim());
+    Ok(())
+}
