@@ -604,3 +604,44 @@ fn only_what_was_touched_is_surveyed_again() {
     assert!(!gone.namespaces.contains_key("shop"));
     assert_eq!(records.keys().filter(|r| r.kind == NAMESPACE).count(), 2);
 }
+
+#[test]
+fn a_tenant_does_not_read_the_names_of_other_peoples_pods() {
+    let bank = namespace("bank", "tidegate.dev/managed: 'true'") + &pod("bank", "vault", "n2", "10.1.0.9");
+    let managed = namespace("shop", "tidegate.dev/managed: 'true'");
+    let mut c = Cluster::new(&(bank + &managed + &pod("shop", "web", "n1", "10.1.0.9")));
+    for (own, other) in [("shop", "vault"), ("bank", "web")] {
+        let status = c.namespace(own).unwrap();
+        let said = serde_json::to_string(&status).unwrap();
+        assert!(!said.contains(other), "{said}");
+        let told = status
+            .refused
+            .iter()
+            .filter_map(|r| r.message.as_deref())
+            .chain(status.conditions.iter().map(|c| c.message.as_str()));
+        let told = told.filter(|m| m.contains("a pod of another namespace has the same address")).count();
+        assert!(told > 0 || own == "bank", "{said}");
+    }
+    // One's own are named.
+    let both = namespace("shop", "tidegate.dev/managed: 'true'")
+        + &pod("shop", "web", "n1", "10.1.0.9")
+        + &pod("shop", "db", "n2", "10.1.0.9");
+    let said = serde_json::to_string(&Cluster::new(&both).namespace("shop").unwrap()).unwrap();
+    assert!(said.contains("has the same address") && said.contains("the pod shop/"), "{said}");
+}
+
+#[test]
+fn a_denial_says_where_to_in_one_word() {
+    let mut c = Cluster::new(&(shop() + &policy("pay", STRIPE)));
+    let ip = Some("203.0.113.9");
+    for (d, to) in [
+        (denied(Some("a.example"), None, None, Reason::NameNotAllowed), "a.example"),
+        (denied(Some("a.example"), ip, Some(443), Reason::SniMismatch), "a.example:443"),
+        (denied(None, ip, Some(5432), Reason::NoBinding), "203.0.113.9:5432"),
+        (denied(None, Some("2001:db8::1"), Some(22), Reason::NoBinding), "[2001:db8::1]:22"),
+        (denied(None, ip, None, Reason::Protocol), "203.0.113.9"),
+    ] {
+        c.table.add(d, NOW);
+        assert_eq!(c.namespace("shop").unwrap().denials[0].to, to);
+    }
+}
