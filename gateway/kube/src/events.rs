@@ -26,8 +26,6 @@ const REMEMBERED: usize = 8192;
 /// Events in a burst, and the time between two of many: of all namespaces that have said much lately.
 const BURST: u32 = 25;
 const SPACING: Duration = Duration::from_millis(1000);
-/// The same of those that have not: what they begin with is not held up by others.
-const FIRST: u32 = 2;
 /// The same of one namespace.
 const OWN_BURST: u32 = 10;
 const OWN_SPACING: Duration = Duration::from_secs(6);
@@ -87,8 +85,9 @@ impl Bucket {
 #[derive(Debug, Default)]
 pub struct Sieve {
     said: HashMap<(String, About), Duration>,
-    of: HashMap<String, Bucket>,
-    /// Of those whose own bucket has lost no more than its first few, and of the others.
+    /// What each namespace may say, and when it said something last.
+    of: HashMap<String, (Bucket, Duration)>,
+    /// Of those that have said nothing lately, so that nobody holds up what they begin with; and of the others.
     quiet: Bucket,
     loud: Bucket,
 }
@@ -101,8 +100,9 @@ impl Sieve {
         if self.said.get(&key).is_some_and(old) {
             return false;
         }
-        let mut own = self.of.get(&n.namespace).copied().unwrap_or_default();
-        let common = if own.has(FIRST, OWN_SPACING, now) { &mut self.quiet } else { &mut self.loud };
+        let lately = self.of.get(&n.namespace).copied().filter(|(_, at)| old(at));
+        let mut own = lately.unwrap_or_default().0;
+        let common = if lately.is_none() { &mut self.quiet } else { &mut self.loud };
         if !own.has(OWN_BURST, OWN_SPACING, now) || !common.has(BURST, SPACING, now) {
             return false;
         }
@@ -114,8 +114,10 @@ impl Sieve {
         }
         common.take(SPACING, now);
         own.take(OWN_SPACING, now);
-        self.of.retain(|_, b| b.0 > now);
-        self.of.insert(n.namespace.clone(), own);
+        if self.of.len() >= REMEMBERED {
+            self.of.retain(|_, (_, at)| old(at));
+        }
+        self.of.insert(n.namespace.clone(), (own, now));
         self.said.insert(key, now);
         true
     }
@@ -252,7 +254,7 @@ mod tests {
             at += 6;
             f.lets(&denial(&format!("n{}", i % 7), "c", &i.to_string(), "c"), s(at));
         }
-        assert!(f.said.len() <= REMEMBERED && f.of.len() <= 7);
+        assert!(f.said.len() <= REMEMBERED && f.of.len() <= REMEMBERED);
     }
 
     #[test]
@@ -264,8 +266,8 @@ mod tests {
                 f.lets(&denial(&format!("loud-{n}"), "p", &at.to_string(), "c"), s(at));
             }
         }
-        assert!(!f.loud.has(BURST, SPACING, s(120)) || !f.lets(&denial("loud-1", "p", "more", "c"), s(119)));
-        assert!(f.lets(&denial("quiet", "p", "x", "c"), s(120)));
+        assert!(!f.lets(&denial("loud-1", "p", "more", "c"), s(119)));
+        assert!(f.lets(&denial("quiet", "p", "x", "c"), s(119)));
         let all = f.said.len();
         assert!(all < 2 * (BURST as usize + 121), "{all}");
     }

@@ -220,7 +220,9 @@ impl State {
                 r.problems.iter().map(move |p| format!("{kind} {namespace}{slash}{name}: {p}{keeps}"))
             })
         });
-        all.take(MAX_PROBLEMS).collect()
+        let contested =
+            self.index.contested().iter().flat_map(|(name, all)| all.iter().map(move |p| format!("Node {name}: {p}")));
+        all.chain(contested).take(MAX_PROBLEMS).collect()
     }
 }
 

@@ -9,6 +9,7 @@
 mod cluster;
 mod ending;
 mod json;
+mod nodes;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -16,10 +17,11 @@ use std::sync::Arc;
 
 use serde_json::Value;
 use tidegate_policy::Name;
-use tidegate_policy::model::{Objects, Pair, Settings, Touched};
+use tidegate_policy::model::{Node, Objects, Pair, Settings, Touched};
 
 use self::cluster::Cluster;
 use self::ending::Endings;
+use self::nodes::Claims;
 use crate::manifest::{self, Object};
 use crate::problem::{Code, FieldPath, FieldProblem, Severity};
 use crate::resource::{API_VERSION, GROUP};
@@ -146,6 +148,8 @@ pub struct Index {
     records: BTreeMap<Feed, BTreeMap<Key, Record>>,
     cluster: Cluster,
     external: Arc<ExternalNames>,
+    nodes: Claims,
+    contested: BTreeMap<String, Vec<String>>,
     /// The pairs that each namespace was assigned.
     assigned: BTreeMap<String, Vec<(String, Pair)>>,
     endings: Endings,
@@ -166,6 +170,8 @@ impl Index {
             records: BTreeMap::new(),
             cluster: Cluster::default(),
             external: Arc::default(),
+            nodes: Claims::default(),
+            contested: BTreeMap::new(),
             assigned: BTreeMap::new(),
             endings: Endings::default(),
             touched: Touched::default(),
@@ -245,6 +251,9 @@ impl Index {
         let text = |field: &str| meta[field].as_str().unwrap_or_default().to_owned();
         let (uid, version) = (text("uid"), text("resourceVersion"));
         let generation = meta["generation"].as_i64().unwrap_or_default();
+        if feed == Feed::Nodes {
+            self.nodes.created(&key.1, text("creationTimestamp"));
+        }
         let mut before = self.records.get(&feed).and_then(|r| r.get(&key)).map(|r| r.uid == uid);
         if before == Some(false) {
             // Another object of the same name: nothing of the old one stays.
@@ -335,7 +344,7 @@ impl Index {
         let changed = match value {
             Some(Read::Object(Object::Namespace(v))) => set(&mut o.namespaces, name, v),
             Some(Read::Object(Object::Pod(v))) => set(&mut o.pods, key, v),
-            Some(Read::Object(Object::Node(v))) => set(&mut o.nodes, name, v),
+            Some(Read::Object(Object::Node(v))) => self.node(name, Some(v)),
             Some(Read::Object(Object::Pool(v))) => set(&mut o.pools, name, v),
             Some(Read::Object(Object::ClusterPolicy(v))) => set(&mut o.cluster_policies, name, v),
             Some(Read::Object(Object::Policy(v))) => set(&mut o.policies, key, v),
@@ -345,7 +354,7 @@ impl Index {
             None => match feed {
                 Feed::Namespaces => o.namespaces.remove(name).is_some(),
                 Feed::Pods => o.pods.remove(key).is_some(),
-                Feed::Nodes => o.nodes.remove(name).is_some(),
+                Feed::Nodes => self.node(name, None),
                 Feed::EgressPools => o.pools.remove(name).is_some(),
                 Feed::ClusterEgressPolicies => o.cluster_policies.remove(name).is_some(),
                 Feed::EgressPolicies => o.policies.remove(key).is_some(),
@@ -372,6 +381,30 @@ impl Index {
             // No rule depends on them: the DNS service asks for them.
             Feed::ExternalNames => {}
         }
+    }
+
+    /// Takes what a node says of itself, or that it is gone, and settles whose addresses are whose. Says whether that node changed;
+    /// others that did are touched.
+    fn node(&mut self, name: &str, node: Option<Node>) -> bool {
+        if !self.nodes.set(name, node) {
+            return false;
+        }
+        let settled = self.nodes.settled();
+        self.noted += u64::from(self.contested != settled.contested);
+        self.contested = settled.contested;
+        let mut changed = !settled.nodes.contains_key(name) && self.objects.nodes.remove(name).is_some();
+        for (other, node) in settled.nodes {
+            if set(&mut self.objects.nodes, &other, node) {
+                changed |= other == name;
+                self.touched.nodes |= other != name;
+            }
+        }
+        changed
+    }
+
+    /// What nodes say of themselves and does not count, since others say it, too, by name.
+    pub fn contested(&self) -> &BTreeMap<String, Vec<String>> {
+        &self.contested
     }
 
     /// Brings the settings to what the cluster says.

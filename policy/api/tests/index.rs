@@ -436,3 +436,37 @@ fn the_order_of_objects_does_not_matter() {
     assert_eq!(a.dns_servers(), b.dns_servers());
     assert_eq!(a.objects().pods.len(), 20);
 }
+
+#[test]
+fn an_address_that_two_nodes_claim_is_the_older_ones() {
+    let node = |name: &str, created: &str, addresses: &[&str]| {
+        let all: Vec<_> = addresses.iter().map(|a| json!({"type": "InternalIP", "address": a})).collect();
+        json!({"metadata": {"name": name, "uid": name, "creationTimestamp": created}, "status": {"addresses": all}})
+    };
+    let old = node("z-old", "2025-01-01T00:00:00Z", &["192.0.2.1"]);
+    let stolen = node("a-stolen", "2026-01-01T00:00:00Z", &["192.0.2.2", "192.0.2.1"]);
+    let twin = node("b-twin", "2025-01-01T00:00:00Z", &["192.0.2.3"]);
+    let other = node("c-twin", "2025-01-01T00:00:00Z", &["192.0.2.3"]);
+    let timeless = json!({"metadata": {"name": "a", "uid": "a"}, "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.3"}]}});
+    let all = [&old, &stolen, &twin, &other, &timeless];
+    let of =
+        |i: &Index, name: &str| i.objects().nodes[name].addresses.iter().map(ToString::to_string).collect::<Vec<_>>();
+    for order in [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [1, 3, 0, 4, 2]] {
+        let mut i = Index::new(Default::default());
+        order.iter().for_each(|n| i.apply(Feed::Nodes, all[*n]));
+        let got = ["z-old", "a-stolen", "b-twin", "c-twin", "a"].map(|n| of(&i, n).join(" "));
+        assert_eq!(got, ["192.0.2.1", "192.0.2.2", "192.0.2.3", "", ""]);
+        let told = &i.contested()["a-stolen"];
+        assert_eq!(told, &["status.addresses: 192.0.2.1 does not count: it is the older node z-old's"]);
+        assert_eq!(i.contested().len(), 3);
+        // The older one goes: then it counts, and whoever depends on it is looked at.
+        i.take_touched();
+        let noted = i.noted();
+        i.delete(Feed::Nodes, &old);
+        assert_eq!(of(&i, "a-stolen"), ["192.0.2.2", "192.0.2.1"]);
+        assert!(i.take_touched().nodes && i.noted() > noted && !i.contested().contains_key("a-stolen"));
+        // Back, and it is the youngest now.
+        i.apply(Feed::Nodes, &node("z-old", "2027-01-01T00:00:00Z", &["192.0.2.1"]));
+        assert_eq!(of(&i, "z-old"), Vec::<String>::new());
+    }
+}

@@ -6,62 +6,71 @@ use std::net::IpAddr;
 
 use tidegate_policy::model::Node;
 
-use crate::problem::{Code, FieldPath, FieldProblem, Severity};
-
 /// What nodes say of themselves.
 #[derive(Debug, Default)]
 pub(super) struct Claims {
-    /// By name, each with when it was created, as the API server writes it (RFC 3339, UTC).
-    said: BTreeMap<String, (String, Node)>,
+    said: BTreeMap<String, Node>,
+    /// When each was created, as the API server writes it (RFC 3339, UTC).
+    created: BTreeMap<String, String>,
 }
 
-/// A node as it counts, with what of it does not.
-pub(super) type Settled = (Node, Vec<FieldProblem>);
+/// Nodes as they count.
+pub(super) struct Settled {
+    pub nodes: BTreeMap<String, Node>,
+    /// What does not count of each, in a sentence.
+    pub contested: BTreeMap<String, Vec<String>>,
+}
 
 impl Claims {
+    /// Notes when a node was created.
+    pub fn created(&mut self, name: &str, time: String) {
+        self.created.insert(name.to_owned(), time);
+    }
+
     /// A node says this of itself now, or is gone. Says whether that is news.
-    pub fn set(&mut self, name: &str, node: Option<(String, Node)>) -> bool {
+    pub fn set(&mut self, name: &str, node: Option<Node>) -> bool {
         match node {
             Some(new) => {
-                let same = self.said.get(name) == Some(&new);
-                self.said.insert(name.to_owned(), new);
-                !same
+                self.said.get(name) != Some(&new) && {
+                    self.said.insert(name.to_owned(), new);
+                    true
+                }
             }
-            None => self.said.remove(name).is_some(),
+            None => {
+                // Its time stays until another one of its name says its own.
+                self.said.remove(name).is_some()
+            }
         }
     }
 
+    /// The older is the less. One of which nobody knows when it was created is the youngest.
+    fn age<'a>(&'a self, name: &'a str) -> (bool, &'a str, &'a str) {
+        let created = self.created.get(name).map_or("", String::as_str);
+        (created.is_empty(), created, name)
+    }
+
     /// All nodes as they count.
-    pub fn settled(&self) -> BTreeMap<&str, Settled> {
-        // One of which nobody knows when it was created is the youngest.
-        let age = |(created, _): &(String, Node)| (created.is_empty(), created.clone());
-        let mut owners: BTreeMap<IpAddr, (&str, (bool, String))> = BTreeMap::new();
-        for (name, said) in &self.said {
-            for ip in &said.1.addresses {
-                let age = age(said);
-                // In the order of their names: of equals the first stays.
-                if owners.get(ip).is_none_or(|(_, other)| age < *other) {
-                    owners.insert(*ip, (name, age));
+    pub fn settled(&self) -> Settled {
+        let mut owners: BTreeMap<IpAddr, &str> = BTreeMap::new();
+        for (name, node) in &self.said {
+            for ip in &node.addresses {
+                let owner = owners.entry(*ip).or_insert(name);
+                if self.age(name) < self.age(owner) {
+                    *owner = name;
                 }
             }
         }
-        let settle = |(name, (_, node)): (&'_ String, &(String, Node))| -> Settled {
-            let mut out = node.clone();
-            let mut problems = Vec::new();
-            out.addresses.retain(|ip| match owners.get(ip) {
-                Some((owner, _)) if *owner != name.as_str() => {
-                    problems.push(FieldProblem {
-                        severity: Severity::Refused,
-                        code: Code::Invalid,
-                        path: FieldPath::default(),
-                        message: format!("status.addresses: {ip} is the node {owner}'s, which was there first; it does not count here"),
-                    });
+        let mut out = Settled { nodes: self.said.clone(), contested: BTreeMap::new() };
+        for (name, node) in &mut out.nodes {
+            node.addresses.retain(|ip| match owners.get(ip) {
+                Some(owner) if *owner != name.as_str() => {
+                    let text = format!("status.addresses: {ip} does not count: it is the older node {owner}'s");
+                    out.contested.entry(name.clone()).or_default().push(text);
                     false
                 }
                 _ => true,
             });
-            (out, problems)
-        };
-        self.said.iter().map(|entry| (entry.0.as_str(), settle(entry))).collect()
+        }
+        out
     }
 }
