@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use rustls::ServerConfig;
 use rustls::server::Acceptor;
-use tidegate_identity::{Credentials, JOIN, Role, name_of};
+use tidegate_identity::{Credentials, JOIN, Role, name_of, node_uid_of, validity};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::AbortHandle;
@@ -28,6 +28,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 
 use self::gate::Gate;
+use crate::identity;
 use crate::nodes::{self, Nodes};
 use crate::places::{Place, Places};
 use crate::timed::Timed;
@@ -39,16 +40,18 @@ const PER_SOURCE: usize = 8;
 /// How long accept waits after it failed, for want of descriptors most likely.
 const BREATHER: Duration = Duration::from_millis(100);
 
-/// The longest life of a connection that wants a certificate.
+/// The longest life of a connection that wants a certificate, and of one that comes from nowhere known: an honest one takes
+/// milliseconds.
 const JOINING: Duration = Duration::from_secs(20);
+const STRANGER: Duration = Duration::from_secs(5);
 /// The most of those: from addresses of nodes, from others, and of others that show the certificate that they still have;
-/// and the most of one address or of one certificate.
+/// and the most of one node, of one other address, or of one certificate.
 const JOINS: usize = 32;
 const JOINS_EACH: usize = 4;
-/// The most connections of one certified name. An agent has two, and those that it gave up may not have ended yet.
-const PER_NAME: usize = 8;
+/// The most connections of one gateway, and of one node (a machine, not a name). An agent has two, and those that it gave up may not have ended yet.
+const PER_BEARER: usize = 8;
 
-/// A connection with a certificate, with its name's place.
+/// A connection with a certificate, until that ends, with its bearer's place.
 pub type Control = Timed<TlsStream<TcpStream>, Option<Place<String>>>;
 /// A connection that wants a certificate, with its places.
 pub type Joining = Timed<TlsStream<TcpStream>, (OwnedSemaphorePermit, Place<String>)>;
@@ -100,12 +103,17 @@ impl Lobby {
         self.rooms[room].clone().try_acquire_owned().ok().zip(self.each.take(who))
     }
 
-    /// Places for a connection from this address. None: it has to show a certificate.
-    fn enter(&self, from: IpAddr) -> Option<(OwnedSemaphorePermit, Place<String>)> {
+    /// Places for a connection from this address, and its longest life. None: it has to show a certificate.
+    fn enter(&self, from: IpAddr) -> Option<(Duration, (OwnedSemaphorePermit, Place<String>))> {
         let from = from.to_canonical();
-        let node = self.nodes.has_address(from);
-        let places = self.room(if node { NODES } else { STRANGERS }, from.to_string())?;
-        self.gate.lock().admits(from, node, self.start.elapsed()).then_some(places)
+        let node = self.nodes.at(from);
+        let known = node.is_some();
+        // A node counts as one, however many addresses it says it has.
+        let (life, places) = match node {
+            Some(name) => (JOINING, self.room(NODES, Role::Node.dns_name(&name))?),
+            None => (STRANGER, self.room(STRANGERS, from.to_string())?),
+        };
+        self.gate.lock().admits(from, known, self.start.elapsed()).then_some((life, places))
     }
 }
 
@@ -153,19 +161,47 @@ async fn shake(stream: TcpStream, from: IpAddr, choice: Choice, lobby: &Lobby) -
         return Ok(Shaken::Usual(hello.into_stream(choice.usual).await?));
     };
     // Before anything is signed for it.
-    if let Some(places) = lobby.enter(from) {
-        return Ok(Shaken::Joining(Timed::new(hello.into_stream(asking.anyone).await?, JOINING, places)));
+    if let Some((life, places)) = lobby.enter(from) {
+        return Ok(Shaken::Joining(Timed::new(hello.into_stream(asking.anyone).await?, life, places)));
     }
     let stream = hello.into_stream(asking.renewing).await?;
-    let places = certified(&stream).and_then(|name| lobby.room(RENEWING, name));
+    let bearer = Bearer::of(&stream).filter(|b| b.is_there(&lobby.nodes));
+    let places = bearer.and_then(|b| lobby.room(RENEWING, b.place()));
     let places = places.ok_or(io::ErrorKind::ConnectionRefused)?;
     Ok(Shaken::Joining(Timed::new(stream, JOINING, places)))
 }
 
-/// The name of a node or a gateway for which the client's certificate speaks.
-fn certified(stream: &TlsStream<TcpStream>) -> Option<String> {
-    let leaf = stream.get_ref().1.peer_certificates()?.first()?;
-    [Role::Node, Role::Gateway].into_iter().find_map(|role| Some(role.dns_name(&name_of(leaf, role)?)))
+/// For whom the client's certificate speaks.
+struct Bearer {
+    role: Role,
+    name: String,
+    /// Of a node's object.
+    uid: Option<String>,
+    /// Unix seconds.
+    ends: u64,
+}
+
+impl Bearer {
+    fn of(stream: &TlsStream<TcpStream>) -> Option<Self> {
+        let leaf = stream.get_ref().1.peer_certificates()?.first()?;
+        let (role, name) = [Role::Node, Role::Gateway].into_iter().find_map(|r| Some((r, name_of(leaf, r)?)))?;
+        let ends = u64::try_from(validity(leaf)?.1).ok()?;
+        Some(Self { role, name, uid: node_uid_of(leaf), ends })
+    }
+
+    /// A node that is gone, or another machine now, must not hold anything: least of all its successor's places.
+    fn is_there(&self, nodes: &Nodes) -> bool {
+        self.role == Role::Gateway || nodes.admits(&self.name, self.uid.as_deref())
+    }
+
+    /// Whose places it takes.
+    fn place(&self) -> String {
+        format!("{} {}", self.role.dns_name(&self.name), self.uid.as_deref().unwrap_or_default())
+    }
+
+    fn left(&self) -> Duration {
+        Duration::from_secs(self.ends.saturating_sub(identity::now()))
+    }
 }
 
 async fn accept(
@@ -177,7 +213,7 @@ async fn accept(
     joining: mpsc::Sender<io::Result<Joining>>,
 ) {
     let lobby = Arc::new(Lobby::new(nodes));
-    let (places, names) = (Places::new(PER_SOURCE), Places::new(PER_NAME));
+    let (places, bearers) = (Places::new(PER_SOURCE), Places::new(PER_BEARER));
     let mut pending: VecDeque<AbortHandle> = VecDeque::new();
     loop {
         let accepted = tokio::select! {
@@ -202,15 +238,18 @@ async fn accept(
         }
         // Before there is a certificate nobody can be served.
         let Some(choice) = choose() else { continue };
-        let (out, joining, lobby, names) = (out.clone(), joining.clone(), lobby.clone(), names.clone());
+        let (out, joining, lobby, bearers) = (out.clone(), joining.clone(), lobby.clone(), bearers.clone());
         let handshake = tokio::spawn(async move {
             match timeout(HANDSHAKE, shake(stream, peer.ip(), choice, &lobby)).await {
-                Ok(Ok(Shaken::Usual(stream))) => match certified(&stream) {
+                Ok(Ok(Shaken::Usual(stream))) => match Bearer::of(&stream) {
+                    // The receiver is gone when the port closes.
                     None => drop(out.send(Ok(Timed::endless(stream, None))).await),
-                    Some(name) => match names.take(name.clone()) {
-                        // The receiver is gone when the port closes.
-                        Some(held) => drop(out.send(Ok(Timed::endless(stream, Some(held)))).await),
-                        None => tracing::debug!(%peer, name, "too many connections of one certificate"),
+                    Some(bearer) if !bearer.is_there(&lobby.nodes) => {
+                        tracing::info!(%peer, node = bearer.name, uid = bearer.uid, "a certificate of a node that is not there");
+                    }
+                    Some(bearer) => match bearers.take(bearer.place()) {
+                        Some(held) => drop(out.send(Ok(Timed::new(stream, bearer.left(), Some(held)))).await),
+                        None => tracing::debug!(%peer, name = bearer.name, "too many connections of one certificate"),
                     },
                 },
                 // Where nobody gives certificates it is closed.

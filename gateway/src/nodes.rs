@@ -1,6 +1,6 @@
 //! The nodes that are in the cluster now, for those who ask whether one is: certificates outlive their nodes.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -12,14 +12,17 @@ use tokio::sync::watch;
 pub struct Known {
     /// By name, with the UID of each.
     uids: BTreeMap<String, String>,
-    addresses: BTreeSet<IpAddr>,
+    /// With the name of the node that each is.
+    addresses: BTreeMap<IpAddr, String>,
 }
 
 impl Known {
     /// Those of an index. Of an address that several claim the one counts whose it is there.
     pub fn of(index: &Index) -> Self {
         let uids = index.records(Feed::Nodes).map(|((_, name), r)| (name.clone(), r.uid.clone())).collect();
-        let addresses = index.objects().nodes.values().flat_map(|n| &n.addresses).map(IpAddr::to_canonical).collect();
+        let nodes = index.objects().nodes.iter();
+        let addresses =
+            nodes.flat_map(|(name, n)| n.addresses.iter().map(|a| (a.to_canonical(), name.clone()))).collect();
         Self { uids, addresses }
     }
 }
@@ -59,9 +62,9 @@ impl Nodes {
         known.uids.get(name).is_some_and(|is| uid.is_none_or(|u| u == is || is.is_empty()))
     }
 
-    /// Whether this is a node's own address.
-    pub fn has_address(&self, address: IpAddr) -> bool {
-        self.0.borrow().as_ref().is_some_and(|k| k.addresses.contains(&address.to_canonical()))
+    /// The node whose own address this is.
+    pub fn at(&self, address: IpAddr) -> Option<String> {
+        self.0.borrow().as_ref()?.addresses.get(&address.to_canonical()).cloned()
     }
 
     /// Waits until the node is not there any more.
@@ -88,7 +91,7 @@ pub(crate) mod tests {
     pub fn known(nodes: &[(&str, &str, &str)]) -> Known {
         Known {
             uids: nodes.iter().map(|(n, u, _)| ((*n).to_owned(), (*u).to_owned())).collect(),
-            addresses: nodes.iter().map(|(.., a)| a.parse().unwrap()).collect(),
+            addresses: nodes.iter().map(|(n, _, a)| (a.parse().unwrap(), (*n).to_owned())).collect(),
         }
     }
 
@@ -100,18 +103,18 @@ pub(crate) mod tests {
         // One that cannot be read is there all the same.
         index.apply(Feed::Nodes, &json!({"metadata": {"name": "b", "uid": "2"}, "spec": {"podCIDR": "x"}}));
         let mut expected = known(&[("a", "1", "192.0.2.1"), ("b", "2", "192.0.2.1")]);
-        expected.addresses = ["192.0.2.1".parse().unwrap()].into();
+        expected.addresses = [("192.0.2.1".parse().unwrap(), "a".to_owned())].into();
         assert_eq!(Known::of(&index), expected);
     }
 
     #[tokio::test]
     async fn a_node_is_its_name_and_its_uid() {
         let (teller, nodes) = channel();
-        assert!(nodes.admits("x", Some("any")) && !nodes.has_address("192.0.2.1".parse().unwrap()));
+        assert!(nodes.admits("x", Some("any")) && nodes.at("192.0.2.1".parse().unwrap()).is_none());
         teller.tell(known(&[("a", "1", "192.0.2.1")]));
         assert!(nodes.admits("a", Some("1")) && nodes.admits("a", None));
         assert!(!nodes.admits("a", Some("2")) && !nodes.admits("b", None));
-        assert!(nodes.has_address("::ffff:192.0.2.1".parse().unwrap()));
+        assert_eq!(nodes.at("::ffff:192.0.2.1".parse().unwrap()).as_deref(), Some("a"));
         let gone = tokio::spawn(nodes.clone().gone("a", Some("1")));
         tokio::task::yield_now().await;
         teller.tell(known(&[("a", "1", "192.0.2.2")]));

@@ -25,6 +25,7 @@ use crate::core::ToCore;
 use crate::identity::Joins;
 use crate::nodes::Nodes;
 use crate::report::thread::{Origin, Post};
+use crate::timed::LONGEST;
 
 /// Messages that may wait for a node; a node that is further behind is cut off and starts anew with a snapshot.
 const QUEUE: usize = 1024;
@@ -40,8 +41,6 @@ const MAX_UP: usize = 1 << 20;
 /// counts.
 const SEEN_BURST: u32 = 32;
 const SEEN_EVERY: Duration = Duration::from_millis(100);
-/// The longest life of a stream.
-const LONGEST: Duration = Duration::from_secs(365 * 86_400);
 
 /// Identifies one stream, so that a late message of a dead one is told from its successor's.
 pub type StreamId = u64;

@@ -9,6 +9,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 use tonic::transport::server::Connected;
 
+/// The longest life of a connection or a stream: its end must be a moment that a timer knows.
+pub const LONGEST: Duration = Duration::from_secs(365 * 86_400);
+
 /// A connection that ends in time, if it has to, even if its client neither asks nor reads. `G` is held as long.
 pub struct Timed<S, G> {
     stream: S,
@@ -17,9 +20,9 @@ pub struct Timed<S, G> {
 }
 
 impl<S, G> Timed<S, G> {
-    /// Gives a connection so long.
+    /// Gives a connection so long, at most [`LONGEST`].
     pub fn new(stream: S, life: Duration, held: G) -> Self {
-        Self { stream, end: Some(Box::pin(sleep(life))), _held: held }
+        Self { stream, end: Some(Box::pin(sleep(life.min(LONGEST)))), _held: held }
     }
 
     /// One that ends by itself.

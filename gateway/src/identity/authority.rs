@@ -171,7 +171,11 @@ impl Authority {
         if !parsed.is_ca() {
             return Err(broken("tls.crt is no authority's certificate"));
         }
-        let key = KeyPair::from_pem(key).map_err(broken)?;
+        let key = KeyPair::from_pem(key).map_err(|e| {
+            broken(format!(
+                "tls.key: {e}; wanted is PKCS #8 (BEGIN PRIVATE KEY; cert-manager: privateKey.encoding: PKCS8)"
+            ))
+        })?;
         if parsed.public_key().raw != key.subject_public_key_info() {
             return Err(broken("tls.key is not the key of tls.crt"));
         }

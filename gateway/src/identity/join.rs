@@ -137,7 +137,7 @@ impl Identity for Joins {
         let certificates = request.peer_certs();
         let leaf = certificates.as_ref().and_then(|c| c.first());
         let held = leaf.and_then(|leaf| Some((name_of(leaf, Role::Node)?, node_uid_of(leaf))));
-        let at_node = request.remote_addr().is_some_and(|a| self.nodes.has_address(a.ip()));
+        let at_node = request.remote_addr().is_some_and(|a| self.nodes.at(a.ip()).is_some());
         let JoinRequest { node, token, request } = request.into_inner();
         if !is_name(&node) {
             return Err(Status::invalid_argument("node: not a DNS name"));

@@ -508,6 +508,13 @@ async fn pods_that_fill_the_places_keep_no_node_out() {
         }
     };
     assert!(refused);
+    // However many addresses a node says it has, it is one.
+    world.nodes.tell(known(&[("node-7", "7", "127.0.7.1"), ("node-7", "7", "127.0.7.2")]));
+    let mut stolen = Vec::new();
+    for n in 0..12 {
+        stolen.extend(knock(&world, [127, 0, 7, 1 + n % 2]).await);
+    }
+    assert_eq!(stolen.len(), 4);
     // Their places come back, but one address asks only a few times.
     pods.clear();
     sleep(Duration::from_millis(300)).await;
@@ -571,6 +578,23 @@ async fn one_certificate_has_few_connections() {
     held.clear();
     sleep(Duration::from_millis(300)).await;
     assert!(open(&one).await.is_some(), "its places came back");
+    // A machine that is gone holds no place of the one that has its name now.
+    let certificate = |uid: &str| {
+        let key = KeyPair::generate().unwrap();
+        let asked = request("node-1.node.tidegate", &key);
+        let issued = world.authority.node("node-1", Some(uid), &asked, now(), &DAY).unwrap();
+        credentials(issued.chain, &key, &world.authority.bundle())
+    };
+    let (former, new) = (certificate("uid of node-1"), certificate("another"));
+    for _ in 0..8 {
+        held.extend(open(&former).await);
+    }
+    assert_eq!(held.len(), 8);
+    world.nodes.tell(known(&[("node-1", "another", "127.0.0.1")]));
+    assert!(open(&new).await.is_some(), "the new one");
+    held.clear();
+    sleep(Duration::from_millis(300)).await;
+    assert!(open(&former).await.is_none(), "the former one");
 }
 
 /// Whether a Facts stream ends.

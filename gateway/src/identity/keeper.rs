@@ -130,6 +130,12 @@ impl Keeper {
             let secret = self.secret.read().await.context("the authority's Secret")?;
             let now = now();
             let Some(bytes) = &secret.content else {
+                // To write it would remove the other keys: somebody's own authority, perhaps.
+                if secret.version.is_some() {
+                    bail!(
+                        "the authority's Secret is there without {AUTHORITY}: set identity.given if it is yours, or delete it"
+                    );
+                }
                 let first = Authority::first(now, &self.times, KeyPair::generate()?)?;
                 tracing::info!("there is no authority yet; making one");
                 self.secret.write(secret.version, first.to_bytes()).await.context("the authority's Secret")?;

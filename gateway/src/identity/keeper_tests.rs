@@ -327,6 +327,12 @@ async fn a_given_authority_is_used_and_never_written() {
     assert!(issuer(&own).contains("first"));
     until("the second one's", || kept.issued.borrow().clone().filter(|own| issuer(own).contains("second"))).await;
     task.abort();
+    // Who forgets to say that it is given does not lose it.
+    let (version, settings) = (version().await, config::Identity { given: false, ..settings });
+    let (keeper, _kept) = Keeper::new(&connection, &settings, DAY, None);
+    let why = keeper.read().await.unwrap_err().to_string();
+    assert!(why.contains("identity.given"), "{why}");
+    assert_eq!(SecretKey::new(&connection, "corp", "tls.key").read().await.unwrap().version, version);
 }
 
 #[test]
@@ -337,6 +343,15 @@ fn what_is_no_authority_is_refused() {
     for (certificate, key) in [(leaf.as_str(), &key), (own.as_str(), &other), ("", &key)] {
         assert!(Authority::given(certificate, &key.serialize_pem(), None).is_err());
     }
+    // As OpenSSL and cert-manager write keys unless told otherwise.
+    let sec1 = "-----BEGIN EC PRIVATE KEY-----
+MHcCAQEEIPyGRXDz58boMfv4pPTqy8DiPVuqC6So8HSJ43yVycHroAoGCCqGSM49
+AwEHoUQDQgAEXNqmm8vOhOpfSZN+JfScBXifZMvKYVnByqC1nDvXfLLwZSDEuGuB
+wvZRUKdoMaOc9Hr+lnk/c3uhNM23PyQZjQ==
+-----END EC PRIVATE KEY-----
+";
+    let why = Authority::given(&own, sec1, None).unwrap_err().to_string();
+    assert!(why.contains("tls.key") && why.contains("PKCS #8"), "{why}");
     // A root of its own.
     let mut params = rcgen::CertificateParams::default();
     params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);

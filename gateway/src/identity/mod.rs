@@ -33,7 +33,7 @@ use crate::kube::Kube;
 use crate::nodes::Nodes;
 
 /// Unix seconds.
-fn now() -> u64 {
+pub fn now() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
