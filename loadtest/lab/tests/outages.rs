@@ -9,7 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use common::{
@@ -310,6 +311,34 @@ fn rotated(lab: &Lab, first: &BTreeSet<String>) {
     }
 }
 
+/// Mounts whom agents trust again and again, until it is dropped.
+struct Kubelet(Arc<AtomicBool>, Option<JoinHandle<()>>);
+
+impl Kubelet {
+    fn start(lab: &Lab) -> Self {
+        let (end, name) = (Arc::<AtomicBool>::default(), lab.name().to_owned());
+        let ends = Arc::clone(&end);
+        let work = move || {
+            let lab = Lab::open(&name).unwrap();
+            while !ends.load(Ordering::Relaxed) {
+                lab.mount_trust().unwrap();
+                std::thread::sleep(Duration::from_millis(500));
+            }
+        };
+        Self(end, Some(std::thread::spawn(work)))
+    }
+}
+
+impl Drop for Kubelet {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.1.take() {
+            // One that panicked has said so.
+            let _ = thread.join();
+        }
+    }
+}
+
 /// Certificates that hold for seconds, and an authority that is followed by another one: streams end with their
 /// certificates and come back, and traffic does not notice. Who comes after it is all over is taken in.
 #[test]
@@ -325,25 +354,16 @@ fn the_authority_is_rotated() {
     let first = bundle(&lab);
     assert_eq!(first.len(), 1);
     // What a kubelet does with the ConfigMap, if faster.
-    let (end, name) = (AtomicBool::new(false), lab.name().to_owned());
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let lab = Lab::open(&name).unwrap();
-            while !end.load(Ordering::Relaxed) {
-                lab.mount_trust().unwrap();
-                std::thread::sleep(Duration::from_millis(500));
-            }
-        });
-        let (begun, traffic) = under_traffic(&mut lab, &PODS, |lab| {
-            let begun = Instant::now();
-            rotated(lab, &first);
-            println!("rotation: the first one is gone after {:?}", begun.elapsed());
-            std::thread::sleep(Duration::from_secs(3));
-            begun
-        });
-        end.store(true, Ordering::Relaxed);
-        gaps("rotation", &traffic, begun, CALM.0, CALM.1);
+    let kubelet = Kubelet::start(&lab);
+    let (begun, traffic) = under_traffic(&mut lab, &PODS, |lab| {
+        let begun = Instant::now();
+        rotated(lab, &first);
+        println!("rotation: the first one is gone after {:?}", begun.elapsed());
+        std::thread::sleep(Duration::from_secs(3));
+        begun
     });
+    gaps("rotation", &traffic, begun, CALM.0, CALM.1);
+    drop(kubelet);
     assert_eq!(recorded(&lab), ("gw-a".into(), before), "nobody took another one for dead");
     for g in GATEWAYS {
         let connected = || {
