@@ -129,7 +129,7 @@ impl Model {
     }
 
     /// Takes grants that came with facts of the gateway's boot. Says whether anything changed.
-    pub fn grants(&mut self, boot: u64, grants: Vec<(GroupKey, ClassKey, PortSet)>, now: Duration) -> bool {
+    pub fn grants(&mut self, boot: u64, grants: Vec<Grant>, now: Duration) -> bool {
         let mut changed = false;
         if self.ahead_boot != boot {
             self.ahead.clear();
@@ -145,6 +145,20 @@ impl Model {
         }
         changed
     }
+}
+
+/// A group's grant of a class.
+pub type Grant = (GroupKey, ClassKey, PortSet);
+
+/// What the kernel takes at once of grants that came with facts, since the ack of the facts says that it can use them.
+/// `ready`: it holds `merged`. Before that it holds what an earlier run was told, and nobody may have spoken of the groups
+/// yet: what came holds beside that until then.
+pub fn with_facts(came: Vec<Grant>, merged: &NodeState, ready: bool) -> Vec<Grant> {
+    let take = |(group, class, ports)| match merged.grants.get(&(group, class)) {
+        Some(merged) => Some((group, class, merged.clone())),
+        None => (!ready).then_some((group, class, ports)),
+    };
+    came.into_iter().filter_map(take).collect()
 }
 
 /// One gateway's word in a merge.

@@ -261,3 +261,14 @@ fn addresses_are_let_go_when_every_claim_was_taken_over() {
     assert!(may_hold("a", None, &merged), "a gateway that has not spoken yet is believed");
     assert!(may_hold("c", Some(&own), &merged), "no claims, nothing to lose");
 }
+
+#[test]
+fn before_the_first_pass_grants_hold_as_they_came_with_facts() {
+    let a = view("a", 5, 443);
+    let merged = merge(&[src("a", true, &a)]);
+    let came = || vec![(GroupKey(2), ClassKey(3), ports(80)), (GroupKey(2), ClassKey(7), ports(25))];
+    let owners = (GroupKey(2), ClassKey(3), ports(443));
+    assert_eq!(with_facts(came(), &merged, true), vec![owners.clone()], "no pod of the other one's group is here");
+    assert_eq!(with_facts(came(), &merged, false), [owners, came()[1].clone()]);
+    assert_eq!(with_facts(came(), &NodeState::default(), false), came(), "nobody has said more yet");
+}

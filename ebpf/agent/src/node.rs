@@ -356,19 +356,17 @@ impl Node {
         let applied = Applied { boot: batch.boot_id, sequence: batch.sequence, error: None };
         let grants: Vec<_> =
             std::mem::take(&mut batch.grants).into_iter().map(|g| (g.group, g.class, g.ports)).collect();
-        let keys: Vec<_> = grants.iter().map(|(g, c, _)| (*g, *c)).collect();
+        let came = grants.clone();
         let now = self.epoch.elapsed();
         let mut result = Ok(());
         let changed = self.gateways.get_mut(gateway).is_some_and(|g| g.model.grants(batch.boot_id, grants, now));
         if changed {
             self.merge();
         }
-        // Before that they are written with the rest of the state.
-        if changed && self.ready {
+        // Before the first pass the kernel lacks what is known already.
+        if changed || !self.ready {
             // Only these: an answer waits for the ack, and a whole pass over the maps takes its time.
-            let fresh: Vec<_> =
-                keys.into_iter().filter_map(|k| Some((k.0, k.1, self.merged.grants.get(&k)?.clone()))).collect();
-            result = self.datapath.grants(&fresh);
+            result = self.datapath.grants(&merge::with_facts(came, &self.merged, self.ready));
         }
         let owner = owners(&self.gateways, &self.merged, &self.silent);
         let updates = self.told.take(gateway, batch, now, owner);

@@ -81,7 +81,10 @@ fn main() -> ExitCode {
         let bytes = random(seed, octets);
         match catch_unwind(AssertUnwindSafe(|| run(&bytes))) {
             Ok(stats) => total.add(&stats),
-            Err(_) => return keep(bytes, &format!("random-{seed}")),
+            Err(_) => {
+                eprintln!("seed {seed} fails");
+                return keep(bytes, &format!("random-{seed}"));
+            }
         }
         seed += 1;
     }

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use prost::Message;
-use tidegate_agent::merge::{Model, Source, Update, merge};
+use tidegate_agent::merge::{Model, Source, Update, merge, with_facts};
 use tidegate_policy::ScopeKey;
 use tidegate_policy::state::NodeState;
 use tidegate_proto::{FactsBatch, Joiner, ScopeClaim, Seen, StateBatch, wire};
@@ -156,9 +156,22 @@ impl Node {
             })
             .collect();
         self.merged = merge(&sources);
+        self.check_owners();
         let (now, owners) = (self.kernel.now, self.owners());
         let updates = self.told.follow(now, |s| owners.get(&s).copied());
         self.kernel.facts(&updates);
+    }
+
+    /// It follows the highest epoch of those that it was ever told, whoever says so.
+    fn check_owners(&self) {
+        let told = || self.heard.iter().filter(|h| h.model.known()).map(|h| &h.model.state().scopes);
+        for key in told().flat_map(BTreeMap::keys) {
+            let claims = || told().filter_map(|s| s.get(key));
+            let (highest, followed) = (claims().map(|c| c.epoch).max(), self.merged.scopes.get(key));
+            let said = followed.is_some_and(|f| claims().any(|c| c.epoch == f.epoch && c.owner == f.owner));
+            let epoch = followed.map(|f| f.epoch);
+            assert!(epoch == highest && said, "{} follows {followed:?}, and was told of {highest:?}", self.name);
+        }
     }
 
     /// Who owns which scope, of the gateways that are heard.
@@ -212,13 +225,13 @@ impl Node {
         let Some(mut b) = self.heard[g].facts.push(part).expect("parts come in order") else { return };
         let (applied, snapshot) = ((b.boot_id, b.sequence), b.snapshot);
         let grants: Vec<_> = std::mem::take(&mut b.grants).into_iter().map(|g| (g.group, g.class, g.ports)).collect();
-        let keys: Vec<_> = grants.iter().map(|(g, c, _)| (*g, *c)).collect();
-        if self.heard[g].model.grants(b.boot_id, grants, now) {
+        let came = grants.clone();
+        let changed = self.heard[g].model.grants(b.boot_id, grants, now);
+        if changed {
             self.merge();
-            if self.ready {
-                let fresh = keys.into_iter().filter_map(|k| Some((k.0, k.1, self.merged.grants.get(&k)?.clone())));
-                self.kernel.grants(&fresh.collect::<Vec<_>>());
-            }
+        }
+        if changed || !self.ready {
+            self.kernel.grants(&with_facts(came, &self.merged, self.ready));
         }
         let owners = self.owners();
         let updates = self.told.take(g, b, now, |s| owners.get(&s).copied());
