@@ -264,6 +264,7 @@ fn the_api_server_holds_every_field_of_status_that_tidegate_writes() {
             last_time: "2027-01-31T00:00:00.25Z".into(),
             count: 3,
             pod: "web-1".into(),
+            to: "example.org:443".into(),
             name: Some("example.org".into()),
             address: Some("203.0.113.7".into()),
             protocol: Some("TCP".into()),
