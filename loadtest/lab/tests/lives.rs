@@ -28,7 +28,8 @@ fn with(test: impl FnOnce(&Lab)) {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../scenarios/demo.yaml");
         let mut scenario = Scenario::load(path.as_ref()).unwrap().with_kubernetes().unwrap();
         // Empties namespaces that are deleted.
-        scenario.kubernetes = Some(Kubernetes { controllers: vec!["namespace-controller".into()] });
+        scenario.kubernetes =
+            Some(Kubernetes { controllers: vec!["namespace-controller".into()], ..Kubernetes::default() });
         let options = Options { lab: Some(env!("CARGO_BIN_EXE_tidegate-lab").into()), ..Options::unique("lives") };
         Lab::up_guarded(scenario, &options).unwrap()
     });
