@@ -119,8 +119,7 @@ fn the_product_works_in_what_the_chart_gives_it() {
         let options = |point: &str| {
             let found = mounts
                 .lines()
-                .filter(|l| l.split(' ').nth(4) == Some(point))
-                .last()
+                .rfind(|l| l.split(' ').nth(4) == Some(point))
                 .map(|l| l.split(' ').nth(5).unwrap().to_owned());
             found.unwrap_or_default()
         };
