@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use crossbeam_channel::{Sender, TrySendError};
@@ -22,7 +22,7 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::core::ToCore;
-use crate::identity::Joins;
+use crate::identity::{self, Joins};
 use crate::nodes::Nodes;
 use crate::report::thread::{Origin, Post};
 use crate::timed::LONGEST;
@@ -154,9 +154,8 @@ fn client<T>(request: &Request<T>, role: Role) -> Result<Client, Status> {
     let leaf = leaf.ok_or_else(|| Status::unauthenticated("a client certificate is required"))?;
     let name = name_of(leaf, role)
         .ok_or_else(|| Status::permission_denied(format!("the certificate has no SAN NAME{}", role.suffix())))?;
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
     let ends = validity(leaf).and_then(|(_, ends)| u64::try_from(ends).ok()).unwrap_or(0);
-    match ends.checked_sub(now).filter(|left| *left > 0) {
+    match ends.checked_sub(identity::now()).filter(|left| *left > 0) {
         Some(left) => {
             Ok(Client { name, uid: node_uid_of(leaf), until: Instant::now() + Duration::from_secs(left).min(LONGEST) })
         }

@@ -7,11 +7,12 @@ use arc_swap::ArcSwapOption;
 use serde_json::{Value, json};
 use tidegate_api::index::{Feed, Index};
 use tidegate_kube::Cluster;
+use tidegate_policy::World;
 use tidegate_policy::denied::Denied;
 use tidegate_policy::event::Who;
 use tidegate_policy::model::{Settings, Touched, UnixSeconds};
-use tidegate_policy::{Reason, World};
 
+use super::denials::tests::denied;
 use super::leading::{self, Outlet};
 use super::{Beside, Reporter, Snapshot, Surveyor, Table};
 use crate::core::{NodeStatus, Status};
@@ -133,19 +134,8 @@ fn a_tenant_reads_what_holds_and_what_to_do() {
     };
 
     let who = Arc::new(Who { namespace: "shop".into(), pod: "web".into(), node: "n1".into() });
-    let denied = Denied {
-        source: [10, 1, 0, 1].into(),
-        who: Some(who),
-        name: Some("api.other.example".into()),
-        address: None,
-        protocol: None,
-        port: None,
-        qtype: Some(1),
-        reason: Reason::NameNotAllowed,
-        audit: false,
-        rule: None,
-        count: 3,
-    };
+    let denied =
+        Denied { source: [10, 1, 0, 1].into(), who: Some(who), count: 3, ..denied("shop", "api.other.example") };
     let mut table = Table::default();
     table.add(denied.clone(), UnixSeconds(jiff::Timestamp::now().as_second()));
     let node = |held| NodeStatus { connected: true, held, ..NodeStatus::default() };

@@ -11,7 +11,6 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use tidegate_ledger::Bindings;
 use tidegate_policy::denied::Denied;
 use tidegate_policy::event::{Emit, Event};
-use tidegate_policy::model::UnixSeconds;
 use tidegate_policy::{Name, ScopeKey};
 use tidegate_proto::MAX_DENIED;
 
@@ -19,6 +18,7 @@ use super::fair::Fair;
 use super::leading::Outlet;
 use super::{Beside, Reporter, Reports, Snapshot, Table};
 use crate::core::{NodeStatus, PairStatus, Shared, Status, ToCore};
+use crate::source::now;
 use crate::telemetry::DENIALS_LOST;
 
 /// Denials that wait for the thread. Beyond them they are counted and left out of statuses; audit records have all.
@@ -122,16 +122,7 @@ struct Run {
 impl Thread {
     /// Runs until told to stop.
     pub fn run(self) {
-        let mut run = Run {
-            thread: self,
-            table: Table::default(),
-            folded: Fair::default(),
-            news: Fair::default(),
-            reporter: Reporter::default(),
-            audits: None,
-            seen: Seen::default(),
-            last: None,
-        };
+        let mut run = Run::new(self);
         let mut next = Instant::now() + EVERY;
         while !run.thread.stop.load(Ordering::Relaxed) {
             let wait = next.saturating_duration_since(Instant::now()).min(STEP);
@@ -151,6 +142,19 @@ impl Thread {
 }
 
 impl Run {
+    fn new(thread: Thread) -> Self {
+        Self {
+            thread,
+            table: Table::default(),
+            folded: Fair::default(),
+            news: Fair::default(),
+            reporter: Reporter::default(),
+            audits: None,
+            seen: Seen::default(),
+            last: None,
+        }
+    }
+
     fn hear(&mut self, origin: Origin, mut denied: Denied) {
         match origin {
             Origin::Here => self.folded.add(denied.clone()),
@@ -232,16 +236,12 @@ impl Run {
     }
 }
 
-fn now() -> UnixSeconds {
-    UnixSeconds(jiff::Timestamp::now().as_second())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::cluster::ClusterNames;
     use tidegate_policy::event::{Verdict, What, Who};
-    use tidegate_policy::model::{Objects, Pod};
+    use tidegate_policy::model::{Objects, Pod, UnixSeconds};
     use tidegate_policy::{Reason, World};
 
     const POD: [u8; 4] = [10, 1, 0, 1];
@@ -267,17 +267,7 @@ mod tests {
             outlet: None,
             stop: Arc::default(),
         };
-        let run = Run {
-            thread,
-            table: Table::default(),
-            folded: Fair::default(),
-            news: Fair::default(),
-            reporter: Reporter::default(),
-            audits: None,
-            seen: Seen::default(),
-            last: None,
-        };
-        (run, to_core)
+        (Run::new(thread), to_core)
     }
 
     fn packet(source: [u8; 4], who: Option<Arc<Who>>) -> Event {
