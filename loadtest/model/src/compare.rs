@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Duration;
 
 use tidegate_agent::merge::{Source, merge};
 use tidegate_ebpf_common::{Action, layout::via, packet::proto};
@@ -11,7 +12,7 @@ use tidegate_policy::{Carry, Proto};
 
 use crate::ask::Asked;
 use crate::drive::{Drive, ROUNDING, Scope, gateway_at, node_at};
-use crate::gateway::Gateway;
+use crate::gateway::{Gateway, node_id};
 use crate::kernel::{frame, ifindex};
 use crate::objects::{GATEWAYS, INSIDE, NAMES, NODES, OUTSIDE, PORTS, PRIVATE, name, parsed};
 use crate::reference::{Fate, Port, Said, Subject, Touched, in_cluster};
@@ -244,7 +245,7 @@ impl Drive {
     }
 
     /// Nodes hold what gateways would tell a new one, and of the facts those of their pods, with the class that the owner
-    /// gives them.
+    /// gives them if it has told this node of the address, and otherwise one of those who have.
     pub fn check_nodes(&mut self) {
         let mut left = BTreeSet::new();
         for (i, node) in self.nodes.iter().enumerate() {
@@ -254,17 +255,24 @@ impl Drive {
                 states.iter().map(|(name, state)| Source { name, live: true, silent: false, state }).collect();
             assert_eq!(*node.merged(), merge(&sources), "{} does not hold what it would be told", NODES[i]);
             for (key, ip, class) in node.kernel.held() {
-                let class_at = |g: usize| self.seats[g].up()?.ledger().bindings().class_of(key, ip);
+                let class_at = |g: usize| {
+                    let bindings = self.seats[g].up()?.ledger().bindings();
+                    let told = bindings.standing(key, ip, node_id(NODES[i]), Duration::ZERO);
+                    bindings.class_of(key, ip).filter(|_| told)
+                };
                 let owner = node.owner(key).and_then(gateway_at).and_then(class_at);
-                let any = owner.or_else(|| (0..GATEWAYS.len()).find_map(class_at));
+                let right = match owner {
+                    Some(_) => vec![owner],
+                    None => (0..GATEWAYS.len()).map(class_at).filter(Option::is_some).collect(),
+                };
                 let placed = |(k, n): &(_, std::sync::Arc<str>)| *k == key && **n == *NODES[i];
                 let needed = self.seats[0].up().is_some_and(|g| g.placed.iter().any(placed));
-                if any == Some(class) && needed {
+                if right.contains(&Some(class)) && needed {
                     continue;
                 }
                 let scope = &self.scopes[&key];
                 let stale = self.stale.keys().any(|k| k.0 == *scope && k.2 == ip);
-                assert!(stale, "{} keeps {ip} of {scope:?}: {class:?}, not {any:?}, pods: {needed}", NODES[i]);
+                assert!(stale, "{} keeps {ip} of {scope:?}: {class:?}, not {right:?}, pods: {needed}", NODES[i]);
                 left.insert((scope.clone(), ip));
             }
         }
