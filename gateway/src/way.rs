@@ -123,6 +123,8 @@ impl Keeper {
         let mut loaded = loaded_rules();
         let mut full = Instant::now() + self.full_pass;
         let mut renew = Instant::now() + RENEW;
+        // Held while the namespace is not as it should be: what should leave may not, or not from its address.
+        let mut failing = None;
         while !self.stop.load(Ordering::Relaxed) {
             tokio::time::sleep(LOOK).await;
             let wanted = self.way(handover.mtu);
@@ -164,8 +166,10 @@ impl Keeper {
                     way = wanted;
                     handover.renew(&way.addresses())?;
                     self.applied.store(Arc::new(way.rules.pairs.clone()));
+                    failing = None;
                 }
                 Err(error) => {
+                    failing.get_or_insert_with(|| self.readiness.guard("way"));
                     tracing::error!(error = format!("{error:#}"), "cannot set up the way out; trying again");
                     full = Instant::now() + RENEW;
                 }

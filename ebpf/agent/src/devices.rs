@@ -124,25 +124,27 @@ impl Netlink {
         let (mut devices, mut sysctls) = (0, 0);
         let mut ours = vec![(TUNNEL, TUNNEL_DEVICE_MTU, false)];
         ours.extend(pairs.into_iter().flat_map(|(pods, egress)| [(POD_SIDE, pods, true), (EGRESS_SIDE, egress, true)]));
-        for (name, mtu, noarp) in ours {
+        for (name, mtu, silent) in ours {
             if self.link(name).await?.is_some() {
                 sysctls += quiet(name)?;
-                devices += usize::from(self.adjust(name, mtu, noarp).await?.1);
+                devices += usize::from(self.adjust(name, mtu, silent).await?.1);
             }
         }
         Ok((devices, sysctls))
     }
 
     /// Sets what is not as it should be and brings the device up; returns it, and whether something was otherwise.
-    async fn adjust(&self, name: &str, mtu: u32, noarp: bool) -> Result<(Link, bool), LinkError> {
+    /// `silent` is for the devices of a gateway: no neighbour is looked for, and the kernel joins no group, of which it
+    /// would have to tell.
+    async fn adjust(&self, name: &str, mtu: u32, silent: bool) -> Result<(Link, bool), LinkError> {
         let gone = || LinkError::State(format!("device {name} is gone"));
         let link = self.link(name).await?.ok_or_else(gone)?;
-        if link.up && link.mtu == mtu && (link.noarp || !noarp) {
+        if link.up && link.mtu == mtu && (link.silent || !silent) {
             return Ok((link, false));
         }
         let mut message = LinkUnspec::new_with_index(link.index).up().mtu(mtu);
-        if noarp {
-            message = message.arp(false);
+        if silent {
+            message = message.arp(false).multicast(false);
         }
         let what = format!("set up device {name}");
         self.handle.link().change(message.build()).execute().await.map_err(LinkError::netlink(what))?;
@@ -201,6 +203,7 @@ impl Netlink {
                 .address(mac()?)
                 .mtu(mtu)
                 .arp(false)
+                .multicast(false)
                 .setns_by_fd(netns.as_raw_fd())
                 .build();
             let message = pair_message(outer, mac()?, mtu, peer);
@@ -208,7 +211,12 @@ impl Netlink {
             self.handle.link().add(message).execute().await.map_err(LinkError::netlink(what))?;
         }
         let name = inner.to_owned();
-        in_netns(netns, move |nl| async move { nl.adjust(&name, mtu, true).await }).await.map(drop)
+        let set_up = move |nl: Netlink| async move {
+            // Before it is up: the first router solicitation comes at once.
+            quiet(&name)?;
+            nl.adjust(&name, mtu, true).await
+        };
+        in_netns(netns, set_up).await.map(drop)
     }
 }
 
@@ -218,6 +226,7 @@ fn pair_message(outer: &str, mac: Vec<u8>, mtu: u32, peer: LinkMessage) -> LinkM
         .address(mac)
         .mtu(mtu)
         .arp(false)
+        .multicast(false)
         .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
         .build()
 }

@@ -106,8 +106,8 @@ pub struct Link {
     pub mtu: u32,
     /// Administratively up.
     pub up: bool,
-    /// Resolves no neighbours.
-    pub noarp: bool,
+    /// Looks for no neighbours, and is no member of groups of which it would tell.
+    pub silent: bool,
     /// The index of the other end of a veth pair, in that end's namespace.
     pub peer: Option<u32>,
     /// The id of the other end's namespace; absent if it is in this one.
@@ -242,7 +242,7 @@ fn link(message: LinkMessage) -> Link {
         mac: [0; 6],
         mtu: 0,
         up: flags.contains(LinkFlags::Up),
-        noarp: flags.contains(LinkFlags::Noarp),
+        silent: flags.contains(LinkFlags::Noarp) && !flags.contains(LinkFlags::Multicast),
         peer: None,
         peer_netns: None,
         master: None,
@@ -530,7 +530,7 @@ mod tests {
             mac: [2, 0, 0, 0, 0, index as u8],
             mtu: 1500,
             up: true,
-            noarp: false,
+            silent: false,
             peer: None,
             peer_netns: None,
             master: None,

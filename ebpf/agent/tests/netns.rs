@@ -98,7 +98,7 @@ fn a_gateway_is_plugged_in_once_and_moved_when_its_namespace_changes() {
     let tga = inside(&gateway, "tga").unwrap();
     assert_eq!((tgp.mtu, tga.mtu), (1430, 1500));
     for end in [&first.pod_side, &first.egress_side, &tgp, &tga] {
-        assert!(end.up && end.noarp && end.kind == Kind::Veth, "{end:?}");
+        assert!(end.up && end.silent && end.kind == Kind::Veth, "{end:?}");
     }
     let mut macs = [first.pod_side.mac, first.egress_side.mac, tgp.mac, tga.mac];
     macs.sort();
@@ -137,6 +137,26 @@ fn a_gateway_is_plugged_in_once_and_moved_when_its_namespace_changes() {
     // The other end of a veth is seen across namespaces.
     let seen = node.block_on(|| async { Netlink::open().unwrap().peer_mac(&moved.pod_side).await.unwrap() });
     assert_eq!(seen, inside(&successor, "tgp").unwrap().mac);
+}
+
+#[test]
+fn the_kernel_says_nothing_by_itself_on_the_devices_of_a_gateway() {
+    let (node, gateway) = (Ns::new(), Ns::new());
+    let inside = gateway.fd();
+    node.block_on(|| async {
+        let netlink = Netlink::open().unwrap();
+        netlink.plug(inside, 1430, 1500).await.unwrap();
+        netlink.settle(inside, tidegate_agent::sysctl::of_gateway("lo", 7200)).await.unwrap();
+    });
+    gateway.ip("addr add 203.0.113.10/32 dev tga");
+    gateway.ip("addr add 2001:db8::10/128 dev tga");
+    // Reports of the groups that a forwarding device joins come within a second, and once more.
+    std::thread::sleep(Duration::from_secs(3));
+    for (ns, device) in [(&gateway, "tgp"), (&gateway, "tga"), (&node, "tgq"), (&node, "tgh")] {
+        let shown = ns.ip(&format!("-j -s link show dev {device}"));
+        let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+        assert_eq!(shown[0]["stats64"]["tx"]["packets"], 0, "{device}");
+    }
 }
 
 #[test]

@@ -138,10 +138,17 @@ fn cleaning(agents: &Value) -> Value {
             args.push("--cleanup".into());
         }
     }
+    // Gateways that never came up have not written it.
+    let mut volumes = pod["volumes"].clone();
+    for volume in volumes.as_array_mut().into_iter().flatten().filter(|v| v["name"] == "trust") {
+        volume["configMap"]["optional"] = json!(true);
+    }
     json!({"spec": {
         // The old agent must have ended: both on one node would wait for each other.
         "updateStrategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": "100%"}},
-        "template": {"spec": {"initContainers": [clean_up], "containers": [sleep], "terminationGracePeriodSeconds": 1}},
+        "template": {"spec": {
+            "initContainers": [clean_up], "containers": [sleep], "volumes": volumes, "terminationGracePeriodSeconds": 1,
+        }},
     }})
 }
 
@@ -167,7 +174,7 @@ mod tests {
         let agents = json!({"spec": {"template": {"spec": {"containers": [{
             "name": "agent", "image": "i", "args": ["agent", "--config", "/c"], "livenessProbe": {"x": 1},
             "volumeMounts": [{"name": "bpf"}], "securityContext": {"privileged": true},
-        }]}}}});
+        }], "volumes": [{"name": "config", "configMap": {"name": "c"}}, {"name": "trust", "configMap": {"name": "t"}}]}}}});
         let patch = cleaning(&agents);
         let spec = &patch["spec"]["template"]["spec"];
         let first = &spec["initContainers"][0];
@@ -177,6 +184,14 @@ mod tests {
         assert_eq!(
             (&spec["containers"][0]["image"], &spec["containers"][0]["command"]),
             (&json!("i"), &json!(["/bin/sleep"]))
+        );
+        assert_eq!(
+            spec["volumes"],
+            json!([
+                {"name": "config", "configMap": {"name": "c"}},
+                {"name": "trust", "configMap": {"name": "t", "optional": true}},
+            ]),
+            "it does not wait for gateways that never came up"
         );
         // The second time there is nothing to do.
         assert_eq!(cleaning(&patch), json!({}));

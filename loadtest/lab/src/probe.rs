@@ -8,12 +8,24 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 pub use crate::family::{FAMILIES, Family};
-use crate::place::Place;
+use crate::place::{Output, Place};
 
 /// How long a client waits for what should work.
 const PATIENCE: Duration = Duration::from_secs(4);
 /// How long a client waits for what should be dropped.
 const DROP: Duration = Duration::from_millis(900);
+
+/// Where a client's commands run.
+pub trait Client {
+    /// Runs a command to its end.
+    fn command(&self, command: &[&str]) -> Output;
+}
+
+impl Client for Place<'_> {
+    fn command(&self, command: &[&str]) -> Output {
+        self.run(command)
+    }
+}
 
 /// What curl saw.
 #[derive(Clone, Debug)]
@@ -47,10 +59,10 @@ pub fn source(seen: &Value) -> Option<IpAddr> {
 }
 
 /// Fetches a URL once; more options of curl may follow.
-pub fn curl(from: &Place<'_>, family: Family, url: &str, more: &[&str]) -> Curl {
+pub fn curl(from: &impl Client, family: Family, url: &str, more: &[&str]) -> Curl {
     let mut command = vec!["curl", "-sS", "-m", "5", "--connect-timeout", "4", family.flag(), url];
     command.extend(more);
-    let out = from.run(&command);
+    let out = from.command(&command);
     Curl { exit: out.status, body: serde_json::from_str(&out.stdout).unwrap_or_default(), error: out.stderr }
 }
 
@@ -94,10 +106,10 @@ impl Dig {
 }
 
 /// Asks a name once; options such as `+tcp` or `@SERVER` may follow.
-pub fn dig(from: &Place<'_>, name: &str, kind: &str, more: &[&str]) -> Dig {
+pub fn dig(from: &impl Client, name: &str, kind: &str, more: &[&str]) -> Dig {
     let mut command = vec!["dig", "+time=3", "+tries=1", "+nosearch", name, kind];
     command.extend(more);
-    parse_dig(&from.run(&command).stdout)
+    parse_dig(&from.command(&command).stdout)
 }
 
 fn parse_dig(text: &str) -> Dig {

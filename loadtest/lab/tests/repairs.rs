@@ -435,19 +435,47 @@ fn gateway_node(at: &At<'_>) {
     }
 }
 
-#[test]
-fn what_others_take_away_comes_back_is_counted_and_nothing_leaks() {
+fn lab(name: &str) -> Lab {
     let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../scenarios/demo.yaml");
     let mut scenario = Scenario::load(file.as_ref()).unwrap();
     let product = scenario.tidegate.as_mut().unwrap();
     for keys in [&mut product.agent, &mut product.gateway] {
         keys.insert("fullPassSeconds".into(), FULL_PASS.into());
     }
-    let options = Options { lab: Some(env!("CARGO_BIN_EXE_tidegate-lab").into()), ..Options::unique("repairs") };
+    let options = Options { lab: Some(env!("CARGO_BIN_EXE_tidegate-lab").into()), ..Options::unique(name) };
     let lab = Lab::up(scenario, &options).unwrap();
     // Alone: a peer takes over from a gateway that lost its devices.
     lab.signal("gw-b", Signal::SIGTERM, Some(Duration::from_secs(35))).unwrap();
     all_works(&lab, "before");
+    lab
+}
+
+#[test]
+fn a_gateway_whose_way_out_cannot_be_set_up_says_that_it_is_not_ready() {
+    let lab = lab("unready");
+    let pest = Pest::new(&lab);
+    let ready = || lab.admin("gw-a", "/readyz").unwrap();
+    assert_eq!(ready().0, 200);
+    // A table that belongs to a process is nobody else's to change: the kernel refuses the gateway's rules.
+    let mut owner = lab.place("gw-a").unwrap().spawn(&["nft", "--interactive"]).unwrap();
+    let taken = wait_for(BACK, || {
+        owner.send("delete table inet tidegate\nadd table inet tidegate { flags owner; }\n").unwrap();
+        sh(&lab, "gw-a", "nft list ruleset").contains("progname nft").then_some(())
+    });
+    assert!(taken.is_some(), "the table could not be taken: {}", owner.output());
+    let said = wait_for(BACK, || Some(ready()).filter(|(code, _)| *code == 503));
+    assert!(said.is_some_and(|(_, parts)| parts.contains("way")), "{:?}", ready());
+    pest.nothing_leaked("while the rules are refused");
+    // The table goes with its owner.
+    drop(owner);
+    assert!(wait_for(BACK, || (ready().0 == 200).then_some(())).is_some(), "{:?}", ready());
+    all_works(&lab, "the rules are there again");
+    pest.nothing_leaked("afterwards");
+}
+
+#[test]
+fn what_others_take_away_comes_back_is_counted_and_nothing_leaks() {
+    let lab = lab("repairs");
     let pest = Pest::new(&lab);
     let at = |place| At { lab: &lab, pest: &pest, place };
     node(&at("node-1"));

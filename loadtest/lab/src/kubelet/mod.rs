@@ -7,6 +7,7 @@
 pub mod boot;
 mod cgroups;
 mod files;
+pub mod pods;
 pub mod relay;
 
 use std::fs;
@@ -30,7 +31,7 @@ use crate::scenario::Node;
 const DISKS: &str = "/var/lib/tidegate-lab";
 /// The image of every pod's first process.
 pub const PAUSE_IMAGE: &str = "localhost/tidegate-lab/pause:1";
-/// An image with a shell, curl and dig, which trusts the internet's authority.
+/// An image with a shell, curl, dig and socat, which trusts the internet's authority.
 pub const CLIENT_IMAGE: &str = "localhost/tidegate-lab/client:1";
 /// What CoreDNS runs from.
 const COREDNS_IMAGE: &str = "localhost/tidegate-lab/coredns:1";
@@ -44,6 +45,7 @@ const CLIENT_PROGRAMS: &[&str] = &[
     "/usr/bin/curl",
     "/usr/bin/dig",
     "/usr/bin/env",
+    "/usr/bin/socat",
     "/usr/bin/timeout",
 ];
 /// CoreDNS, without its Service.
@@ -80,6 +82,7 @@ fn preflight(proxy: Proxy) -> Result<()> {
         ("runc", "runc"),
         ("curl", "curl"),
         ("dig", "bind9-dnsutils"),
+        ("socat", "socat"),
     ];
     if proxy == Proxy::Iptables {
         needed.push(("iptables", "iptables"));
