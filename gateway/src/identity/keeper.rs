@@ -24,6 +24,8 @@ const BUNDLE: &str = "ca.crt";
 const EVERY: Duration = Duration::from_secs(30);
 /// The least time between two passes.
 const SOONEST: Duration = Duration::from_secs(1);
+/// The time to the next pass after the first that failed; it doubles with each that does, up to [`EVERY`].
+const AGAIN: Duration = Duration::from_millis(500);
 /// Reads and writes of one pass: each write is followed by a reading.
 const ROUNDS: usize = 8;
 
@@ -89,6 +91,7 @@ impl Keeper {
     /// Works until nobody wants a certificate any more.
     pub async fn run(mut self) {
         let mut said = String::new();
+        let mut failed = 0;
         while !self.issued.is_closed() {
             let read = if self.given { self.read_given().await } else { self.read().await };
             let read = read.map(|authority| {
@@ -103,8 +106,12 @@ impl Keeper {
             // Also while the API server is away.
             let renewed = self.renew();
             match read.and(renewed) {
-                Ok(()) => said.clear(),
+                Ok(()) => {
+                    said.clear();
+                    failed = 0;
+                }
                 Err(error) => {
+                    failed += 1;
                     let text = format!("{error:#}");
                     if text != said {
                         tracing::error!(
@@ -118,7 +125,7 @@ impl Keeper {
             let authority = self.authority.borrow().clone();
             let due = authority.and_then(|a| a.due(&self.times)).into_iter().chain(self.own.as_ref().map(|o| o.renew));
             let left = due.min().map_or(EVERY, |at| Duration::from_secs(at.saturating_sub(now())));
-            sleep(left.clamp(SOONEST, EVERY)).await;
+            sleep(pause(failed, left, rand::random_range(0.5..1.0))).await;
         }
     }
 
@@ -206,6 +213,16 @@ impl Keeper {
         self.own = Some(Own { chain, key, renew: now + issued.renew, bundle });
         self.waiting = None;
         Ok(())
+    }
+}
+
+/// The time to the next pass, after so many that failed one after the other. `left`: until something is due. `jitter`: a
+/// number of at most 1, so that gateways do not come back all at once.
+fn pause(failed: u32, left: Duration, jitter: f64) -> Duration {
+    let wait = left.clamp(SOONEST, EVERY);
+    match failed.checked_sub(1) {
+        None => wait,
+        Some(doublings) => wait.min(AGAIN.saturating_mul(2u32.saturating_pow(doublings)).mul_f64(jitter)),
     }
 }
 

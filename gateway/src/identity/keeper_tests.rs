@@ -359,3 +359,13 @@ wvZRUKdoMaOc9Hr+lnk/c3uhNM23PyQZjQ==
     let given = Authority::given(&root.pem(), &key.serialize_pem(), None).unwrap();
     assert_eq!(authorities_from_pem(given.bundle().as_bytes()).unwrap(), [root.der().clone()]);
 }
+
+#[test]
+fn after_a_pass_that_failed_the_next_one_is_soon_and_then_later() {
+    let due = Duration::from_secs(86_400);
+    let waits: Vec<u64> = (0..8).map(|failed| pause(failed, due, 1.0).as_millis() as u64).collect();
+    assert_eq!(waits, [30_000, 500, 1000, 2000, 4000, 8000, 16_000, 30_000]);
+    assert_eq!(pause(u32::MAX, due, 0.5), EVERY);
+    assert_eq!(pause(2, due, 0.5), Duration::from_millis(500));
+    assert_eq!((pause(0, Duration::ZERO, 1.0), pause(9, Duration::ZERO, 1.0)), (SOONEST, SOONEST));
+}
