@@ -291,11 +291,12 @@ pub fn run(path: &Path) -> Result<()> {
     let mut ownership = Ownership::new(&config.name, with_address.map(|m| m.name.clone()), shared.now());
     let followed = kube.as_ref().filter(|_| configured.is_empty());
     let follows = followed.is_some();
+    let (stale, is_stale) = tokio::sync::watch::channel(false);
     let (members, gateways) = tokio::sync::watch::channel((!follows).then_some(configured));
     if kube.is_some() {
         ownership = ownership.recorded(!follows);
     }
-    let api = kube.as_ref().map(|kube| peering::record(kube, to_core.clone()));
+    let api = kube.as_ref().map(|kube| peering::record(kube, to_core.clone(), is_stale.clone()));
     if let Some(kube) = followed {
         peering::follow(kube, members);
     }
@@ -321,6 +322,7 @@ pub fn run(path: &Path) -> Result<()> {
             starting: Some(readiness.guard("peers")),
             readiness: readiness.clone(),
             watched: watched.clone(),
+            stale,
         };
         thread("core", move || core.run())?
     };
@@ -332,7 +334,7 @@ pub fn run(path: &Path) -> Result<()> {
     };
     let problems: Problems = Arc::default();
     let reports: Arc<ArcSwap<Reports>> = Arc::default();
-    let (outlet, leading) = kube.as_ref().map(report::leading::start).unzip();
+    let (outlet, leading) = kube.as_ref().map(|kube| report::leading::start(kube, is_stale.clone())).unzip();
     let report_thread = {
         let reporting = report::thread::Thread {
             denied,

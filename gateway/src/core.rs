@@ -13,6 +13,8 @@ mod held;
 mod ids;
 mod machine;
 mod message;
+#[cfg(test)]
+mod move_tests;
 mod nodes;
 mod placement;
 mod recorded;
@@ -42,7 +44,7 @@ use tidegate_policy::world::World;
 use tidegate_proto::wire::{FactsUpdate, PeerUpdate, StateUpdate};
 use tidegate_proto::{Claim, Pair, PeerFact, Seen};
 use tidegate_sni::Registry;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use self::classes::Classes;
 pub use self::classifier::Classifier;
@@ -193,14 +195,16 @@ pub struct Core {
     pub readiness: Readiness,
     /// What follows the API server, if that is the source.
     pub watched: Option<Watched<Feed>>,
+    /// Told whether this gateway knows less than another one: then it writes nothing of what it knows.
+    pub stale: watch::Sender<bool>,
 }
 
 struct Run {
     core: Core,
     /// What this gateway and others have seen of the API server.
     generations: Generations,
-    /// Held while this gateway knows less than another one.
-    stale: Option<Guard>,
+    /// This gateway knows less than another one.
+    stale: Option<failover::Stale>,
     /// When lists that are behind were last told to hurry.
     hurried: Duration,
     due: Due,
@@ -536,9 +540,7 @@ impl Run {
         }
         self.core.ownership.set_nodes(|n| compiled.nodes.contains_key(n));
         let now = self.core.shared.now();
-        if self.core.ownership.tick(now) {
-            self.moved.get_or_insert(now);
-        }
+        let moved = self.tick(now);
         self.compiled = compiled;
         self.set_claims();
         self.record();
@@ -556,7 +558,9 @@ impl Run {
         }
         self.import_pending();
         let frame = self.frame();
+        // While owners change nodes are not told all that our own kernel holds.
         let whole = std::mem::replace(&mut self.frame, frame) != self.frame
+            || self.moved.is_some()
             || self.owners_changed(&old, &world)
             || !self.cleared;
         let delta = Delta::new(&old, &world, changes, self.classes.news(now));
@@ -585,13 +589,16 @@ impl Run {
         if cut > 0 {
             tracing::info!(connections = cut, "connections that policy no longer allows were reset");
         }
+        if moved {
+            self.cut_moved();
+        }
     }
 
-    /// Gives the DNS service the policy of now; nothing while this gateway is stale.
+    /// Gives the DNS service the policy of now; nothing when this gateway is stale and has handed its pairs over.
     fn open_view(&self) {
         let shared = &self.core.shared;
         let view = shared.view.load().next(&self.compiled, self.core.families, shared.names.clone());
-        shared.view.store(Arc::new(view.closed(self.stale.is_some())));
+        shared.view.store(Arc::new(view.closed(self.stale.as_ref().is_some_and(|s| s.closed))));
     }
 
     /// Whether nodes were told of another owner of a pair that scopes had and have.

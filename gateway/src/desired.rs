@@ -132,6 +132,8 @@ pub struct Desired {
     config: Arc<Config>,
     members: ArcSwap<Members>,
     claims: ArcSwap<BTreeMap<Pair, Ownership>>,
+    /// What of it nodes are told.
+    said: ArcSwap<BTreeMap<Pair, Ownership>>,
     /// Indices of pairs; an index is never given to another pair while the process lives, so that
     /// a mark that is still on its way never means another address.
     indices: Mutex<BTreeMap<PairKey, u8>>,
@@ -141,7 +143,7 @@ impl Desired {
     /// For this configuration.
     pub fn new(config: Arc<Config>) -> Self {
         let members = ArcSwap::from_pointee(Members { listed: members::configured(&config), lingering: Vec::new() });
-        Self { config, members, claims: ArcSwap::default(), indices: Mutex::default() }
+        Self { config, members, claims: ArcSwap::default(), said: ArcSwap::default(), indices: Mutex::default() }
     }
 
     /// How often the kernel's maps are compared with what should be there.
@@ -181,9 +183,26 @@ impl Desired {
         self.claims.load_full()
     }
 
-    /// What the core decided of ownership.
-    pub fn set_claims(&self, claims: BTreeMap<Pair, Ownership>) {
-        self.claims.store(Arc::new(claims));
+    /// What the core decided of ownership. While owners change, nodes go on hearing what they were `told` of pairs.
+    pub fn set_claims(&self, claims: BTreeMap<Pair, Ownership>, told: Option<&BTreeMap<Pair, Ownership>>) {
+        let claims = Arc::new(claims);
+        let was = |(pair, now): (&Pair, &Ownership)| {
+            let said = told.and_then(|told| told.get(pair)).unwrap_or(now);
+            (pair.clone(), said.clone())
+        };
+        let said = if told.is_some() { Arc::new(claims.iter().map(was).collect()) } else { claims.clone() };
+        self.claims.store(claims);
+        self.said.store(said);
+    }
+
+    /// Nodes are told all of it from now on.
+    pub fn tell_all(&self) {
+        self.said.store(self.claims.load_full());
+    }
+
+    /// What nodes are told of ownership.
+    pub fn said(&self) -> Arc<BTreeMap<Pair, Ownership>> {
+        self.said.load_full()
     }
 
     /// The pair of a scope, as gateways name it; absent where every pair of its pool drains.
@@ -247,7 +266,7 @@ impl Desired {
     ) -> NodeState {
         let NodeStateParts { endpoints, groups, prefixes, grants, .. } = compiled.world.parts(self.sight(target), live);
         let mut out = self.frame(compiled);
-        let claims = self.claims.load();
+        let claims = if matches!(target, Target::Node(_)) { self.said() } else { self.claims() };
         let scopes: BTreeSet<ScopeKey> = endpoints.values().filter_map(|e| Some(e.member?.0)).collect();
         let members: BTreeSet<(ScopeKey, GroupKey)> = endpoints.values().filter_map(|e| e.member).collect();
         out.endpoints = endpoints;

@@ -5,7 +5,11 @@
 //! it helps nobody until it has caught up.
 //!
 //! Only what a peer says now counts. One that is silent has no say after [`FORGET`]: while the API server is away, the
-//! last gateway carries on with what it knows.
+//! last gateway carries on with what it knows. What it learns from a list that it has only just got back it says
+//! [`RETURN`] later: others have lost theirs as well, and come back after pauses of their own.
+//!
+//! Only objects count that change something (see `crate::source::kubernetes`): heartbeats of nodes and statuses are
+//! written all the time, and who does not see them helps nobody to what is not allowed.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -16,6 +20,9 @@ use tidegate_api::index::Feed;
 pub const LAG: Duration = Duration::from_secs(4);
 /// So long behind, it gives its watch up for another one.
 pub const HURRY: Duration = Duration::from_secs(1);
+/// A list that was lost is got back within so long after the first gateway has it: the pause between two tries, and
+/// packets of a connection that get lost.
+pub const RETURN: Duration = Duration::from_secs(6);
 /// What a silent peer said is forgotten after so long.
 const FORGET: Duration = Duration::from_secs(10);
 /// Different versions of one list and peer that are remembered. At five beats a second that is more than [`LAG`].
@@ -24,13 +31,13 @@ const MAX_AHEAD: usize = 64;
 /// How far a list has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Version {
-    /// The newest resourceVersion of an object that was seen.
+    /// The newest resourceVersion of an object that changed something.
     pub newest: u64,
     /// Everything up to this resourceVersion was seen.
     pub reached: u64,
 }
 
-/// How far every list has come.
+/// How far every list has come. One that the API server does not have is left out.
 pub type Versions = BTreeMap<Feed, Version>;
 
 #[derive(Debug, Default)]
@@ -44,6 +51,8 @@ struct Peer {
 #[derive(Debug, Default)]
 pub struct Generations {
     own: Versions,
+    /// What others are told.
+    told: BTreeMap<Feed, u64>,
     peers: BTreeMap<String, Peer>,
 }
 
@@ -53,30 +62,40 @@ impl Generations {
         self.own = own;
         for peer in self.peers.values_mut() {
             for (feed, ahead) in &mut peer.ahead {
-                let reached = reached(&self.own, *feed);
-                ahead.retain(|(version, _)| *version > reached);
+                let own = self.own.get(feed);
+                ahead.retain(|(version, _)| own.is_some_and(|own| *version > own.reached));
             }
         }
     }
 
-    /// What other gateways are told: of each list, by its name, the newest version.
-    pub fn told(&self) -> Vec<(String, u64)> {
-        self.own.iter().map(|(feed, v)| (feed.name().to_owned(), v.newest)).collect()
+    /// What other gateways are told: of each list, by its name, the newest version. Of those that `returning` says are lost, or
+    /// are back since less than [`RETURN`], what was said before.
+    pub fn told(&mut self, returning: impl Fn(Feed) -> bool) -> Vec<(String, u64)> {
+        for feed in Feed::ALL.into_iter().filter(|f| !returning(*f)) {
+            match self.own.get(&feed) {
+                Some(v) => drop(self.told.insert(feed, v.newest)),
+                None => drop(self.told.remove(&feed)),
+            }
+        }
+        self.told.iter().map(|(feed, newest)| (feed.name().to_owned(), *newest)).collect()
     }
 
     /// Another gateway says what it has seen.
     pub fn heard(&mut self, peer: &str, said: &[(String, u64)], now: Duration) {
+        self.peers.retain(|_, p| now.saturating_sub(p.heard) < FORGET);
         let peer = self.peers.entry(peer.to_owned()).or_default();
         peer.heard = now;
         for feed in Feed::ALL {
-            let Some((_, version)) = said.iter().find(|(name, _)| name == feed.name()) else {
+            let version = said.iter().find(|(name, _)| name == feed.name()).map(|(_, version)| version);
+            // Of a list that this gateway's API server does not have, as an older one, it cannot know less.
+            let (Some(version), Some(own)) = (version, self.own.get(&feed)) else {
                 peer.ahead.remove(&feed);
                 continue;
             };
             let ahead = peer.ahead.entry(feed).or_default();
             // It takes back what it said when the cluster was restored from a backup.
             ahead.retain(|(v, _)| v <= version);
-            if *version > reached(&self.own, feed) && ahead.back().is_none_or(|(v, _)| v < version) {
+            if *version > own.reached && ahead.back().is_none_or(|(v, _)| v < version) {
                 if ahead.len() == MAX_AHEAD {
                     ahead.pop_back();
                 }
@@ -102,10 +121,6 @@ impl Generations {
     pub fn is_stale(&self, now: Duration) -> bool {
         self.behind(now).values().any(|lag| *lag >= LAG)
     }
-}
-
-fn reached(own: &Versions, feed: Feed) -> u64 {
-    own.get(&feed).map_or(0, |v| v.reached)
 }
 
 #[cfg(test)]
@@ -140,12 +155,13 @@ mod tests {
         assert!(!g.is_stale(at(4200)), "only 12 is missing, and that is new");
         g.set_own(own(12));
         assert!(g.behind(at(9000)).is_empty());
-        assert_eq!(g.told(), [("egresspolicies".to_owned(), 12)]);
+        assert_eq!(g.told(|_| false), [("egresspolicies".to_owned(), 12)]);
     }
 
     #[test]
     fn one_that_follows_at_a_distance_is_not() {
         let mut g = Generations::default();
+        g.set_own(own(0));
         for i in 1..200u64 {
             g.heard("b", &said(i), at(i * 200));
             g.set_own(own(i.saturating_sub(10)));
@@ -160,6 +176,7 @@ mod tests {
     #[test]
     fn what_is_remembered_is_bounded() {
         let mut g = Generations::default();
+        g.set_own(own(0));
         for i in 0..10_000 {
             g.heard("b", &said(i + 1), at(i));
         }
@@ -181,5 +198,42 @@ mod tests {
         assert!(!g.is_stale(at(15_000)), "nobody else is there");
         g.heard("c", &[], at(15_000));
         assert!(!g.is_stale(at(15_000)), "one without Kubernetes");
+        assert_eq!(g.peers.keys().collect::<Vec<_>>(), ["c"], "who left is forgotten");
+    }
+
+    #[test]
+    fn a_list_that_the_own_api_server_does_not_have_makes_nobody_stale() {
+        let mut g = Generations::default();
+        g.set_own(own(10));
+        let said = |version| vec![(Feed::ServiceCidrs.name().to_owned(), version), ("egresspolicies".to_owned(), 10)];
+        g.heard("b", &said(7), at(0));
+        g.heard("b", &said(7), at(5000));
+        assert!(!g.is_stale(at(5000)) && g.behind(at(5000)).is_empty());
+        // It was there, and is not any more: another API server answers.
+        let both = |reached| [own(10), [(Feed::ServiceCidrs, Version { newest: 7, reached })].into()];
+        g.set_own(both(7).into_iter().flatten().collect());
+        g.heard("b", &said(8), at(6000));
+        g.set_own(own(10));
+        assert!(!g.is_stale(at(11_000)));
+        // And there again: from now on it counts.
+        g.set_own(both(7).into_iter().flatten().collect());
+        g.heard("b", &said(8), at(12_000));
+        assert!(!g.is_stale(at(12_000)));
+        g.heard("b", &said(8), at(16_000));
+        assert!(g.is_stale(at(16_000)));
+    }
+
+    #[test]
+    fn what_a_list_says_that_has_only_just_come_back_is_told_later() {
+        let mut g = Generations::default();
+        let told = |g: &mut Generations, returning| g.told(|f| f == Feed::EgressPolicies && returning);
+        g.set_own(own(9));
+        assert!(told(&mut g, true).is_empty(), "the API server was away at the start");
+        assert_eq!(told(&mut g, false), [("egresspolicies".to_owned(), 9)]);
+        g.set_own(own(20));
+        assert_eq!(told(&mut g, true), [("egresspolicies".to_owned(), 9)]);
+        assert_eq!(told(&mut g, false), [("egresspolicies".to_owned(), 20)]);
+        g.set_own(Versions::new());
+        assert!(told(&mut g, false).is_empty(), "the API server does not have it any more");
     }
 }

@@ -11,7 +11,10 @@
 //! - A gateway that has lost its peers and most of its agents lets go: whoever is with the agents takes over. When some
 //!   of them are back it takes nothing until a peer has spoken, or had the time to: the first agent that returns knows
 //!   no more than that there is a higher epoch.
-//! - A gateway that cannot serve for 2 s, as one whose node's agent is dead cannot, lets go if another one can.
+//! - One that never heard a gateway which is listed takes nothing for 15 s if the agents see that one, or if no agent has
+//!   found this one yet and nobody could say whether the other one lives.
+//! - A gateway that cannot serve, as one whose node's agent is dead or that is stale cannot, carries on until another one
+//!   has its pairs in place, for 2 s at most if another one can.
 //! - One that is told to end says so, takes nothing more, and carries on until another one has its pairs in place.
 //! - With Kubernetes a claim is written into the status of its pool before it is made, over what stands there, and what
 //!   stands there is a claim like those that peers tell (`crate::records`). While the API server is silent claims go by
@@ -39,6 +42,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The time for which a pair that was lost is left alone doubles so often: 2 s become 4 minutes.
 const MAX_DOUBLINGS: u32 = 7;
+/// A peer that is listed and was never heard may hold something for so long, unless agents say that it is not there.
+const UNHEARD: Duration = Duration::from_secs(15);
 /// So long after a claim it still gives way to epochs that nodes report.
 const CORRECT: Duration = Duration::from_secs(5);
 
@@ -309,9 +314,9 @@ impl Ownership {
         }
     }
 
-    /// Somebody claims a pair. One that serves it, may, and does not leave yields at once; others wait until all is in place.
+    /// Somebody claims a pair. One that serves it, may, can, and does not leave yields at once; others wait until all is in place.
     fn hear(&mut self, pair: Pair, claim: Known, placing: bool, now: Duration) {
-        let gives = self.leaving || self.pairs.get(&pair).is_some_and(|c| !c.contains(&self.me));
+        let gives = self.leaving || !self.able || self.pairs.get(&pair).is_some_and(|c| !c.contains(&self.me));
         if !(placing && (gives || !self.held.contains_key(&pair))) {
             self.note(pair, claim);
         } else if self.known.get(&pair).is_none_or(|k| claim.beats(k))
@@ -388,7 +393,7 @@ impl Ownership {
                 k.epoch = floor.saturating_add(1);
             }
         }
-        if self.settled(now) && self.able && !self.leaving && self.is_back(now) {
+        if self.settled(now) && self.able && !self.leaving && self.is_back(now) && !self.is_unmet(now) {
             let free: Vec<Pair> =
                 self.pairs.iter().filter(|(p, c)| self.is_mine(p, c, now)).map(|(p, _)| p.clone()).collect();
             for pair in &free {
@@ -457,6 +462,11 @@ impl Ownership {
         self.held.contains_key(pair)
     }
 
+    /// Whether it serves any.
+    pub fn holds_any(&self) -> bool {
+        !self.held.is_empty()
+    }
+
     /// Who owns a pair: the highest claim known, else the first candidate, if there is one, at epoch 0.
     pub fn owner(&self, pair: &Pair) -> Option<Known> {
         let candidates = self.pairs.get(pair)?;
@@ -490,11 +500,7 @@ impl Ownership {
     /// Whether a peer lives: it was heard lately, or most agents see it.
     fn lives(&self, peer: &str, now: Duration) -> bool {
         let Some(p) = self.peers.get(peer) else { return peer == self.me };
-        if !p.silent(now) {
-            return true;
-        }
-        let see = self.agents.values().filter(|a| a.sees.contains(peer)).count();
-        see * 2 > self.agents.len()
+        !p.silent(now) || self.is_seen(peer)
     }
 
     /// Whether a pair falls to this gateway.
@@ -546,6 +552,18 @@ impl Ownership {
     fn is_back(&self, now: Duration) -> bool {
         let Some(cut_off) = self.cut_off else { return true };
         now.saturating_sub(cut_off) >= SILENCE || self.peers.values().any(|p| p.heard.is_some_and(|at| at > cut_off))
+    }
+
+    /// Whether most of the agents see a gateway.
+    fn is_seen(&self, gateway: &str) -> bool {
+        let see = self.agents.values().filter(|a| a.sees.contains(gateway)).count();
+        see * 2 > self.agents.len()
+    }
+
+    /// Whether a gateway that is listed was never heard, and may hold something: the agents see it, or there is none.
+    fn is_unmet(&self, now: Duration) -> bool {
+        let unheard = |p: &Peer| p.listed && !p.leaves() && p.heard.is_none() && now.saturating_sub(p.since) < UNHEARD;
+        self.peers.iter().any(|(name, p)| unheard(p) && (self.agents.is_empty() || self.is_seen(name)))
     }
 
     /// Whether this gateway has lost every peer and most of its agents.

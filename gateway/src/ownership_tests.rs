@@ -20,6 +20,8 @@ struct Sim {
     follows: BTreeMap<(String, Pair), Known>,
     /// How long it takes until what a gateway claims is in place.
     place: Duration,
+    /// Gateways that know less of policy than another one: they are not able, and offer what they hold.
+    stale: BTreeSet<String>,
     /// How far the clocks of gateways are ahead.
     skew: BTreeMap<String, Duration>,
     api: Option<Api>,
@@ -86,6 +88,7 @@ impl Sim {
             deaf: BTreeSet::new(),
             follows: BTreeMap::new(),
             place: Duration::ZERO,
+            stale: BTreeSet::new(),
             skew: BTreeMap::new(),
             api: None,
             now: Duration::from_secs(1000),
@@ -116,7 +119,8 @@ impl Sim {
 
     fn beat(&self, o: &Ownership) -> Beat {
         let placing = o.held.values().any(|since| self.local(&o.me) < *since + self.place);
-        Beat { able: o.able, claims: o.claims(), leaving: o.leaving, placing, versions: Vec::new() }
+        let leaving = o.leaving || self.stale.contains(&o.me);
+        Beat { able: o.able, claims: o.claims(), leaving, placing, versions: Vec::new() }
     }
 
     /// Lets 100 ms pass: beats, agents' words, decisions.
@@ -408,6 +412,64 @@ fn a_decision_notices_what_beats_have_said() {
     let claim = Claim { pair: pair(1), owner: "b".into(), epoch: 9, held: true };
     c.beat("b", &Beat { able: true, claims: vec![claim], ..Beat::default() }, now);
     assert!(c.tick(now) && !c.tick(now));
+}
+
+#[test]
+fn one_that_nobody_has_found_takes_nothing_from_whom_it_cannot_hear() {
+    let mut s = two();
+    s.pass(1.0);
+    s.gateways.remove("a");
+    s.pass(3.0);
+    // It comes back, and no way leads to it yet: not the other one's, and no agent's.
+    s.cut = [("a", "b"), ("b", "a")].map(|(x, y)| (x.to_owned(), y.to_owned())).into();
+    s.deaf = NODES.iter().map(|n| ((*n).to_owned(), "a".to_owned())).collect();
+    s.start("a", &["a", "b"], Vec::new());
+    for _ in 0..145 {
+        s.step();
+        assert_eq!((s.holders(&pair(1)), s.holders(&pair(2))), (vec!["b"], vec!["b"]), "{:?}", s.now);
+    }
+    // One that never was is not waited for any longer.
+    s.pass(1.0);
+    assert!(s.gateways["a"].holds(&pair(1)));
+}
+
+#[test]
+fn one_that_nobody_has_found_waits_for_nobody_who_ends_and_for_nobody_whom_it_heard() {
+    let s = two();
+    let now = s.now;
+    let alone = |prepare: &dyn Fn(&mut Ownership)| {
+        let mut o = Ownership::new("a", ["b".to_owned()], now);
+        o.set_pairs(s.pairs.clone());
+        o.set_able(true);
+        prepare(&mut o);
+        let late = now + Duration::from_millis(2500);
+        o.tick(late);
+        o.holds(&pair(1))
+    };
+    assert!(!alone(&|_| ()));
+    assert!(alone(&|o| o.set_peers([Listed { terminating: true, ..listed("b") }], now)));
+    assert!(alone(&|o| o.beat("b", &Beat { able: true, ..Beat::default() }, now)), "it was heard, and is silent");
+    // An agent says that it is not there.
+    assert!(alone(&|o| o.seen("n1", ["a".to_owned()].into(), [])));
+    assert!(!alone(&|o| o.seen("n1", ["a", "b"].map(String::from).into(), [])));
+}
+
+#[test]
+fn one_that_is_stale_carries_on_until_another_is_in_place() {
+    let mut s = three();
+    s.place = Duration::from_millis(500);
+    s.stale.insert("a".into());
+    s.gateways.get_mut("a").unwrap().set_able(false);
+    while !s.gateways["b"].holds(&pair(1)) {
+        s.step();
+    }
+    let claimed = s.now;
+    while s.now < claimed + s.place {
+        assert_eq!(s.holders(&pair(1)), ["a", "b"]);
+        s.step();
+    }
+    s.pass(0.3);
+    assert_eq!(s.holders(&pair(1)), ["b"]);
 }
 
 #[test]

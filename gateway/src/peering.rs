@@ -1,12 +1,16 @@
-//! Which other gateways there are streams from: they come and go with their pods.
+//! What the API server says to the core of gateways and owners, and which other gateways there are streams from: they
+//! come and go with their pods.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Sender, TrySendError};
+use parking_lot::Mutex;
+use tidegate_kubernetes::Connection;
 use tidegate_kubernetes::members::{self, Member};
-use tidegate_kubernetes::{Connection, pools};
+use tidegate_kubernetes::pools::{self, Event};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -25,13 +29,57 @@ struct Running {
     task: JoinHandle<()>,
 }
 
-/// Has who owns what recorded by the API server.
-pub fn record(kube: &Kube, core: Sender<ToCore>) -> mpsc::Sender<pools::Command> {
+/// Tells the core what stands in pools. What it has no room for is kept, the latest of each pool, until there is room.
+struct Teller {
+    core: Sender<ToCore>,
+    /// Bounded by the pools that there are.
+    kept: Mutex<BTreeMap<String, Event>>,
+}
+
+impl Teller {
+    fn tell(&self, event: Event) {
+        let mut kept = self.kept.lock();
+        // That the API server has answered it says again soon.
+        let Event::Pool { name, .. } = &event else { return drop(self.core.try_send(ToCore::Api(event))) };
+        // What is new goes over what is kept.
+        kept.remove(name);
+        let name = name.clone();
+        if let Err(TrySendError::Full(ToCore::Api(event))) = self.core.try_send(ToCore::Api(event)) {
+            kept.insert(name, event);
+        }
+    }
+
+    /// Tells what is kept.
+    fn flush(&self) {
+        let mut kept = self.kept.lock();
+        while let Some((name, event)) = kept.pop_first() {
+            if let Err(TrySendError::Full(ToCore::Api(event))) = self.core.try_send(ToCore::Api(event)) {
+                kept.insert(name, event);
+                return;
+            }
+        }
+    }
+}
+
+/// Has who owns what recorded by the API server, and nothing more while this gateway is `stale`.
+pub fn record(kube: &Kube, core: Sender<ToCore>, stale: watch::Receiver<bool>) -> mpsc::Sender<pools::Command> {
     let (commands, rx) = mpsc::channel(COMMANDS);
     let Connection { client, name, .. } = kube.connection();
-    // What a core that is too far behind does not hear is told again.
-    let tell = move |event| drop(core.try_send(ToCore::Api(event)));
-    kube.spawn(pools::run(client, name, rx, tell));
+    let teller = Arc::new(Teller { core, kept: Mutex::default() });
+    let tell = teller.clone();
+    let run = pools::run(client, name, rx, stale, move |event| tell.tell(event));
+    kube.spawn(async move {
+        let again = async {
+            loop {
+                tokio::time::sleep(AGAIN).await;
+                teller.flush();
+            }
+        };
+        tokio::select! {
+            () = run => {}
+            () = again => {}
+        }
+    });
     commands
 }
 
@@ -81,5 +129,40 @@ pub async fn keep(
             // Nobody tells of others any more: those that there are stay.
             std::future::pending::<()>().await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pool(name: &str, deleted: bool) -> Event {
+        Event::Pool { name: name.into(), records: None, deleted }
+    }
+
+    fn told(rx: &crossbeam_channel::Receiver<ToCore>) -> Vec<Event> {
+        let event = |m| if let ToCore::Api(event) = m { event } else { panic!() };
+        rx.try_iter().map(event).collect()
+    }
+
+    #[test]
+    fn what_a_busy_core_has_no_room_for_is_told_when_there_is_room_and_once() {
+        let (core, rx) = crossbeam_channel::bounded(2);
+        let teller = Teller { core, kept: Mutex::default() };
+        teller.tell(pool("a", false));
+        teller.tell(Event::Answered);
+        for name in ["b", "b", "c"] {
+            teller.tell(pool(name, false));
+        }
+        teller.tell(pool("b", true));
+        teller.tell(Event::Answered);
+        teller.flush();
+        assert_eq!(told(&rx), [pool("a", false), Event::Answered]);
+        // There is room: a newer one does not wait behind the older one, which is never told.
+        teller.tell(pool("c", true));
+        teller.flush();
+        assert_eq!(told(&rx), [pool("c", true), pool("b", true)]);
+        teller.flush();
+        assert!(told(&rx).is_empty() && teller.kept.lock().is_empty());
     }
 }

@@ -33,6 +33,9 @@ pub enum Error {
     /// No answer in time.
     #[error("the API server did not answer within {} s", ANSWER.as_secs())]
     Timeout,
+    /// Another gateway may lead now.
+    #[error("this gateway leads no more")]
+    Deposed,
     /// What it sent broke off, or was an error.
     #[error("the API server's stream broke: {0}")]
     Broken(String),

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::client::{Connection, Error, within};
-use crate::lease::{Leads, leads};
+use crate::lease::{Leads, leads, while_leading};
 use crate::status::NAME;
 
 /// The reason of denials.
@@ -136,14 +136,14 @@ pub async fn write(connection: Connection, mut news: mpsc::Receiver<News>, leadi
         if !leads(&leading) || !sieve.lets(&n, start.elapsed()) {
             continue;
         }
-        if let Err(error) = one(&connection, &n).await {
+        if let Err(error) = one(&connection, &n, &leading).await {
             sieve.forget(&n);
             tracing::debug!(%error, namespace = n.namespace, about = ?n.about, "no event");
         }
     }
 }
 
-async fn one(connection: &Connection, n: &News) -> Result<(), Error> {
+async fn one(connection: &Connection, n: &News, leading: &Leads) -> Result<(), Error> {
     // `kubectl describe` finds events by the object's UID.
     let found = match &n.about {
         About::Denied { pod, .. } => {
@@ -159,7 +159,7 @@ async fn one(connection: &Connection, n: &News) -> Result<(), Error> {
     let Some(uid) = found.and_then(|m| m.uid) else { return Ok(()) };
     let events: Api<Event> = Api::namespaced(connection.client.clone(), &n.namespace);
     let event = event(n, uid, &connection.name, Timestamp::now());
-    match within(events.create(&PostParams::default(), &event)).await {
+    match while_leading(leading, events.create(&PostParams::default(), &event)).await {
         // An earlier leader has said it.
         Err(error) if error.code() == Some(409) => Ok(()),
         other => other.map(drop),

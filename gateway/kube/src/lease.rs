@@ -13,7 +13,7 @@ use kube::api::PostParams;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::client::{Connection, Error};
+use crate::client::{Connection, Error, within};
 
 /// How an election goes.
 #[derive(Clone, Copy, Debug)]
@@ -104,6 +104,11 @@ impl Election {
         self.seen = Some((Some(record), sent));
     }
 
+    /// This candidate leads no more, whatever the Lease says.
+    pub fn resign(&mut self) {
+        self.renewed = None;
+    }
+
     /// Until when this candidate leads; absent if it does not.
     pub fn leads_until(&self, now: Duration) -> Option<Duration> {
         self.renewed.map(|sent| sent + self.times.renew).filter(|until| now < *until)
@@ -118,12 +123,39 @@ pub fn leads(leads: &Leads) -> bool {
     leads.borrow().is_some_and(|until| Instant::now() < until)
 }
 
-/// Stands for election with the Lease of this name until `stop` says so, then gives it up.
+/// Waits for the answer to what only the leader asks for, and not longer than this gateway leads: another one may
+/// write soon after.
+///
+/// # Errors
+/// The request's own, [`Error::Timeout`], and [`Error::Deposed`].
+pub async fn while_leading<T>(
+    leads: &Leads,
+    request: impl Future<Output = Result<T, kube::Error>>,
+) -> Result<T, Error> {
+    let mut leads = leads.clone();
+    let until = leads.borrow_and_update().filter(|until| Instant::now() < *until).ok_or(Error::Deposed)?;
+    tokio::select! {
+        answer = within(request) => answer,
+        () = tokio::time::sleep_until(until) => Err(Error::Deposed),
+        _ = leads.wait_for(Option::is_none) => Err(Error::Deposed),
+    }
+}
+
+/// Until it says so; for ever if it never does.
+async fn told(says: &mut watch::Receiver<bool>) {
+    if says.wait_for(|s| *s).await.is_err() {
+        std::future::pending().await
+    }
+}
+
+/// Stands for election with the Lease of this name until `stop` says so, then gives it up. While this gateway is `stale`
+/// it gives it up, too, and does not stand.
 pub async fn stand(
     connection: Connection,
     lease: &str,
     times: Times,
     leads: watch::Sender<Option<Instant>>,
+    mut stale: watch::Receiver<bool>,
     mut stop: watch::Receiver<bool>,
 ) {
     let api: Api<Lease> = Api::namespaced(connection.client.clone(), &connection.namespace);
@@ -131,7 +163,26 @@ pub async fn stand(
     let mut election = Election::new(connection.name.clone(), times);
     let mut said = String::new();
     loop {
-        match turn(&api, lease, &mut election, start, times.retry * 2).await {
+        if *stale.borrow_and_update() {
+            leads.send_replace(None);
+            give_up(&api, lease, &mut election, start).await;
+            tracing::info!(lease, "this gateway does not stand for election: it knows less than others");
+            tokio::select! {
+                fit = stale.wait_for(|s| !*s) => if fit.is_err() { return },
+                () = told(&mut stop) => return,
+            }
+        }
+        let turned = {
+            let mut turn = std::pin::pin!(turn(&api, lease, &mut election, start, times.retry * 2));
+            tokio::select! {
+                turned = &mut turn => turned,
+                () = told(&mut stale) => {
+                    leads.send_replace(None);
+                    turn.await
+                }
+            }
+        };
+        match turned {
             Ok(()) => said.clear(),
             Err(error) => {
                 // The same failure again and again is one line.
@@ -142,6 +193,9 @@ pub async fn stand(
                 }
             }
         }
+        if *stale.borrow() {
+            continue;
+        }
         let until = election.leads_until(start.elapsed()).map(|until| start + until);
         if until.is_some() != leads.borrow().is_some() {
             tracing::info!(lease, leads = until.is_some(), "the leader writes statuses and events");
@@ -151,16 +205,26 @@ pub async fn stand(
         let wait = times.retry.mul_f64(0.8 + 0.4 * jitter);
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
-            // What it gives may not be held while something is waited for.
-            () = async { drop(stop.wait_for(|s| *s).await) } => {
+            () = told(&mut stale) => {}
+            () = told(&mut stop) => {
                 leads.send_replace(None);
-                if let Step::Renew(record) = election.step(start.elapsed()) {
-                    let free = written(&api, lease, "", &record, Duration::from_secs(1));
-                    // Others wait for its end otherwise.
-                    let _ = tokio::time::timeout(times.retry, free).await;
-                }
+                give_up(&api, lease, &mut election, start).await;
                 return;
             }
+        }
+    }
+}
+
+/// Gives the Lease up, if it is held: others need not wait for its end.
+async fn give_up(api: &Api<Lease>, name: &str, election: &mut Election, start: Instant) {
+    election.resign();
+    if let Some((Some(r), _)) = &election.seen
+        && r.holder == election.me
+    {
+        let free = written(api, name, "", r, Duration::from_secs(1));
+        // Otherwise it ends by itself.
+        if let Ok(Ok(free)) = tokio::time::timeout(election.times.retry, free).await {
+            election.observe(Some(free), start.elapsed());
         }
     }
 }
@@ -320,5 +384,24 @@ mod tests {
         let mut again = Election::new("a".into(), T);
         again.observe(Some(held("a", "9")), s(0));
         assert_eq!((again.leads_until(s(0)), again.step(s(0))), (None, Step::Renew(held("a", "9"))));
+    }
+
+    #[tokio::test]
+    async fn what_the_leader_asks_for_ends_with_its_lead() {
+        let never = || std::future::pending::<Result<(), kube::Error>>();
+        let (tx, leads) = watch::channel(None);
+        assert!(matches!(while_leading(&leads, never()).await, Err(Error::Deposed)));
+        // Its time ends.
+        tx.send_replace(Some(Instant::now() + Duration::from_millis(200)));
+        while_leading(&leads, async { Ok(()) }).await.unwrap();
+        let begun = Instant::now();
+        assert!(matches!(while_leading(&leads, never()).await, Err(Error::Deposed)));
+        assert!(begun.elapsed() < Duration::from_secs(2));
+        // It is none any more, such as because it is stale.
+        tx.send_replace(Some(Instant::now() + s(60)));
+        let asked = while_leading(&leads, never());
+        let deposed = async { tx.send_replace(None) };
+        let (answer, _) = tokio::join!(asked, deposed);
+        assert!(matches!(answer, Err(Error::Deposed)));
     }
 }

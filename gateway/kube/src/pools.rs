@@ -15,9 +15,9 @@ use futures_util::TryStreamExt;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams};
 use kube::runtime::watcher;
 use kube::{Api, Client, ResourceExt};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, MissedTickBehavior, sleep, timeout};
+use tokio::time::{Instant, MissedTickBehavior, sleep, sleep_until, timeout};
 
 pub use object::{Address, Owner, Record};
 
@@ -33,6 +33,8 @@ const TRIES: usize = 4;
 const AT_ONCE: usize = 16;
 /// Counts and finalizers are looked after so often.
 const TEND: Duration = Duration::from_secs(5);
+/// And no sooner than so long after the last time, whatever is news: counts change with every pod that comes and goes.
+const TEND_AGAIN: Duration = Duration::from_secs(1);
 /// A pool that is deleted is let go when it has been out of use for so long: a pod that moves from one policy to another
 /// may come back.
 const UNUSED: Duration = Duration::from_secs(3);
@@ -87,11 +89,13 @@ pub fn resource() -> ApiResource {
     ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk("tidegate.dev", "v1alpha1", "EgressPool"), "egresspools")
 }
 
-/// Runs for the gateway `me` until the commands end. `tell` must not block.
+/// Runs for the gateway `me` until the commands end. While it is `stale` what it says of the use of pools is old, and none
+/// is held or let go. `tell` must not block.
 pub async fn run(
     client: Client,
     me: String,
     commands: mpsc::Receiver<Command>,
+    stale: watch::Receiver<bool>,
     tell: impl Fn(Event) + Send + Sync + 'static,
 ) {
     let pools = Arc::new(Pools {
@@ -100,10 +104,12 @@ pub async fn run(
         known: parking_lot::Mutex::default(),
         tell: Box::new(tell),
     });
+    let (used, in_use) = watch::channel(None);
     tokio::select! {
         () = pools.watch() => {}
         () = pools.probe() => {}
-        () = pools.clone().obey(commands) => {}
+        () = pools.tend(in_use, stale) => {}
+        () = pools.clone().obey(commands, used) => {}
     }
 }
 
@@ -185,33 +191,23 @@ impl Pools {
         }
     }
 
-    async fn obey(self: Arc<Self>, mut commands: mpsc::Receiver<Command>) {
+    async fn obey(self: Arc<Self>, mut commands: mpsc::Receiver<Command>, used: watch::Sender<Option<Used>>) {
         let mut waiting: BTreeMap<String, BTreeMap<Address, Write>> = BTreeMap::new();
         let mut busy: BTreeSet<String> = BTreeSet::new();
         let mut tasks: JoinSet<String> = JoinSet::new();
-        let mut used: Option<Used> = None;
-        let mut unused: BTreeMap<String, Instant> = BTreeMap::new();
-        let mut tend = tokio::time::interval(TEND);
-        tend.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 command = commands.recv() => match command {
                     Some(Command::Write(w)) => {
                         waiting.entry(w.pool.clone()).or_default().insert(w.address, w);
                     }
-                    Some(Command::Used(u)) => {
-                        used = Some(u);
-                        tend.reset_immediately();
-                    }
+                    Some(Command::Used(u)) => drop(used.send_replace(Some(u))),
                     None => return,
                 },
                 Some(ended) = tasks.join_next() => match ended {
                     Ok(pool) => drop(busy.remove(&pool)),
                     // A task that has panicked does not say for which pool: only what waits is lost.
                     Err(_) => busy.clear(),
-                },
-                _ = tend.tick() => if let Some(used) = &used {
-                    self.tend(used, &mut unused).await;
                 },
             }
             let ready: Vec<String> = waiting
@@ -223,7 +219,8 @@ impl Pools {
             for pool in ready {
                 let Some(writes) = waiting.remove(&pool) else { continue };
                 busy.insert(pool.clone());
-                let (this, counts) = (self.clone(), used.as_ref().and_then(|u| u.get(&pool)).cloned());
+                let counts = used.borrow().as_ref().and_then(|u| u.get(&pool)).cloned();
+                let this = self.clone();
                 tasks.spawn(async move {
                     this.write(&pool, &writes, &counts.unwrap_or_default()).await;
                     pool
@@ -313,11 +310,37 @@ impl Pools {
         }
     }
 
+    /// Looks after pools soon after what is in use has changed, and again and again.
+    async fn tend(&self, mut used: watch::Receiver<Option<Used>>, mut stale: watch::Receiver<bool>) {
+        let mut unused: BTreeMap<String, Instant> = BTreeMap::new();
+        loop {
+            if *stale.borrow_and_update() {
+                unused.clear();
+                if stale.wait_for(|s| !*s).await.is_err() {
+                    return;
+                }
+            }
+            let began = Instant::now();
+            let now = used.borrow_and_update().clone();
+            if let Some(now) = &now {
+                self.look_after(now, &mut unused, &stale).await;
+            }
+            sleep(TEND_AGAIN).await;
+            tokio::select! {
+                changed = used.changed() => if changed.is_err() { return },
+                () = sleep_until(began + TEND) => {}
+            }
+        }
+    }
+
     /// Holds pools that are in use, lets those go that are not, and counts the namespaces of the pairs that are ours.
-    async fn tend(&self, used: &Used, unused: &mut BTreeMap<String, Instant>) {
+    async fn look_after(&self, used: &Used, unused: &mut BTreeMap<String, Instant>, stale: &watch::Receiver<bool>) {
         let pools: Vec<DynamicObject> = self.known.lock().values().cloned().collect();
         unused.retain(|p, _| !used.contains_key(p));
         for pool in pools {
+            if *stale.borrow() {
+                return;
+            }
             let name = pool.name_any();
             let (held, deleted) =
                 (pool.finalizers().iter().any(|f| f == FINALIZER), pool.metadata.deletion_timestamp.is_some());

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::client::{Error, within};
-use crate::lease::{Leads, leads};
+use crate::lease::{Leads, leads, while_leading};
 use crate::pace::{Kind, Next, Object, Pace, Statuses, Wanted, Write};
 
 const GROUP: &str = "tidegate.dev";
@@ -133,7 +133,7 @@ impl Writer {
             let next = self.pace.next(self.start.elapsed(), &now());
             let wait = match next {
                 Next::Write(write) => {
-                    self.carry_out(&write).await;
+                    self.carry_out(&write, leading).await;
                     Duration::ZERO
                 }
                 Next::Wait(wait) => wait,
@@ -155,7 +155,7 @@ impl Writer {
         }
     }
 
-    async fn carry_out(&mut self, write: &Write) {
+    async fn carry_out(&mut self, write: &Write, leading: &Leads) {
         let object = write.object();
         let api = self.api(object);
         let done = match write {
@@ -163,16 +163,16 @@ impl Writer {
                 let mut new = DynamicObject::new(&object.name, &resource(object.kind)).within(&object.namespace);
                 new.metadata.labels = Some([("app.kubernetes.io/managed-by".to_owned(), "tidegate".to_owned())].into());
                 let params = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
-                within(api.create(&params, &new)).await.map(Some)
+                while_leading(leading, api.create(&params, &new)).await.map(Some)
             }
             Write::Status(object, body) => {
                 let params = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
-                within(api.patch_status(&object.name, &params, &Patch::Merge(body))).await.map(Some)
+                while_leading(leading, api.patch_status(&object.name, &params, &Patch::Merge(body))).await.map(Some)
             }
             Write::Delete(object, uid) => {
                 let preconditions = Preconditions { uid: Some(uid.clone()), resource_version: None };
                 let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
-                within(api.delete(&object.name, &params)).await.map(|_| None)
+                while_leading(leading, api.delete(&object.name, &params)).await.map(|_| None)
             }
         };
         let now = self.start.elapsed();

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use futures_util::{AsyncBufReadExt, AsyncReadExt};
+use futures_util::{AsyncBufReadExt, AsyncReadExt, FutureExt};
 use kube::core::Request;
 use kube::core::params::{ListParams, WatchParams};
 use serde::Deserialize;
@@ -96,10 +96,21 @@ pub struct Health {
     pub listed: bool,
     /// Since when it fails, and why.
     pub failing: Option<(Instant, String)>,
+    /// When it was last got back after it had failed for a second or longer.
+    pub back: Option<Instant>,
     /// Lists that came in whole since the start.
     pub lists: u64,
     /// Events of watches since the start.
     pub events: u64,
+}
+
+impl Health {
+    /// It works.
+    fn works(&mut self) {
+        if self.failing.take().is_some_and(|(since, _)| since.elapsed() >= LIVED) {
+            self.back = Some(Instant::now());
+        }
+    }
 }
 
 struct Shared {
@@ -123,7 +134,15 @@ impl<F: Ord + Copy> Watched<F> {
         self.0.iter().map(|(feed, shared)| (*feed, shared.health().clone())).collect()
     }
 
-    /// Gives the list's connection up for another one: this one is behind.
+    /// Whether a list fails, or has been back for less than this.
+    pub fn is_returning(&self, feed: F, within: Duration) -> bool {
+        self.0.get(&feed).is_some_and(|shared| {
+            let health = shared.health();
+            health.failing.is_some() || health.back.is_some_and(|at| at.elapsed() < within)
+        })
+    }
+
+    /// Gives the list's connection up for another one, or the pause before that: this one is behind.
     pub fn hurry(&self, feed: F) {
         if let Some(shared) = self.0.get(&feed) {
             shared.hurry.notify_one();
@@ -252,7 +271,9 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
                     if self.say(known).await.is_err() {
                         return;
                     }
-                    shared.health().listed = true;
+                    let mut health = shared.health();
+                    health.listed = true;
+                    health.works();
                     ABSENT
                 }
                 End::Failed(error) => {
@@ -269,6 +290,8 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
             tokio::select! {
                 () = self.out.closed() => return,
                 () = tokio::time::sleep(pause) => {}
+                // Others have it back already.
+                () = shared.hurry.notified() => {}
             }
         }
     }
@@ -315,7 +338,7 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
             health.listed = true;
             health.lists += 1;
             health.version = reached.unwrap_or_default();
-            health.failing = None;
+            health.works();
             return Ok(version);
         }
     }
@@ -339,7 +362,9 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
             Err(error) => return error.into(),
         };
         heard(shared);
-        shared.health().failing = None;
+        shared.health().works();
+        // Whoever asked for another watch has it.
+        let _ = shared.hurry.notified().now_or_never();
         let mut stream = std::pin::pin!(stream);
         let mut line = Vec::new();
         loop {

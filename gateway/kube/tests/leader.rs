@@ -1,6 +1,8 @@
 //! One leader writes statuses, against a real API server.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod support;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,6 +12,8 @@ use tidegate_kubernetes::{Connection, Settings, Statuses, events, lease, status}
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
+
+use self::support::Proxy;
 
 const TIMES: lease::Times =
     lease::Times { lease: Duration::from_secs(3), renew: Duration::from_secs(2), retry: Duration::from_millis(300) };
@@ -26,6 +30,7 @@ struct Gateway {
     wanted: watch::Sender<Option<Arc<Statuses>>>,
     denials: mpsc::Sender<events::News>,
     leads: lease::Leads,
+    stale: watch::Sender<bool>,
     stop: watch::Sender<bool>,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -85,8 +90,12 @@ impl Test {
     }
 
     fn gateway(&self, name: &str) -> Gateway {
+        self.gateway_by(name, self.cluster.kubeconfig())
+    }
+
+    fn gateway_by(&self, name: &str, kubeconfig: std::path::PathBuf) -> Gateway {
         let settings = Settings {
-            kubeconfig: Some(self.cluster.kubeconfig()),
+            kubeconfig: Some(kubeconfig),
             namespace: Some("default".into()),
             name: name.into(),
             ..Settings::default()
@@ -94,14 +103,22 @@ impl Test {
         let connection = self.runtime.block_on(Connection::new(settings)).unwrap();
         let (wanted, wishes) = watch::channel(None);
         let (leads_tx, leads) = watch::channel(None);
+        let (stale, is_stale) = watch::channel(false);
         let (stop, stopped) = watch::channel(false);
         let (denials, rx) = mpsc::channel(64);
         let tasks = vec![
-            self.runtime.spawn(lease::stand(connection.clone(), "tidegate-gateway", TIMES, leads_tx, stopped)),
+            self.runtime.spawn(lease::stand(
+                connection.clone(),
+                "tidegate-gateway",
+                TIMES,
+                leads_tx,
+                is_stale,
+                stopped,
+            )),
             self.runtime.spawn(status::write(connection.client.clone(), wishes, leads.clone())),
             self.runtime.spawn(events::write(connection, rx, leads.clone())),
         ];
-        Gateway { wanted, denials, leads, stop, tasks }
+        Gateway { wanted, denials, leads, stale, stop, tasks }
     }
 
     /// Makes policies; their names and UIDs.
@@ -204,6 +221,26 @@ fn one_leads_and_another_takes_over_and_nothing_is_written_twice() {
     soon("the next leader", || third.leads());
     assert!(told.elapsed() < Duration::from_secs(2), "{:?}", told.elapsed());
     assert!(!second.leads());
+
+    // One that knows less than others writes nothing from then on, and neither keeps the Lease nor waits for it.
+    let fourth = test.gateway("gw-d");
+    std::thread::sleep(Duration::from_millis(700));
+    assert!(third.leads() && !fourth.leads());
+    third.wanted.send_replace(wishes(&policies, &policy_status(2, 3, 3)));
+    third.stale.send_replace(true);
+    let told = Instant::now();
+    soon("the end of the stale one's lead", || !third.leads());
+    assert!(told.elapsed() < Duration::from_millis(200), "{:?}", told.elapsed());
+    third.wanted.send_replace(wishes(&policies, &policy_status(2, 1, 3)));
+    soon("a leader that is not stale", || fourth.leads());
+    assert!(told.elapsed() < Duration::from_secs(2), "{:?}", told.elapsed());
+    fourth.stop.send_replace(true);
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(!third.leads() && programmed(&test.policy("a")) == 3, "it stands back");
+    // It has caught up: it stands again.
+    third.stale.send_replace(false);
+    soon("its lead", || third.leads());
+    soon("what it wishes", || programmed(&test.policy("a")) == 1);
 }
 
 #[test]
@@ -242,6 +279,26 @@ fn many_changes_are_no_storm_and_an_outage_loses_nothing() {
     let patches = test.patches("egresspolicies");
     assert!(patches <= 6, "{patches}");
     assert_eq!(programmed(&said(5)), 0);
+}
+
+#[test]
+fn a_write_that_gets_no_answer_ends_with_the_lead() {
+    let test = Test::new();
+    let policies = test.create_policies(&["a".into()]);
+    let proxy = Proxy::start(&test.cluster);
+    let gateway = test.gateway_by("gw-a", proxy.kubeconfig());
+    soon("a leader", || gateway.leads());
+    gateway.wanted.send_replace(wishes(&policies, &policy_status(1, 1, 3)));
+    soon("the status", || programmed(&test.policy("a")) == 1);
+    // What is written from now on goes nowhere.
+    proxy.swallow();
+    gateway.wanted.send_replace(wishes(&policies, &policy_status(2, 2, 3)));
+    soon("the end of its lead", || !gateway.leads());
+    proxy.forward_new();
+    soon("its lead", || gateway.leads());
+    let led = Instant::now();
+    soon("the status", || programmed(&test.policy("a")) == 2);
+    assert!(led.elapsed() < Duration::from_secs(6), "nothing of the former lead is waited for: {:?}", led.elapsed());
 }
 
 #[test]

@@ -10,7 +10,7 @@ use tidegate_kube::Cluster;
 use tidegate_kubernetes::members::{self, Member};
 use tidegate_kubernetes::pools::{self, Address, Command, Event, Owner, Record, Used, Write};
 use tidegate_kubernetes::{Connection, FINALIZER, Settings};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
@@ -46,6 +46,7 @@ fn write(pool: &str, last: u8, claim: Owner, over: Option<Owner>) -> Command {
 /// The task of one gateway.
 struct Gateway {
     commands: mpsc::Sender<Command>,
+    stale: watch::Sender<bool>,
     events: mpsc::UnboundedReceiver<Event>,
     task: JoinHandle<()>,
 }
@@ -54,8 +55,9 @@ impl Gateway {
     async fn start(cluster: &Cluster, name: &str) -> Self {
         let (commands, rx) = mpsc::channel(64);
         let (tell, events) = mpsc::unbounded_channel();
-        let run = pools::run(connect(cluster).await, name.into(), rx, move |e| drop(tell.send(e)));
-        Self { commands, events, task: tokio::spawn(run) }
+        let (stale, is_stale) = watch::channel(false);
+        let run = pools::run(connect(cluster).await, name.into(), rx, is_stale, move |e| drop(tell.send(e)));
+        Self { commands, stale, events, task: tokio::spawn(run) }
     }
 
     async fn send(&self, command: Command) {
@@ -240,8 +242,36 @@ async fn a_pool_in_use_is_held_and_counted() {
     a.records("used", &[record(1, "gw-a", 2), record(2, "gw-b", 1)]).await;
     std::thread::sleep(Duration::from_secs(7));
     assert!(get(&cluster, "used")["metadata"]["deletionTimestamp"].is_string(), "held as long as it is in use");
+    // Who knows less than others may not know that it is used again.
+    a.stale.send_replace(true);
     a.send(Command::Used(Used::new())).await;
+    std::thread::sleep(Duration::from_secs(9));
+    assert!(get(&cluster, "used")["metadata"]["deletionTimestamp"].is_string(), "a stale gateway lets nothing go");
+    a.stale.send_replace(false);
     a.told("used", |e| matches!(e, Event::Pool { records: None, .. })).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn counts_that_change_all_the_time_are_written_now_and_then() {
+    let cluster = cluster();
+    make(&cluster, "busy", &[1]);
+    let mut a = Gateway::start(&cluster, "gw-a").await;
+    a.send(write("busy", 1, by("gw-a", 1), None)).await;
+    a.records("busy", &[record(1, "gw-a", 1)]).await;
+    let begun = Instant::now();
+    for n in 1.. {
+        a.send(Command::Used(Used::from([("busy".to_owned(), BTreeMap::from([(pair(1), n)]))]))).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        if begun.elapsed() > Duration::from_secs(4) {
+            break;
+        }
+    }
+    let mut told = 0;
+    while let Ok(event) = a.events.try_recv() {
+        told += usize::from(matches!(event, Event::Pool { name, .. } if name == "busy"));
+    }
+    // Every write is told when it is done; the watch's copy of it is no news.
+    assert!((2..=12).contains(&told), "{told} changes of a pool in 4 s");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -203,6 +203,35 @@ async fn a_watch_that_hangs_is_replaced_when_somebody_says_so() {
 }
 
 #[tokio::test]
+async fn after_an_outage_it_does_not_wait_when_others_are_back() {
+    let cluster = Cluster::shared().unwrap();
+    made(&cluster, "late");
+    let proxy = Proxy::start(&cluster);
+    let mut f = Follower::new(proxy.kubeconfig(), "late").await;
+    f.until(SOON, "the list", |f| f.lists == 1).await;
+    let long = Duration::from_secs(60);
+    assert!(!f.watched.is_returning(MAPS, long), "it never failed");
+    proxy.refuse();
+    f.until(SOON, "the failure", |f| f.watched.failing().is_some()).await;
+    assert!(f.watched.is_returning(MAPS, Duration::ZERO));
+    // By now more than a second is between two tries; one has just failed.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let before = proxy.attempts();
+    f.until(SOON, "the next try", |_| proxy.attempts() > before).await;
+    proxy.forward();
+    apply(&cluster, &map("late", "a", "1"));
+    f.watched.hurry(MAPS);
+    let took = f.until(SOON, "the change", |f| f.has(&[("a", "1")])).await;
+    assert!(took < Duration::from_millis(800), "{took:?}");
+    assert!(f.watched.is_returning(MAPS, long) && !f.watched.is_returning(MAPS, Duration::ZERO));
+    // Who asked for another one has it: this one stays.
+    let events = f.watched.health()[MAPS].events;
+    apply(&cluster, &map("late", "b", "1"));
+    f.until(SOON, "the next change", |f| f.has(&[("a", "1"), ("b", "1")])).await;
+    assert_eq!((f.lists, f.watched.health()[MAPS].events), (1, events + 1));
+}
+
+#[tokio::test]
 async fn a_version_that_is_too_old_leads_to_a_new_list() {
     let cluster = Cluster::start().unwrap();
     made(&cluster, "old");

@@ -13,13 +13,18 @@ use tidegate_sni::Live;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{MAX_PENDING, Run};
+use crate::admin::Guard;
 use crate::desired::{self, Desired, Order};
-use crate::generations::HURRY;
+use crate::generations::{HURRY, RETURN};
 use crate::ownership::PLACE;
 use crate::report::thread::Origin;
 
 /// How long a gateway that is told to end waits at most until others have its pairs.
 const LEAVE: Duration = Duration::from_secs(4);
+/// So long a gateway that is stale still answers names at most until others have its pairs.
+pub(super) const HAND_OVER: Duration = Duration::from_millis(400);
+/// Other gateways that are told what this one learns: more than there can be.
+const MAX_PEERS: usize = 256;
 /// Time between two tries to move over from another layout.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -29,6 +34,15 @@ pub(super) struct Leaving {
     reply: oneshot::Sender<()>,
     /// When it ends all the same.
     until: Duration,
+}
+
+/// A gateway that knows less than another one.
+pub(super) struct Stale {
+    /// It is not ready.
+    _unready: Guard,
+    since: Duration,
+    /// Whether it answers nobody any more.
+    pub closed: bool,
 }
 
 impl Run {
@@ -51,27 +65,21 @@ impl Run {
             self.move_over(now);
             self.core.ownership.set_able(self.able());
         }
-        if self.core.ownership.tick(now) {
-            let world = self.compiled.world.clone();
+        if self.tick(now) {
             self.set_claims();
-            let pairs = self.core.desired.held(&world);
+            let pairs = self.core.desired.held(&self.compiled.world);
             if **self.core.shared.pairs.load() != pairs {
                 self.core.shared.pairs.store(Arc::new(pairs));
             }
             self.apply_own();
-            self.moved.get_or_insert(now);
-            // Connections of pairs that moved away are dead: their packets go elsewhere.
-            let desired = &self.core.desired;
-            let lost = |live: &Live| world.scope(live.scope).is_none_or(|s| desired.way_out(s).is_none());
-            let cut = self.core.registry.revoke(lost, Reason::NoGateway);
-            if cut > 0 {
-                tracing::info!(connections = cut, "connections of egress pairs that moved away were reset");
-            }
+            self.cut_moved();
         }
+        self.fall_silent(now);
         // Packets that come before the addresses and rules are there would be refused: nodes are told after that.
         let in_place = **self.core.shared.applied.load() == **self.core.shared.pairs.load();
         if self.moved.is_some_and(|since| in_place || now.saturating_sub(since) >= PLACE) {
             self.moved = None;
+            self.core.desired.tell_all();
             self.send_states();
             // One that waits for this to end holds the same addresses until it hears of it.
             self.beat_peers();
@@ -102,8 +110,39 @@ impl Run {
         }
     }
 
-    /// Whether this gateway sees as much of the API server as the others do. One that does not answers nobody and takes
-    /// no pair until it does.
+    /// Lets ownership decide: every change that it makes comes from here. Says whether there may be one; then claims are to be
+    /// set, our own kernel and the addresses to follow, and connections to be cut.
+    pub(super) fn tick(&mut self, now: Duration) -> bool {
+        let changed = self.core.ownership.tick(now);
+        if changed {
+            self.moved.get_or_insert(now);
+        }
+        changed
+    }
+
+    /// Connections of pairs that moved away are dead: their packets go elsewhere.
+    pub(super) fn cut_moved(&self) {
+        let (world, desired) = (&self.compiled.world, &self.core.desired);
+        let lost = |live: &Live| world.scope(live.scope).is_none_or(|s| desired.way_out(s).is_none());
+        let cut = self.core.registry.revoke(lost, Reason::NoGateway);
+        if cut > 0 {
+            tracing::info!(connections = cut, "connections of egress pairs that moved away were reset");
+        }
+    }
+
+    /// One that is stale answers names until others have its pairs, but not for long.
+    fn fall_silent(&mut self, now: Duration) {
+        let nothing = !self.core.ownership.holds_any();
+        if let Some(stale) = self.stale.as_mut().filter(|s| !s.closed)
+            && (nothing || now.saturating_sub(stale.since) >= HAND_OVER)
+        {
+            stale.closed = true;
+            self.open_view();
+        }
+    }
+
+    /// Whether this gateway sees as much of the API server as the others do. One that does not hands its pairs
+    /// over, answers nobody after that, and takes no pair until it does.
     fn judge_generations(&mut self, now: Duration) {
         let behind = self.generations.behind(now);
         if let Some(watched) = &self.core.watched
@@ -127,8 +166,11 @@ impl Run {
         } else {
             tracing::info!("this gateway has caught up with the others");
         }
-        self.stale = stale.then(|| self.core.readiness.guard("stale"));
-        if self.settled {
+        self.core.stale.send_replace(stale);
+        let was = self.stale.take();
+        self.stale =
+            stale.then(|| Stale { _unready: self.core.readiness.guard("stale"), since: now, closed: !self.settled });
+        if self.settled && was.is_some_and(|s| s.closed) {
             self.open_view();
         }
         self.beat_peers();
@@ -192,7 +234,9 @@ impl Run {
             };
             out.insert(pair, claim);
         }
-        self.core.desired.set_claims(out);
+        // What a new owner needs may not be in place yet: until then nodes follow those whom they were told of.
+        let told = self.moved.is_some().then_some(&*self.told);
+        self.core.desired.set_claims(out, told);
         self.note_problems(&nobody);
     }
 
@@ -251,7 +295,9 @@ impl Run {
         });
     }
 
-    fn beat(&self) -> Beat {
+    fn beat(&mut self) -> Beat {
+        let watched = self.core.watched.as_ref();
+        let versions = self.generations.told(|feed| watched.is_some_and(|w| w.is_returning(feed, RETURN)));
         let ownership = &self.core.ownership;
         Beat {
             able: self.able(),
@@ -259,7 +305,7 @@ impl Run {
             // One that is stale offers what it holds, as one that is about to end does: others need not wait.
             leaving: ownership.leaving() || self.stale.is_some(),
             placing: self.moved.is_some(),
-            versions: self.generations.told(),
+            versions,
         }
     }
 
@@ -278,10 +324,11 @@ impl Run {
         }
     }
 
-    /// Another gateway asks: it gets all facts, those too that still wait for policy here.
+    /// Another gateway asks, by its certificate: it gets all facts, those too that still wait for policy here. It may
+    /// know this one before it is listed here.
     pub(super) fn peer_up(&mut self, gateway: String, out: mpsc::Sender<PeerUpdate>) {
-        if !self.core.ownership.is_peer(&gateway) {
-            tracing::warn!(peer = gateway, "a gateway that is not known, or has no address, asks");
+        if self.peers.len() >= MAX_PEERS && !self.peers.contains_key(&gateway) {
+            tracing::warn!(peer = gateway, "more gateways than there can be ask");
             return;
         }
         let now = self.core.shared.now();

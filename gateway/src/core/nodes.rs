@@ -28,7 +28,7 @@ impl Run {
         for node in names {
             self.send_state(&node);
         }
-        self.told = self.core.desired.claims();
+        self.told = self.core.desired.said();
     }
 
     /// What all machines hold alike.
@@ -61,7 +61,7 @@ impl Run {
         for (node, batch) in told {
             self.say_state(&node, batch);
         }
-        self.told = self.core.desired.claims();
+        self.told = self.core.desired.said();
     }
 
     fn whole(&self, target: Target<'_>) -> NodeState {

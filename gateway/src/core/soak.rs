@@ -8,7 +8,7 @@
 //! Of the product only what waits in real time is left out: sockets, the threads around the core, packets.
 #![allow(clippy::unwrap_used, reason = "a test may fail")]
 
-mod cluster;
+pub(super) mod cluster;
 mod node;
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -203,6 +203,7 @@ impl Soak {
             starting: None,
             readiness: Readiness::default(),
             watched: None,
+            stale: tokio::sync::watch::channel(false).0,
         });
         run.attached = true;
         let (to_peer, peer) = mpsc::channel(1 << 16);

@@ -121,7 +121,8 @@ fn a_tenant_reads_what_holds_and_what_to_do() {
     let config: crate::config::Config = serde_saphyr::from_str(&config).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let kube = Kube::start(&config, config.kubernetes.as_ref().unwrap(), runtime).unwrap();
-    let (outlet, leading) = leading::start(&kube);
+    let (_fresh, stale) = tokio::sync::watch::channel(false);
+    let (outlet, leading) = leading::start(&kube, stale);
     let snapshot: Arc<ArcSwapOption<Snapshot>> = Arc::default();
     let mut test = Test {
         cluster,

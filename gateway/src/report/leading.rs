@@ -33,13 +33,14 @@ pub struct Leading {
 }
 
 /// Stands for election, and writes what the outlet is given while this gateway leads.
-pub fn start(kube: &Kube) -> (Outlet, Leading) {
+/// It does neither while it is `stale`.
+pub fn start(kube: &Kube, stale: watch::Receiver<bool>) -> (Outlet, Leading) {
     let connection = kube.connection();
     let (statuses, wanted) = watch::channel(None);
     let (events, denials) = mpsc::channel(EVENTS);
     let (leads_tx, leads) = watch::channel(None);
     let (stop, stopped) = watch::channel(false);
-    kube.spawn(lease::stand(connection.clone(), LEASE, lease::Times::default(), leads_tx, stopped));
+    kube.spawn(lease::stand(connection.clone(), LEASE, lease::Times::default(), leads_tx, stale, stopped));
     kube.spawn(status::write(connection.client.clone(), wanted, leads.clone()));
     kube.spawn(events::write(connection, denials, leads.clone()));
     let outlet = Outlet { statuses, events, last: Arc::default(), said: Reports::default() };

@@ -191,12 +191,19 @@ impl State {
         let Change { feed, event, reached, newest } = change;
         self.nodes |= feed == Feed::Nodes;
         let version = self.versions.entry(feed).or_default();
+        let before = self.index.changes();
         match event {
             Event::Applied(object) => self.index.apply(feed, &object),
             Event::Deleted(object) => self.index.delete(feed, &object),
             Event::Restarted(seen) => {
                 self.index.restarted(feed, &seen);
                 self.listed.insert(feed);
+                if reached.is_none() {
+                    // The API server does not have the kind.
+                    self.moved |= *version != Version::default();
+                    self.versions.remove(&feed);
+                    return;
+                }
                 // Versions can go back when a cluster is restored from a backup. What is newest then, the list says.
                 if reached.is_some_and(|r| r < version.reached) {
                     *version = Version::default();
@@ -204,7 +211,10 @@ impl State {
             }
             Event::Bookmark => {}
         }
-        version.newest = version.newest.max(newest.unwrap_or_default());
+        // What changed nothing nobody need have seen.
+        if self.index.changes() != before {
+            version.newest = version.newest.max(newest.unwrap_or_default());
+        }
         version.reached = version.reached.max(reached.unwrap_or_default());
         self.moved |= reached.is_some();
     }
@@ -251,4 +261,50 @@ pub fn health(watched: &Watched<Feed>) -> Value {
         "awayForSeconds": failing.as_ref().map(|(since, _)| ago(*since)),
         "lists": lists,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state() -> State {
+        let text = "{name: gw-a, node: n1, control: '127.0.0.1:1', socket: /nowhere/s, pins: /nowhere/p, \
+             kubernetes: {namespace: x}, resolvers: [{servers: ['192.0.2.53:53']}]}";
+        State::new(&serde_saphyr::from_str(text).unwrap())
+    }
+
+    fn node(version: u64, ip: &str) -> Change<Feed> {
+        let object = json!({
+            "metadata": {"name": "n1", "uid": "u", "resourceVersion": version.to_string()},
+            "status": {"addresses": [{"type": "InternalIP", "address": ip}], "conditions": [{"lastHeartbeatTime": version}]},
+        });
+        let event = Event::Applied(Box::new(object));
+        Change { feed: Feed::Nodes, event, reached: Some(version), newest: Some(version) }
+    }
+
+    #[test]
+    fn what_changes_nothing_nobody_need_have_seen() {
+        let mut s = state();
+        s.take(node(5, "192.0.2.1"));
+        s.take(node(6, "192.0.2.1"));
+        assert_eq!(s.versions[&Feed::Nodes], Version { newest: 5, reached: 6 });
+        s.take(node(7, "192.0.2.2"));
+        assert_eq!(s.versions[&Feed::Nodes], Version { newest: 7, reached: 7 });
+    }
+
+    #[test]
+    fn a_kind_that_the_api_server_does_not_have_has_no_version() {
+        let mut s = state();
+        let all = |reached| {
+            let event = Event::Restarted(BTreeSet::new());
+            Change { feed: Feed::ServiceCidrs, event, reached, newest: None }
+        };
+        s.take(all(None));
+        assert!(s.versions.is_empty() && !s.moved && s.listed.contains(&Feed::ServiceCidrs));
+        s.take(all(Some(9)));
+        assert_eq!(s.versions[&Feed::ServiceCidrs].reached, 9);
+        s.moved = false;
+        s.take(all(None));
+        assert!(s.versions.is_empty() && s.moved, "others are told");
+    }
 }

@@ -18,6 +18,7 @@ use tidegate_lab::Lab;
 use tidegate_lab::family::FAMILIES;
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::netns::nft;
+use tidegate_lab::probe::dig;
 
 #[test]
 fn owners() {
@@ -29,8 +30,9 @@ fn owners() {
     wait_recorded(&lab, "gw-a", epoch);
     owner_dies(&mut lab, &wire);
     owner_loses_the_api_server_alone(&mut lab);
-    owner_dies_without_an_api_server(&mut lab, &wire);
+    owner_loses_the_api_server_and_policy_changes(&mut lab, &wire);
     owner_is_cut_off_from_everything(&mut lab, &wire);
+    owner_dies_without_an_api_server(&mut lab, &wire);
     pool_is_deleted_and_serves_on(&mut lab);
     lab.down().unwrap();
 }
@@ -59,16 +61,15 @@ fn owner_dies(lab: &mut Lab, wire: &Wire) {
     wire.only(dead, &["gw-b"]);
 }
 
-/// What comes from a gateway's pod does not reach the API server any more.
+/// Nothing goes between a gateway's pod and the API server any more.
 fn cut_api(lab: &Lab, gateway: &str) {
     let pod = lab.scenario().pod(&format!("tidegate-system/{gateway}")).unwrap().clone();
     let (v4, v6) = lab.scenario().control();
+    let (pod4, pod6) = (pod.ipv4.unwrap(), pod.ipv6.unwrap());
     let rules = format!(
         "table inet lab-api {{ chain cut {{ type filter hook forward priority -300; policy accept;
-         ip saddr {} ip daddr {v4} drop;
-         ip6 saddr {} ip6 daddr {v6} drop; }}; }}",
-        pod.ipv4.unwrap(),
-        pod.ipv6.unwrap()
+         ip saddr {pod4} ip daddr {v4} drop; ip saddr {v4} ip daddr {pod4} drop;
+         ip6 saddr {pod6} ip6 daddr {v6} drop; ip6 saddr {v6} ip6 daddr {pod6} drop; }}; }}"
     );
     nft(lab.place(&pod.node).unwrap().netns(), &rules).unwrap();
 }
@@ -83,7 +84,7 @@ fn misses_api(lab: &Lab, gateway: &str) -> bool {
     status(lab, gateway)["problems"].to_string().contains("the API server does not answer")
 }
 
-/// It keeps serving, and nothing is decided anew.
+/// It keeps serving, whatever is written there that changes no policy, and nothing is decided anew.
 fn owner_loses_the_api_server_alone(lab: &mut Lab) {
     let before = recorded(lab);
     assert_eq!(before.0, "gw-b");
@@ -92,7 +93,12 @@ fn owner_loses_the_api_server_alone(lab: &mut Lab) {
         cut_api(lab, "gw-b");
         assert!(wait_for(Duration::from_secs(10), || misses_api(lab, "gw-b").then_some(())).is_some());
         assert!(!misses_api(lab, "gw-a"));
-        std::thread::sleep(Duration::from_secs(5));
+        // As kubelets and others write all the time.
+        for object in [["node", "node-1"].as_slice(), &["pod", "-n", "shop", "web"], &["namespace", "shop"]] {
+            lab.kubectl(&[&["annotate"], object, &["example.com/seen=now"]].concat()).unwrap();
+        }
+        std::thread::sleep(Duration::from_secs(8));
+        assert_eq!(lab.admin("gw-b", "/readyz").unwrap().0, 200, "it serves what it knows");
         mend_api(lab, "gw-b");
         assert!(wait_for(Duration::from_secs(15), || (!misses_api(lab, "gw-b")).then_some(())).is_some());
         cut
@@ -104,22 +110,62 @@ fn owner_loses_the_api_server_alone(lab: &mut Lab) {
     }
 }
 
+/// Policy changes that it cannot see: within five seconds it helps nobody to what is not allowed any more. It carries on until
+/// the other one has the pair in place, and takes nothing when it is back.
+fn owner_loses_the_api_server_and_policy_changes(lab: &mut Lab, wire: &Wire) {
+    let (who, epoch) = recorded(lab);
+    let heir = other(&who);
+    let file = "shop-revocable.yaml";
+    let before = lab.manifest(file).unwrap();
+    let allowed = |lab: &Lab, name: &str| !dig(&lab.pod("shop/web"), name, "A", &[]).answers.is_empty();
+    assert!(allowed(lab, "revoked.example.com"));
+    let (edit, traffic) = under_traffic(lab, &PODS, |lab| {
+        cut_api(lab, &who);
+        assert!(wait_for(Duration::from_secs(10), || misses_api(lab, &who).then_some(())).is_some());
+        let edit = Instant::now();
+        lab.edit_manifest(file, &before.replace("revoked.example.com", "granted.example.com")).unwrap();
+        let denied =
+            wait_for(Duration::from_secs(15), || (!allowed(lab, "revoked.example.com")).then(|| edit.elapsed()));
+        println!("the rule was gone after {denied:?}");
+        // Edits take a moment themselves.
+        assert!(denied.is_some_and(|after| after < Duration::from_secs(6)), "{denied:?}");
+        wait_owner(lab, heir, heir, Duration::from_secs(10));
+        std::thread::sleep(Duration::from_secs(2));
+        edit
+    });
+    gaps("policy changed behind the owner's back", &traffic, edit, NAMES, CALM.1);
+    assert_eq!(wait_recorded(lab, heir, epoch + 1), epoch + 1);
+    wire.only(edit, &[heir]);
+    assert_ne!(lab.admin(&who, "/readyz").unwrap().0, 200, "{who} knows less");
+    let (back, traffic) = under_traffic(lab, &PODS, |lab| {
+        let back = Instant::now();
+        mend_api(lab, &who);
+        lab.edit_manifest(file, &before).unwrap();
+        lab.wait_ready(&who, READY).unwrap();
+        std::thread::sleep(Duration::from_secs(3));
+        back
+    });
+    gaps("it is back", &traffic, back, CALM.0, CALM.1);
+    assert!(allowed(lab, "revoked.example.com"));
+    assert_eq!(recorded(lab), (heir.into(), epoch + 1), "who returns takes nothing");
+}
+
 /// The other one takes over by the gateways' own word, and is recorded once that can be.
 fn owner_dies_without_an_api_server(lab: &mut Lab, wire: &Wire) {
     let (who, epoch) = recorded(lab);
-    assert_eq!(who, "gw-b");
+    let heir = other(&who);
     let calm = |what: &str, since: Instant, traffic: &[Traffic]| gaps(what, traffic, since, CALM.0, CALM.1);
     let (down, traffic) = under_traffic(lab, &PODS, |lab| {
         let down = Instant::now();
         lab.stop_api_server().unwrap();
-        assert!(wait_for(Duration::from_secs(10), || misses_api(lab, "gw-a").then_some(())).is_some());
+        assert!(wait_for(Duration::from_secs(10), || misses_api(lab, heir).then_some(())).is_some());
         std::thread::sleep(Duration::from_secs(3));
         down
     });
     calm("API server down", down, &traffic);
     let (dead, traffic) = under_traffic(lab, &PODS, |lab| {
-        let dead = kill(lab, "gw-b");
-        wait_owner(lab, "gw-a", "gw-a", Duration::from_secs(10));
+        let dead = kill(lab, &who);
+        wait_owner(lab, heir, heir, Duration::from_secs(10));
         std::thread::sleep(Duration::from_secs(1));
         dead
     });
@@ -127,14 +173,14 @@ fn owner_dies_without_an_api_server(lab: &mut Lab, wire: &Wire) {
     let (back, traffic) = under_traffic(lab, &PODS, |lab| {
         let back = Instant::now();
         lab.start_api_server().unwrap();
-        assert_eq!(wait_recorded(lab, "gw-a", epoch + 1), epoch + 1);
+        assert_eq!(wait_recorded(lab, heir, epoch + 1), epoch + 1);
         back
     });
     calm("API server back", back, &traffic);
-    lab.start("gw-b").unwrap();
-    lab.wait_ready("gw-b", READY).unwrap();
-    wait_owner(lab, "gw-b", "gw-a", Duration::from_secs(10));
-    wire.only(dead, &["gw-a"]);
+    lab.start(&who).unwrap();
+    lab.wait_ready(&who, READY).unwrap();
+    wait_owner(lab, &who, heir, Duration::from_secs(10));
+    wire.only(dead, &[heir]);
 }
 
 /// It withdraws, and nobody else's traffic suffers; back again it reads who owns the pair now.
@@ -149,7 +195,8 @@ fn owner_is_cut_off_from_everything(lab: &mut Lab, wire: &Wire) {
 fn pool_is_deleted_and_serves_on(lab: &mut Lab) {
     let finalizers = |p: &Value| p["metadata"]["finalizers"] == json!(["tidegate.dev/in-use"]);
     lab.wait_object(POOL, Duration::from_secs(20), finalizers).unwrap();
-    let owner = other("gw-a");
+    let (owner, _) = recorded(lab);
+    let owner = owner.as_str();
     let (deleted, traffic) = under_traffic(lab, &PODS, |lab| {
         let deleted = Instant::now();
         lab.kubectl(&["delete", "egresspool", "partner-a", "--wait=false"]).unwrap();

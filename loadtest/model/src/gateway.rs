@@ -107,6 +107,8 @@ pub struct Gateway {
     /// What other gateways that listen are told.
     pub(crate) peers: BTreeMap<&'static str, VecDeque<Vec<u8>>>,
     pub(crate) moved: Option<Duration>,
+    /// What nodes were told of owners.
+    told: Arc<BTreeMap<Pair, desired::Ownership>>,
     pairs: Vec<HeldPair>,
     applied: Vec<HeldPair>,
     /// How long it takes until addresses and rules are in place, and when what changed last is.
@@ -163,6 +165,7 @@ impl Gateway {
             pending: vec![(now, recovered)],
             peers: BTreeMap::new(),
             moved: None,
+            told: Arc::default(),
             pairs: Vec::new(),
             applied: Vec::new(),
             placing: Duration::ZERO,
@@ -265,9 +268,9 @@ impl Gateway {
             self.put_in_force(&objects, wall, now);
         }
         if self.ownership.tick(now) {
+            self.moved.get_or_insert(now);
             self.set_claims(now);
             self.apply_own();
-            self.moved.get_or_insert(now);
         }
         if self.place.is_some_and(|at| at <= now) {
             self.place = None;
@@ -275,6 +278,7 @@ impl Gateway {
         }
         if self.moved.is_some_and(|since| self.applied == self.pairs || now.saturating_sub(since) >= PLACE) {
             self.moved = None;
+            self.desired.tell_all();
             self.send_states();
             self.beat_peers();
         }
@@ -310,7 +314,7 @@ impl Gateway {
             };
             out.insert(pair, claim);
         }
-        self.desired.set_claims(out);
+        self.desired.set_claims(out, self.moved.is_some().then_some(&*self.told));
         let pairs = self.desired.held(&world);
         if pairs != self.pairs {
             self.pairs = pairs;
@@ -342,6 +346,7 @@ impl Gateway {
 
     fn send_states(&mut self) {
         NODES.iter().for_each(|n| self.send_state(n));
+        self.told = self.desired.said();
     }
 
     fn apply_own(&mut self) {

@@ -154,6 +154,8 @@ pub struct Index {
     assigned: BTreeMap<String, Vec<(String, Pair)>>,
     endings: Endings,
     touched: Touched,
+    /// Counts the changes of what holds.
+    changes: u64,
     /// Counts the changes of what [`Index::records`] says, resourceVersions aside.
     noted: u64,
     /// Where those changes were.
@@ -175,6 +177,7 @@ impl Index {
             assigned: BTreeMap::new(),
             endings: Endings::default(),
             touched: Touched::default(),
+            changes: 0,
             noted: 0,
             noted_in: Touched::default(),
         }
@@ -193,6 +196,11 @@ impl Index {
     /// Whether something changed since [`Index::take_touched`].
     pub fn is_touched(&self) -> bool {
         self.touched != Touched::default()
+    }
+
+    /// A number that changes when anything does that decides something: heartbeats and statuses do not.
+    pub fn changes(&self) -> u64 {
+        self.changes
     }
 
     /// A number that changes when a record does in more than its resourceVersion.
@@ -369,6 +377,7 @@ impl Index {
         if !changed {
             return;
         }
+        self.changes += 1;
         let t = &mut self.touched;
         match feed {
             Feed::Namespaces => drop(t.namespaces.insert(name.clone())),

@@ -66,7 +66,8 @@ fn what_changes_nothing_touches_nothing() {
     i.apply(Feed::Nodes, &json!({"metadata": {"name": "n1"}, "status": {"addresses": []}}));
     i.apply(Feed::EgressPolicies, &policy("one", "u", 1, 443));
     assert_eq!(i.take_touched(), Touched { nodes: true, ..touched(false, &["shop"], &[("shop", "a")]) });
-    let noted = i.noted();
+    let (noted, changes) = (i.noted(), i.changes());
+    assert_eq!(changes, 4);
 
     let mut beat = pod("shop", "a", "p", &["10.0.0.1"]);
     beat["metadata"]["resourceVersion"] = json!("77");
@@ -81,12 +82,16 @@ fn what_changes_nothing_touches_nothing() {
     status["status"] = json!({"conditions": [{"type": "Accepted"}]});
     status["metadata"]["resourceVersion"] = json!("8");
     i.apply(Feed::EgressPolicies, &status);
-    assert_eq!((i.take_touched(), i.noted()), (Touched::default(), noted));
+    assert_eq!((i.take_touched(), i.noted(), i.changes()), (Touched::default(), noted, changes));
     assert_eq!(i.record(Feed::Pods, "shop", "a").unwrap().resource_version, "77");
 
     i.apply(Feed::Pods, &pod("shop", "a", "p", &["10.0.0.2"]));
     assert!(i.is_touched());
     assert_eq!(i.take_touched(), touched(false, &[], &[("shop", "a")]));
+    assert_eq!(i.changes(), changes + 1);
+    i.delete(Feed::Pods, &pod("shop", "a", "p", &[]));
+    assert_eq!(i.changes(), changes + 2);
+    i.take_touched();
     i.apply(Feed::Namespaces, &namespace("shop", "u", json!({})));
     i.apply(Feed::EgressPolicies, &policy("two", "v", 1, 443));
     assert_eq!(i.take_touched(), touched(false, &["shop"], &[]));

@@ -1,4 +1,5 @@
 //! A proxy that can stop forwarding, and etcd's compaction.
+#![allow(dead_code, reason = "no file uses all of it")]
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -75,6 +76,11 @@ impl Proxy {
 
     pub fn kubeconfig(&self) -> PathBuf {
         self.kubeconfig.clone()
+    }
+
+    /// Connections that were attempted so far.
+    pub fn attempts(&self) -> u64 {
+        self.state.accepted.load(Ordering::SeqCst)
     }
 
     /// Ends all connections, and takes no new ones.

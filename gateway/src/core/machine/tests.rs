@@ -117,7 +117,7 @@ fn claim(desired: &Desired, compiled: &Compiled) {
         let held = candidates[0] == "gw-a";
         (pair, Ownership { owner: candidates[0].clone(), epoch: 1, held, standbys: candidates[1..].to_vec() })
     };
-    desired.set_claims(desired.pairs(compiled).into_iter().map(owned).collect());
+    desired.set_claims(desired.pairs(compiled).into_iter().map(owned).collect(), None);
 }
 
 /// A fact is learnt or ends, and its grants go to a machine that may have no pod of the group.

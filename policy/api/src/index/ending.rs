@@ -94,6 +94,7 @@ impl Index {
         }
         let meta = &object["metadata"];
         if meta["deletionTimestamp"].is_string() && self.endings.ending.insert(name.to_owned()) {
+            self.changes += 1;
             if first {
                 self.blind(name);
             } else {

@@ -1,0 +1,306 @@
+//! An edit and a pair that moves at the same moment: the core with a real relay and real kernel maps, on a clock of its own.
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
+
+use std::io::Read;
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tidegate_api::index::Feed;
+use tidegate_dns_core::View;
+use tidegate_ebpf::{Capacities, Datapath, Options, Role};
+use tidegate_ledger::Ledger;
+use tidegate_policy::event::{Emit, Event};
+use tidegate_policy::model::{Objects, Touched, UnixSeconds};
+use tidegate_policy::state::Entry;
+use tidegate_policy::world::World;
+use tidegate_policy::{Reason, ScopeKey};
+use tidegate_proto::wire::StateUpdate;
+use tidegate_proto::{Beat, Claim, Pair, PeerMessage, StateBatch};
+use tidegate_sni::{Destination, Relay, RelayConfig};
+use tidegate_sni_core::{Check, Client, Egress, Judgement, Sni};
+use tokio::sync::mpsc;
+
+use super::failover::HAND_OVER;
+use super::soak::cluster::{config, objects};
+use super::{Classifier, Core, Run, Shared, ToCore, channel};
+use crate::admin::Readiness;
+use crate::desired::{Compiled, Desired};
+use crate::generations::{LAG, Version};
+use crate::ownership::Ownership;
+
+const NODE: &str = "node-2";
+
+/// Takes every connection for one of a pod in this group, and waits for its hello.
+struct Anybody(Client);
+
+impl Check for Anybody {
+    fn client(&self, _: std::net::IpAddr) -> Option<Client> {
+        Some(self.0.clone())
+    }
+
+    fn judge(&self, _: &Client, _: SocketAddr, _: &Sni, _: bool) -> Judgement {
+        Judgement::Deny { reason: Reason::NoBinding, rule: None }
+    }
+
+    fn egress(&self, _: &Client, _: bool) -> Result<Egress, Reason> {
+        Err(Reason::NoGateway)
+    }
+
+    fn forbidden(&self, _: SocketAddr) -> bool {
+        false
+    }
+}
+
+struct Nobody;
+
+impl Emit for Nobody {
+    fn emit(&self, _: Event) {}
+}
+
+struct Test {
+    run: Run,
+    relay: Relay,
+    scope: ScopeKey,
+    objects: Objects,
+    compiles: u64,
+    /// The newest policy that the other gateway has seen.
+    seen: u64,
+    /// What the node was told.
+    state: mpsc::Receiver<StateUpdate>,
+    _folder: tempfile::TempDir,
+    pins: std::path::PathBuf,
+}
+
+impl Drop for Test {
+    fn drop(&mut self) {
+        // Open maps go with the process.
+        let _ = std::fs::remove_dir_all(&self.pins);
+    }
+}
+
+fn pair() -> Pair {
+    Pair { pool: "static".into(), ipv4: Some([203, 0, 113, 10].into()), ipv6: None }
+}
+
+fn compile(objects: &Objects, number: u64) -> Arc<Compiled> {
+    let world = Arc::new(World::compile(objects, UnixSeconds(0), None));
+    Arc::new(Compiled::new(world, objects, number))
+}
+
+impl Test {
+    /// This gateway serves the pair, and a node follows it.
+    fn new() -> Self {
+        static TESTS: AtomicU64 = AtomicU64::new(0);
+        let number = TESTS.fetch_add(1, Ordering::Relaxed);
+        let pins = std::path::PathBuf::from(format!("/sys/fs/bpf/tidegate-moves-{}-{number}", std::process::id()));
+        let folder = tempfile::tempdir().unwrap();
+        let config = Arc::new(config(folder.path(), &pins));
+        let empty = Arc::new(World::compile(&Objects::default(), UnixSeconds(0), None));
+        let shared = Arc::new(Shared::new(empty, Arc::default()));
+        shared.clock.set.store(1_000_000, Ordering::Relaxed);
+        let ledger =
+            Ledger::new(tidegate_ledger::Config::default(), [1, 2, 3, 4], Classifier(shared.clone()), shared.now());
+        let (_, rx) = channel();
+        let capacities = Capacities { endpoints: 64, facts: 64, grants: 1024, portsets: 256, prefixes: 256, flows: 64 };
+        let options = Options { capacities, ..Options::new(Role::Gateway, &pins) };
+        let mut objects = objects();
+        // From where the test connects.
+        objects.pods.get_mut(&("team-a".to_owned(), "web-1".to_owned())).unwrap().addresses.push([127, 0, 0, 1].into());
+        let compiled = compile(&objects, 1);
+        let web = compiled.world.endpoint([10, 244, 2, 1].into()).unwrap();
+        let member = web.member.unwrap();
+        let group = compiled.world.group(member.index).unwrap().key();
+        let client = Client { who: web.who.clone(), scope: member.scope, group, group_index: member.index };
+        let relay = RelayConfig {
+            listen: vec!["127.0.0.1:0".parse().unwrap()],
+            threads: 1,
+            transparent: false,
+            destination: Destination::Mapped(Arc::new(|_, _| "192.0.2.1:443".parse().unwrap())),
+            hello_timeout: Duration::from_secs(60),
+            ..RelayConfig::default()
+        };
+        let relay = Relay::start(relay, Arc::new(Anybody(client)), Arc::new(Nobody)).unwrap();
+        let mut run = Run::new(Core {
+            rx,
+            shared: shared.clone(),
+            desired: Arc::new(Desired::new(config)),
+            families: (true, true),
+            ledger,
+            datapath: Datapath::load(&options).unwrap(),
+            registry: relay.registry().clone(),
+            boot_id: 7,
+            gateway: "gw-a".into(),
+            flow_idle: Duration::from_secs(60),
+            ownership: Ownership::new("gw-a", ["gw-b".to_owned()], shared.now()),
+            api: None,
+            journal: None,
+            recovered: Vec::new(),
+            denials: crate::report::thread::post().0,
+            starting: None,
+            readiness: Readiness::default(),
+            watched: None,
+            stale: tokio::sync::watch::channel(false).0,
+        });
+        run.attached = true;
+        let (out, state) = mpsc::channel(1 << 10);
+        let mut test =
+            Self { run, relay, scope: member.scope, objects, compiles: 1, seen: 5, state, _folder: folder, pins };
+        test.beat(Vec::new());
+        test.run.take(ToCore::World(compiled));
+        test.run.take(ToCore::StateUp { node: NODE.into(), id: 1, out });
+        test.run.decide();
+        test.in_place();
+        assert!(test.run.core.ownership.holds(&pair()));
+        assert_eq!(test.owner(), Some(("gw-a".into(), 1)));
+        test
+    }
+
+    /// The other gateway says what is claimed.
+    fn beat(&mut self, claims: Vec<Claim>) {
+        let versions = vec![("egresspolicies".to_owned(), self.seen)];
+        let beat = Some(Beat { able: true, claims, versions, ..Beat::default() });
+        let message = PeerMessage { boot_id: 9, snapshot: true, beat, ..PeerMessage::default() };
+        self.run.take(ToCore::Peer { gateway: "gw-b".into(), message });
+    }
+
+    fn claims_the_pair(&mut self, epoch: u64) {
+        self.beat(vec![Claim { pair: pair(), owner: "gw-b".into(), epoch, held: true }]);
+    }
+
+    /// Another pod of the scope comes.
+    fn edit(&mut self) {
+        let mut pod = self.objects.pods[&("team-a".to_owned(), "web-1".to_owned())].clone();
+        self.compiles += 1;
+        pod.addresses = vec![[10, 244, 2, 100 + self.compiles as u8].into()];
+        self.objects.pods.insert(("team-a".into(), format!("new-{}", self.compiles)), pod);
+        let world = World::compile(&self.objects, UnixSeconds(0), Some((&self.run.compiled.world, Touched::ALL)));
+        let compiled = Compiled::new(Arc::new(world), &self.objects, self.compiles);
+        self.run.take(ToCore::World(Arc::new(compiled)));
+    }
+
+    fn pass(&mut self, by: Duration) {
+        let clock = &self.run.core.shared.clock.set;
+        clock.fetch_add(u64::try_from(by.as_millis()).unwrap(), Ordering::Relaxed);
+    }
+
+    /// The thread of the way out has brought the addresses into place.
+    fn in_place(&mut self) {
+        let shared = &self.run.core.shared;
+        shared.applied.store(shared.pairs.load_full());
+        self.run.decide();
+    }
+
+    /// The other gateway has seen a policy that this one does not see.
+    fn fall_behind(&mut self) {
+        let version = Version { newest: 5, reached: 5 };
+        self.run.take(ToCore::Versions([(Feed::EgressPolicies, version)].into()));
+        self.seen = 6;
+        self.beat(Vec::new());
+        self.pass(LAG);
+        self.beat(Vec::new());
+        self.run.decide();
+        assert!(*self.run.core.stale.borrow(), "statuses and pools are told");
+    }
+
+    fn answers(&self) -> bool {
+        View::closed(&**self.run.core.shared.view.load()).is_none()
+    }
+
+    /// Whom the node was told to follow since the last time, and the epoch.
+    fn owner(&mut self) -> Option<(String, u64)> {
+        let mut told = None;
+        while let Ok(update) = self.state.try_recv() {
+            for entry in StateBatch::try_from(update).unwrap().set {
+                if let Entry::Scope(scope, s) = entry
+                    && scope == self.scope
+                {
+                    told = Some((s.owner, s.epoch));
+                }
+            }
+        }
+        told
+    }
+}
+
+#[test]
+fn connections_of_a_pair_that_is_lost_are_reset_although_an_edit_comes_first() {
+    let mut test = Test::new();
+    let mut live = TcpStream::connect(test.relay.addresses()[0]).unwrap();
+    live.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    while test.run.core.registry.is_empty() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    test.edit();
+    test.run.decide();
+    assert!(
+        live.read(&mut [0]).is_err_and(|e| e.kind() == std::io::ErrorKind::WouldBlock),
+        "an edit alone cuts nothing"
+    );
+    test.claims_the_pair(5);
+    test.edit();
+    test.run.decide();
+    assert!(!test.run.core.ownership.holds(&pair()));
+    live.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    match live.read(&mut [0]) {
+        Ok(0) => {}
+        Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => {}
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn nodes_follow_a_new_owner_only_when_its_addresses_are_in_place_although_an_edit_comes_first() {
+    let mut test = Test::new();
+    test.claims_the_pair(5);
+    test.run.decide();
+    test.in_place();
+    assert_eq!(test.owner(), Some(("gw-b".into(), 5)));
+    // The other one dies, and an edit comes before anything is decided.
+    test.pass(Duration::from_secs(3));
+    test.edit();
+    assert!(test.run.core.ownership.holds(&pair()));
+    assert_eq!(test.owner(), None, "the addresses are not in place");
+    // Nor does a node that begins anew hear of it.
+    let (out, state) = mpsc::channel(1 << 10);
+    test.state = state;
+    test.run.take(ToCore::StateUp { node: NODE.into(), id: 2, out });
+    assert_eq!(test.owner(), Some(("gw-b".into(), 5)));
+    test.edit();
+    test.run.decide();
+    assert_eq!(test.owner(), None);
+    test.in_place();
+    assert_eq!(test.owner(), Some(("gw-a".into(), 6)));
+}
+
+#[test]
+fn one_that_knows_less_answers_until_another_has_its_pairs() {
+    let mut test = Test::new();
+    test.fall_behind();
+    assert!(test.answers() && test.run.core.ownership.holds(&pair()), "nobody else has it yet");
+    let take = |c: Claim| Claim { owner: "gw-b".into(), epoch: c.epoch + 5, held: true, ..c };
+    let all = test.run.core.ownership.claims().into_iter().map(take).collect();
+    test.beat(all);
+    test.run.decide();
+    assert!(!test.answers() && !test.run.core.ownership.holds(&pair()));
+    // An edit that comes late is no reason to answer.
+    test.edit();
+    assert!(!test.answers());
+    let version = Version { newest: 6, reached: 6 };
+    test.run.take(ToCore::Versions([(Feed::EgressPolicies, version)].into()));
+    test.run.decide();
+    assert!(test.answers() && !*test.run.core.stale.borrow());
+}
+
+#[test]
+fn one_that_knows_less_answers_not_much_longer_although_nobody_takes_its_pairs() {
+    let mut test = Test::new();
+    test.fall_behind();
+    test.pass(HAND_OVER - Duration::from_millis(1));
+    test.run.decide();
+    assert!(test.answers());
+    test.pass(Duration::from_millis(1));
+    test.run.decide();
+    assert!(!test.answers());
+}
