@@ -5,8 +5,9 @@
 //! it helps nobody until it has caught up.
 //!
 //! Only what a peer says now counts. One that is silent has no say after [`FORGET`]: while the API server is away, the
-//! last gateway carries on with what it knows. What it learns from a list that it has only just got back it says
-//! [`RETURN`] later: others have lost theirs as well, and come back after pauses of their own.
+//! last gateway carries on with what it knows. What it learns from a list that it has only just got back it says so
+//! late that nobody is stale until [`RETURN`] after that: others have lost theirs as well, and come back after pauses
+//! of their own. Nobody is stale later than that either, or than [`LAG`] after an edit.
 //!
 //! Only objects count that change something (see `crate::source::kubernetes`): heartbeats of nodes and statuses are
 //! written all the time, and who does not see them helps nobody to what is not allowed.
@@ -22,7 +23,7 @@ pub const LAG: Duration = Duration::from_secs(4);
 pub const HURRY: Duration = Duration::from_secs(1);
 /// A list that was lost is got back within so long after the first gateway has it: the pause between two tries, and
 /// packets of a connection that get lost.
-pub const RETURN: Duration = Duration::from_secs(6);
+const RETURN: Duration = Duration::from_secs(6);
 /// What a silent peer said is forgotten after so long.
 const FORGET: Duration = Duration::from_secs(10);
 /// Different versions of one list and peer that are remembered. At five beats a second that is more than [`LAG`].
@@ -68,10 +69,11 @@ impl Generations {
         }
     }
 
-    /// What other gateways are told: of each list, by its name, the newest version. Of those that `returning` says are lost, or
-    /// are back since less than [`RETURN`], what was said before.
-    pub fn told(&mut self, returning: impl Fn(Feed) -> bool) -> Vec<(String, u64)> {
-        for feed in Feed::ALL.into_iter().filter(|f| !returning(*f)) {
+    /// What other gateways are told: of each list, by its name, the newest version. `back` says for how long a list that was
+    /// lost is back, and no time while it is not: at first it is told what was said before.
+    pub fn told(&mut self, back: impl Fn(Feed) -> Option<Duration>) -> Vec<(String, u64)> {
+        let settled = |f: &Feed| back(*f).is_none_or(|since| since >= RETURN - LAG);
+        for feed in Feed::ALL.into_iter().filter(settled) {
             match self.own.get(&feed) {
                 Some(v) => drop(self.told.insert(feed, v.newest)),
                 None => drop(self.told.remove(&feed)),
@@ -155,7 +157,7 @@ mod tests {
         assert!(!g.is_stale(at(4200)), "only 12 is missing, and that is new");
         g.set_own(own(12));
         assert!(g.behind(at(9000)).is_empty());
-        assert_eq!(g.told(|_| false), [("egresspolicies".to_owned(), 12)]);
+        assert_eq!(g.told(|_| None), [("egresspolicies".to_owned(), 12)]);
     }
 
     #[test]
@@ -226,14 +228,34 @@ mod tests {
     #[test]
     fn what_a_list_says_that_has_only_just_come_back_is_told_later() {
         let mut g = Generations::default();
-        let told = |g: &mut Generations, returning| g.told(|f| f == Feed::EgressPolicies && returning);
+        let back = |g: &mut Generations, ms| g.told(|f| (f == Feed::EgressPolicies).then_some(at(ms)));
         g.set_own(own(9));
-        assert!(told(&mut g, true).is_empty(), "the API server was away at the start");
-        assert_eq!(told(&mut g, false), [("egresspolicies".to_owned(), 9)]);
+        assert!(back(&mut g, 0).is_empty(), "the API server was away at the start");
+        assert_eq!(g.told(|_| None), [("egresspolicies".to_owned(), 9)]);
         g.set_own(own(20));
-        assert_eq!(told(&mut g, true), [("egresspolicies".to_owned(), 9)]);
-        assert_eq!(told(&mut g, false), [("egresspolicies".to_owned(), 20)]);
+        assert_eq!(back(&mut g, 0), [("egresspolicies".to_owned(), 9)]);
+        assert_eq!(back(&mut g, 2000), [("egresspolicies".to_owned(), 20)]);
         g.set_own(Versions::new());
-        assert!(told(&mut g, false).is_empty(), "the API server does not have it any more");
+        assert!(g.told(|_| None).is_empty(), "the API server does not have it any more");
+    }
+
+    #[test]
+    fn after_an_outage_all_have_six_seconds_and_no_edit_takes_longer() {
+        // One is back at 0, and hears of an edit then or later; the other one does not come back.
+        for edit in [0, 500, 1900, 2000, 3000, 8000] {
+            let (mut first, mut second) = (Generations::default(), Generations::default());
+            first.set_own(own(10));
+            first.told(|_| None);
+            second.set_own(own(10));
+            let stale = (0..20_000).step_by(100).find(|ms| {
+                if *ms >= edit {
+                    first.set_own(own(11));
+                }
+                let told = first.told(|_| Some(at(*ms)));
+                second.heard("first", &told, at(*ms));
+                second.is_stale(at(*ms))
+            });
+            assert_eq!(stale, Some((edit + 4000).max(6000)), "an edit at {edit} ms");
+        }
     }
 }

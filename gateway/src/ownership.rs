@@ -5,7 +5,8 @@
 //!   of equal ones the smaller name (as the nodes follow them); the loser lets go. A returning owner finds a live claim and
 //!   takes nothing.
 //! - A gateway is dead when nothing came from it for 2 s and most of the connected agents do not see it either. While
-//!   only one of the two holds, nothing moves: two gateways that cannot see each other are not two owners.
+//!   only one of the two holds, nothing moves: two gateways that cannot see each other are not two owners. An agent that
+//!   does not see this gateway yet, to which it speaks, says of nobody that he is dead.
 //! - A pair that no live gateway holds goes to the first candidate that lives and is able, with the highest epoch that
 //!   anybody knows plus one.
 //! - A gateway that has lost its peers and most of its agents lets go: whoever is with the agents takes over. When some
@@ -554,16 +555,25 @@ impl Ownership {
         now.saturating_sub(cut_off) >= SILENCE || self.peers.values().any(|p| p.heard.is_some_and(|at| at > cut_off))
     }
 
-    /// Whether most of the agents see a gateway.
-    fn is_seen(&self, gateway: &str) -> bool {
+    /// How many agents see a gateway, and how many do not. One that does not see this gateway either, to which it speaks,
+    /// has only just begun to look.
+    fn witnesses(&self, gateway: &str) -> (usize, usize) {
         let see = self.agents.values().filter(|a| a.sees.contains(gateway)).count();
-        see * 2 > self.agents.len()
+        let others = self.agents.values().filter(|a| a.sees.contains(&self.me) && !a.sees.contains(gateway)).count();
+        (see, others)
     }
 
-    /// Whether a gateway that is listed was never heard, and may hold something: the agents see it, or there is none.
+    /// Whether most of the agents see a gateway.
+    fn is_seen(&self, gateway: &str) -> bool {
+        let (see, others) = self.witnesses(gateway);
+        see > others
+    }
+
+    /// Whether a gateway that is listed was never heard, and may hold something: the agents see it, or none can say.
     fn is_unmet(&self, now: Duration) -> bool {
         let unheard = |p: &Peer| p.listed && !p.leaves() && p.heard.is_none() && now.saturating_sub(p.since) < UNHEARD;
-        self.peers.iter().any(|(name, p)| unheard(p) && (self.agents.is_empty() || self.is_seen(name)))
+        let may_hold = |name: &str| self.witnesses(name) == (0, 0) || self.is_seen(name);
+        self.peers.iter().any(|(name, p)| unheard(p) && may_hold(name))
     }
 
     /// Whether this gateway has lost every peer and most of its agents.

@@ -452,6 +452,28 @@ fn one_that_nobody_has_found_waits_for_nobody_who_ends_and_for_nobody_whom_it_he
     // An agent says that it is not there.
     assert!(alone(&|o| o.seen("n1", ["a".to_owned()].into(), [])));
     assert!(!alone(&|o| o.seen("n1", ["a", "b"].map(String::from).into(), [])));
+    // One that has only just started sees nobody yet.
+    assert!(!alone(&|o| o.seen("n1", BTreeSet::new(), [])));
+    assert!(!alone(&|o| o.seen("n1", ["b".to_owned()].into(), [])));
+}
+
+#[test]
+fn an_agent_that_has_only_just_started_is_no_witness_of_a_death() {
+    let s = two();
+    let mut o = Ownership::new("a", ["b".to_owned()], s.now);
+    o.set_pairs(s.pairs.clone());
+    o.set_able(true);
+    let claims = [1, 2].map(|n| Claim { pair: pair(n), owner: "b".into(), epoch: 4, held: true }).into();
+    o.beat("b", &Beat { able: true, claims, ..Beat::default() }, s.now);
+    o.seen("n1", ["a", "b"].map(String::from).into(), []);
+    // Its agent is updated, and looks for gateways; two gateways do not hear each other.
+    o.seen("n2", BTreeSet::new(), []);
+    let late = s.now + Duration::from_secs(3);
+    o.tick(late);
+    assert!(!o.holds_any());
+    o.seen("n2", ["a".to_owned()].into(), []);
+    o.tick(late);
+    assert!(o.holds(&pair(1)) && o.holds(&pair(2)), "half of them do not see it");
 }
 
 #[test]

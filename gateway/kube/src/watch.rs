@@ -134,12 +134,10 @@ impl<F: Ord + Copy> Watched<F> {
         self.0.iter().map(|(feed, shared)| (*feed, shared.health().clone())).collect()
     }
 
-    /// Whether a list fails, or has been back for less than this.
-    pub fn is_returning(&self, feed: F, within: Duration) -> bool {
-        self.0.get(&feed).is_some_and(|shared| {
-            let health = shared.health();
-            health.failing.is_some() || health.back.is_some_and(|at| at.elapsed() < within)
-        })
+    /// For how long a list that had failed is back: nothing while it fails, absent if it never did.
+    pub fn back_for(&self, feed: F) -> Option<Duration> {
+        let health = self.0.get(&feed)?.health();
+        if health.failing.is_some() { Some(Duration::ZERO) } else { health.back.map(|at| at.elapsed()) }
     }
 
     /// Gives the list's connection up for another one, or the pause before that: this one is behind.

@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{MAX_PENDING, Run};
 use crate::admin::Guard;
 use crate::desired::{self, Desired, Order};
-use crate::generations::{HURRY, RETURN};
+use crate::generations::HURRY;
 use crate::ownership::PLACE;
 use crate::report::thread::Origin;
 
@@ -66,13 +66,7 @@ impl Run {
             self.core.ownership.set_able(self.able());
         }
         if self.tick(now) {
-            self.set_claims();
-            let pairs = self.core.desired.held(&self.compiled.world);
-            if **self.core.shared.pairs.load() != pairs {
-                self.core.shared.pairs.store(Arc::new(pairs));
-            }
-            self.apply_own();
-            self.cut_moved();
+            self.follow_owners(true);
         }
         self.fall_silent(now);
         // Packets that come before the addresses and rules are there would be refused: nodes are told after that.
@@ -118,6 +112,19 @@ impl Run {
             self.moved.get_or_insert(now);
         }
         changed
+    }
+
+    /// Brings our own kernel and the addresses to what ownership says, and if pairs `moved` ends their connections.
+    pub(super) fn follow_owners(&mut self, moved: bool) {
+        self.set_claims();
+        let pairs = self.core.desired.held(&self.compiled.world);
+        if **self.core.shared.pairs.load() != pairs {
+            self.core.shared.pairs.store(Arc::new(pairs));
+        }
+        self.apply_own();
+        if moved {
+            self.cut_moved();
+        }
     }
 
     /// Connections of pairs that moved away are dead: their packets go elsewhere.
@@ -297,7 +304,7 @@ impl Run {
 
     fn beat(&mut self) -> Beat {
         let watched = self.core.watched.as_ref();
-        let versions = self.generations.told(|feed| watched.is_some_and(|w| w.is_returning(feed, RETURN)));
+        let versions = self.generations.told(|feed| watched.and_then(|w| w.back_for(feed)));
         let ownership = &self.core.ownership;
         Beat {
             able: self.able(),

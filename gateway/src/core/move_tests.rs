@@ -10,6 +10,7 @@ use std::time::Duration;
 use tidegate_api::index::Feed;
 use tidegate_dns_core::View;
 use tidegate_ebpf::{Capacities, Datapath, Options, Role};
+use tidegate_kubernetes::members::Member;
 use tidegate_ledger::Ledger;
 use tidegate_policy::event::{Emit, Event};
 use tidegate_policy::model::{Objects, Touched, UnixSeconds};
@@ -272,6 +273,24 @@ fn nodes_follow_a_new_owner_only_when_its_addresses_are_in_place_although_an_edi
     assert_eq!(test.owner(), None);
     test.in_place();
     assert_eq!(test.owner(), Some(("gw-a".into(), 6)));
+}
+
+#[test]
+fn nodes_follow_a_new_owner_no_sooner_because_gateways_come_and_go() {
+    let mut test = Test::new();
+    let member = |name: &str, node: &str| Member {
+        name: name.into(),
+        node: node.into(),
+        addresses: vec!["192.0.2.1:7443".parse().unwrap()],
+        terminating: false,
+    };
+    let members = [member("gw-a", "node-1"), member("gw-b", "node-3"), member("gw-c", "node-4")];
+    test.claims_the_pair(5);
+    test.run.take(ToCore::Members(members.to_vec()));
+    assert!(!test.run.core.ownership.holds(&pair()) && test.run.core.shared.pairs.load().is_empty());
+    assert!(test.owner().is_none_or(|o| o == ("gw-a".into(), 1)), "this one's addresses are still there");
+    test.in_place();
+    assert_eq!(test.owner(), Some(("gw-b".into(), 5)));
 }
 
 #[test]

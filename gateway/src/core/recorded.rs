@@ -25,10 +25,12 @@ impl Run {
         tracing::info!(gateways = ?listed.iter().map(|m| &m.name).collect::<Vec<_>>(), "gateways");
         desired.set_members(Members { listed, lingering });
         ownership.set_pairs(candidates(desired.pairs(&self.compiled)));
-        self.set_claims();
         if self.settled {
-            self.apply_own();
+            let moved = self.tick(now);
+            self.follow_owners(moved);
             self.send_states();
+        } else {
+            self.set_claims();
         }
         self.decide();
     }
@@ -44,11 +46,11 @@ impl Run {
                 let records: Option<Vec<_>> = records.map(|all| all.into_iter().map(known).collect());
                 self.core.ownership.set_records(&name, records.as_deref(), now);
                 let changed = if deleted { self.deleted.insert(name) } else { self.deleted.remove(&name) };
+                // A claim that was waited for is served at once.
+                self.decide();
                 if changed {
                     self.set_claims();
                 }
-                // A claim that was waited for is served at once.
-                self.decide();
             }
         }
     }

@@ -188,7 +188,7 @@ impl State {
     }
 
     fn take(&mut self, change: Change<Feed>) {
-        let Change { feed, event, reached, newest } = change;
+        let Change { feed, event, reached, mut newest } = change;
         self.nodes |= feed == Feed::Nodes;
         let version = self.versions.entry(feed).or_default();
         let before = self.index.changes();
@@ -208,6 +208,9 @@ impl State {
                 if reached.is_some_and(|r| r < version.reached) {
                     *version = Version::default();
                 }
+                // A list does not say when what it lacks was deleted: at this version, or later. Who has not reached it does not
+                // know of the deletion.
+                newest = Some(version.reached + 1);
             }
             Event::Bookmark => {}
         }
@@ -266,6 +269,7 @@ pub fn health(watched: &Watched<Feed>) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::generations::{Generations, LAG};
 
     fn state() -> State {
         let text = "{name: gw-a, node: n1, control: '127.0.0.1:1', socket: /nowhere/s, pins: /nowhere/p, \
@@ -290,6 +294,29 @@ mod tests {
         assert_eq!(s.versions[&Feed::Nodes], Version { newest: 5, reached: 6 });
         s.take(node(7, "192.0.2.2"));
         assert_eq!(s.versions[&Feed::Nodes], Version { newest: 7, reached: 7 });
+    }
+
+    #[test]
+    fn a_deletion_that_only_a_list_shows_is_told_to_others() {
+        let list = |names: &[&str], reached| {
+            let seen = names.iter().map(|n| (String::new(), (*n).to_owned())).collect();
+            Change { feed: Feed::Nodes, event: Event::Restarted(seen), reached: Some(reached), newest: None }
+        };
+        let mut s = state();
+        s.take(node(5, "192.0.2.1"));
+        s.take(list(&["n1"], 8));
+        assert_eq!(s.versions[&Feed::Nodes], Version { newest: 5, reached: 8 }, "nothing is gone");
+        s.take(list(&[], 20));
+        assert_eq!(s.versions[&Feed::Nodes], Version { newest: 9, reached: 20 });
+        // It was deleted at some version from 9 on: who was there when it was has that, who was left behind at 8 has not.
+        for (reached, stale) in [(8, true), (9, false), (20, false)] {
+            let (mut told, mut other) = (Generations::default(), Generations::default());
+            told.set_own(s.versions.clone());
+            other.set_own([(Feed::Nodes, Version { newest: 5, reached })].into());
+            let said = told.told(|_| None);
+            other.heard("told", &said, Duration::ZERO);
+            assert_eq!(other.is_stale(LAG), stale, "{reached}");
+        }
     }
 
     #[test]
