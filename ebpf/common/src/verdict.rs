@@ -388,9 +388,9 @@ pub fn verdict<T: Tables>(parsed: Parsed, p: &Packet, ifindex: u32, t: &T, out: 
         out.report = true;
         return;
     }
-    policy(p, t, ep, isolated, admin, own, known, now, out);
-    if out.action == Action::Drop && is_miss(out.code) && !T::GATEWAY && isolated && !audit && !later {
-        // The gateway may know more than this node was told.
+    let unsure = policy(p, t, ep, isolated, admin, own, known, now, out);
+    if unsure && !T::GATEWAY && isolated && !audit && !later {
+        // The gateway may know more than this node was told, and denies what it still denies.
         let gateway = owner(t, ep.scope);
         if gateway != 0 && now_ns.saturating_sub(t.heartbeat(gateway)) > STALE_NS {
             out.via = via::NONE;
@@ -428,7 +428,9 @@ pub fn verdict<T: Tables>(parsed: Parsed, p: &Packet, ifindex: u32, t: &T, out: 
     }
 }
 
-/// Steps 8 to 12, as if nothing were audited and every gateway alive.
+/// Steps 8 to 12, as if nothing were audited and every gateway alive. Gives whether it drops for want of a fact that
+/// holds: because nothing is known, or by the deny of a fact that has expired, of which a node that is cut off is not
+/// told that it has ended.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "always inlined; a struct of them would lie on the kernel's small stack")]
 fn policy<T: Tables>(
@@ -441,33 +443,43 @@ fn policy<T: Tables>(
     known: u32,
     now: u32,
     out: &mut Decision,
-) {
+) -> bool {
     let later = p.has(mark::LATER_FRAGMENT);
     if isolated {
         // Step 8.
         if is_metadata(&p.dst) {
             let accepted = !later && accepts(t, admin, p, true);
             // It passes on the node and is never steered: the gateway's own credentials live there.
-            return if accepted { out.set(Action::Pass, Code::Allowed) } else { out.drop(Code::Metadata) };
+            if accepted {
+                out.set(Action::Pass, Code::Allowed);
+            } else {
+                out.drop(Code::Metadata);
+            }
+            return false;
         }
         let transport = matches!(p.proto, proto::TCP | proto::UDP);
         if transport && !later && p.dport == 853 && !accepts(t, admin, p, false) {
-            return out.drop(Code::EncryptedDns);
+            out.drop(Code::EncryptedDns);
+            return false;
         }
         if later {
-            return out.drop(Code::Fragment);
+            out.drop(Code::Fragment);
+            return false;
         }
         // Step 9.
         let ping = p.is_echo_request() && t.flags() & config::PING != 0;
         if !(transport || ping || p.is_path_mtu()) {
-            return out.drop(Code::Protocol);
+            out.drop(Code::Protocol);
+            return false;
         }
     } else if later {
-        return out.set(Action::Pass, Code::Allowed);
+        out.set(Action::Pass, Code::Allowed);
+        return false;
     }
     // Step 10.
     let key = FactKey { scope: ep.scope, addr: p.dst };
     let mut expired = false;
+    let mut denied = false;
     let mut found = via::NONE;
     if let Some(fact) = t.fact(&key) {
         let (class, expires) = (fact.class, fact.expires);
@@ -479,6 +491,7 @@ fn policy<T: Tables>(
             expired = true;
             found = via::NONE;
         }
+        denied = now >= expires && found == via::DENY;
         if T::GATEWAY && found != via::NONE {
             t.carried(&key, now);
         }
@@ -492,6 +505,7 @@ fn policy<T: Tables>(
     }
     // Step 12.
     out.via = found;
+    let miss = found == via::NONE && isolated;
     match found {
         via::FORWARD | via::TLS | via::BLOCK => out.set(Action::Steer, Code::Allowed),
         via::DENY => out.drop(Code::DeniedByPolicy),
@@ -500,12 +514,7 @@ fn policy<T: Tables>(
         _ if expired => out.drop(Code::BindingExpired),
         _ => out.drop(Code::NotAllowed),
     }
-}
-
-/// Whether a drop with this code only says that nothing is known.
-#[inline(always)]
-fn is_miss(code: u8) -> bool {
-    code == Code::NotAllowed as u8 || code == Code::BindingExpired as u8
+    miss || denied
 }
 
 /// The known gateway that owns the scope, 0 if there is none.

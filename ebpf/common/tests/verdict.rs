@@ -456,6 +456,37 @@ fn a_stale_gateway_gets_the_misses_of_isolated_groups() {
 }
 
 #[test]
+fn a_node_that_is_cut_off_asks_the_gateway_whether_an_expired_deny_holds() {
+    let denied = [tcp(ISOLATED.0, OUTSIDE.0, 80, true), tcp(ISOLATED.0, OUTSIDE.0, 80, false)];
+    let mut m = world::<false>();
+    let fact = *m.facts.get(&(1, addr(OUTSIDE.0))).unwrap();
+    let late = m.now_ns.get() + STALE_NS + 1;
+    m.now_ns.set(late);
+    m.facts.insert((1, addr(OUTSIDE.0)), Fact { expires: (late / 1_000_000_000) as u32 + 1, ..fact });
+    for frame in &denied {
+        is(pod(&m, frame), Action::Drop, Code::DeniedByPolicy);
+    }
+    m.facts.insert((1, addr(OUTSIDE.0)), Fact { expires: (late / 1_000_000_000) as u32, ..fact });
+    for frame in &denied {
+        let d = pod(&m, frame);
+        is(d, Action::Steer, Code::Allowed);
+        assert_eq!(d.owner, 1);
+    }
+    // While it hears its gateway, it would know that the deny is gone.
+    m.now_ns.set(late - 1);
+    for frame in &denied {
+        is(pod(&m, frame), Action::Drop, Code::DeniedByPolicy);
+    }
+    // The gateway denies as long as it has the fact.
+    let mut g = world::<true>();
+    g.facts.get_mut(&(1, addr(OUTSIDE.0))).unwrap().expires = 0;
+    g.now_ns.set(late);
+    for frame in &denied {
+        is(pod(&g, frame), Action::Drop, Code::DeniedByPolicy);
+    }
+}
+
+#[test]
 fn a_flow_budget_is_kept() {
     let mut m = world::<false>();
     m.budget = 0;

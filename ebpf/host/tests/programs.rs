@@ -417,8 +417,14 @@ fn no_owner_and_stale_owner() {
     drops(&f, &tcp(ISOLATED.0, STRANGER.0, 443, true), Reason::NotAllowed);
     std::thread::sleep(Duration::from_millis(2_100));
     assert_eq!(egress(&f, &tcp(ISOLATED.0, STRANGER.0, 443, true)), REDIRECT);
+    // So is what only a deny that has expired denies.
+    let denied = tcp(ISOLATED.0, OUTSIDE.0, 80, true);
+    drops(&f, &denied, Reason::DeniedByPolicy);
+    f.path_mut().facts(&[fact(OUTSIDE.0, 0)]).unwrap();
+    assert_eq!(egress(&f, &denied), REDIRECT);
     f.path_mut().heartbeat("gw").unwrap();
     drops(&f, &tcp(ISOLATED.0, STRANGER.0, 443, true), Reason::NotAllowed);
+    drops(&f, &denied, Reason::DeniedByPolicy);
 }
 
 /// One's complement sum; zero over a part with a right checksum.

@@ -174,12 +174,14 @@ impl Node {
         }
     }
 
+    /// Whether it hears what a gateway learns.
+    pub fn hears(&self, g: usize) -> bool {
+        self.heard[g].in_sync && !self.silent.contains(GATEWAYS[g].0)
+    }
+
     /// Who owns which scope, of the gateways that are heard.
     fn owners(&self) -> BTreeMap<ScopeKey, usize> {
-        let heard = |name: &str| {
-            let at = GATEWAYS.iter().position(|(n, _)| *n == name)?;
-            (self.heard[at].in_sync && !self.silent.contains(name)).then_some(at)
-        };
+        let heard = |name: &str| GATEWAYS.iter().position(|(n, _)| *n == name).filter(|at| self.hears(*at));
         self.merged.scopes.iter().filter_map(|(k, s)| Some((*k, heard(&s.owner)?))).collect()
     }
 
