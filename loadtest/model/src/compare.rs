@@ -157,8 +157,11 @@ impl Drive {
                     let carries = |c: &Gateway| self.scopes.iter().any(|(k, s)| *s == scope && c.carries(*k));
                     self.seats[g].up().is_some_and(carries) && knows(g)
                 };
-                let cut_off = follows.is_none_or(|g| !self.nodes[node].hears(g));
-                if !(cut_off && self.still_denied(pod, ip, to, &least)) {
+                // Its former owner may answer until the node hears who owns the scope now, and that one of the answer.
+                let hears = |g: &usize| self.nodes[node].hears(*g);
+                let late = follows.filter(hears).is_some_and(|g| self.seats[g].core.is_some() && !knows(g));
+                let cut_off = follows.filter(hears).is_none();
+                if !(late || cut_off && self.still_denied(pod, ip, to, &least)) {
                     assert_eq!(action, Action::Steer, "must be {must:?}: {}", said());
                 }
                 // Who stands in answers names and knows every pod; who owns the scope carries what it knows.
