@@ -11,14 +11,14 @@ mod gate;
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustls::ServerConfig;
 use rustls::server::Acceptor;
-use tidegate_identity::{Credentials, JOIN, Role, name_of, node_uid_of, validity};
+use tidegate_identity::{Bearer, Credentials, JOIN, Role};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::AbortHandle;
@@ -26,6 +26,7 @@ use tokio::time::{sleep, timeout};
 use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::server::Connected;
 
 use self::gate::Gate;
 use crate::identity;
@@ -51,10 +52,35 @@ const JOINS_EACH: usize = 4;
 /// The most connections of one gateway, and of one node (a machine, not a name). An agent has two, and those that it gave up may not have ended yet.
 const PER_BEARER: usize = 8;
 
+/// Who is at the other end of a connection.
+#[derive(Debug)]
+pub struct Peer {
+    /// Its address.
+    pub address: SocketAddr,
+    /// For whom its certificate speaks; its authority was checked with the handshake.
+    pub bearer: Option<Bearer>,
+}
+
+/// What a connection holds: its places.
+pub struct Held<P> {
+    /// The other end.
+    pub peer: Arc<Peer>,
+    _places: P,
+}
+
+/// What requests are told of their connection.
+impl<S, P> Connected for Timed<S, Held<P>> {
+    type ConnectInfo = Arc<Peer>;
+
+    fn connect_info(&self) -> Arc<Peer> {
+        self.held().peer.clone()
+    }
+}
+
 /// A connection with a certificate, until that ends, with its bearer's place.
-pub type Control = Timed<TlsStream<TcpStream>, Option<Place<String>>>;
+pub type Control = Timed<TlsStream<TcpStream>, Held<Option<Place<String>>>>;
 /// A connection that wants a certificate, with its places.
-pub type Joining = Timed<TlsStream<TcpStream>, (OwnedSemaphorePermit, Place<String>)>;
+pub type Joining = Timed<TlsStream<TcpStream>, Held<(OwnedSemaphorePermit, Place<String>)>>;
 
 /// Connections whose handshakes are done.
 pub struct Incoming {
@@ -149,59 +175,45 @@ pub fn plain(
 
 /// A connection after its handshake.
 enum Shaken {
-    Usual(TlsStream<TcpStream>),
+    Usual(TlsStream<TcpStream>, Peer),
     Joining(Joining),
 }
 
-async fn shake(stream: TcpStream, from: IpAddr, choice: Choice, lobby: &Lobby) -> io::Result<Shaken> {
+async fn shake(stream: TcpStream, from: SocketAddr, choice: Choice, lobby: &Lobby) -> io::Result<Shaken> {
+    let peer = |stream: &TlsStream<TcpStream>| {
+        let leaf = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+        Peer { address: from, bearer: leaf.and_then(Bearer::of) }
+    };
     stream.set_nodelay(true)?;
     let hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
     let joins = hello.client_hello().alpn().is_some_and(|mut all| all.any(|p| p == JOIN));
     let Some(asking) = choice.joining.filter(|_| joins) else {
-        return Ok(Shaken::Usual(hello.into_stream(choice.usual).await?));
+        let stream = hello.into_stream(choice.usual).await?;
+        let peer = peer(&stream);
+        return Ok(Shaken::Usual(stream, peer));
     };
     // Before anything is signed for it.
-    if let Some((life, places)) = lobby.enter(from) {
-        return Ok(Shaken::Joining(Timed::new(hello.into_stream(asking.anyone).await?, life, places)));
+    if let Some((life, places)) = lobby.enter(from.ip()) {
+        let stream = hello.into_stream(asking.anyone).await?;
+        let held = Held { peer: Arc::new(peer(&stream)), _places: places };
+        return Ok(Shaken::Joining(Timed::new(stream, life, held)));
     }
     let stream = hello.into_stream(asking.renewing).await?;
-    let bearer = Bearer::of(&stream).filter(|b| b.is_there(&lobby.nodes));
-    let places = bearer.and_then(|b| lobby.room(RENEWING, b.place()));
+    let peer = peer(&stream);
+    let bearer = peer.bearer.as_ref().filter(|b| is_there(b, &lobby.nodes));
+    let places = bearer.and_then(|b| lobby.room(RENEWING, place(b)));
     let places = places.ok_or(io::ErrorKind::ConnectionRefused)?;
-    Ok(Shaken::Joining(Timed::new(stream, JOINING, places)))
+    Ok(Shaken::Joining(Timed::new(stream, JOINING, Held { peer: Arc::new(peer), _places: places })))
 }
 
-/// For whom the client's certificate speaks.
-struct Bearer {
-    role: Role,
-    name: String,
-    /// Of a node's object.
-    uid: Option<String>,
-    /// Unix seconds.
-    ends: u64,
+/// A node that is gone, or another machine now, must not hold anything: least of all its successor's places.
+fn is_there(bearer: &Bearer, nodes: &Nodes) -> bool {
+    bearer.role == Role::Gateway || nodes.admits(&bearer.name, bearer.uid.as_deref())
 }
 
-impl Bearer {
-    fn of(stream: &TlsStream<TcpStream>) -> Option<Self> {
-        let leaf = stream.get_ref().1.peer_certificates()?.first()?;
-        let (role, name) = [Role::Node, Role::Gateway].into_iter().find_map(|r| Some((r, name_of(leaf, r)?)))?;
-        let ends = u64::try_from(validity(leaf)?.1).ok()?;
-        Some(Self { role, name, uid: node_uid_of(leaf), ends })
-    }
-
-    /// A node that is gone, or another machine now, must not hold anything: least of all its successor's places.
-    fn is_there(&self, nodes: &Nodes) -> bool {
-        self.role == Role::Gateway || nodes.admits(&self.name, self.uid.as_deref())
-    }
-
-    /// Whose places it takes.
-    fn place(&self) -> String {
-        format!("{} {}", self.role.dns_name(&self.name), self.uid.as_deref().unwrap_or_default())
-    }
-
-    fn left(&self) -> Duration {
-        Duration::from_secs(self.ends.saturating_sub(identity::now()))
-    }
+/// Whose places a bearer takes.
+fn place(bearer: &Bearer) -> String {
+    format!("{} {}", bearer.role.dns_name(&bearer.name), bearer.uid.as_deref().unwrap_or_default())
 }
 
 async fn accept(
@@ -240,18 +252,13 @@ async fn accept(
         let Some(choice) = choose() else { continue };
         let (out, joining, lobby, bearers) = (out.clone(), joining.clone(), lobby.clone(), bearers.clone());
         let handshake = tokio::spawn(async move {
-            match timeout(HANDSHAKE, shake(stream, peer.ip(), choice, &lobby)).await {
-                Ok(Ok(Shaken::Usual(stream))) => match Bearer::of(&stream) {
-                    // The receiver is gone when the port closes.
-                    None => drop(out.send(Ok(Timed::endless(stream, None))).await),
-                    Some(bearer) if !bearer.is_there(&lobby.nodes) => {
-                        tracing::info!(%peer, node = bearer.name, uid = bearer.uid, "a certificate of a node that is not there");
+            match timeout(HANDSHAKE, shake(stream, peer, choice, &lobby)).await {
+                Ok(Ok(Shaken::Usual(stream, peer))) => {
+                    if let Some(connection) = admit(stream, peer, &lobby.nodes, &bearers) {
+                        // The receiver is gone when the port closes.
+                        let _ = out.send(Ok(connection)).await;
                     }
-                    Some(bearer) => match bearers.take(bearer.place()) {
-                        Some(held) => drop(out.send(Ok(Timed::new(stream, bearer.left(), Some(held)))).await),
-                        None => tracing::debug!(%peer, name = bearer.name, "too many connections of one certificate"),
-                    },
-                },
+                }
                 // Where nobody gives certificates it is closed.
                 Ok(Ok(Shaken::Joining(stream))) => drop(joining.try_send(Ok(stream))),
                 Ok(Err(error)) => tracing::debug!(%peer, %error, "no handshake on the control port"),
@@ -263,9 +270,28 @@ async fn accept(
     }
 }
 
+/// Lets a client in as long as its certificate holds, if there is a place.
+fn admit(stream: TlsStream<TcpStream>, peer: Peer, nodes: &Nodes, bearers: &Places<String>) -> Option<Control> {
+    let Peer { address, bearer } = &peer;
+    let Some(bearer) = bearer else {
+        return Some(Timed::endless(stream, Held { peer: Arc::new(peer), _places: None }));
+    };
+    if !is_there(bearer, nodes) {
+        tracing::info!(peer = %address, node = bearer.name, uid = bearer.uid, "a certificate of a node that is not there");
+        return None;
+    }
+    let Some(held) = bearers.take(place(bearer)) else {
+        tracing::debug!(peer = %address, name = bearer.name, "too many connections of one certificate");
+        return None;
+    };
+    let left = bearer.left(identity::now());
+    Some(Timed::new(stream, left, Held { peer: Arc::new(peer), _places: Some(held) }))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tidegate_identity::node_uid_uri;
     use tokio::io::AsyncReadExt;
 
     async fn port(most: usize) -> (Incoming, std::net::SocketAddr) {
@@ -284,6 +310,31 @@ mod tests {
 
     async fn is_closed(stream: &mut TcpStream) -> bool {
         !matches!(timeout(Duration::from_millis(200), stream.read_u8()).await, Err(_) | Ok(Ok(_)))
+    }
+
+    #[test]
+    fn a_certificate_speaks_for_one() {
+        let of = |dns: &[&str], uids: &[&str]| {
+            let uri = |uid: &&str| rcgen::SanType::URI(node_uid_uri(uid).try_into().unwrap());
+            let mut params =
+                rcgen::CertificateParams::new(dns.iter().map(|d| (*d).to_owned()).collect::<Vec<_>>()).unwrap();
+            params.subject_alt_names.extend(uids.iter().map(uri));
+            params.not_after = rcgen::date_time_ymd(2033, 5, 18);
+            Bearer::of(params.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().der())
+        };
+        let bearer = |role, name: &str, uid: Option<&str>| {
+            Some(Bearer { role, name: name.into(), uid: uid.map(str::to_owned), ends: 1_999_987_200 })
+        };
+        assert_eq!(of(&["n1.node.tidegate"], &[]), bearer(Role::Node, "n1", None));
+        assert_eq!(of(&["n1.node.tidegate", "n1"], &["u"]), bearer(Role::Node, "n1", Some("u")));
+        assert_eq!(of(&["gw-a.gateway.tidegate"], &["u"]), bearer(Role::Gateway, "gw-a", None));
+        assert_eq!(of(&["n1.node.tidegate", "n2.node.tidegate"], &[]), None);
+        assert_eq!(of(&["n1.node.tidegate", "gw-a.gateway.tidegate"], &[]), None);
+        assert_eq!(of(&["n1.node.tidegate"], &["u", "v"]), None);
+        assert_eq!(of(&["n1"], &["u"]), None);
+        let bearer = of(&["n1.node.tidegate"], &[]).unwrap();
+        assert_eq!(bearer.left(bearer.ends - 5), Duration::from_secs(5));
+        assert_eq!(bearer.left(bearer.ends + 5), Duration::ZERO);
     }
 
     #[tokio::test]

@@ -281,7 +281,7 @@ impl axum::serve::Listener for Bounded {
         loop {
             let Some(next) = self.incoming.next().await else { std::future::pending().await };
             let Ok(stream) = next else { continue };
-            let Ok(peer) = stream.stream().get_ref().0.peer_addr() else { continue };
+            let peer = stream.held().peer.address;
             // Beyond the limits a connection is closed at once: waiting would hold up everybody behind it.
             let Some(place) = self.places.take(peer.ip()) else { continue };
             let Ok(permit) = self.permits.clone().try_acquire_owned() else { continue };

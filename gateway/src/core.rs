@@ -17,6 +17,7 @@ mod message;
 mod move_tests;
 mod nodes;
 mod placement;
+mod pushes;
 mod recorded;
 mod sent;
 mod settling;

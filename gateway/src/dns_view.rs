@@ -7,17 +7,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
-use tidegate_dns_core::{AddressDecision, Allow, AskMode, Asker, BindRequest, Binder, Denial, NameDecision, View};
+use tidegate_dns_core::{AddressDecision, Asker, BindRequest, Binder, NameDecision, View};
 use tidegate_ledger::{Bindings, NodeId, OwnerId};
 use tidegate_policy::shards::Shards;
-use tidegate_policy::state::Touch;
-use tidegate_policy::world::{self, Answer, World};
-use tidegate_policy::{Name, Proto, Reason, Via};
+use tidegate_policy::world::World;
+use tidegate_policy::{Name, Reason};
 use tokio::sync::oneshot;
 
+use crate::asker;
 use crate::cluster::ClusterNames;
 use crate::core::{Bind, Shared, ToCore};
-use crate::desired::{Compiled, Desired};
+use crate::desired::Compiled;
 
 static GENERATION: AtomicU64 = AtomicU64::new(1);
 
@@ -44,7 +44,7 @@ impl DnsView {
         let of_namespaces = namespaces.into_iter().flat_map(|n| world.addresses_of(n));
         let mut askers = self.askers.clone();
         for ip in of_namespaces.chain(changes.endpoints.iter().copied()) {
-            match asker(world, ip, families) {
+            match asker::asker(world, ip, families) {
                 Some(asker) if askers.get(&ip) == Some(&asker) => {}
                 Some(asker) => drop(askers.insert(ip, asker)),
                 None => drop(askers.remove(&ip)),
@@ -72,35 +72,6 @@ impl DnsView {
     }
 }
 
-fn asker(world: &World, ip: IpAddr, families: (bool, bool)) -> Option<Asker> {
-    let e = world.endpoint(ip)?;
-    let m = e.member?;
-    let group = world.group(m.index)?;
-    // A scope whose pool has no pair left has no way out.
-    let pair = Desired::pair(group.scope())?;
-    let (v4, v6) = match (pair.ipv4, pair.ipv6) {
-        (None, None) => families,
-        (v4, v6) => (v4.is_some(), v6.is_some()),
-    };
-    let mode = match (group.audit(), e.touch) {
-        (true, _) => AskMode::Audited,
-        (false, Touch::Isolated) => AskMode::Enforced,
-        (false, _) => AskMode::Guarded,
-    };
-    // What is not isolated keeps the CNI's path, whatever the pool's families are.
-    let free = mode != AskMode::Enforced;
-    Some(Asker {
-        ip,
-        who: e.who.clone(),
-        scope: m.scope,
-        group: m.group,
-        group_index: m.index,
-        mode,
-        v4: v4 || free,
-        v6: v6 || free,
-    })
-}
-
 impl View for DnsView {
     fn generation(&self) -> u64 {
         self.generation
@@ -119,23 +90,7 @@ impl View for DnsView {
     }
 
     fn name(&self, asker: &Asker, name: &str, qtype: u16) -> NameDecision {
-        let Some(group) = self.world.group(asker.group_index) else {
-            return NameDecision::Deny { denial: Denial::NoData, reason: Reason::NoBinding, rule: None };
-        };
-        let d = group.name(name, qtype);
-        let deny = |denial| NameDecision::Deny { denial, reason: d.reason, rule: d.rule.clone() };
-        match d.answer {
-            Answer::Bind => NameDecision::Allow(Allow {
-                ech: d.facts.ech_allow,
-                extra_type: d.facts.dns_types.binary_search(&qtype).is_ok(),
-                wildcard: d.wildcard,
-                min_binding_secs: d.facts.min_binding.map_or(0, |m| u32::try_from(m.as_secs()).unwrap_or(u32::MAX)),
-                rule: d.rule,
-            }),
-            Answer::Resolve => NameDecision::Resolve { reason: d.reason, rule: d.rule },
-            Answer::NoData => deny(Denial::NoData),
-            Answer::NxDomain => deny(Denial::NxDomain),
-        }
+        asker::name(&self.world, asker, name, qtype)
     }
 
     fn address(&self, asker: &Asker, name: &str, ip: IpAddr) -> AddressDecision {
@@ -143,28 +98,12 @@ impl View for DnsView {
         if self.egress.contains(&ip) || self.world.in_cluster(ip) {
             return AddressDecision::Filter(Reason::Rebinding);
         }
-        let Some(group) = self.world.group(asker.group_index) else {
-            return AddressDecision::Filter(Reason::NoBinding);
-        };
-        match group.address(name, ip) {
-            world::AddressDecision::Default => AddressDecision::Default,
-            world::AddressDecision::Accept => AddressDecision::Accept,
-            world::AddressDecision::Filter(reason) => AddressDecision::Filter(reason),
-        }
+        asker::address(&self.world, asker, name, ip)
     }
 
     fn svcb_port(&self, asker: &Asker, name: &str, port: u16) -> bool {
-        let Some(group) = self.world.group(asker.group_index) else { return false };
-        let ports = &group.name(name, 1).facts.ports;
-        [Proto::Tcp, Proto::Udp].iter().any(|p| matches!(ports.get(*p, port), Some(Via::Allow(_))))
+        asker::svcb_port(&self.world, asker, name, port)
     }
-}
-
-/// Whether the asking pod's node must know the addresses of a name: it steers what an isolated pod sends to addresses that it
-/// does not know, but what a guarded one sends it passes, and here some ports are denied.
-pub fn needs_ack(world: &World, asker: &Asker, name: &str) -> bool {
-    let denied = |g: &Arc<world::Group>| g.name(name, 1).facts.ports.ranges().iter().any(|r| r.via == Via::Deny);
-    asker.mode == AskMode::Guarded && world.group_by_key(asker.group).is_some_and(denied)
 }
 
 /// The way to the ledger.
@@ -184,7 +123,7 @@ impl Binder for CoreBinder {
             return false;
         }
         let until = self.shared.now() + Duration::from_secs(ttl_secs.into());
-        let acked = self.bindings.is_steered(node) && needs_ack(&self.shared.world.load(), asker, name);
+        let acked = self.bindings.is_steered(node) && asker::needs_ack(&self.shared.world.load(), asker, name);
         self.bindings.answer_stands(asker.scope, name, ips, node, until, acked)
     }
 
@@ -192,7 +131,7 @@ impl Binder for CoreBinder {
         let who = &request.asker.who;
         // Only names of the canonical form match a rule, and only those come here.
         let name = Name::parse(&request.name).map_err(|_| Reason::DnsMalformed)?;
-        let acked = needs_ack(&self.shared.world.load(), &request.asker, name.as_str());
+        let acked = asker::needs_ack(&self.shared.world.load(), &request.asker, name.as_str());
         let (reply, answer) = oneshot::channel();
         let bind = Bind {
             scope: request.asker.scope,

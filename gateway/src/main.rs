@@ -5,6 +5,7 @@ mod admin;
 mod agent_cmd;
 mod api;
 mod appliance;
+mod asker;
 mod audit;
 mod cluster;
 mod config;

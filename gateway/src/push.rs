@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use crossbeam_channel::{Sender, TrySendError};
 use futures_util::{Stream, StreamExt};
-use tidegate_identity::{Role, Source, name_of, node_uid_of, validity};
+use tidegate_identity::{Bearer, Role, Source};
 use tidegate_proto::wire::control_server::{Control, ControlServer};
 use tidegate_proto::wire::identity_server::IdentityServer;
 use tidegate_proto::wire::{FactsAck, FactsUpdate, PeerHello, PeerUpdate, StateAck, StateUpdate};
@@ -21,6 +21,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::accept::Peer;
 use crate::core::ToCore;
 use crate::identity::{self, Joins};
 use crate::nodes::Nodes;
@@ -74,7 +75,7 @@ impl Streams {
 
     /// The node at the other end.
     fn node<T>(&self, request: &Request<T>) -> Result<(String, Life), Status> {
-        let Client { name, uid, until } = client(request, Role::Node)?;
+        let (Bearer { name, uid, .. }, until) = client(request, Role::Node)?;
         if !self.nodes.admits(&name, uid.as_deref()) {
             let text = format!("there is no node {name} that has the UID of the certificate: get a new one");
             return Err(Status::permission_denied(text));
@@ -111,14 +112,6 @@ impl SeenPace {
     }
 }
 
-/// Who is at the other end, and until when its certificate says so.
-struct Client {
-    name: String,
-    /// Of a node's object.
-    uid: Option<String>,
-    until: Instant,
-}
-
 /// How long a stream lives.
 #[derive(Clone)]
 struct Life {
@@ -146,21 +139,18 @@ impl Life {
     }
 }
 
-/// What the client's certificate speaks for: a node or a gateway. Its authority was checked with the handshake, which may
-/// be long ago.
-fn client<T>(request: &Request<T>, role: Role) -> Result<Client, Status> {
-    let certs = request.peer_certs();
-    let leaf = certs.as_ref().and_then(|chain| chain.first());
-    let leaf = leaf.ok_or_else(|| Status::unauthenticated("a client certificate is required"))?;
-    let name = name_of(leaf, role)
-        .ok_or_else(|| Status::permission_denied(format!("the certificate has no SAN NAME{}", role.suffix())))?;
-    let ends = validity(leaf).and_then(|(_, ends)| u64::try_from(ends).ok()).unwrap_or(0);
-    match ends.checked_sub(identity::now()).filter(|left| *left > 0) {
-        Some(left) => {
-            Ok(Client { name, uid: node_uid_of(leaf), until: Instant::now() + Duration::from_secs(left).min(LONGEST) })
-        }
-        None => Err(Status::unauthenticated("the certificate has ended")),
+/// The client, which must be of this role, and until when its certificate says so. Its authority was checked with the
+/// handshake, which may be long ago.
+fn client<T>(request: &Request<T>, role: Role) -> Result<(Bearer, Instant), Status> {
+    let bearer = request.extensions().get::<Arc<Peer>>().and_then(|peer| peer.bearer.clone());
+    let bearer = bearer.filter(|b| b.role == role).ok_or_else(|| {
+        Status::permission_denied(format!("the certificate does not speak for one NAME{} alone", role.suffix()))
+    })?;
+    let left = bearer.left(identity::now());
+    if left.is_zero() {
+        return Err(Status::unauthenticated("the certificate has ended"));
     }
+    Ok((bearer, Instant::now() + left.min(LONGEST)))
 }
 
 /// What the core says to the client, until its certificate ends: with a new one it comes back.
@@ -206,7 +196,7 @@ impl Control for Streams {
     type PeerStream = Out<PeerUpdate>;
 
     async fn peer(&self, request: Request<PeerHello>) -> Result<Response<Self::PeerStream>, Status> {
-        let Client { name: gateway, until, .. } = client(&request, Role::Gateway)?;
+        let (Bearer { name: gateway, .. }, until) = client(&request, Role::Gateway)?;
         let claimed = request.into_inner().gateway;
         if claimed != gateway {
             return Err(Status::permission_denied(format!(

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
-use tonic::transport::server::Connected;
 
 /// The longest life of a connection or a stream: its end must be a moment that a timer knows.
 pub const LONGEST: Duration = Duration::from_secs(365 * 86_400);
@@ -16,23 +15,23 @@ pub const LONGEST: Duration = Duration::from_secs(365 * 86_400);
 pub struct Timed<S, G> {
     stream: S,
     end: Option<Pin<Box<Sleep>>>,
-    _held: G,
+    held: G,
 }
 
 impl<S, G> Timed<S, G> {
     /// Gives a connection so long, at most [`LONGEST`].
     pub fn new(stream: S, life: Duration, held: G) -> Self {
-        Self { stream, end: Some(Box::pin(sleep(life.min(LONGEST)))), _held: held }
+        Self { stream, end: Some(Box::pin(sleep(life.min(LONGEST)))), held }
     }
 
     /// One that ends by itself.
     pub fn endless(stream: S, held: G) -> Self {
-        Self { stream, end: None, _held: held }
+        Self { stream, end: None, held }
     }
 
-    /// The connection.
-    pub fn stream(&self) -> &S {
-        &self.stream
+    /// What it holds.
+    pub fn held(&self) -> &G {
+        &self.held
     }
 
     fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
@@ -62,13 +61,5 @@ impl<S: AsyncWrite + Unpin, G: Unpin> AsyncWrite for Timed<S, G> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-impl<S: Connected, G> Connected for Timed<S, G> {
-    type ConnectInfo = S::ConnectInfo;
-
-    fn connect_info(&self) -> S::ConnectInfo {
-        self.stream.connect_info()
     }
 }

@@ -1,14 +1,12 @@
 //! What answers wait for, and what follows from what the ledger hears.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use tidegate_ledger::{Answer, Input, NodeId, Output};
-use tidegate_policy::state::FactUpdate;
+use tidegate_ledger::{Answer, Input, Output};
 use tidegate_policy::{Reason, ScopeKey};
 
-use super::{Bind, Run, Waiting};
+use super::{Bind, Run, Waiting, pushes};
 use crate::telemetry::BARRIER_SECONDS;
 
 impl Run {
@@ -76,33 +74,12 @@ impl Run {
     /// Carries out what the ledger asked for: first our own kernel, then the nodes, then the answers.
     pub(super) fn carry_out(&mut self) {
         let mut out = std::mem::take(&mut self.out);
-        let mut updates = Vec::new();
-        let mut pushes: BTreeMap<NodeId, (u64, bool, Vec<FactUpdate>)> = BTreeMap::new();
-        out.retain_mut(|output| match output {
-            Output::Local(update) => {
-                updates.push(update.clone());
-                false
-            }
-            Output::Push { node, seq, snapshot, facts } => {
-                let facts = std::mem::take(facts);
-                match pushes.get_mut(node) {
-                    // Acks are cumulative: several pushes are one, under the last sequence.
-                    Some(push) if !*snapshot => {
-                        push.0 = *seq;
-                        push.2.extend(facts);
-                    }
-                    // A snapshot says all that was said before.
-                    _ => drop(pushes.insert(*node, (*seq, *snapshot, facts))),
-                }
-                false
-            }
-            _ => true,
-        });
+        let (updates, pushes) = pushes::take(&mut out);
         if !updates.is_empty() {
             self.local(&updates);
         }
-        for (node, (seq, snapshot, facts)) in pushes {
-            self.push(node, seq, snapshot, facts);
+        for (node, push) in pushes {
+            self.push(node, push);
         }
         let mut idle = Vec::new();
         for output in out.drain(..) {

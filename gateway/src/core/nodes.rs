@@ -9,6 +9,7 @@ use tidegate_proto::{FactsBatch, GrantEntry, StateBatch};
 
 use super::Run;
 use super::machine::{Basis, Delta, Uses, take_news};
+use super::pushes::Push;
 use crate::desired::Target;
 
 impl Run {
@@ -99,7 +100,8 @@ impl Run {
         }
     }
 
-    pub(super) fn push(&mut self, node: NodeId, seq: u64, snapshot: bool, facts: Vec<FactUpdate>) {
+    pub(super) fn push(&mut self, node: NodeId, push: Push) {
+        let Push { seq, snapshot, facts } = push;
         let Some(name) = self.core.shared.nodes.name(node.0) else { return };
         let Some(n) = self.nodes.get_mut(&*name) else { return };
         let classes: BTreeSet<(ScopeKey, ClassKey)> =

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use tidegate_identity::{Claims, MAX_TOKEN, Role, is_name, name_of, node_uid_of};
+use tidegate_identity::{Claims, MAX_TOKEN, Role, is_name};
 use tidegate_kubernetes::User;
 use tidegate_proto::wire::identity_server::Identity;
 use tidegate_proto::wire::{JoinReply, JoinRequest};
@@ -14,6 +14,7 @@ use tonic::{Request, Response, Status};
 
 use super::authority::Refused;
 use super::{Authority, Reviews, Times, Unknown, now};
+use crate::accept::Peer;
 use crate::nodes::Nodes;
 
 /// The most octets of a request for a certificate.
@@ -134,10 +135,9 @@ fn permitted(user: &User, account: &str, node: &str) -> Result<(), Status> {
 #[tonic::async_trait]
 impl Identity for Joins {
     async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinReply>, Status> {
-        let certificates = request.peer_certs();
-        let leaf = certificates.as_ref().and_then(|c| c.first());
-        let held = leaf.and_then(|leaf| Some((name_of(leaf, Role::Node)?, node_uid_of(leaf))));
-        let at_node = request.remote_addr().is_some_and(|a| self.nodes.at(a.ip()).is_some());
+        let peer = request.extensions().get::<Arc<Peer>>().cloned();
+        let at_node = peer.as_ref().is_some_and(|p| self.nodes.at(p.address.ip()).is_some());
+        let held = peer.and_then(|p| p.bearer.clone()).filter(|b| b.role == Role::Node).map(|b| (b.name, b.uid));
         let JoinRequest { node, token, request } = request.into_inner();
         if !is_name(&node) {
             return Err(Status::invalid_argument("node: not a DNS name"));

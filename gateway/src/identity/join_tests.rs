@@ -17,7 +17,7 @@ use tidegate_agent::config::Join;
 use tidegate_agent::find::Names;
 use tidegate_agent::join::Joiner;
 use tidegate_agent::stream::Client;
-use tidegate_identity::{Connection, Credentials, Source, authorities_from_pem, connect};
+use tidegate_identity::{Bearer, Connection, Credentials, Source, authorities_from_pem, connect};
 use tidegate_kubernetes::Access;
 use tidegate_proto::wire::control_client::ControlClient;
 use tidegate_proto::wire::identity_client::IdentityClient;
@@ -320,7 +320,7 @@ async fn who_shows_the_wrong_token_gets_nothing() {
     let reply = world.ask(None, "node-1", token("node-1's"), &one).await.unwrap();
     assert_eq!(reply.renew_ms, 57_600_000);
     let leaf = CertificateDer::from(reply.chain[0].clone());
-    assert_eq!(node_uid_of(&leaf).as_deref(), Some("uid of node-1"));
+    assert_eq!(Bearer::of(&leaf).and_then(|b| b.uid).as_deref(), Some("uid of node-1"));
 
     // What cannot be a token for this is not asked about.
     let asked = *world.table.asked.lock();

@@ -7,13 +7,12 @@ use std::time::Duration;
 use tidegate_dns_core::answer::{check, upstream_query};
 use tidegate_dns_core::serve::{Decision, Rules, decide, plan};
 use tidegate_dns_core::wire::{Parsed, parse, question};
-use tidegate_dns_core::{AddressDecision, Allow, AskMode, Asker, Denial, NameDecision, Scratch, View};
+use tidegate_dns_core::{AddressDecision, Asker, NameDecision, Scratch, View};
 use tidegate_ledger::{Answer, OwnerId};
-use tidegate_policy::state::Touch;
-use tidegate_policy::world::{self, World};
-use tidegate_policy::{Name, Proto, Reason, Via};
+use tidegate_policy::world::World;
+use tidegate_policy::{Name, Reason};
 
-use crate::desired::Desired;
+use crate::asker;
 use crate::gateway::{Gateway, node_id};
 
 /// What came of a question.
@@ -53,7 +52,7 @@ impl Gateway {
         let hit = stored;
         let world = self.world();
         let view = Policy(world.clone());
-        let Some(asker) = asker(&world, pod) else { return Asked::Denied(Reason::UnknownPod) };
+        let Some(asker) = asker::asker(&world, pod, (true, true)) else { return Asked::Denied(Reason::UnknownPod) };
         let qtype = if v6 { 28 } else { 1 };
         let rules = Rules { cluster_suffixes: vec!["cluster.local".into()], addresses: 64 };
         let go = match decide(name, qtype, &asker, &view, &rules) {
@@ -80,10 +79,7 @@ impl Gateway {
         let min = Duration::from_secs(plan.min_binding_secs.into());
         let ttl = stored.ttl_or_zero(now.as_millis() as u64);
         let bound = scratch.bind.clone();
-        // What a guarded pod's node does not know passes there.
-        let denied =
-            |g: &Arc<world::Group>| g.name(name.as_str(), 1).facts.ports.ranges().iter().any(|r| r.via == Via::Deny);
-        let acked = asker.mode == AskMode::Guarded && world.group_by_key(asker.group).is_some_and(denied);
+        let acked = asker::needs_ack(&world, &asker, name.as_str());
         let answer = Answer {
             ticket,
             scope: asker.scope,
@@ -127,31 +123,6 @@ fn answer(sent: &[u8], ips: &[IpAddr], ttl: u32) -> Vec<u8> {
     m
 }
 
-/// The pod, as the DNS service sees it.
-fn asker(world: &World, pod: IpAddr) -> Option<Asker> {
-    let e = world.endpoint(pod)?;
-    let m = e.member?;
-    let group = world.group(m.index)?;
-    Desired::pair(group.scope())?;
-    let mode = match (group.audit(), e.touch) {
-        (true, _) => AskMode::Audited,
-        (false, Touch::Isolated) => AskMode::Enforced,
-        (false, _) => AskMode::Guarded,
-    };
-    let (v4, v6) = group.scope().families();
-    let free = mode != AskMode::Enforced;
-    Some(Asker {
-        ip: pod,
-        who: e.who.clone(),
-        scope: m.scope,
-        group: m.group,
-        group_index: m.index,
-        mode,
-        v4: v4 || free,
-        v6: v6 || free,
-    })
-}
-
 /// The DNS service's view of a compile.
 struct Policy(Arc<World>);
 
@@ -165,37 +136,14 @@ impl View for Policy {
     }
 
     fn name(&self, asker: &Asker, name: &str, qtype: u16) -> NameDecision {
-        let Some(group) = self.0.group(asker.group_index) else {
-            return NameDecision::Deny { denial: Denial::NoData, reason: Reason::NoBinding, rule: None };
-        };
-        let d = group.name(name, qtype);
-        let deny = |denial| NameDecision::Deny { denial, reason: d.reason, rule: d.rule.clone() };
-        match d.answer {
-            world::Answer::Bind => NameDecision::Allow(Allow {
-                ech: d.facts.ech_allow,
-                extra_type: false,
-                wildcard: d.wildcard,
-                min_binding_secs: d.facts.min_binding.map_or(0, |m| m.as_secs() as u32),
-                rule: d.rule,
-            }),
-            world::Answer::Resolve => NameDecision::Resolve { reason: d.reason, rule: d.rule },
-            world::Answer::NoData => deny(Denial::NoData),
-            world::Answer::NxDomain => deny(Denial::NxDomain),
-        }
+        asker::name(&self.0, asker, name, qtype)
     }
 
     fn address(&self, asker: &Asker, name: &str, ip: IpAddr) -> AddressDecision {
-        match self.0.group(asker.group_index).map(|g| g.address(name, ip)) {
-            None => AddressDecision::Filter(Reason::NoBinding),
-            Some(world::AddressDecision::Default) => AddressDecision::Default,
-            Some(world::AddressDecision::Accept) => AddressDecision::Accept,
-            Some(world::AddressDecision::Filter(reason)) => AddressDecision::Filter(reason),
-        }
+        asker::address(&self.0, asker, name, ip)
     }
 
     fn svcb_port(&self, asker: &Asker, name: &str, port: u16) -> bool {
-        let Some(group) = self.0.group(asker.group_index) else { return false };
-        let ports = &group.name(name, 1).facts.ports;
-        [Proto::Tcp, Proto::Udp].iter().any(|p| matches!(ports.get(*p, port), Some(Via::Allow(_))))
+        asker::svcb_port(&self.0, asker, name, port)
     }
 }

@@ -21,6 +21,7 @@ use crate::kernel::Kernel;
 use crate::objects::{Config, GATEWAYS, NODES};
 use crate::ownership::{Known, Ownership, PLACE};
 use crate::peers::Journal;
+use crate::pushes::{self, Push};
 use crate::sent::Sent;
 use crate::settling::Settling;
 
@@ -502,27 +503,10 @@ impl Gateway {
         self.kernel.now = now;
         let mut out = Vec::new();
         self.ledger.handle(input, now, &mut out);
-        let mut updates = Vec::new();
-        let mut pushes: BTreeMap<NodeId, (u64, bool, Vec<FactUpdate>)> = BTreeMap::new();
-        for o in &mut out {
-            match o {
-                Output::Local(update) => updates.push(update.clone()),
-                Output::Push { node, seq, snapshot, facts } => {
-                    let facts = std::mem::take(facts);
-                    match pushes.get_mut(node) {
-                        Some(push) if !*snapshot => {
-                            push.0 = *seq;
-                            push.2.extend(facts);
-                        }
-                        _ => drop(pushes.insert(*node, (*seq, *snapshot, facts))),
-                    }
-                }
-                _ => {}
-            }
-        }
+        let (updates, pushes) = pushes::take(&mut out);
         self.local(&updates);
-        for (node, (seq, snapshot, facts)) in pushes {
-            self.push(node, seq, snapshot, facts);
+        for (node, push) in pushes {
+            self.push(node, push);
         }
         let mut idle = Vec::new();
         for o in out {
@@ -560,7 +544,8 @@ impl Gateway {
         self.kernel.facts(updates);
     }
 
-    fn push(&mut self, node: NodeId, seq: u64, snapshot: bool, facts: Vec<FactUpdate>) {
+    fn push(&mut self, node: NodeId, push: Push) {
+        let Push { seq, snapshot, facts } = push;
         let name = NODES[node.0 as usize];
         let Some(n) = self.nodes.get_mut(name) else { return };
         let classes: BTreeSet<(ScopeKey, ClassKey)> =

@@ -34,6 +34,8 @@ mod objects;
 mod peers;
 mod reference;
 
+#[path = "../../../gateway/src/asker.rs"]
+mod asker;
 #[path = "../../../gateway/src/core/classes.rs"]
 #[allow(dead_code, reason = "the core's own")]
 mod classes;
@@ -46,6 +48,8 @@ mod members;
 #[path = "../../../gateway/src/ownership.rs"]
 #[allow(dead_code, reason = "the core's own")]
 mod ownership;
+#[path = "../../../gateway/src/core/pushes.rs"]
+mod pushes;
 #[path = "../../../gateway/src/records.rs"]
 #[allow(dead_code, reason = "the core's own")]
 mod records;

@@ -15,6 +15,8 @@ pub use credentials::{Credentials, Source, authorities_from_pem};
 pub use files::{Files, Paths};
 pub use token::{Claims, MAX_TOKEN};
 
+use std::time::Duration;
+
 use rustls_pki_types::CertificateDer;
 use x509_parser::extensions::GeneralName;
 
@@ -100,17 +102,67 @@ pub fn is_name(s: &str) -> bool {
         })
 }
 
+/// The names that a certificate speaks for in a role.
+fn names<'n>(san: &'n [GeneralName<'n>], role: Role) -> impl Iterator<Item = &'n str> {
+    san.iter().filter_map(move |n| match n {
+        GeneralName::DNSName(d) => d.strip_suffix(role.suffix()).filter(|n| is_name(n)),
+        _ => None,
+    })
+}
+
+/// The UIDs of nodes that a certificate speaks for.
+fn uids<'n>(san: &'n [GeneralName<'n>]) -> impl Iterator<Item = &'n str> {
+    san.iter().filter_map(|n| match n {
+        GeneralName::URI(uri) => uri.strip_prefix(NODE_UID),
+        _ => None,
+    })
+}
+
+/// The only one that there is.
+fn only<T>(mut all: impl Iterator<Item = T>) -> Option<T> {
+    let one = all.next()?;
+    all.next().is_none().then_some(one)
+}
+
 /// The one name that a certificate speaks for in a role. None if there is none, or more than one. Says nothing of who
 /// signed it.
 pub fn name_of(certificate: &CertificateDer<'_>, role: Role) -> Option<String> {
     let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
     let san = certificate.subject_alternative_name().ok()??;
-    let mut names = san.value.general_names.iter().filter_map(|n| match n {
-        GeneralName::DNSName(d) => d.strip_suffix(role.suffix()).filter(|n| is_name(n)),
-        _ => None,
-    });
-    let name = names.next()?;
-    names.next().is_none().then(|| name.to_owned())
+    only(names(&san.value.general_names, role)).map(str::to_owned)
+}
+
+/// For whom a certificate speaks, and how long.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bearer {
+    /// As what.
+    pub role: Role,
+    /// The name.
+    pub name: String,
+    /// The UID of a node's object; absent where nodes are no objects.
+    pub uid: Option<String>,
+    /// When it ends. Unix seconds.
+    pub ends: u64,
+}
+
+impl Bearer {
+    /// None if it speaks for nobody, or for more than one. Says nothing of who signed it.
+    pub fn of(certificate: &CertificateDer<'_>) -> Option<Self> {
+        let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
+        let san = certificate.subject_alternative_name().ok()??;
+        let san = &san.value.general_names;
+        let all = [Role::Node, Role::Gateway].into_iter();
+        let (role, name) = only(all.flat_map(|role| names(san, role).map(move |name| (role, name.to_owned()))))?;
+        let mut uids = uids(san).filter(|_| role == Role::Node);
+        let uid = uids.next().map(str::to_owned);
+        let ends = u64::try_from(certificate.validity().not_after.timestamp()).ok()?;
+        uids.next().is_none().then_some(Self { role, name, uid, ends })
+    }
+
+    /// How long it still holds. `now`: Unix seconds.
+    pub fn left(&self, now: u64) -> Duration {
+        Duration::from_secs(self.ends.saturating_sub(now))
+    }
 }
 
 /// Goes before the UID of a node in its certificate's URI.
@@ -125,12 +177,7 @@ pub fn node_uid_uri(uid: &str) -> String {
 pub fn node_uid_of(certificate: &CertificateDer<'_>) -> Option<String> {
     let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
     let san = certificate.subject_alternative_name().ok()??;
-    let mut uids = san.value.general_names.iter().filter_map(|n| match n {
-        GeneralName::URI(uri) => uri.strip_prefix(NODE_UID),
-        _ => None,
-    });
-    let uid = uids.next()?;
-    uids.next().is_none().then(|| uid.to_owned())
+    only(uids(&san.value.general_names)).map(str::to_owned)
 }
 
 /// When a certificate begins and ends to hold, in Unix seconds. None if it is no certificate.
