@@ -127,7 +127,7 @@ pub struct Topology {
     pub onlink: Vec<(IpNet, u32)>,
     /// Devices of default routes.
     pub defaults: BTreeSet<u32>,
-    /// Devices of default routes in other tables than the main one, to which rules lead.
+    /// Devices of default routes in other tables than the main one: rules may lead to them. The rules are not read.
     pub ruled: BTreeSet<u32>,
     /// Neighbours: (device, address) → hardware address.
     pub neighbours: BTreeMap<(u32, IpAddr), [u8; 6]>,
@@ -135,8 +135,6 @@ pub struct Topology {
     pub forwarding: BTreeMap<(u32, [u8; 6]), u32>,
     /// Global addresses by device.
     pub addresses: BTreeMap<u32, BTreeSet<IpAddr>>,
-    /// All of them.
-    pub own: BTreeSet<IpAddr>,
 }
 
 impl Topology {
@@ -164,6 +162,18 @@ impl Topology {
             }
         }
         out
+    }
+
+    /// Whether some device has this address.
+    pub fn is_own(&self, address: IpAddr) -> bool {
+        self.addresses.values().any(|a| a.contains(&address))
+    }
+
+    /// The node's addresses, each once: first those of these devices, which it needs, as they are on the network.
+    pub fn own(&self, first: &[&Link]) -> Vec<IpAddr> {
+        let of = first.iter().filter_map(|l| self.addresses.get(&l.index));
+        let mut seen = BTreeSet::new();
+        of.chain(self.addresses.values()).flatten().copied().filter(|ip| seen.insert(*ip)).collect()
     }
 
     /// Devices by which rules send packets outside, such as a second network card of whose addresses some pods have one.
@@ -260,6 +270,14 @@ fn link(message: LinkMessage) -> Link {
         }
     }
     out
+}
+
+/// The address that a device has: beside one of a link between two, the other end's is said, too.
+fn own(attributes: &[AddressAttribute]) -> Option<IpAddr> {
+    let local = attributes.iter().find_map(|a| if let AddressAttribute::Local(ip) = a { Some(*ip) } else { None });
+    local.or_else(|| {
+        attributes.iter().find_map(|a| if let AddressAttribute::Address(ip) = a { Some(*ip) } else { None })
+    })
 }
 
 fn kind(infos: &[LinkInfo]) -> Kind {
@@ -374,13 +392,10 @@ impl Netlink {
         }
         let mut addresses = Box::pin(self.handle.address().get().execute());
         while let Some(a) = addresses.try_next().await.map_err(LinkError::netlink("list addresses"))? {
-            for attribute in a.attributes {
-                if let AddressAttribute::Address(ip) = attribute
-                    && !matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local())
-                {
-                    out.addresses.entry(a.header.index).or_default().insert(ip);
-                    out.own.insert(ip);
-                }
+            if let Some(ip) = own(&a.attributes)
+                && !matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local())
+            {
+                out.addresses.entry(a.header.index).or_default().insert(ip);
             }
         }
         if how == Interfaces::Bridge {
@@ -563,6 +578,16 @@ mod tests {
         assert_eq!(names(None), ["eth0"]);
         assert_eq!(names(Some(&["br0".into(), "none0".into()])), ["br0"]);
         assert!(names(Some(&["tgq".into()])).is_empty());
+    }
+
+    #[test]
+    fn the_uplinks_addresses_come_first_and_each_once() {
+        let mut t = topology();
+        t.addresses =
+            [(2, [ip("10.0.0.1"), ip("192.0.2.9")].into()), (1, [ip("192.0.2.9"), ip("fd00::9")].into())].into();
+        let uplink = t.links[&1].clone();
+        assert_eq!(t.own(&[&uplink]), [ip("192.0.2.9"), ip("fd00::9"), ip("10.0.0.1")]);
+        assert!(t.is_own(ip("10.0.0.1")) && !t.is_own(ip("10.0.0.2")));
     }
 
     #[test]

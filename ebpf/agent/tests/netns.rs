@@ -178,6 +178,8 @@ fn a_pods_interface_is_found_by_its_route() {
     node.ip("route add 10.0.0.5/32 dev veth1");
     node.ip("route add fd00::5/128 dev veth1");
     node.ip("route add 10.0.0.6/32 via 192.0.2.9");
+    node.ip("addr add 192.0.2.7 peer 198.51.100.9/32 dev eth0");
+    node.ip("addr add fd00:7::1 peer fd00:9::1/128 dev eth0 nodad");
     let t = node.block_on(|| async { Netlink::open().unwrap().topology(Interfaces::HostRoute).await.unwrap() });
     for address in ["10.0.0.5", "fd00::5"] {
         assert_eq!(t.interface(ip(address), Interfaces::HostRoute).unwrap().name, "veth1");
@@ -185,6 +187,10 @@ fn a_pods_interface_is_found_by_its_route() {
     assert!(t.interface(ip("10.0.0.6"), Interfaces::HostRoute).is_none());
     assert!(t.interface(ip("192.0.2.1"), Interfaces::HostRoute).is_none());
     assert_eq!(t.uplinks(None).iter().map(|l| l.name.as_str()).collect::<Vec<_>>(), ["eth0"]);
+    // The other end of a link is not here.
+    let own = t.own(&t.uplinks(None));
+    assert_eq!(own[..4], ["192.0.2.1", "192.0.2.7", "fd00:7::1", "127.0.0.1"].map(ip), "{own:?}");
+    assert!(own.iter().all(|a| *a != ip("198.51.100.9") && *a != ip("fd00:9::1")), "{own:?}");
     let veth = t.by_name("veth1").unwrap().clone();
     let mac = node.block_on(|| async { Netlink::open().unwrap().peer_mac(&veth).await.unwrap() });
     let own = pod.block_on(|| async { Netlink::open().unwrap().link("eth0").await.unwrap().unwrap().mac });

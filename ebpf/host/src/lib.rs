@@ -35,6 +35,7 @@ pub use attach::{Attached, Place, remove_pins};
 pub use error::Error;
 pub use events::{Counter, Events, PacketEvent, hook_name};
 pub use load::{Datapath, TestPacket, TestResult, is_taken};
+pub use own::OWN_ADDRESSES;
 pub use preflight::preflight;
 pub use sweep::Swept;
 pub use tidegate_ebpf_common::layout::OVERLAYS;

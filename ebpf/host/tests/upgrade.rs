@@ -306,11 +306,11 @@ fn addresses_are_held_for_the_old_programs_until_they_are_replaced() {
 fn the_old_programs_hear_of_the_nodes_new_addresses_until_they_are_replaced() {
     let mut f = world(Role::Node);
     let [before, since] = ["203.0.113.7", "2001:db8::7"].map(ip);
-    f.path_mut().addresses(&[before].into(), false).unwrap();
+    f.path_mut().addresses(&[before], false).unwrap();
     let old: HashMap<_, Addr, u32> = open(&f.pin("OWN"));
     f.options.capacities.flows = 512;
     f.restart();
-    f.path_mut().addresses(&[since].into(), false).unwrap();
+    f.path_mut().addresses(&[since], false).unwrap();
     for address in [before, since] {
         assert!(old.get(&address.into(), 0).is_ok(), "{address}");
     }

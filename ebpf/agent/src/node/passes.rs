@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 
-use tidegate_ebpf::{Error, Interface, Local, Place, Plugged, Program};
+use tidegate_ebpf::{Error, Interface, Local, OWN_ADDRESSES, Place, Plugged, Program};
 use tidegate_policy::state::Touch;
 
 use super::{Gateway, Node, SETTLE, STEPS_PER_SECOND, acknowledge};
@@ -50,10 +50,14 @@ impl Node {
 
     /// Tells the kernel the node's own addresses.
     pub(super) fn own_addresses(&mut self, full: bool) {
-        let told = self.datapath.addresses(&self.topology.own, full);
+        let all = self.topology.own(&self.underlay());
+        let told = self.datapath.addresses(&all, full);
         if let Ok(repaired) = told {
             events::repaired("map", repaired);
         }
+        let left = all.len().saturating_sub(OWN_ADDRESSES);
+        let text = format!("the node has {} addresses: {left} of them are not told to the kernel", all.len());
+        self.problem("own addresses", (left > 0).then_some(text));
         self.problem("addresses", told.err().map(|e| format!("the kernel does not hold the node's addresses: {e}")));
     }
 
@@ -97,7 +101,7 @@ impl Node {
     /// Addresses of this node's pods. Pods in the node's own network have no interface of their own and are not managed.
     fn local_pods(&self) -> impl Iterator<Item = IpAddr> {
         let local = self.merged.endpoints.iter().filter(|(_, e)| e.node == self.config.node);
-        local.map(|(ip, _)| *ip).filter(|ip| !self.topology.own.contains(ip))
+        local.map(|(ip, _)| *ip).filter(|ip| !self.topology.is_own(*ip))
     }
 
     /// Asks for pods that are in no neighbour table yet.
