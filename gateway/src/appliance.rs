@@ -349,15 +349,15 @@ pub fn run(path: &Path) -> Result<()> {
         thread("report", move || reporting.run())?
     };
     let compiler = Compiler::new(to_core.clone(), problems.clone(), Surveyor::new(snapshot), readiness.guard("policy"));
-    let policy_thread = match changes {
+    let policy_thread = match changes.zip(watched.clone()) {
         None => {
             let (config, stop) = (config.clone(), stop.clone());
             thread("policy", move || source::directory(&config, compiler, &stop))?
         }
-        Some(changes) => {
+        Some((changes, watched)) => {
             let names = names.clone();
             let (runtime, stop) = (runtime()?, stop.clone());
-            let follower = Follower { changes, names, nodes: teller, compiler, runtime, stop };
+            let follower = Follower { changes, watched, names, nodes: teller, compiler, runtime, stop };
             let config = config.clone();
             thread("policy", move || follower.run(&config))?
         }

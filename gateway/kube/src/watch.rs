@@ -94,6 +94,8 @@ pub struct Health {
     pub version: u64,
     /// Whether a list came in whole.
     pub listed: bool,
+    /// Since when its changes come in; absent while it is read anew or cannot be followed.
+    pub followed: Option<Instant>,
     /// Since when it fails, and why.
     pub failing: Option<(Instant, String)>,
     /// When it was last got back after it had failed for a second or longer.
@@ -145,6 +147,11 @@ impl<F: Ord + Copy> Watched<F> {
         if let Some(shared) = self.0.get(&feed) {
             shared.hurry.notify_one();
         }
+    }
+
+    /// For how long the changes of one of them have been coming in.
+    pub fn followed(&self, feed: F) -> Option<Duration> {
+        self.0.get(&feed).and_then(|s| s.health().followed).map(|since| since.elapsed())
     }
 
     /// Since when at least one of them fails, and why.
@@ -247,6 +254,7 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
                 Some(v) => {
                     let (before, started) = (v.clone(), Instant::now());
                     let end = self.changes(shared, v).await;
+                    shared.health().followed = None;
                     lived = started.elapsed() >= LIVED;
                     if *v != before || lived {
                         wait = BACKOFF.0;
@@ -360,7 +368,11 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
             Err(error) => return error.into(),
         };
         heard(shared);
-        shared.health().works();
+        {
+            let mut health = shared.health();
+            health.works();
+            health.followed = Some(Instant::now());
+        }
         // Whoever asked for another watch has it.
         let _ = shared.hurry.notified().now_or_never();
         let mut stream = std::pin::pin!(stream);

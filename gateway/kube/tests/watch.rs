@@ -122,6 +122,7 @@ async fn changes_come_in_order_and_only_those_that_were_asked_for() {
     let health = f.watched.health()[MAPS].clone();
     assert!(health.listed && health.lists == 1 && health.events >= 4 && health.failing.is_none());
     assert!(health.version == f.reached && f.watched.failing().is_none());
+    assert!(f.watched.followed(MAPS).is_some(), "changes come in");
 }
 
 #[tokio::test]
@@ -160,10 +161,12 @@ async fn an_outage_takes_nothing_away_and_its_changes_come_after_it() {
     tokio::time::sleep(Duration::from_secs(2)).await;
     cut.until(SOON, "nothing", |_| true).await;
     assert!(cut.has(&[("a", "1"), ("b", "1")]), "last known good: {:?}", cut.held);
+    assert!(cut.watched.followed(MAPS).is_none(), "nothing comes in");
     proxy.forward();
     cut.until(SOON, "the changes", |f| f.has(&[("a", "2"), ("c", "1")])).await;
     cut.until(SOON, "health", |f| f.watched.failing().is_none()).await;
     assert_eq!(cut.lists, 1, "it goes on where it was");
+    assert!(cut.watched.followed(MAPS).is_some());
 
     cluster.stop_api_server();
     f.until(SOON, "the failure", |f| f.watched.failing().is_some()).await;

@@ -70,6 +70,8 @@ pub fn lists(kubernetes: &Kubernetes) -> Vec<List<Feed>> {
 pub struct Follower {
     /// The changes.
     pub changes: mpsc::Receiver<Change<Feed>>,
+    /// How the lists fare that they come from.
+    pub watched: Watched<Feed>,
     /// What the DNS service is told of the cluster.
     pub names: Arc<ClusterNames>,
     /// Told which nodes there are.
@@ -121,10 +123,7 @@ impl Follower {
         if state.listed.len() < Feed::ALL.len() {
             return Ok(());
         }
-        if state.aged.elapsed() >= AGE {
-            state.aged = Instant::now();
-            state.index.age();
-        }
+        state.age(Instant::now(), self.watched.followed(Feed::Namespaces));
         self.names.set(state.index.external_names(), state.index.dns_servers());
         if std::mem::take(&mut state.nodes) {
             self.nodes.tell(Known::of(&state.index));
@@ -222,6 +221,16 @@ impl State {
         self.moved |= reached.is_some();
     }
 
+    /// Lets policies that went age, a second at a time. Only while Namespaces were `followed` for the whole of it: else
+    /// the end of their namespace, with which they went, may not have been heard yet.
+    fn age(&mut self, now: Instant, followed: Option<Duration>) {
+        let due = now.saturating_duration_since(self.aged) >= AGE;
+        if due && followed.is_some_and(|d| d >= AGE) {
+            self.aged = now;
+            self.index.age();
+        }
+    }
+
     /// What is wrong with objects, in their order.
     fn problems(&self) -> Vec<String> {
         let all = Feed::ALL.into_iter().flat_map(|feed| {
@@ -250,6 +259,7 @@ pub fn health(watched: &Watched<Feed>) -> Value {
                 "heardSecondsAgo": h.heard.map(ago),
                 "resourceVersion": h.version,
                 "complete": h.listed,
+                "followedForSeconds": h.followed.map(ago),
                 "failingForSeconds": h.failing.as_ref().map(|(since, _)| ago(*since)),
                 "why": h.failing.map(|(_, why)| why),
                 "lists": h.lists,
@@ -267,7 +277,14 @@ pub fn health(watched: &Watched<Feed>) -> Value {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
+    use std::net::{IpAddr, Ipv4Addr};
+
+    use tidegate_policy::World;
+    use tidegate_policy::model::UnixSeconds;
+    use tidegate_policy::state::Touch;
+
     use super::*;
     use crate::generations::{Generations, LAG};
 
@@ -333,5 +350,34 @@ mod tests {
         s.moved = false;
         s.take(all(None));
         assert!(s.versions.is_empty() && s.moved, "others are told");
+    }
+
+    #[test]
+    fn a_policy_that_went_stays_strict_until_namespaces_are_heard_again() {
+        let mut state = state();
+        let policy = json!({"metadata": {"namespace": "shop", "name": "p", "uid": "p", "generation": 1, "resourceVersion": "2"},
+            "spec": {"podSelector": {}}});
+        let pod = json!({"metadata": {"namespace": "shop", "name": "web", "uid": "web"}, "spec": {"nodeName": "n1"},
+            "status": {"phase": "Running", "podIP": "10.0.0.1"}});
+        state.index.apply(Feed::Namespaces, &json!({"metadata": {"name": "shop", "uid": "u", "resourceVersion": "1"}}));
+        state.index.apply(Feed::Pods, &pod);
+        state.index.apply(Feed::EgressPolicies, &policy);
+        state.index.delete(Feed::EgressPolicies, &policy);
+        let touch = |s: &State| {
+            let w = World::compile(s.index.objects(), UnixSeconds(1000), None);
+            w.endpoint(IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1))).unwrap().touch
+        };
+        let second = |n: u64| Duration::from_secs(n);
+        let start = state.aged;
+        for n in 1..60 {
+            // Away, and just back: what was missed may be on its way.
+            state.age(start + second(n), if n % 2 == 0 { None } else { Some(AGE / 2) });
+        }
+        assert_eq!(touch(&state), Touch::Isolated);
+        state.age(start + second(60), Some(AGE));
+        state.age(start + second(60) + AGE / 2, Some(AGE));
+        assert_eq!(touch(&state), Touch::Isolated, "half a second is not another one");
+        state.age(start + second(61), Some(second(2)));
+        assert_eq!(touch(&state), Touch::Untouched);
     }
 }
