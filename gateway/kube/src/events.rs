@@ -21,6 +21,8 @@ use crate::status::NAME;
 pub const DENIED: &str = "EgressDenied";
 /// The same is said again after so long.
 const ONCE: Duration = Duration::from_secs(600);
+/// The end of an audit is told around it, in little more than an hour: not again in that time, so that others have their turn.
+const AUDITED: Duration = Duration::from_secs(7200);
 /// Different ones that are remembered.
 const REMEMBERED: usize = 8192;
 /// Events in a burst, and the time between two of many: of all namespaces that have said much lately.
@@ -66,6 +68,16 @@ pub enum About {
     },
 }
 
+impl About {
+    /// The same is not said again for so long.
+    fn once(&self) -> Duration {
+        match self {
+            About::Denied { .. } => ONCE,
+            About::Audit { .. } => AUDITED,
+        }
+    }
+}
+
 /// A token bucket, as the time at which it is full again.
 #[derive(Clone, Copy, Debug, Default)]
 struct Bucket(Duration);
@@ -80,7 +92,7 @@ impl Bucket {
     }
 }
 
-/// Decides what is said: each once in ten minutes, and not too much, of any namespace and of all. Times are local, since
+/// Decides what is said: each once in its time, and not too much, of any namespace and of all. Times are local, since
 /// any moment.
 #[derive(Debug, Default)]
 pub struct Sieve {
@@ -97,7 +109,8 @@ impl Sieve {
     pub fn lets(&mut self, n: &News, now: Duration) -> bool {
         let key = (n.namespace.clone(), n.about.clone());
         let old = |at: &Duration| now.saturating_sub(*at) < ONCE;
-        if self.said.get(&key).is_some_and(old) {
+        let known = |(_, about): &(String, About), at: &Duration| now.saturating_sub(*at) < about.once();
+        if self.said.get(&key).is_some_and(|at| known(&key, at)) {
             return false;
         }
         let lately = self.of.get(&n.namespace).copied().filter(|(_, at)| old(at));
@@ -107,7 +120,7 @@ impl Sieve {
             return false;
         }
         if self.said.len() >= REMEMBERED {
-            self.said.retain(|_, at| old(at));
+            self.said.retain(|key, at| known(key, at));
             if self.said.len() >= REMEMBERED {
                 return false;
             }
@@ -237,6 +250,15 @@ mod tests {
         }
         let ends = |until| News { about: About::Audit { reason: "AuditEnded", until }, ..denial("shop", "", "", "") };
         assert!(f.lets(&ends(1), s(700)) && !f.lets(&ends(1), s(701)) && f.lets(&ends(2), s(701)));
+    }
+
+    #[test]
+    fn the_ends_of_many_audits_are_all_told_in_the_hour_before() {
+        let mut f = Sieve::default();
+        let about = About::Audit { reason: "AuditEnding", until: 4200 };
+        let ends = |n| News { about: about.clone(), ..denial(&format!("n{n}"), "", "", "") };
+        let told: usize = (0..3600).step_by(60).map(|at| (0..1200).filter(|n| f.lets(&ends(*n), s(at))).count()).sum();
+        assert_eq!(told, 1200, "each of them, and none twice");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What the leader among the gateways does: statuses and events for the API server.
 
+use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,6 +25,8 @@ pub struct Outlet {
     events: mpsc::Sender<events::News>,
     last: Arc<Statuses>,
     said: Reports,
+    /// The namespace whose audit was told of last, when there was no room for more.
+    told: String,
 }
 
 /// The candidacy of this gateway.
@@ -43,7 +46,7 @@ pub fn start(kube: &Kube, stale: watch::Receiver<bool>) -> (Outlet, Leading) {
     kube.spawn(lease::stand(connection.clone(), LEASE, lease::Times::default(), leads_tx, stale, stopped));
     kube.spawn(status::write(connection.client.clone(), wanted, leads.clone()));
     kube.spawn(events::write(connection, denials, leads.clone()));
-    let outlet = Outlet { statuses, events, last: Arc::default(), said: Reports::default() };
+    let outlet = Outlet { statuses, events, last: Arc::default(), said: Reports::default(), told: String::new() };
     (outlet, Leading { stop, leads })
 }
 
@@ -81,14 +84,23 @@ impl Outlet {
         self.statuses.send_replace(Some(all));
     }
 
-    /// Tells the people of namespaces whose audit ends. May be repeated: each is said once.
-    pub fn audits(&self, survey: &Survey, now: UnixSeconds) {
-        for (name, place) in survey.namespaces.iter().filter(|(_, p)| p.annotations.audit && !p.exempt) {
+    /// Tells the people of namespaces whose audit ends. May be repeated: each is said once. Where there is no room for all,
+    /// the next call goes on with the others.
+    pub fn audits(&mut self, survey: &Survey, now: UnixSeconds) {
+        let after = (Bound::Excluded(self.told.as_str()), Bound::Unbounded);
+        let until = (Bound::Unbounded, Bound::Included(self.told.as_str()));
+        let turn = survey.namespaces.range::<str, _>(after).chain(survey.namespaces.range::<str, _>(until));
+        let mut told = None;
+        for (name, place) in turn.filter(|(_, p)| p.annotations.audit && !p.exempt) {
             let news = place.annotations.audit_until.and_then(|until| ending(name, until, now));
             if let Some(news) = news {
-                let _ = self.events.try_send(news);
+                if self.events.try_send(news).is_err() {
+                    break;
+                }
+                told = Some(name.clone());
             }
         }
+        self.told = told.unwrap_or_else(|| std::mem::take(&mut self.told));
     }
 
     /// Tells the pod's people of a denial, if there is room.
@@ -176,6 +188,7 @@ mod tests {
     use super::*;
     use tidegate_policy::Reason;
     use tidegate_policy::event::Who;
+    use tidegate_policy::model::{Namespace, Objects, Touched};
 
     #[test]
     fn an_event_reads_as_one_line() {
@@ -207,6 +220,27 @@ mod tests {
         assert_eq!(e.note, "The DNS query for a.example was denied: sni-mismatch. A rule denies it");
         let about = events::About::Denied { pod: "web".into(), what: "a.example".into(), code: "sni-mismatch".into() };
         assert_eq!(e.about, about);
+    }
+
+    #[test]
+    fn where_many_audits_end_each_has_its_turn() {
+        let now = UnixSeconds(1_790_000_000);
+        let mut objects = Objects::default();
+        for n in 0..1000 {
+            let ns = Namespace { audit: true, audit_until: Some(UnixSeconds(now.0 + 60)), ..Namespace::default() };
+            objects.namespaces.insert(format!("n{n}"), ns);
+        }
+        let survey = Survey::new(&objects, &crate::report::records_of(&objects, &[]), Touched::ALL, None);
+        let (events, mut told) = mpsc::channel(EVENTS);
+        let statuses = watch::Sender::new(None);
+        let mut outlet =
+            Outlet { statuses, events, last: Arc::default(), said: Reports::default(), told: String::new() };
+        let mut all = std::collections::BTreeSet::new();
+        for round in 1..=4 {
+            outlet.audits(&survey, now);
+            all.extend(std::iter::from_fn(|| told.try_recv().ok()).map(|n| n.namespace));
+            assert_eq!(all.len(), (round * EVENTS).min(1000));
+        }
     }
 
     #[test]

@@ -210,7 +210,7 @@ impl Run {
         let same = self.last.as_ref().is_some_and(|last| Arc::ptr_eq(last, &snapshot));
         self.table.retain(|ns| Some(snapshot.survey.namespaces.get(ns)?.annotations.uid.as_str()));
         let denied = self.table.take_news();
-        if let Some(outlet) = &self.thread.outlet
+        if let Some(outlet) = &mut self.thread.outlet
             && self.audits.is_none_or(|at| at.elapsed() >= AUDITS)
         {
             self.audits = Some(Instant::now());
