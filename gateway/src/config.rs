@@ -70,6 +70,9 @@ pub struct Config {
     /// Namespaces that nothing touches. Default `[kube-system]`.
     #[serde(default = "default_exempt")]
     pub exempt_namespaces: Vec<String>,
+    /// What pods are that kubelets make. Default `Isolated`.
+    #[serde(default)]
+    pub mirror_pods: MirrorPods,
     /// Which names are resolved. Default `Strict`.
     #[serde(default)]
     pub dns_filter: DnsFilter,
@@ -329,6 +332,16 @@ pub enum ClusterDefault {
     Audit,
     /// Default deny.
     Isolated,
+}
+
+/// What pods are that kubelets make, in namespaces and with labels of their choice (static pods).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub enum MirrorPods {
+    /// Where policy concerns them, nothing is allowed to them.
+    #[default]
+    Isolated,
+    /// Pods as any other.
+    Trusted,
 }
 
 /// Which names are resolved.

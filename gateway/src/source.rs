@@ -43,6 +43,7 @@ pub fn settings(config: &Config) -> model::Settings {
             config::DnsFilter::Strict => model::DnsFilter::Strict,
             config::DnsFilter::Open => model::DnsFilter::Open,
         },
+        trust_mirror_pods: config.mirror_pods == config::MirrorPods::Trusted,
         exempt_namespaces: config.exempt_namespaces.clone(),
         cluster_prefixes: config.cluster.prefixes.clone(),
         cluster_dns: config.cluster.dns.clone(),

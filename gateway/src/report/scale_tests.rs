@@ -21,8 +21,14 @@ fn objects() -> Objects {
             let i = n * 2 + p;
             let address = std::net::Ipv4Addr::from(0x0a00_0000 + i as u32);
             let node = format!("node{}", i % NODES);
-            let mut pod =
-                Pod { node, addresses: vec![address.into()], labels: Default::default(), host_network: false };
+            let mut pod = Pod {
+                node,
+                addresses: vec![address.into()],
+                labels: Default::default(),
+                host_network: false,
+                ending: false,
+                mirror: false,
+            };
             pod.labels.insert("app".into(), format!("p{p}"));
             o.pods.insert((name.clone(), format!("pod{p}")), pod);
         }

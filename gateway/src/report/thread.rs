@@ -249,8 +249,14 @@ mod tests {
     /// A cluster with the pod `shop/web` on node `n1`.
     fn run(post: Receiver<(Origin, Denied)>) -> (Run, Receiver<ToCore>) {
         let mut objects = Objects::default();
-        let pod =
-            Pod { node: "n1".into(), addresses: vec![POD.into()], labels: Default::default(), host_network: false };
+        let pod = Pod {
+            node: "n1".into(),
+            addresses: vec![POD.into()],
+            labels: Default::default(),
+            host_network: false,
+            ending: false,
+            mirror: false,
+        };
         objects.pods.insert(("shop".into(), "web".into()), pod);
         let world = Arc::new(World::compile(&objects, UnixSeconds(1), None));
         let shared = Arc::new(Shared::new(world, Arc::new(ClusterNames::new(Vec::new(), Vec::new()))));

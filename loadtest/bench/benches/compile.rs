@@ -44,6 +44,8 @@ fn objects(namespaces: u32) -> Objects {
                 addresses: vec![address],
                 labels: BTreeMap::new(),
                 host_network: false,
+                ending: false,
+                mirror: false,
             };
             o.pods.insert((name.clone(), format!("pod-{p}")), pod);
         }

@@ -159,6 +159,8 @@ fn cluster() -> Objects {
                 addresses: vec![address(n, p)],
                 labels: labels(&[("app", app), ("pod-template-hash", &format!("{n:x}{p}"))]),
                 host_network: false,
+                ending: false,
+                mirror: false,
             };
             o.pods.insert((space.clone(), format!("{app}-7c5ddbdf54-{p}")), pod);
         }

@@ -36,7 +36,14 @@ fn objects() -> Result<Objects> {
     o.namespaces
         .insert("shop".into(), Namespace { uid: "shop".into(), pool: Some("out".into()), ..Namespace::default() });
     o.nodes.insert("n1".into(), Node { addresses: vec![IpAddr::from([192, 0, 2, 1])], ..Node::default() });
-    let pod = Pod { node: "n1".into(), addresses: vec![POD.into()], labels: BTreeMap::new(), host_network: false };
+    let pod = Pod {
+        node: "n1".into(),
+        addresses: vec![POD.into()],
+        labels: BTreeMap::new(),
+        host_network: false,
+        ending: false,
+        mirror: false,
+    };
     o.pods.insert(("shop".into(), "web".into()), pod);
     let pair = Pair { ipv4: Some(EGRESS), ipv6: None, draining: false };
     let source = AddressSource::Static { interface: None, pairs: vec![pair] };

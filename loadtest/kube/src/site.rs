@@ -292,7 +292,11 @@ impl Site {
             ]
             .to_vec()
         } else {
-            [("disable-admission-plugins", "ServiceAccount".to_owned())].to_vec()
+            [
+                ("disable-admission-plugins", "ServiceAccount".to_owned()),
+                ("enable-admission-plugins", "NodeRestriction".to_owned()),
+            ]
+            .to_vec()
         };
         let mut command = command(
             Tool::ApiServer,

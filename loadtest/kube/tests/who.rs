@@ -290,3 +290,54 @@ fn nobody_leaves_a_cluster_policy_by_a_label_or_by_a_new_namespace() {
         [&shop, &billing].iter().all(|p| api.send("GET", p, &[], "").unwrap().status == 404)
     });
 }
+
+/// What policy believes of pods, a kubelet cannot change: `mirrorPods` rests on the first part of it.
+#[test]
+fn a_kubelets_pods_are_marked_and_it_can_relabel_none() {
+    let cluster = Cluster::shared().unwrap();
+    let api = cluster.api().unwrap();
+    let say = |user: &str, groups: &[&str], method: &str, path: &str, body: &Value| {
+        let kind = if method == "PATCH" { "application/strategic-merge-patch+json" } else { "application/json" };
+        let mut headers = vec![("Content-Type", kind), ("Impersonate-User", user)];
+        headers.extend(groups.iter().map(|g| ("Impersonate-Group", *g)));
+        let answer = api.send(method, path, &headers, &body.to_string()).unwrap();
+        let body: Value = serde_json::from_str(&answer.body).unwrap_or_default();
+        (answer.status, body["message"].as_str().unwrap_or_default().to_owned())
+    };
+    let admin = |method: &str, path: &str, body: &Value| say("admin", &["system:masters"], method, path, body);
+    let kubelet =
+        |method: &str, path: &str, body: &Value| say("system:node:thief", &["system:nodes"], method, path, body);
+    assert_eq!(admin("POST", "/api/v1/namespaces", &json!({"metadata": {"name": "victim"}})).0, 201);
+    assert_eq!(admin("POST", "/api/v1/nodes", &json!({"metadata": {"name": "thief", "uid": ""}})).0, 201);
+    let uid = |path: &str| {
+        let answer = api.send("GET", path, &[], "").unwrap();
+        serde_json::from_str::<Value>(&answer.body).unwrap()["metadata"]["uid"].as_str().unwrap().to_owned()
+    };
+    let owner = json!([{"apiVersion": "v1", "kind": "Node", "name": "thief", "uid": uid("/api/v1/nodes/thief"), "controller": true}]);
+    let pods = "/api/v1/namespaces/victim/pods";
+    let pod = |name: &str, annotations: Value, owners: &Value| {
+        json!({"metadata": {"name": name, "annotations": annotations, "ownerReferences": owners, "labels": {"app": "web"}},
+            "spec": {"nodeName": "thief", "containers": [{"name": "c", "image": "i"}]}})
+    };
+    let (status, why) = kubelet("POST", pods, &pod("plain", json!({}), &owner));
+    assert!(status == 403 && why.contains("mirror pods"), "{status} {why}");
+    let mark = "kubernetes.io/config.mirror";
+    assert_eq!(kubelet("POST", pods, &pod("static", json!({mark: "1"}), &owner)).0, 201);
+    // The mark stays, whoever wants it away; its pods have the labels that they have.
+    let of = |name: &str| format!("{pods}/{name}");
+    let without = json!({"metadata": {"annotations": {mark: null}}});
+    for path in [of("static"), of("static") + "/status"] {
+        for send in [&kubelet as &dyn Fn(&str, &str, &Value) -> (u16, String), &admin] {
+            let (status, why) = send("PATCH", &path, &without);
+            assert!(status >= 400, "{path}: {status} {why}");
+        }
+    }
+    assert_eq!(admin("POST", pods, &pod("ordinary", json!({}), &json!([]))).0, 201);
+    let relabel = json!({"metadata": {"labels": {"app": "payments"}}});
+    let (status, why) = kubelet("PATCH", &(of("ordinary") + "/status"), &relabel);
+    assert!(status == 403 && why.contains("labels"), "{status} {why}");
+    assert_eq!(kubelet("PATCH", &of("ordinary"), &relabel).0, 403);
+    // What it may write is any address: that is what contested addresses are about.
+    let claims = json!({"status": {"podIP": "10.244.1.7", "podIPs": [{"ip": "10.244.1.7"}]}});
+    assert_eq!(kubelet("PATCH", &(of("ordinary") + "/status"), &claims).0, 200);
+}

@@ -261,7 +261,14 @@ fn put_pod(o: &mut Objects, ns: &str, pod: &str, node: &str, host: u8, l: &[(&st
     };
     // A CNI gives no address twice.
     if !o.pods.iter().any(taken) {
-        let p = Pod { node: node.to_owned(), addresses, labels: labels(l), host_network: false };
+        let p = Pod {
+            node: node.to_owned(),
+            addresses,
+            labels: labels(l),
+            host_network: false,
+            ending: false,
+            mirror: false,
+        };
         o.pods.insert((ns.to_owned(), pod.to_owned()), p);
     }
 }

@@ -39,7 +39,8 @@ pub(crate) fn closed(kind: Kind, tree: &Tree) -> Option<Object> {
     }
 }
 
-/// Its denies hold. What it accepts or lets pass does not, and its ceiling, if it may have one, holds nothing.
+/// Its denies hold, those among them of which cannot be read that they are none. What it accepts or lets pass does not, and
+/// its ceiling, if it may have one, holds nothing.
 fn cluster_policy(spec: Option<&Tree>) -> model::ClusterPolicy {
     let field = |name: &str| spec.and_then(|s| s.get(name)).filter(|t| !matches!(t.value, Value::Null));
     let subject = field("subject");
@@ -50,7 +51,7 @@ fn cluster_policy(spec: Option<&Tree>) -> model::ClusterPolicy {
         _ => None,
     });
     let denies = items(field("egress")).enumerate();
-    let denies = denies.filter(|(_, r)| r.get("action").and_then(Tree::text) == Some("Deny"));
+    let denies = denies.filter(|(_, r)| !matches!(r.get("action").and_then(Tree::text), Some("Accept" | "Pass")));
     let is_read = spec.is_some_and(|s| matches!(s.value, Value::Map(_)));
     model::ClusterPolicy {
         tier: match field("tier").and_then(Tree::text) {

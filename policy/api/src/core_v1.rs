@@ -72,6 +72,9 @@ struct NodeAddress {
     address: String,
 }
 
+/// On every pod that a kubelet makes: it can make none without it, and nobody can add it or take it away later.
+pub(crate) const MIRROR: &str = "kubernetes.io/config.mirror";
+
 /// Converts a pod. One that has ended holds no address any more.
 pub(crate) fn pod(meta: &Meta, raw: RawPod) -> Converted<model::Pod> {
     let mut ctx = Ctx::default();
@@ -81,11 +84,19 @@ pub(crate) fn pod(meta: &Meta, raw: RawPod) -> Converted<model::Pod> {
     let mut texts: Vec<String> = status.pod_ips.unwrap_or_default().into_iter().map(|p| p.ip).collect();
     texts.extend(status.pod_ip);
     let addresses = ctx.field("status", |ctx| ctx.field("podIPs", |ctx| addresses(ctx, texts, true)));
+    let mirror = meta.annotations.contains_key(MIRROR);
+    let host_network = spec.host_network.unwrap_or_default();
+    if mirror && !host_network {
+        let said = "its node's kubelet made it: where policy concerns it, nothing is allowed to it unless `mirrorPods` is `Trusted`";
+        ctx.field("metadata", |ctx| ctx.field("annotations", |ctx| ctx.warn(Code::NoEffect, said.to_owned())));
+    }
     let pod = model::Pod {
         node: spec.node_name.unwrap_or_default(),
         addresses: if ended { Vec::new() } else { addresses },
         labels: meta.labels.clone(),
-        host_network: spec.host_network.unwrap_or_default(),
+        host_network,
+        ending: meta.ending,
+        mirror,
     };
     ctx.finish(Some(pod))
 }

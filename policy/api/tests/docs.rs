@@ -52,7 +52,14 @@ fn load(text: &str) -> (Objects, Vec<String>) {
 
 fn pod(o: &mut Objects, namespace: &str, labels: &BTreeMap<String, String>) -> IpAddr {
     let ip = IpAddr::from([10, 0, 0, o.pods.len() as u8 + 1]);
-    let pod = Pod { node: "n1".into(), addresses: vec![ip], labels: labels.clone(), host_network: false };
+    let pod = Pod {
+        node: "n1".into(),
+        addresses: vec![ip],
+        labels: labels.clone(),
+        host_network: false,
+        ending: false,
+        mirror: false,
+    };
     o.pods.insert((namespace.to_owned(), format!("p{ip}")), pod);
     ip
 }

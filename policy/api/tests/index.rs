@@ -7,7 +7,9 @@ use std::net::IpAddr;
 
 use serde_json::{Value, json};
 use tidegate_api::index::{Feed, Index};
-use tidegate_policy::model::{Action, Ceiling, Objects, PolicyMode, Selector, Settings, Tier, Touched};
+use tidegate_policy::World;
+use tidegate_policy::model::{Action, Ceiling, Objects, PolicyMode, Selector, Settings, Tier, Touched, UnixSeconds};
+use tidegate_policy::state::Touch;
 
 fn index() -> Index {
     Index::new(Settings::default())
@@ -190,7 +192,8 @@ fn of_a_bad_cluster_policy_the_strict_part_holds_when_no_good_version_is_known()
         [
             "Deny ok 1 [] [(true, 443, 443)]",
             "Deny 1 2 [] [(false, 0, 65535)]",
-            "Deny 3 0 [\"203.0.113.0/24-0\"] [(false, 0, 65535)]"
+            "Deny 3 0 [\"203.0.113.0/24-0\"] [(false, 0, 65535)]",
+            "Deny 4 1 [] [(true, 443, 443)]"
         ]
     );
     // Whom it is for, how important it is: what cannot be read is taken as the strictest.
@@ -440,6 +443,51 @@ fn the_order_of_objects_does_not_matter() {
     assert_eq!(format!("{:?}", a.objects()), format!("{:?}", b.objects()));
     assert_eq!(a.dns_servers(), b.dns_servers());
     assert_eq!(a.objects().pods.len(), 20);
+}
+
+#[test]
+fn pods_that_kubelets_make_or_that_end_get_nothing_of_others() {
+    let pod = |name: &str, node: &str, metadata: Value| {
+        let mut o = json!({"metadata": {"namespace": "shop", "name": name, "uid": name}, "spec": {"nodeName": node},
+            "status": {"phase": "Running", "podIP": "10.244.1.7"}});
+        o["metadata"].as_object_mut().unwrap().extend(metadata.as_object().unwrap().clone());
+        o
+    };
+    let node = |name: &str, net: &str| json!({"metadata": {"name": name, "uid": name}, "spec": {"podCIDRs": [net]}});
+    let policy = json!({"metadata": {"namespace": "shop", "name": "p", "uid": "p"}, "spec": {"podSelector": {}, "egress": [
+        {"toFQDNs": [{"matchName": "a.example"}], "toPorts": [{"protocol": "TCP", "port": 443}]}]}});
+    let index = |mirrors: bool| {
+        let mut i = Index::new(Settings { trust_mirror_pods: mirrors, ..Settings::default() });
+        i.apply(Feed::EgressPolicies, &policy);
+        i
+    };
+    let holder = |i: &Index| {
+        let w = World::compile(i.objects(), UnixSeconds(1000), None);
+        let e = w.endpoint("10.244.1.7".parse().unwrap()).unwrap();
+        (e.who.pod.to_string(), e.touch == Touch::Isolated, e.member.is_some())
+    };
+    let is = |name: &str, has: bool| (name.to_owned(), true, has);
+    // The annotation of a pod that a kubelet makes.
+    let mirror = pod("static", "n1", json!({"annotations": {"kubernetes.io/config.mirror": "5f3a", "other": "x"}}));
+    for trusted in [false, true] {
+        let mut i = index(trusted);
+        i.apply(Feed::Pods, &mirror);
+        assert_eq!(holder(&i), is("static", trusted));
+        let problems = &i.record(Feed::Pods, "shop", "static").unwrap().problems;
+        assert!(problems[0].to_string().contains("kubelet made it"), "{problems:?}");
+    }
+    // The address is of the range of the node whose pod ends: no other node's pod gets it, another one of that node does.
+    let ends = json!({"deletionTimestamp": "2026-01-01T00:00:00Z", "deletionGracePeriodSeconds": 30});
+    for (next, has) in [("n1", "new"), ("n2", "old")] {
+        let mut i = index(false);
+        i.apply(Feed::Pods, &pod("old", "n1", json!({})));
+        i.apply(Feed::Pods, &pod("new", next, json!({})));
+        assert!(!holder(&i).2 || next == "n1", "in doubt, or of one group on one node");
+        i.apply(Feed::Nodes, &node("n1", "10.244.1.0/24"));
+        i.apply(Feed::Nodes, &node("n2", "10.244.2.0/24"));
+        i.apply(Feed::Pods, &pod("old", "n1", ends.clone()));
+        assert_eq!(holder(&i), is(has, true));
+    }
 }
 
 #[test]

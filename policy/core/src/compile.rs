@@ -8,7 +8,7 @@ use crate::class::{Registry, Scope};
 use crate::decide::Group;
 use crate::issue::{Issue, IssueKind, IssueReason, PolicyRef};
 use crate::layer::Layer;
-use crate::model::{Labels, Objects, Selector, Touched, UnixSeconds};
+use crate::model::{Labels, Node, Objects, Selector, Touched, UnixSeconds};
 use crate::ranges::Ranges;
 use crate::shards::Shards;
 use crate::space::{Resident, Space};
@@ -94,48 +94,63 @@ pub(crate) struct Contested {
     claimants: Vec<Claimant>,
     /// What each of their nodes makes of it, by the nodes' names.
     pub at: Vec<Endpoint>,
+    /// Whose it is, where that is certain.
+    holder: Option<Endpoint>,
     pub issues: Vec<Issue>,
 }
 
+/// How good a pod's claim to an address is, the best last.
+///
+/// An address inside its node's pod range is worth more than any other: that range is the API server's word, and a kubelet
+/// that writes a stranger's address into a status of its own has none for it. Then a pod that stays is worth more than one that
+/// is being deleted: an address is given out anew when the network that had it is gone, so that of the old pod nobody sends
+/// any more, even if it still has a name. Should it do so, its node judges what leaves by its interface, and the address is
+/// another one's; on another node it is isolated.
+fn merit(ip: IpAddr, r: &Resident, nodes: &BTreeMap<String, Node>) -> (bool, bool) {
+    let inside = nodes.get(&*r.who.node).is_some_and(|n| n.pod_prefixes.iter().any(|net| net.contains(&ip)));
+    (inside, !r.ending)
+}
+
 impl Contested {
-    /// By their claimants, which are sorted by name. Where pods of one group on one node are meant, nothing is in doubt. Else
-    /// nobody can tell whose packets these are: each node isolates the strictest of its own pods, and no rule allows it
-    /// anything. Pods that nothing is denied to stay without a policy.
-    fn new(claimants: &[(Claimant, &Resident)]) -> Self {
-        let endpoints: Vec<Endpoint> = claimants.iter().map(|(_, r)| r.endpoint()).collect();
+    /// By their claimants, which are sorted by name. It belongs to those with the best claim. If they are pods of one group on
+    /// one node, nothing is in doubt. Else nobody can tell whose packets these are: each node isolates the strictest of its own
+    /// pods, and no rule allows it anything. So do the nodes of the others. Pods that nothing is denied to stay without a policy.
+    fn new(ip: IpAddr, claimants: &[(Claimant, &Resident)], nodes: &BTreeMap<String, Node>) -> Self {
+        let best = claimants.iter().map(|(_, r)| merit(ip, r, nodes)).max();
+        let mut holders =
+            claimants.iter().filter(|(_, r)| Some(merit(ip, r, nodes)) == best).map(|(_, r)| r.endpoint());
         let alike = |a: &Endpoint, b: &Endpoint| (&a.who.node, a.touch, a.member) == (&b.who.node, b.touch, b.member);
+        let holder = holders.next().filter(|first| holders.all(|e| alike(&e, first)));
         let mut at: BTreeMap<&str, (Touch, Endpoint)> = BTreeMap::new();
-        if endpoints.iter().all(|e| alike(e, &endpoints[0])) {
-            at.extend(endpoints.first().map(|e| (&*e.who.node, (e.touch, e.clone()))));
-        } else {
-            for (e, (_, r)) in endpoints.iter().zip(claimants) {
-                let strictness = r.strictness();
-                if at.get(&*e.who.node).is_none_or(|(known, _)| strictness > *known) {
-                    let touch = if strictness == Touch::Untouched { strictness } else { Touch::Isolated };
-                    at.insert(&e.who.node, (strictness, Endpoint { who: e.who.clone(), touch, member: None }));
-                }
+        let doubted = |r: &Resident| holder.as_ref().is_none_or(|h| h.who.node != r.who.node);
+        for (_, r) in claimants.iter().filter(|(_, r)| doubted(r)) {
+            let strictness = r.strictness();
+            if at.get(&*r.who.node).is_none_or(|(known, _)| strictness > *known) {
+                at.insert(&r.who.node, (strictness, r.closed()));
             }
         }
+        // It is true of those alone to whom nothing is allowed now.
+        let closed = |r: &Resident| at.get(&*r.who.node).is_some_and(|(_, e)| e.touch == Touch::Isolated);
         let named = |(namespace, name): &Claimant| format!("{namespace}/{name}").into();
-        let doubt = at.values().any(|(_, e)| e.member.is_none());
-        let issue = |(n, ((namespace, name), _)): (usize, &(Claimant, _))| Issue {
+        let issue = |(n, ((namespace, name), _)): (usize, &(Claimant, &Resident))| Issue {
             kind: IssueKind::Conflicted,
             policy: PolicyRef { kind: "Pod", namespace: namespace.clone(), name: name.clone() },
             path: "status.podIPs".into(),
             reason: IssueReason::DuplicateAddress,
             by: Some(named(&claimants[usize::from(n == 0)].0)),
         };
-        Self {
-            issues: claimants.iter().filter(|_| doubt).enumerate().map(issue).collect(),
-            claimants: claimants.iter().map(|(who, _)| who.clone()).collect(),
-            at: at.into_values().map(|(_, e)| e).collect(),
+        let issues = claimants.iter().enumerate().filter(|(_, (_, r))| closed(r)).map(issue).collect();
+        if let Some(h) = &holder {
+            at.insert(&h.who.node, (h.touch, h.clone()));
         }
+        let at = at.into_values().map(|(_, e)| e).collect();
+        Self { issues, claimants: claimants.iter().map(|(who, _)| who.clone()).collect(), at, holder }
     }
 
-    /// What gateways know of it: the strictest of all, of equals the first by name.
+    /// What gateways know of it: where it is in doubt the strictest of all, of equals the first by name.
     fn holder(&self) -> Option<&Endpoint> {
         let key = |e: &Endpoint| (std::cmp::Reverse(e.touch), e.who.namespace.clone(), e.who.pod.clone());
-        self.at.iter().min_by_key(|e| key(e))
+        self.holder.as_ref().or_else(|| self.at.iter().min_by_key(|e| key(e)))
     }
 }
 
@@ -157,6 +172,8 @@ pub(crate) struct Compiler<'a> {
     pub replaced: Vec<Replaced>,
     /// Addresses that a pod has no more, or has now.
     claims: Vec<(IpAddr, Claimant, bool)>,
+    /// Whether the nodes may be others: then the claims to an address may have another worth.
+    moved: bool,
     nodes: HashMap<&'a str, Arc<str>, ahash::RandomState>,
 }
 
@@ -198,6 +215,7 @@ impl<'a> Compiler<'a> {
             slots: previous.map(|p| p.slots.clone()).unwrap_or_default(),
             replaced: Vec::new(),
             claims: Vec::new(),
+            moved: part.is_none_or(|(_, t)| t.nodes),
             nodes: HashMap::default(),
         }
     }
@@ -291,8 +309,10 @@ impl<'a> Compiler<'a> {
         }
         let mut known = self.previous.map(|p| p.known.clone()).unwrap_or_default();
         self.claims.sort_by_key(|(ip, ..)| *ip);
-        for run in self.claims.chunk_by(|a, b| a.0 == b.0) {
-            settle(run, &spaces, &mut known);
+        let changed = self.claims.chunk_by(|a, b| a.0 == b.0).filter_map(|run| Some((run.first()?.0, run)));
+        let contested: Vec<IpAddr> = known.contested.keys().copied().filter(|_| self.moved).collect();
+        for (ip, claims) in contested.iter().map(|ip| (*ip, &[][..])).chain(changed) {
+            settle(ip, claims, self.o, &spaces, &mut known);
         }
         let ends = timed.values().filter_map(|w| w.until);
         World {
@@ -330,11 +350,16 @@ fn leave(ways: &mut BTreeMap<Way, (Arc<Scope>, u32)>, scope: &Scope) {
 }
 
 /// Finds out whose an address is now.
-fn settle(claims: &[(IpAddr, Claimant, bool)], spaces: &Shards<Arc<str>, Arc<Space>>, known: &mut Known) {
-    let Some((ip, ..)) = claims.first() else { return };
-    let mut all: BTreeSet<Claimant> = match known.contested.get(ip) {
+fn settle(
+    ip: IpAddr,
+    claims: &[(IpAddr, Claimant, bool)],
+    o: &Objects,
+    spaces: &Shards<Arc<str>, Arc<Space>>,
+    known: &mut Known,
+) {
+    let mut all: BTreeSet<Claimant> = match known.contested.get(&ip) {
         Some(c) => c.claimants.iter().cloned().collect(),
-        None => known.endpoints.get(ip).map(|e| (e.who.namespace.clone(), e.who.pod.clone())).into_iter().collect(),
+        None => known.endpoints.get(&ip).map(|e| (e.who.namespace.clone(), e.who.pod.clone())).into_iter().collect(),
     };
     for (_, who, has) in claims {
         if *has {
@@ -346,11 +371,11 @@ fn settle(claims: &[(IpAddr, Claimant, bool)], spaces: &Shards<Arc<str>, Arc<Spa
     let resident = |(namespace, pod): &Claimant| spaces.get(namespace)?.pods.get(pod);
     let all: Vec<(Claimant, &Resident)> = all.into_iter().filter_map(|c| Some((c.clone(), resident(&c)?))).collect();
     match all.as_slice() {
-        [] => known.set(*ip, None, None),
-        [(_, one)] => known.set(*ip, Some(one.endpoint()), None),
+        [] => known.set(ip, None, None),
+        [(_, one)] => known.set(ip, Some(one.endpoint()), None),
         several => {
-            let contested = Contested::new(several);
-            known.set(*ip, contested.holder().cloned(), Some(contested));
+            let contested = Contested::new(ip, several, &o.nodes);
+            known.set(ip, contested.holder().cloned(), Some(contested));
         }
     }
 }

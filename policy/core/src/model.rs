@@ -106,6 +106,8 @@ pub struct Settings {
     pub cluster_default: ClusterDefault,
     /// Which names are resolved.
     pub dns_filter: DnsFilter,
+    /// Whether rules allow anything to mirror pods.
+    pub trust_mirror_pods: bool,
     /// Namespaces that no policy and no default touches.
     pub exempt_namespaces: Vec<String>,
     /// In-cluster destinations: never a public name's answer, never steered.
@@ -146,6 +148,10 @@ pub struct Pod {
     pub labels: Labels,
     /// On the host's network: has no address of its own and is not managed.
     pub host_network: bool,
+    /// It is being deleted.
+    pub ending: bool,
+    /// Its node's kubelet made it, in the namespace that it chose and with the labels that it chose.
+    pub mirror: bool,
 }
 
 /// A node.

@@ -59,17 +59,36 @@ pub(crate) struct Resident {
     pub who: Arc<Who>,
     pub addresses: SmallVec<[IpAddr; 2]>,
     pub kind: Arc<Kind>,
+    /// It is being deleted.
+    pub ending: bool,
+    /// It is a mirror pod, and those are not trusted: nothing that its namespace has is its own.
+    pub alien: bool,
 }
 
 impl Resident {
     fn is(&self, other: &Resident) -> bool {
-        self.who == other.who && self.addresses == other.addresses && Arc::ptr_eq(&self.kind, &other.kind)
+        self.who == other.who
+            && self.addresses == other.addresses
+            && Arc::ptr_eq(&self.kind, &other.kind)
+            && (self.ending, self.alien) == (other.ending, other.alien)
     }
 
     pub fn endpoint(&self) -> Endpoint {
+        if self.alien {
+            return self.closed();
+        }
         let member =
             self.kind.group.as_ref().map(|g| Member { scope: g.scope().key(), group: g.key(), index: g.index() });
         Endpoint { who: self.who.clone(), touch: self.kind.touch, member }
+    }
+
+    /// Without a group: no rule allows it anything, and no pool's address is its own. What nothing is denied to is left alone.
+    pub fn closed(&self) -> Endpoint {
+        let touch = match self.strictness() {
+            Touch::Untouched => Touch::Untouched,
+            Touch::Guarded | Touch::Isolated => Touch::Isolated,
+        };
+        Endpoint { who: self.who.clone(), touch, member: None }
     }
 
     /// How strictly it is treated: what is audited is denied nothing.
@@ -319,7 +338,13 @@ impl<'a> Compiler<'a> {
                 node: self.node(&p.node),
             }),
         };
-        Resident { who, addresses: p.addresses.iter().copied().collect(), kind: kind.clone() }
+        Resident {
+            who,
+            addresses: p.addresses.iter().copied().collect(),
+            kind: kind.clone(),
+            ending: p.ending,
+            alien: p.mirror && !self.o.settings.trust_mirror_pods,
+        }
     }
 
     fn kind(&mut self, space: &Space, place: &Place<'a, '_>, labels: &Labels) -> Arc<Kind> {

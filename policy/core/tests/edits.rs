@@ -93,6 +93,8 @@ fn edit(o: &mut Objects, e: &Edit, touched: &mut Touched) {
             }
             p.host_network = e.how % 16 == 15;
             p.node = ["n1", "n2"][usize::from(flag(e, 7))].into();
+            p.ending = flag(e, 4);
+            p.mirror = e.how.is_multiple_of(13);
             o.pods.insert(key.clone(), p);
             touched.pods.insert(key);
         }
@@ -145,6 +147,7 @@ fn edit(o: &mut Objects, e: &Edit, touched: &mut Touched) {
             touched.all = true;
         }
         7 => {
+            o.settings.trust_mirror_pods = flag(e, 1);
             o.settings.exempt_namespaces = if flag(e, 0) { vec![space] } else { vec![] };
             o.settings.cluster_default =
                 [ClusterDefault::Untouched, ClusterDefault::Audit, ClusterDefault::Isolated][e.which % 3];
@@ -161,7 +164,11 @@ fn edit(o: &mut Objects, e: &Edit, touched: &mut Touched) {
             touched.namespaces.insert(space);
         }
         _ => {
-            let node = Node { addresses: vec![ip(&format!("192.0.2.{}", e.how % 4))], ..Node::default() };
+            let nets: &[&str] =
+                [&[][..], &["10.1.0.0/31"], &["10.1.0.2/31", "fd00::/127"]][usize::from(e.how >> 2) % 3];
+            let pod_prefixes = nets.iter().map(|n| n.parse().unwrap()).collect();
+            let addresses = vec![ip(&format!("192.0.2.{}", e.how % 4))];
+            let node = Node { addresses, pod_prefixes, ..Node::default() };
             o.nodes.insert(["n1", "n2"][e.which % 2].into(), node);
             touched.nodes = true;
         }
@@ -207,15 +214,19 @@ fn check_contested(o: &Objects, now: UnixSeconds, w: &World, ips: &[IpAddr]) -> 
             let e = w.endpoint(*ip).unwrap().clone();
             (e.touch, e.member.map(|m| m.group), w.group_of(*ip).is_some_and(|g| g.audit()))
         };
-        let all: Vec<_> = claimants.into_iter().map(|(k, p)| (p.node.clone(), alone(k))).collect();
-        let certain = all.iter().all(|one| *one == all[0]);
+        let inside = |node: &str| o.nodes.get(node).is_some_and(|n| n.pod_prefixes.iter().any(|p| p.contains(ip)));
+        let worth = |p: &Pod| (inside(&p.node), !p.ending);
+        let best = claimants.iter().map(|(_, p)| worth(p)).max().unwrap();
+        let all: Vec<_> = claimants.into_iter().map(|(k, p)| (p.node.clone(), worth(p) == best, alone(k))).collect();
+        let holders: Vec<_> = all.iter().filter(|(_, holds, _)| *holds).map(|(node, _, what)| (node, what)).collect();
+        let certain = holders.iter().all(|one| *one == holders[0]).then_some(holders[0]);
         for node in ["n1", "n2"] {
-            let here: Vec<_> = all.iter().filter(|(n, _)| n == node).map(|(_, what)| what).collect();
+            let here: Vec<_> = all.iter().filter(|(n, ..)| n == node).map(|(.., what)| what).collect();
             let found = w.seen(Sight { everything: false, here: Some(node) }, *ip);
             prop_assert_eq!(found.is_some(), !here.is_empty());
             let Some(found) = found else { continue };
-            if certain {
-                prop_assert_eq!((found.touch, found.member.map(|m| m.group)), (here[0].0, here[0].1));
+            if let Some((_, what)) = certain.filter(|(n, _)| *n == node) {
+                prop_assert_eq!((found.touch, found.member.map(|m| m.group)), (what.0, what.1));
                 continue;
             }
             let enforced = here.iter().any(|(touch, _, audit)| *touch != Touch::Untouched && !audit);
@@ -223,7 +234,16 @@ fn check_contested(o: &Objects, now: UnixSeconds, w: &World, ips: &[IpAddr]) -> 
             prop_assert_eq!((found.touch, found.member), (expected, None));
         }
         let strictest = w.endpoints_of(*ip).iter().map(|e| e.touch).max();
-        prop_assert_eq!(w.endpoint(*ip).map(|e| e.touch), strictest);
+        prop_assert_eq!(w.endpoint(*ip).map(|e| e.touch), certain.map(|(_, what)| what.0).or(strictest));
+        for i in w.issues().iter().filter(|i| i.reason == IssueReason::DuplicateAddress) {
+            let (namespace, name) = (i.policy.namespace.to_string(), i.policy.name.to_string());
+            let pod = &o.pods[&(namespace, name)];
+            let closed = |ip: &IpAddr| {
+                let e = w.seen(Sight { everything: false, here: Some(&pod.node) }, *ip).unwrap();
+                (e.touch, e.member) == (Touch::Isolated, None)
+            };
+            prop_assert!(pod.addresses.iter().any(closed), "{} is allowed something", i);
+        }
     }
     Ok(())
 }
@@ -316,6 +336,81 @@ fn an_address_that_two_pods_have_is_nobodys_until_one_is_gone() {
         let closed = shop("shop", Touch::Isolated, false);
         (closed.clone(), closed)
     });
+}
+
+#[test]
+fn a_claim_from_outside_its_nodes_range_and_one_of_a_pod_that_ends_lose() {
+    let mut o = shop().own("p", policy(vec![rule("r", &["a.com"], &["443"])], vec![]));
+    o.policies.insert(("evil".into(), "q".into()), policy(vec![rule("r", &["b.com"], &["443"])], vec![]));
+    let address = ip("10.1.0.1");
+    let (web, thief) = (("shop".to_owned(), "web".to_owned()), ("evil".to_owned(), "pod".to_owned()));
+    o.pods.insert(thief.clone(), Pod { node: "n2".into(), ..pod("10.1.0.1", &[]) });
+    let at = |w: &World, node: &str| {
+        let e = w.seen(Sight { everything: false, here: Some(node) }, address)?;
+        Some((e.who.namespace.to_string(), e.touch, e.member.is_some()))
+    };
+    let holder = |w: &World| w.endpoint(address).map(|e| (e.who.namespace.to_string(), e.member.is_some())).unwrap();
+    let issues = |w: &World| w.issues().iter().map(|i| i.to_string()).collect::<Vec<_>>();
+    let is = |namespace: &str, member| Some((namespace.to_owned(), Touch::Isolated, member));
+    let doubt = o.world();
+    assert_eq!((at(&doubt, "n1"), at(&doubt, "n2")), (is("shop", false), is("evil", false)));
+    // The API server gave the address to the first node's range: the other node's claim is nothing.
+    let node = |net: &str| Node { pod_prefixes: vec![net.parse().unwrap()], ..Node::default() };
+    let nodes = Touched { nodes: true, ..Touched::default() };
+    o.nodes.insert("n1".into(), node("10.1.0.0/24"));
+    let told = World::compile(&o, UnixSeconds(1000), Some((&doubt, &nodes)));
+    assert_eq!(told.changes(&doubt).endpoints, [address]);
+    assert_eq!(
+        (at(&told, "n1"), at(&told, "n2"), holder(&told)),
+        (is("shop", true), is("evil", false), ("shop".into(), true))
+    );
+    assert_eq!(issues(&told), ["Pod evil/pod: status.podIPs: conflicted, DuplicateAddress (by shop/web)"]);
+    // So it stays while the pod that has it ends.
+    o.pods.get_mut(&web).unwrap().ending = true;
+    let ends = World::compile(&o, UnixSeconds(1000), Some((&told, &touch(&[("shop", "web")]))));
+    assert_eq!((at(&ends, "n1"), at(&ends, "n2")), (at(&told, "n1"), at(&told, "n2")));
+    // Both outside, or both inside: the pod that stays has it, on its own node or on the same one.
+    for range in ["10.1.0.0/24", "10.2.0.0/24"] {
+        for (node_of_thief, left) in [("n2", is("shop", false)), ("n1", is("evil", true))] {
+            o.nodes = [("n1".into(), node(range)), ("n2".into(), node(range))].into();
+            o.pods.get_mut(&thief).unwrap().node = node_of_thief.into();
+            let w = o.world();
+            assert_eq!((at(&w, node_of_thief), at(&w, "n1")), (is("evil", true), left.clone()), "{range}");
+            assert_eq!((holder(&w), w.issues().len()), (("evil".into(), true), usize::from(node_of_thief == "n2")));
+        }
+    }
+    // Nothing is denied to an untouched pod: it is in no conflict.
+    o.nodes.clear();
+    o.policies.remove(&("evil".into(), "q".into()));
+    o.pods.get_mut(&thief).unwrap().node = "n2".into();
+    o.pods.get_mut(&web).unwrap().ending = false;
+    assert_eq!(issues(&o.world()), ["Pod shop/web: status.podIPs: conflicted, DuplicateAddress (by evil/pod)"]);
+}
+
+#[test]
+fn a_mirror_pod_has_nothing_of_its_namespace() {
+    let mut o = shop().own("p", policy(vec![rule("r", &["a.com"], &["443"])], vec![]));
+    o.pods.get_mut(&("shop".to_owned(), "web".to_owned())).unwrap().mirror = true;
+    let is = |o: &Objects| {
+        let w = o.world();
+        let e = w.endpoint(ip("10.1.0.1")).unwrap();
+        (e.touch, e.member.is_some(), w.group_of(ip("10.1.0.1")).is_some())
+    };
+    let closed = (Touch::Isolated, false, false);
+    assert_eq!(is(&o), closed);
+    // What a cluster policy accepts is not its either, and no pool's address.
+    let accept = cluster(Tier::Admin, 1, vec![(Action::Accept, rule("r", &["a.com"], &["443"]))]);
+    assert_eq!(is(&shop().clustered("c", accept.clone())), (Touch::Guarded, true, true));
+    let mut guarded = shop().clustered("c", accept);
+    guarded.pods.get_mut(&("shop".to_owned(), "web".to_owned())).unwrap().mirror = true;
+    assert_eq!(is(&guarded), closed);
+    // Audits deny nothing, and nobody touches what nothing selects.
+    assert_eq!(is(&o.clone().with_ns(|n| n.audit = true)), (Touch::Untouched, false, false));
+    let mut free = o.clone();
+    free.policies.clear();
+    assert_eq!(is(&free), (Touch::Untouched, false, false));
+    o.settings.trust_mirror_pods = true;
+    assert_eq!(is(&o), (Touch::Isolated, true, true));
 }
 
 #[test]

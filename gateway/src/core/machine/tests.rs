@@ -48,6 +48,8 @@ fn edit(o: &mut Objects, r: &mut Random, touched: &mut Touched) {
                 addresses: vec![[10, 0, 0, r.below(8) as u8].into()],
                 labels: app(r.of(&["web", "job"])).labels,
                 host_network: false,
+                ending: false,
+                mirror: false,
             };
             if r.below(3) == 0 {
                 drop(o.pods.remove(&key))

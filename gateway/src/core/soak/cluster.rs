@@ -78,7 +78,14 @@ fn node(i: u8) -> Node {
 
 fn pod(node: &str, net: u8, host: u8) -> Pod {
     let addresses = vec![IpAddr::from([10, 244, net, host])];
-    Pod { node: node.into(), addresses, labels: labels("app", "web"), host_network: false }
+    Pod {
+        node: node.into(),
+        addresses,
+        labels: labels("app", "web"),
+        host_network: false,
+        ending: false,
+        mirror: false,
+    }
 }
 
 /// What the cluster is before anything changes.

@@ -30,7 +30,7 @@ const MATRIX: &[(&str, &str)] = &[
     ),
     (
         "strict cluster",
-        "gateway: {config: {clusterDefault: Isolated, dnsFilter: Open, ping: true, exemptNamespaces: [], flowIdleSeconds: 60, fullPassSeconds: 1, device: net0, drainSeconds: 3600}}",
+        "gateway: {config: {clusterDefault: Isolated, mirrorPods: Trusted, dnsFilter: Open, ping: true, exemptNamespaces: [], flowIdleSeconds: 60, fullPassSeconds: 1, device: net0, drainSeconds: 3600}}",
     ),
     (
         "resolvers",

@@ -5,10 +5,11 @@
 use serde_json::{Map, Value as Json};
 
 use super::Feed;
+use crate::core_v1::MIRROR;
 use crate::tree::{Key, Tree, Value};
 
 /// What is read of `metadata`.
-const META: [&str; 6] = ["name", "namespace", "uid", "labels", "annotations", "creationTimestamp"];
+const META: [&str; 6] = ["name", "namespace", "uid", "labels", "creationTimestamp", "deletionTimestamp"];
 
 /// The tree of an object. JSON has no lines: all is on line 0.
 pub(crate) fn tree(feed: Feed, object: &Json) -> Tree {
@@ -17,9 +18,7 @@ pub(crate) fn tree(feed: Feed, object: &Json) -> Tree {
     for (field, value) in object.as_object().into_iter().flatten() {
         let value = match (field.as_str(), feed) {
             ("apiVersion" | "kind", _) => continue,
-            // Only those of namespaces say anything.
-            ("metadata", Feed::Namespaces) => some(value, &META),
-            ("metadata", _) => some(value, &META.map(|f| if f == "annotations" { "" } else { f })),
+            ("metadata", feed) => metadata(feed, value),
             ("spec", Feed::Pods) => some(value, &["nodeName", "hostNetwork"]),
             ("status", Feed::Pods) => some(value, &["phase", "podIP", "podIPs"]),
             ("spec", Feed::Nodes) => some(value, &["podCIDR", "podCIDRs"]),
@@ -49,6 +48,21 @@ fn text(field: &str, value: &str) -> (Key, Tree) {
 
 fn entries<'a>(map: &'a Map<String, Json>, wanted: impl Fn(&str) -> bool + 'a) -> Vec<(Key, Tree)> {
     map.iter().filter(|(k, _)| wanted(k)).map(|(k, v)| (key(k), whole(v))).collect()
+}
+
+/// `metadata`. Annotations of namespaces say much, one of pods says something.
+fn metadata(feed: Feed, value: &Json) -> Tree {
+    let mut out = some(value, &META);
+    let annotations = match (feed, &value["annotations"]) {
+        (_, Json::Null) => return out,
+        (Feed::Namespaces, all) => whole(all),
+        (Feed::Pods, all) => some(all, &[MIRROR]),
+        _ => return out,
+    };
+    if let Value::Map(entries) = &mut out.value {
+        entries.push((key("annotations"), annotations));
+    }
+    out
 }
 
 /// These fields of a map.

@@ -20,6 +20,8 @@ pub struct Meta {
     pub annotations: BTreeMap<String, String>,
     /// When it was created (RFC 3339); absent outside a cluster.
     pub creation_timestamp: Option<String>,
+    /// Whether it is being deleted.
+    pub ending: bool,
 }
 
 /// `metadata`: what Tidegate reads of it, and by name all that the API has.
@@ -46,8 +48,7 @@ pub(crate) struct RawMeta {
     _finalizers: Option<IgnoredAny>,
     #[serde(rename = "selfLink")]
     _self_link: Option<IgnoredAny>,
-    #[serde(rename = "deletionTimestamp")]
-    _deletion_timestamp: Option<IgnoredAny>,
+    deletion_timestamp: Option<IgnoredAny>,
     #[serde(rename = "deletionGracePeriodSeconds")]
     _deletion_grace_period_seconds: Option<IgnoredAny>,
 }
@@ -61,6 +62,7 @@ impl From<RawMeta> for Meta {
             labels: raw.labels.unwrap_or_default(),
             annotations: raw.annotations.unwrap_or_default(),
             creation_timestamp: raw.creation_timestamp,
+            ending: raw.deletion_timestamp.is_some(),
         }
     }
 }

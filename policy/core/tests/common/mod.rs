@@ -97,7 +97,14 @@ pub fn ceiling(to: &[&str], ports: &[&str], permits: &[Permit]) -> ClusterPolicy
 }
 
 pub fn pod(address: &str, l: &[(&str, &str)]) -> Pod {
-    Pod { node: "n1".into(), addresses: vec![ip(address)], labels: labels(l), host_network: false }
+    Pod {
+        node: "n1".into(),
+        addresses: vec![ip(address)],
+        labels: labels(l),
+        host_network: false,
+        ending: false,
+        mirror: false,
+    }
 }
 
 /// A namespace `shop` (labels `env: prod`) with one pod 10.1.0.1 (`app: web`).
