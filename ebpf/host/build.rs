@@ -1,6 +1,6 @@
 //! Builds the kernel programs and leaves the object in `OUT_DIR`.
 //!
-//! Compilers are tried in this order: a ready object in `$BPF_OBJECT`, `$BPF_RUSTC`, rustup's
+//! Compilers are tried in this order: a ready object in `$BPF_OBJECT` (with `pod_static` beside it), `$BPF_RUSTC`, rustup's
 //! nightly with rust-src, and the system's rustc with a prebuilt core for BPF.
 
 use std::error::Error;
@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
 
+/// What the compiler makes, and what it is called here.
+const OBJECTS: [(&str, &str); 2] = [("tidegate-ebpf-programs", "programs.o"), ("pod_static", "static.o")];
 const TARGET: &str = "bpfel-unknown-none";
 
 fn main() {
@@ -22,10 +24,15 @@ fn main() {
 }
 
 fn run() -> Result<(), Box<dyn Error>> {
-    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?).join("programs.o");
-    if let Some(object) = env::var_os("BPF_OBJECT") {
-        println!("cargo::rerun-if-changed={}", object.display());
-        fs::copy(&object, &out).map_err(|e| format!("cannot copy $BPF_OBJECT {}: {e}", object.display()))?;
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
+    let copy = |from: &Path, to: &str| {
+        fs::copy(from, out.join(to)).map_err(|e| format!("cannot copy {}: {e}", from.display()))
+    };
+    if let Some(object) = env::var_os("BPF_OBJECT").map(PathBuf::from) {
+        for (from, to) in [(object.clone(), OBJECTS[0].1), (object.with_file_name(OBJECTS[1].0), OBJECTS[1].1)] {
+            println!("cargo::rerun-if-changed={}", from.display());
+            copy(&from, to)?;
+        }
         return Ok(());
     }
     let here = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").ok_or("CARGO_MANIFEST_DIR is not set")?);
@@ -34,8 +41,10 @@ fn run() -> Result<(), Box<dyn Error>> {
         println!("cargo::rerun-if-changed={}", root.join(watched).display());
     }
     let compiler = Compiler::find()?;
-    let object = compiler.build(root)?;
-    fs::copy(&object, &out).map_err(|e| format!("cannot copy {}: {e}", object.display()))?;
+    let folder = compiler.build(root)?;
+    for (from, to) in OBJECTS {
+        copy(&folder.join(from), to)?;
+    }
     Ok(())
 }
 
@@ -168,7 +177,7 @@ impl Compiler {
             }
             return Err(format!("the kernel programs do not build with {}", self.rustc.display()).into());
         }
-        Ok(target.join(TARGET).join("release/tidegate-ebpf-programs"))
+        Ok(target.join(TARGET).join("release"))
     }
 }
 

@@ -266,6 +266,9 @@ impl Desired {
     ) -> NodeState {
         let NodeStateParts { endpoints, groups, prefixes, grants, .. } = compiled.world.parts(self.sight(target), live);
         let mut out = self.frame(compiled);
+        if matches!(target, Target::Node(_)) {
+            out.namespaces = compiled.world.strictest().clone();
+        }
         let claims = if matches!(target, Target::Node(_)) { self.said() } else { self.claims() };
         let scopes: BTreeSet<ScopeKey> = endpoints.values().filter_map(|e| Some(e.member?.0)).collect();
         let members: BTreeSet<(ScopeKey, GroupKey)> = endpoints.values().filter_map(|e| e.member).collect();

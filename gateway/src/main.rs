@@ -87,6 +87,14 @@ enum Command {
         #[arg(long, conflicts_with = "cleanup")]
         check: bool,
     },
+    /// The chained CNI plugin: container runtimes run it when a pod's network is made, before the pod's first instruction.
+    ///
+    /// Takes the network configuration on standard input and the CNI_* variables, as the CNI specification says, and asks
+    /// this node's agent. The agent installs it. `tidegate cni version` says which versions of the specification it speaks.
+    Cni {
+        #[command(subcommand)]
+        command: Option<CniCommand>,
+    },
     /// Tools for people who write policy.
     Policy {
         #[command(subcommand)]
@@ -121,6 +129,12 @@ enum Command {
         #[arg(long, default_value_t = 300)]
         timeout: u64,
     },
+}
+
+#[derive(Debug, Subcommand)]
+enum CniCommand {
+    /// Print the versions of the CNI specification that it speaks.
+    Version,
 }
 
 /// How the API server is reached.
@@ -166,7 +180,25 @@ fn uninstall(api: Api, timeout: u64) -> anyhow::Result<u8> {
     Ok(0)
 }
 
+fn cni(command: Option<CniCommand>) -> ExitCode {
+    if let Some(CniCommand::Version) = command {
+        println!("CNI {}", tidegate_cni::spec::VERSIONS.join(", "));
+        return ExitCode::SUCCESS;
+    }
+    if std::env::var_os("CNI_COMMAND").is_none() {
+        eprintln!(
+            "tidegate: a container runtime runs this, with CNI_COMMAND in its environment; see tidegate cni --help"
+        );
+        return ExitCode::from(2);
+    }
+    tidegate_cni::main()
+}
+
 fn main() -> ExitCode {
+    // A runtime runs the file itself.
+    if std::env::args_os().len() <= 1 && std::env::var_os("CNI_COMMAND").is_some() {
+        return tidegate_cni::main();
+    }
     let command = Cli::parse().command;
     if matches!(command, Command::Gateway { check: false, .. } | Command::Agent { check: false, .. }) {
         abort_on_panic();
@@ -183,6 +215,7 @@ fn main() -> ExitCode {
             policy_cmd::run(&command, &mut input, &mut out, &mut err).map_err(Into::into)
         }
         Command::Crds => crds(),
+        Command::Cni { command } => return cni(command),
         Command::Status { cluster: true, api, output, wait, .. } => {
             overview::run(api.kubeconfig, api.namespace, output, Duration::from_secs(wait))
         }

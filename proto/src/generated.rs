@@ -238,6 +238,26 @@ pub struct DeniedBatch {
     #[prost(message, repeated, tag = "1")]
     pub denied: ::prost::alloc::vec::Vec<Denied>,
 }
+/// Pods of this node whose network was made lately, before the API server knows their addresses. Replaces what was said before.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct StartedPods {
+    /// At most 1024.
+    #[prost(message, repeated, tag = "1")]
+    pub pods: ::prost::alloc::vec::Vec<StartedPod>,
+}
+/// A pod whose network was made.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct StartedPod {
+    #[prost(string, tag = "1")]
+    pub namespace: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub pod: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub uid: ::prost::alloc::string::String,
+    /// At most one of each family.
+    #[prost(bytes = "vec", repeated, tag = "4")]
+    pub addresses: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
+}
 /// From the agent on State.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StateAck {
@@ -257,7 +277,7 @@ pub mod state_ack {
 /// From the agent on Facts.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct FactsAck {
-    #[prost(oneof = "facts_ack::Kind", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "facts_ack::Kind", tags = "1, 2, 3, 4, 5")]
     pub kind: ::core::option::Option<facts_ack::Kind>,
 }
 /// Nested message and enum types in `FactsAck`.
@@ -272,6 +292,8 @@ pub mod facts_ack {
         Seen(super::Seen),
         #[prost(message, tag = "4")]
         Denied(super::DeniedBatch),
+        #[prost(message, tag = "5")]
+        Started(super::StartedPods),
     }
 }
 /// One change of a node's desired state.
@@ -347,7 +369,7 @@ pub struct FactValue {
 /// The identity of an entry.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct EntryKey {
-    #[prost(oneof = "entry_key::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "entry_key::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
     pub kind: ::core::option::Option<entry_key::Kind>,
 }
 /// Nested message and enum types in `EntryKey`.
@@ -376,6 +398,9 @@ pub mod entry_key {
         Prefixes(::prost::alloc::vec::Vec<u8>),
         #[prost(message, tag = "8")]
         Grant(super::GrantKey),
+        /// By name.
+        #[prost(string, tag = "9")]
+        Namespace(::prost::alloc::string::String),
     }
 }
 /// The one identity of the cluster-wide values.
@@ -394,7 +419,7 @@ pub struct GrantKey {
 /// One entry: its identity with its value.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Entry {
-    #[prost(oneof = "entry::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "entry::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
     pub kind: ::core::option::Option<entry::Kind>,
 }
 /// Nested message and enum types in `Entry`.
@@ -417,6 +442,8 @@ pub mod entry {
         Prefixes(super::PrefixSet),
         #[prost(message, tag = "8")]
         Grant(super::Grant),
+        #[prost(message, tag = "9")]
+        Namespace(super::Namespace),
     }
 }
 /// Cluster-wide values.
@@ -505,6 +532,15 @@ pub struct Member {
     pub scope: ::prost::alloc::vec::Vec<u8>,
     #[prost(bytes = "vec", tag = "2")]
     pub group: ::prost::alloc::vec::Vec<u8>,
+}
+/// A namespace, for pods that are about to start.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Namespace {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// The strictest that a pod of it may be, whatever its labels. What is audited counts as untouched.
+    #[prost(enumeration = "Touch", tag = "2")]
+    pub touch: i32,
 }
 /// A scope and who serves it.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

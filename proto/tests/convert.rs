@@ -66,6 +66,7 @@ fn state() -> NodeState {
         Entry::Prefixes(PrefixSetKey(4), [("203.0.113.7/32".parse().unwrap(), ports())].into()),
         Entry::Grant(GroupKey(2), ClassKey(3), ports()),
         Entry::Grant(GroupKey(2), ClassKey(4), PortSet::default()),
+        Entry::Namespace("shop".into(), Touch::Isolated),
     ] {
         s.set(e);
     }

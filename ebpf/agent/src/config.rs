@@ -31,6 +31,9 @@ pub struct Config {
     /// The Unix socket on which a gateway of this node hands over its network namespace.
     #[serde(default = "default_socket")]
     pub socket: PathBuf,
+    /// The chained CNI plugin, which asks this agent before a new pod starts. Absent: none is answered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cni: Option<Cni>,
     /// The folder for pinned programs and maps; on a mounted bpffs.
     #[serde(default = "default_pins")]
     pub pins: PathBuf,
@@ -94,6 +97,18 @@ pub struct Discover {
     /// The port of the gateways' control endpoints.
     #[serde(default = "default_control_port")]
     pub port: u16,
+}
+
+/// What the agent has to do with the CNI plugin.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Cni {
+    /// Folder of the plugin's socket and of its records of pods. The same path on the node, not on a disk.
+    #[serde(default = "default_cni_folder")]
+    pub folder: PathBuf,
+    /// The file that says what holds while no agent runs. The same path on the node, on a disk.
+    #[serde(default = "default_standing")]
+    pub standing: PathBuf,
 }
 
 /// How a certificate is got: a gateway gives it to whoever shows a ServiceAccount token of a pod on this node.
@@ -183,6 +198,14 @@ fn default_socket() -> PathBuf {
 
 fn default_pins() -> PathBuf {
     PathBuf::from("/sys/fs/bpf/tidegate")
+}
+
+fn default_cni_folder() -> PathBuf {
+    PathBuf::from(tidegate_cni::files::FOLDER)
+}
+
+fn default_standing() -> PathBuf {
+    PathBuf::from(tidegate_cni::files::STANDING)
 }
 
 fn default_control_port() -> u16 {
@@ -303,6 +326,15 @@ impl Config {
         }
         if !self.pins.is_absolute() {
             return refuse("pins", "must be an absolute path");
+        }
+        if let Some(cni) = &self.cni {
+            // The socket's name is added to it.
+            if !cni.folder.is_absolute() || cni.folder.as_os_str().len() > 96 {
+                return refuse("cni.folder", "must be an absolute path of at most 96 bytes");
+            }
+            if !cni.standing.is_absolute() {
+                return refuse("cni.standing", "must be an absolute path");
+            }
         }
         if !self.socket.is_absolute() || self.socket.as_os_str().len() > 107 {
             return refuse("socket", "must be an absolute path of at most 107 bytes");

@@ -26,6 +26,8 @@ pub const REPAIRS: &str = "tidegate_repairs_total";
 pub const KINDS: [&str; 9] = ["program", "map", "pin", "table", "device", "address", "rule", "route", "sysctl"];
 /// Egress addresses that this node holds.
 pub const HELD: &str = "tidegate_held_addresses";
+/// Seconds that new pods waited for their programs and their policy.
+pub const POD_STARTS: &str = "tidegate_pod_start_seconds";
 /// Passes of the reconciler, by `result`.
 pub const PASSES: &str = "tidegate_passes_total";
 /// Kernel events that were not reported one by one because there were too many; they are counted in [`PACKETS`].
@@ -40,6 +42,7 @@ pub fn describe() {
     metrics::describe_gauge!(GATEWAY_UP, "1 if the gateway's State stream is in sync");
     describe_repairs();
     metrics::describe_gauge!(HELD, "Egress addresses that this node holds");
+    metrics::describe_histogram!(POD_STARTS, "Seconds that new pods waited for their programs and their policy");
     metrics::describe_counter!(PASSES, "Passes of the reconciler");
     metrics::describe_counter!(SUPPRESSED, "Kernel events that were counted but not reported one by one");
 }

@@ -14,6 +14,7 @@
 //! When the agent stops, enforcement stays: programs, maps, devices and rules. [`cleanup`] removes them.
 
 pub mod announce;
+mod cni;
 pub mod config;
 mod denials;
 pub mod devices;
@@ -116,6 +117,7 @@ pub async fn run(
     let (state_tx, state) = mpsc::channel(64);
     let (facts_tx, facts) = mpsc::channel(256);
     let (plug_tx, plugs) = mpsc::channel(16);
+    let (cni_tx, cni) = mpsc::channel(cni::MAX_WAITING);
     let (seen_tx, seen) = watch::channel(Seen::default());
     let (denials, denied) = Denials::new();
     let emit: Arc<dyn Emit> = Arc::new(Tee { log: emit, denials: denials.clone() });
@@ -123,7 +125,7 @@ pub async fn run(
     let (started_tx, started) = oneshot::channel();
     let (ended_tx, mut ended) = oneshot::channel();
     let (trouble, identity) = watch::channel(None);
-    let inputs = node::Inputs { state, facts, plugs, stop, seen: seen_tx, identity };
+    let inputs = node::Inputs { state, facts, plugs, cni, stop, seen: seen_tx, identity };
     let shared = Arc::new(config.clone());
     std::thread::Builder::new()
         .name("reconciler".into())
@@ -137,6 +139,11 @@ pub async fn run(
     let listener = plug::listen(&config.socket).map_err(AgentError::io(config.socket.display().to_string()))?;
     let mut tasks = JoinSet::new();
     tasks.spawn(plug::serve(listener, plug_tx));
+    if let Some(cni) = &config.cni {
+        let socket = tidegate_cni::files::socket(&cni.folder);
+        let listener = plug::listen(&socket).map_err(AgentError::io(socket.display().to_string()))?;
+        tasks.spawn(cni::serve(listener, cni_tx));
+    }
     tasks.spawn(denials.tell());
     let names = find::Names::default();
     let (targets, known) = watch::channel(config.gateways.iter().map(|g| g.address).collect());
@@ -237,6 +244,10 @@ pub fn cleanup(config: &Config) -> Result<(), AgentError> {
         });
         devices.join().unwrap_or(Err(AgentError::Died))
     })?;
+    if let Some(cni) = &config.cni {
+        let removed = tidegate_cni::files::remove(&cni.folder, &cni.standing);
+        removed.map_err(AgentError::io(cni.folder.display().to_string()))?;
+    }
     match std::fs::remove_file(&config.socket) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
             Err(AgentError::io(config.socket.display().to_string())(e))

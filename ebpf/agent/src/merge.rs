@@ -221,6 +221,18 @@ pub fn merge(sources: &[Source<'_>]) -> NodeState {
             }
         }
     }
+    // Of a namespace's new pods the strictest that anybody says.
+    for (s, _) in sources.iter().zip(&speaks).filter(|(_, speaks)| **speaks) {
+        if out.namespaces.is_empty() {
+            out.namespaces = s.state.namespaces.clone();
+            continue;
+        }
+        for (name, touch) in s.state.namespaces.iter() {
+            if out.namespaces.get(name).is_none_or(|known| known < touch) {
+                out.namespaces.insert(name.clone(), *touch);
+            }
+        }
+    }
     for node in out.nodes.values_mut() {
         node.addresses.sort_unstable();
     }

@@ -4,6 +4,7 @@
 
 mod gateways;
 mod passes;
+mod starts;
 
 use gateways::Gateways;
 
@@ -22,6 +23,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use crate::announce::Announcer;
+use crate::cni::{self, Pods};
 use crate::config::{Config, Interfaces};
 use crate::events::{self, People};
 use crate::guard::{self, Keeper, Settings};
@@ -62,6 +64,8 @@ pub struct Inputs {
     pub facts: mpsc::Receiver<stream::Facts>,
     /// From the gateway socket.
     pub plugs: mpsc::Receiver<Request>,
+    /// From the CNI plugin.
+    pub cni: mpsc::Receiver<cni::Request>,
     /// The end.
     pub stop: oneshot::Receiver<()>,
     /// Where it goes what this node sees of the gateways.
@@ -133,6 +137,8 @@ struct Node {
     pod_macs: BTreeMap<u32, [u8; 6]>,
     attached: BTreeMap<(Program, u32), String>,
     gateway: Option<Gateway>,
+    /// Pods that the CNI plugin told of.
+    pods: Pods,
     leases: Leases,
     epoch: Instant,
     /// Where the next slice of verifications begins.
@@ -196,6 +202,7 @@ impl Node {
             });
         }
         let places = Places::adopt(datapath.interfaces());
+        let pods = Pods::adopt(config.cni.as_ref());
         let gateways = Gateways::new(config.gateways.iter().map(|g| g.name.as_str()));
         let mut node = Self {
             config,
@@ -221,6 +228,7 @@ impl Node {
             pod_macs: BTreeMap::new(),
             attached: BTreeMap::new(),
             gateway: None,
+            pods,
             leases: Leases::default(),
             epoch: Instant::now(),
             verified: 0,
@@ -248,6 +256,13 @@ impl Node {
                 _ = &mut inputs.stop => return,
                 Some(facts) = inputs.facts.recv() => self.facts(facts),
                 Some(request) = inputs.plugs.recv() => self.plug(request).await,
+                Some(first) = inputs.cni.recv() => {
+                    let mut all = vec![first];
+                    while let Ok(more) = inputs.cni.try_recv() {
+                        all.push(more);
+                    }
+                    self.starting(all).await;
+                }
                 Some(first) = inputs.state.recv() => {
                     let mut all = vec![first];
                     while let Ok(more) = inputs.state.try_recv() {
@@ -560,6 +575,7 @@ impl Node {
             })
             .collect();
         self.merged = merge::merge(&sources);
+        self.pods.overlay(&mut self.merged, &self.config.node);
         let owner = owners(&self.gateways, &self.merged, &self.silent);
         let moved = self.told.follow(self.epoch.elapsed(), owner);
         if let Err(error) = self.datapath.facts(&moved) {
@@ -576,12 +592,14 @@ impl Node {
 
     async fn step(&mut self, steps: u64) {
         self.announce();
+        self.answer_starts();
         self.verify();
         if !steps.is_multiple_of(STEPS_PER_SECOND) {
             return;
         }
         self.count();
         self.forget();
+        self.keep_standing();
         if steps.is_multiple_of(u64::from(self.config.full_pass_seconds) * STEPS_PER_SECOND) {
             self.full_pass().await;
         } else {

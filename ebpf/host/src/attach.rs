@@ -13,6 +13,7 @@ use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use nix::net::if_::if_nametoindex;
 
+use crate::fixed::FIXED;
 use crate::load::{Datapath, load_object, lock, program_error};
 use crate::{Error, Program, carry};
 
@@ -48,7 +49,7 @@ fn classifier(ebpf: &mut Ebpf, program: Program) -> Result<&mut SchedClassifier,
     ebpf.program_mut(program.name()).ok_or(Error::NotLoaded(program.name()))?.try_into().map_err(program_error(program))
 }
 
-fn link_error(path: &Path) -> impl Fn(LinkError) -> Error {
+pub(crate) fn link_error(path: &Path) -> impl Fn(LinkError) -> Error {
     let path = path.to_owned();
     move |e| Error::Link { path: path.clone(), message: format!("{e:?}") }
 }
@@ -323,21 +324,25 @@ pub fn remove_pins(pins: &Path) -> Result<(), Error> {
     for path in carry::others(pins, Path::new("")) {
         remove_all(&path)?;
     }
+    let fixed = pins.join(FIXED);
+    if fixed.exists() {
+        remove_all(&fixed)?;
+    }
     // Fails if somebody else keeps something there, and then it shall.
     let _ = fs::remove_dir(pins);
     Ok(())
 }
 
-fn file_name(path: &Path) -> &str {
+pub(crate) fn file_name(path: &Path) -> &str {
     path.file_name().and_then(|n| n.to_str()).unwrap_or_default()
 }
 
-fn entries(folder: &Path) -> Result<Vec<PathBuf>, Error> {
+pub(crate) fn entries(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     let read = fs::read_dir(folder).map_err(Error::io(format!("cannot read {}", folder.display())))?;
     Ok(read.flatten().map(|e| e.path()).collect())
 }
 
-fn remove(path: &Path) -> Result<(), Error> {
+pub(crate) fn remove(path: &Path) -> Result<(), Error> {
     match fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io(format!("cannot remove {}", path.display()))(e)),
         _ => Ok(()),
@@ -366,7 +371,7 @@ pub(crate) fn remove_all(folder: &Path) -> Result<usize, Error> {
 
 /// Detaches a pinned link at once. Removing its pin alone leaves the program on its hook for a
 /// grace period, during which it would see packets twice and could not be attached again.
-fn link_detach(pin: &Path) -> Result<(), Error> {
+pub(crate) fn link_detach(pin: &Path) -> Result<(), Error> {
     const BPF_OBJ_GET: libc::c_long = 7;
     const BPF_LINK_DETACH: libc::c_long = 34;
     /// The part of `union bpf_attr` that both commands use.

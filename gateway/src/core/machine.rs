@@ -221,6 +221,12 @@ impl Uses {
             let old = held.grants.get(&(key, class));
             step.put(old, new, |ports| Entry::Grant(key, class, ports), EntryKey::Grant(key, class));
         }
+        // No gateway has pods of its own.
+        for name in d.changes.namespaces.iter().filter(|_| sight.here.is_some()) {
+            let (old, new) = (held.namespaces.get(name), b.world.strictest().get(name).copied());
+            let named = || name.to_string();
+            step.put(old, new, |touch| Entry::Namespace(named(), touch), EntryKey::Namespace(named()));
+        }
         let others = std::mem::take(&mut step.told);
         for (key, prefixes) in sets {
             let new = prefixes.filter(|_| self.sets.contains_key(&key));

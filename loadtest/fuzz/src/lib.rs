@@ -5,12 +5,14 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a fuzz target fails by panicking")]
 
+mod cni;
 mod dns;
 mod manifests;
 mod messages;
 mod packets;
 mod tls;
 
+pub use cni::cni;
 pub use dns::{dns_answer, dns_query};
 pub use manifests::{annotation, manifest};
 pub use messages::message;
@@ -24,6 +26,7 @@ pub type Target = (&'static str, fn(&[u8]) -> bool);
 /// Every target.
 pub const TARGETS: &[Target] = &[
     ("annotation", annotation),
+    ("cni", cni),
     ("dns_answer", dns_answer),
     ("dns_query", dns_query),
     ("kernel_event", kernel_event),

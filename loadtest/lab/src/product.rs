@@ -66,6 +66,11 @@ impl Layout {
         self.folder.join("socket").join(format!("{node}.sock"))
     }
 
+    /// Folder of the CNI plugin on a node: its socket, its records, and what holds while no agent runs.
+    pub fn cni(&self, node: &str) -> PathBuf {
+        self.folder.join("cni").join(node)
+    }
+
     /// Where a node's agent keeps the certificate that a gateway gave it.
     pub fn identity(&self, node: &str) -> PathBuf {
         self.folder.join("identity").join(node)
@@ -189,6 +194,7 @@ fn agent(scenario: &Scenario, layout: &Layout, node: &str) -> Result<Value> {
     let mut config = json!({
         "node": node,
         "socket": layout.socket(node),
+        "cni": {"folder": layout.cni(node).join("run"), "standing": layout.cni(node).join("standing.json")},
         "pins": layout.bpffs().join(node),
         "interfaces": if scenario.hosts.cni.is_bridge() { "Bridge" } else { "HostRoute" },
         "admin": format!("127.0.0.1:{AGENT_ADMIN}"),

@@ -250,6 +250,7 @@ impl<'a> Compiler<'a> {
         let mut spaces = self.previous.map(|p| p.spaces.clone()).unwrap_or_default();
         let mut timed = self.previous.map(|p| p.timed.clone()).unwrap_or_default();
         let mut flawed = self.previous.map(|p| p.flawed.clone()).unwrap_or_default();
+        let mut strictest = self.previous.map(|p| p.strictest.clone()).unwrap_or_default();
         let mut scopes: Shards<ScopeKey, Arc<Scope>> = self.previous.map(|p| p.scopes.clone()).unwrap_or_default();
         let mut ways = self.previous.map(|p| p.ways.clone()).unwrap_or_default();
         let mut groups: Shards<GroupKey, Arc<Group>> = self.previous.map(|p| p.groups.clone()).unwrap_or_default();
@@ -278,6 +279,7 @@ impl<'a> Compiler<'a> {
                 spaces.remove(&name);
                 timed.remove(&name);
                 flawed.remove(&name);
+                strictest.remove(&name);
                 continue;
             };
             for g in new.groups() {
@@ -305,6 +307,9 @@ impl<'a> Compiler<'a> {
                 false => drop(flawed.insert(name.clone(), ())),
                 true => drop(flawed.remove(&name)),
             }
+            if strictest.get(&name) != Some(&new.strictest) {
+                strictest.insert(name.clone(), new.strictest);
+            }
             spaces.insert(name, new);
         }
         let mut known = self.previous.map(|p| p.known.clone()).unwrap_or_default();
@@ -329,6 +334,7 @@ impl<'a> Compiler<'a> {
             known,
             timed,
             flawed,
+            strictest,
             issues: OnceLock::new(),
             registry: self.registry,
         }

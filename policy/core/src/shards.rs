@@ -158,6 +158,17 @@ impl<K: Place + Ord, V> Shards<K, V> {
     }
 }
 
+/// Costs what differs.
+impl<K: Place + Ord, V: PartialEq> PartialEq for Shards<K, V> {
+    fn eq(&self, other: &Self) -> bool {
+        let mut same = self.len == other.len;
+        self.compare(other, |_, old, new| same &= old == new);
+        same
+    }
+}
+
+impl<K: Place + Ord, V: Eq> Eq for Shards<K, V> {}
+
 impl<K: Place + Ord + Clone, V: Clone> Shards<K, V> {
     /// Sets a key; returns what it had.
     pub fn insert(&mut self, key: K, value: V) -> Option<V> {

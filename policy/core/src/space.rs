@@ -120,6 +120,8 @@ pub(crate) struct Space {
     /// By selection, with the number of pods.
     kinds: Vec<(Arc<Kind>, usize)>,
     pub pods: Shards<Arc<str>, Resident>,
+    /// The strictest that a new pod may be, see [`crate::state::Entry::Namespace`].
+    pub strictest: Touch,
     /// Sorted.
     pub issues: Vec<Issue>,
     /// Absent where time plays no role.
@@ -182,6 +184,7 @@ impl Space {
             && Arc::ptr_eq(&self.cluster, &other.cluster)
             && self.kinds.len() == other.kinds.len()
             && self.kinds.iter().zip(&other.kinds).all(|(a, b)| Arc::ptr_eq(&a.0, &b.0) && a.1 == b.1)
+            && self.strictest == other.strictest
             && self.issues == other.issues
             && self.window == other.window
     }
@@ -289,6 +292,7 @@ impl<'a> Compiler<'a> {
             cluster: place.cluster.clone(),
             kinds: Vec::new(),
             pods: known,
+            strictest: self.strictest(place),
             issues: Vec::new(),
             window: None,
         };
@@ -395,6 +399,21 @@ impl<'a> Compiler<'a> {
             None => Arc::new(Group::new(parts, self.slots.take(), None)),
         };
         Kind { selection, touch, group: Some(group), issues }
+    }
+
+    /// The strictest that a pod of the namespace may be, whatever its labels.
+    fn strictest(&self, place: &Place<'_, '_>) -> Touch {
+        if place.exempt || place.audit {
+            return Touch::Untouched;
+        }
+        let isolated = self.o.settings.cluster_default == ClusterDefault::Isolated;
+        if isolated || place.ns.managed || place.ns.has_allow || !place.enforced.is_empty() {
+            Touch::Isolated
+        } else if place.relevant.iter().any(|(_, p)| !p.subject_lost) {
+            Touch::Guarded
+        } else {
+            Touch::Untouched
+        }
     }
 
     fn select(&self, place: &Place<'_, '_>, labels: &Labels) -> Selection {

@@ -6,10 +6,12 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
 
+use crate::shards::Shards;
 use crate::{ClassKey, GroupKey, PortSet, PrefixSetKey, ScopeKey};
 
 /// What a pod is to Tidegate.
@@ -42,6 +44,8 @@ pub enum EntryKey {
     Prefixes(PrefixSetKey),
     /// A grant.
     Grant(GroupKey, ClassKey),
+    /// A namespace by name.
+    Namespace(String),
 }
 
 /// Cluster-wide values.
@@ -134,6 +138,9 @@ pub enum Entry {
     Prefixes(PrefixSetKey, Prefixes),
     /// A grant: what holds for addresses of a class.
     Grant(GroupKey, ClassKey, PortSet),
+    /// A namespace: the strictest that a new pod of it may be, whatever its labels. What is audited is denied nothing, and
+    /// counts as untouched.
+    Namespace(String, Touch),
 }
 
 impl Entry {
@@ -148,6 +155,7 @@ impl Entry {
             Entry::Group(k, _) => EntryKey::Group(*k),
             Entry::Prefixes(k, _) => EntryKey::Prefixes(*k),
             Entry::Grant(g, c, _) => EntryKey::Grant(*g, *c),
+            Entry::Namespace(n, _) => EntryKey::Namespace(n.clone()),
         }
     }
 }
@@ -171,6 +179,8 @@ pub struct NodeState {
     pub prefixes: BTreeMap<PrefixSetKey, Prefixes>,
     /// Grants.
     pub grants: BTreeMap<(GroupKey, ClassKey), PortSet>,
+    /// Namespaces with the strictest that a new pod may be. Nodes' states share them with the world.
+    pub namespaces: Shards<Arc<str>, Touch>,
 }
 
 /// What differs between two maps, in the order of their keys.
@@ -196,6 +206,7 @@ impl NodeState {
         out.extend(self.scopes.iter().map(|(k, v)| Entry::Scope(*k, v.clone())));
         out.extend(self.groups.iter().map(|(k, v)| Entry::Group(*k, v.clone())));
         out.extend(self.grants.iter().map(|((g, c), v)| Entry::Grant(*g, *c, v.clone())));
+        out.extend(self.namespaces.iter().map(|(k, v)| Entry::Namespace(k.to_string(), *v)));
         out.extend(self.endpoints.iter().map(|(k, v)| Entry::Endpoint(*k, v.clone())));
         out
     }
@@ -216,6 +227,11 @@ impl NodeState {
         differ(&self.groups, &new.groups, s, g, |k, v| Entry::Group(*k, v.clone()), |k| EntryKey::Group(*k));
         let grant = |k: &(GroupKey, ClassKey), v: &PortSet| Entry::Grant(k.0, k.1, v.clone());
         differ(&self.grants, &new.grants, s, g, grant, |k| EntryKey::Grant(k.0, k.1));
+        new.namespaces.compare(&self.namespaces, |name, old, new| match new {
+            new if old == new => {}
+            Some(touch) => s.push(Entry::Namespace(name.to_string(), *touch)),
+            None => g.push(EntryKey::Namespace(name.to_string())),
+        });
         let endpoint = |k: &IpAddr, v: &Endpoint| Entry::Endpoint(*k, v.clone());
         differ(&self.endpoints, &new.endpoints, s, g, endpoint, |k| EntryKey::Endpoint(*k));
         (set, gone)
@@ -232,6 +248,7 @@ impl NodeState {
             Entry::Group(k, v) => drop(self.groups.insert(k, v)),
             Entry::Prefixes(k, v) => drop(self.prefixes.insert(k, v)),
             Entry::Grant(g, c, v) => drop(self.grants.insert((g, c), v)),
+            Entry::Namespace(k, v) => drop(self.namespaces.insert(k.into(), v)),
         }
     }
 
@@ -246,6 +263,7 @@ impl NodeState {
             EntryKey::Group(k) => drop(self.groups.remove(k)),
             EntryKey::Prefixes(k) => drop(self.prefixes.remove(k)),
             EntryKey::Grant(g, c) => drop(self.grants.remove(&(*g, *c))),
+            EntryKey::Namespace(k) => drop(self.namespaces.remove(k.as_str())),
         }
     }
 }

@@ -152,6 +152,8 @@ pub struct World {
     pub(crate) timed: Shards<Arc<str>, Window>,
     /// Namespaces with issues.
     pub(crate) flawed: Shards<Arc<str>, ()>,
+    /// The strictest that a new pod of each namespace may be.
+    pub(crate) strictest: Shards<Arc<str>, Touch>,
     /// Put together when somebody asks.
     pub(crate) issues: OnceLock<Vec<Issue>>,
     pub(crate) next_change: Option<UnixSeconds>,
@@ -169,6 +171,8 @@ pub struct Changes {
     pub classes: BTreeSet<ScopeKey>,
     /// Groups that are new, gone, or for which other rules decide.
     pub groups: BTreeSet<GroupKey>,
+    /// Namespaces that are new, gone, or whose new pods may be treated otherwise.
+    pub namespaces: Vec<Arc<str>>,
 }
 
 /// A scope as it is pushed; owner and epoch are the pusher's.
@@ -263,6 +267,11 @@ impl World {
         self.spaces.get(namespace).into_iter().flat_map(|s| s.pods.values()).flat_map(|r| r.addresses.iter().copied())
     }
 
+    /// The strictest that a new pod of each namespace may be, see [`crate::state::Entry::Namespace`].
+    pub fn strictest(&self) -> &Shards<Arc<str>, Touch> {
+        &self.strictest
+    }
+
     /// All scopes that have pods, by key.
     pub fn scopes(&self) -> &Shards<ScopeKey, Arc<Scope>> {
         &self.scopes
@@ -345,6 +354,11 @@ impl World {
         self.groups.compare(&previous.groups, |key, old, new| {
             if old.zip(new).is_none_or(|(a, b)| !Arc::ptr_eq(a, b) && !a.says_the_same(b)) {
                 out.groups.insert(*key);
+            }
+        });
+        self.strictest.compare(&previous.strictest, |name, old, new| {
+            if old != new {
+                out.namespaces.push(name.clone());
             }
         });
         out

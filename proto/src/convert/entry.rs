@@ -67,6 +67,9 @@ impl From<&Entry> for wire::Entry {
                     .collect(),
             }),
             Entry::Grant(group, class, ports) => Kind::Grant(grant_to_wire(*group, *class, ports)),
+            Entry::Namespace(name, touch) => {
+                Kind::Namespace(wire::Namespace { name: name.clone(), touch: touch_to_wire(*touch).into() })
+            }
         };
         wire::Entry { kind: Some(kind) }
     }
@@ -78,12 +81,7 @@ fn endpoint_to_wire(ip: IpAddr, e: &Endpoint) -> wire::Endpoint {
         node: e.node.clone(),
         namespace: e.namespace.clone(),
         pod: e.pod.clone(),
-        touch: match e.touch {
-            Touch::Untouched => wire::Touch::Untouched,
-            Touch::Guarded => wire::Touch::Guarded,
-            Touch::Isolated => wire::Touch::Isolated,
-        }
-        .into(),
+        touch: touch_to_wire(e.touch).into(),
         member: e
             .member
             .map(|(scope, group)| wire::Member { scope: key_to_wire(scope.0), group: key_to_wire(group.0) }),
@@ -132,7 +130,28 @@ impl TryFrom<wire::Entry> for Entry {
                 let (group, class, ports) = grant_from_wire(&g)?;
                 Entry::Grant(group, class, ports)
             }
+            Kind::Namespace(n) => Entry::Namespace(
+                name_from_wire(n.name, "namespace.name")?,
+                touch_from_wire(n.touch, "namespace.touch")?,
+            ),
         })
+    }
+}
+
+const fn touch_to_wire(touch: Touch) -> wire::Touch {
+    match touch {
+        Touch::Untouched => wire::Touch::Untouched,
+        Touch::Guarded => wire::Touch::Guarded,
+        Touch::Isolated => wire::Touch::Isolated,
+    }
+}
+
+fn touch_from_wire(touch: i32, field: &'static str) -> Result<Touch, WireError> {
+    match wire::Touch::try_from(touch).unwrap_or_default() {
+        wire::Touch::Unspecified => Err(Problem::Unknown(touch).of(field)),
+        wire::Touch::Untouched => Ok(Touch::Untouched),
+        wire::Touch::Guarded => Ok(Touch::Guarded),
+        wire::Touch::Isolated => Ok(Touch::Isolated),
     }
 }
 
@@ -163,12 +182,7 @@ fn cluster_from_wire(c: &wire::Cluster) -> Result<Cluster, WireError> {
 }
 
 fn endpoint_from_wire(e: wire::Endpoint) -> Result<Entry, WireError> {
-    let touch = match wire::Touch::try_from(e.touch).unwrap_or_default() {
-        wire::Touch::Unspecified => return Err(Problem::Unknown(e.touch).of("endpoint.touch")),
-        wire::Touch::Untouched => Touch::Untouched,
-        wire::Touch::Guarded => Touch::Guarded,
-        wire::Touch::Isolated => Touch::Isolated,
-    };
+    let touch = touch_from_wire(e.touch, "endpoint.touch")?;
     let member = match &e.member {
         None => None,
         Some(m) => Some((
@@ -214,6 +228,7 @@ impl From<&EntryKey> for wire::EntryKey {
             EntryKey::Grant(g, c) => {
                 KeyKind::Grant(wire::GrantKey { group: key_to_wire(g.0), class: key_to_wire(c.0) })
             }
+            EntryKey::Namespace(n) => KeyKind::Namespace(n.clone()),
         };
         wire::EntryKey { kind: Some(kind) }
     }
@@ -235,6 +250,7 @@ impl TryFrom<wire::EntryKey> for EntryKey {
                 GroupKey(key_from_wire(&g.group, "grant_key.group")?),
                 ClassKey(key_from_wire(&g.class, "grant_key.class")?),
             ),
+            KeyKind::Namespace(n) => EntryKey::Namespace(name_from_wire(n, "entry_key.namespace")?),
         })
     }
 }

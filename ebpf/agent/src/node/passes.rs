@@ -66,7 +66,9 @@ impl Node {
         let links = &self.topology.links;
         let pods: BTreeSet<IpAddr> = self.local_pods().collect();
         let how = self.config.interfaces;
-        let said = |ip: IpAddr| self.topology.interface(ip, how).map(|l| l.index);
+        // What made the pod's network knows best.
+        let told = |ip: IpAddr| self.pods.device(ip).filter(|index| links.contains_key(index));
+        let said = |ip: IpAddr| told(ip).or_else(|| self.topology.interface(ip, how).map(|l| l.index));
         if how == Interfaces::HostRoute {
             self.interfaces.retain(|ip, index| pods.contains(ip) && links.contains_key(index));
             self.interfaces.extend(pods.into_iter().filter_map(|ip| Some((ip, said(ip)?))));
@@ -276,6 +278,8 @@ impl Node {
             metrics::counter!(events::PASSES, "result" => label).increment(1);
             self.people.update(&self.merged);
             self.keeper.set(self.guard());
+            self.retire_fixed();
+            self.answer_starts();
             self.tell();
             for (ack, applied) in std::mem::take(&mut self.pending).into_values() {
                 acknowledge(&ack, applied, result.clone());

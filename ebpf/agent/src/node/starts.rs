@@ -1,0 +1,154 @@
+//! Pods that start: their programs are attached before their first instruction.
+
+use tidegate_cni::files::{self, Standing};
+use tidegate_cni::wire::{Answer, Ask, Attached};
+use tidegate_ebpf::{Fixed, Program, detach_fixed, fixed_devices};
+use tidegate_policy::state::{NodeState, Touch};
+use tokio::time::Instant;
+
+use super::Node;
+use crate::cni::{PATIENCE, Request, Waiting, is};
+use crate::events;
+
+impl Node {
+    /// Takes the plugin's questions: all that wait are one pass.
+    pub(super) async fn starting(&mut self, all: Vec<Request>) {
+        let now = Instant::now();
+        for Request { ask, answer } in all {
+            match ask {
+                Ask::Add(attached) => {
+                    let of = attached.attachment.clone();
+                    self.pods.add(attached);
+                    self.pods.waiting.push(Waiting { of, since: now, until: now + PATIENCE, answer });
+                    continue;
+                }
+                Ask::Del(of) => self.pods.remove(&of),
+                Ask::Gc(left) => self.pods.retain(&left.iter().collect()),
+            }
+            // The plugin does not mind.
+            let _ = answer.send(Answer::Done);
+        }
+        self.merge();
+        self.refresh().await;
+        self.reconcile(false).await;
+        self.answer_starts();
+    }
+
+    /// Answers those whose pods are ready, those who have waited long enough, and all while there is nothing to go by.
+    pub(super) fn answer_starts(&mut self) {
+        for Waiting { of, since, until, answer } in std::mem::take(&mut self.pods.waiting) {
+            let given = match self.pods.get(&of) {
+                None => Some(Answer::Refused("the pod is gone again".into())),
+                Some(_) if !self.ready || self.datapath.is_upgrade() => {
+                    Some(Answer::Refused("the agent has no policy yet".into()))
+                }
+                Some(a) if self.is_attached(a) => {
+                    (self.is_known(a) || Instant::now() >= until || !self.is_anybody_there()).then_some(Answer::Done)
+                }
+                Some(a) if Instant::now() >= until => {
+                    Some(Answer::Refused(format!("no program could be attached to device {}", a.ifindex)))
+                }
+                Some(_) => None,
+            };
+            match given {
+                Some(given) => {
+                    metrics::histogram!(events::POD_STARTS).record(since.elapsed().as_secs_f64());
+                    // The plugin may have given up.
+                    let _ = answer.send(given);
+                }
+                None => self.pods.waiting.push(Waiting { of, since, until, answer }),
+            }
+        }
+    }
+
+    /// Whether the kernel judges what the pod sends, by what this node knows of it.
+    fn is_attached(&self, a: &Attached) -> bool {
+        let places = a.addresses.iter().all(|ip| self.interfaces.get(&ip.to_canonical()) == Some(&a.ifindex));
+        let held = !self.problems.contains_key("maps");
+        places && held && self.attached.contains_key(&(Program::PodEgress, a.ifindex))
+    }
+
+    /// Whether the pod needs to wait no longer: nothing is ever denied to pods of its namespace, or the gateway that serves
+    /// it has told of it.
+    fn is_known(&self, a: &Attached) -> bool {
+        let (node, namespace, name) = (&self.config.node, &a.pod.namespace, &a.pod.name);
+        if self.merged.namespaces.get(namespace.as_str()) == Some(&Touch::Untouched) {
+            return true;
+        }
+        a.addresses.iter().map(|ip| ip.to_canonical()).all(|ip| {
+            let says = |state: &NodeState| state.endpoints.get(&ip).is_some_and(|e| is(e, node, namespace, name));
+            match self.merged.endpoints.get(&ip).and_then(|e| e.member) {
+                // Questions go to the scope's owner: what others know already is not enough.
+                Some((scope, _)) => {
+                    let owner = self.merged.scopes.get(&scope).and_then(|s| self.gateways.index(&s.owner));
+                    owner.and_then(|i| self.gateways.get(i)).is_some_and(|g| says(g.model.state()))
+                }
+                None => self.gateways.iter().any(|g| g.model.live() && says(g.model.state())),
+            }
+        })
+    }
+
+    fn is_anybody_there(&self) -> bool {
+        self.gateways.iter().any(|g| g.model.live())
+    }
+
+    /// Takes away what the plugin attached by itself, where this agent's programs are.
+    pub(super) fn retire_fixed(&mut self) {
+        if self.config.cni.is_none() || self.datapath.is_upgrade() {
+            return;
+        }
+        self.pods.follow(|index| self.topology.links.contains_key(&index));
+        for index in fixed_devices(&self.config.pins) {
+            let gone = !self.topology.links.contains_key(&index);
+            if (gone || self.attached.contains_key(&(Program::PodEgress, index)))
+                && let Err(error) = detach_fixed(&self.config.pins, index)
+            {
+                tracing::warn!(index, %error, "a program that the CNI plugin attached stays");
+            }
+        }
+    }
+
+    /// Keeps on disk what holds while no agent runs.
+    pub(super) fn keep_standing(&mut self) {
+        let Some(cni) = &self.config.cni else { return };
+        if !self.ready {
+            return;
+        }
+        // A pod may have started between this agent's look and the program.
+        let fixed = !fixed_devices(&self.config.pins).is_empty();
+        let (cluster, config) = (&self.merged.cluster, &self.config);
+        let standing = Standing::new(
+            Fixed {
+                tunnel_port: config.tunnel_port,
+                overlay_ports: config.overlay_ports.iter().copied().collect(),
+                mark: config.mark.value,
+                mark_cluster: config.mark.cluster(),
+                mark_mask: config.mark.mask,
+                nodes: self.merged.nodes.values().flat_map(|n| n.addresses.iter().copied()).collect(),
+                prefixes: cluster.prefixes.clone(),
+                node_ports: cluster.node_ports,
+                dns: cluster.dns.clone(),
+            },
+            self.merged.namespaces.iter().map(|(name, touch)| (name.to_string(), written(*touch))).collect(),
+        );
+        let mut failed = None;
+        if self.pods.standing.as_ref() != Some(&standing) {
+            match standing.write(&cni.standing) {
+                Ok(()) => self.pods.standing = Some(standing),
+                Err(e) => failed = Some(format!("{} cannot be written: {e}", cni.standing.display())),
+            }
+        }
+        self.problem("standing", failed);
+        if fixed {
+            self.retire_fixed();
+        }
+    }
+}
+
+const fn written(touch: Touch) -> files::Touch {
+    match touch {
+        Touch::Untouched => files::Touch::Untouched,
+        Touch::Guarded => files::Touch::Guarded,
+        Touch::Isolated => files::Touch::Isolated,
+    }
+}

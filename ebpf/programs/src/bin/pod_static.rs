@@ -1,0 +1,208 @@
+//! What a new pod of a namespace that is isolated, or not known, gets while no agent runs: the same verdict over tables that
+//! never change. In-cluster destinations pass, all else is dropped. An object of its own, so that it loads without the
+//! agent's maps.
+#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+
+#[cfg(target_arch = "bpf")]
+#[path = "../skb.rs"]
+#[allow(dead_code, reason = "shared with programs that do more")]
+mod skb;
+
+#[cfg(not(target_arch = "bpf"))]
+fn main() {}
+
+#[cfg(target_arch = "bpf")]
+mod program {
+    use aya_ebpf::macros::{classifier, map};
+    use aya_ebpf::maps::lpm_trie::Key;
+    use aya_ebpf::maps::{HashMap, LpmTrie};
+    use aya_ebpf::programs::TcContext;
+    use tidegate_ebpf_common::layout::{
+        Addr, DnsKey, Endpoint, Fact, FactKey, FlowKey, GrantKey, Group, OVERLAYS, PREFIX_BITS, PortSet, Prefix,
+        PrefixKey, Scope, iface,
+    };
+    use tidegate_ebpf_common::{Action, Decision, Packet, Tables, verdict};
+
+    use crate::skb::{NEXT, SHOT, Skb};
+
+    /// `BPF_F_NO_PREALLOC`.
+    const NO_PREALLOC: u32 = 1;
+
+    /// The pod's own addresses.
+    #[map]
+    static POD: HashMap<Addr, Endpoint> = HashMap::with_max_entries(16, NO_PREALLOC);
+    #[map]
+    static NODES: HashMap<Addr, u32> = HashMap::with_max_entries(32_768, NO_PREALLOC);
+    #[map]
+    static CLUSTER: LpmTrie<PrefixKey, u32> = LpmTrie::with_max_entries(65_536, NO_PREALLOC);
+    #[map]
+    static CLUSTER_DNS: HashMap<DnsKey, u32> = HashMap::with_max_entries(4_096, NO_PREALLOC);
+
+    #[unsafe(no_mangle)]
+    static TUNNEL_PORT: u16 = 8475;
+    #[unsafe(no_mangle)]
+    static OVERLAY: [u16; OVERLAYS] = [0; OVERLAYS];
+    #[unsafe(no_mangle)]
+    static MARK: u32 = 0x0020_0000;
+    #[unsafe(no_mangle)]
+    static MARK_CLUSTER: u32 = 0x0030_0000;
+    #[unsafe(no_mangle)]
+    static MARK_MASK: u32 = 0x00f0_0000;
+    /// First and last port on node addresses that is outside the cluster set.
+    #[unsafe(no_mangle)]
+    static NODE_PORT_LO: u16 = 1;
+    #[unsafe(no_mangle)]
+    static NODE_PORT_HI: u16 = 0;
+
+    macro_rules! global {
+        ($static:ident) => {
+            // SAFETY: a valid static; volatile, because the loader rewrites it in the object.
+            unsafe { core::ptr::read_volatile(&raw const $static) }
+        };
+    }
+
+    macro_rules! get {
+        ($map:ident, $key:expr) => {
+            // SAFETY: nobody changes the maps while the program is attached.
+            unsafe { $map.get($key) }
+        };
+    }
+
+    struct Fixed;
+
+    impl Tables for Fixed {
+        const GATEWAY: bool = false;
+
+        #[inline(always)]
+        fn now_ns(&self) -> u64 {
+            0
+        }
+        #[inline(always)]
+        fn tunnel_port(&self) -> u16 {
+            global!(TUNNEL_PORT)
+        }
+        #[inline(always)]
+        fn overlay(&self, port: u16) -> bool {
+            let mut i = 0;
+            while i < OVERLAYS {
+                // SAFETY: inside a valid static; volatile, because the loader rewrites it in the object.
+                let found = unsafe { (&raw const OVERLAY).cast::<u16>().add(i).read_volatile() };
+                if found != 0 && found == port {
+                    return true;
+                }
+                i += 1;
+            }
+            false
+        }
+        #[inline(always)]
+        fn flags(&self) -> u32 {
+            0
+        }
+        #[inline(always)]
+        fn node_ports(&self) -> (u16, u16) {
+            (global!(NODE_PORT_LO), global!(NODE_PORT_HI))
+        }
+        #[inline(always)]
+        fn interface(&self, _: u32) -> u16 {
+            iface::ENDPOINT
+        }
+        #[inline(always)]
+        fn endpoint(&self, addr: &Addr) -> Option<&Endpoint> {
+            get!(POD, addr)
+        }
+        #[inline(always)]
+        fn group(&self, _: u32) -> Option<&Group> {
+            None
+        }
+        #[inline(always)]
+        fn scope(&self, _: u32) -> Option<&Scope> {
+            None
+        }
+        #[inline(always)]
+        fn gateway(&self, _: u32) -> bool {
+            false
+        }
+        #[inline(always)]
+        fn heartbeat(&self, _: u32) -> u64 {
+            0
+        }
+        #[inline(always)]
+        fn node(&self, addr: &Addr) -> bool {
+            get!(NODES, addr).is_some()
+        }
+        #[inline(always)]
+        fn cluster(&self, key: &PrefixKey) -> bool {
+            CLUSTER.get(Key::new(PREFIX_BITS, *key)).is_some()
+        }
+        #[inline(always)]
+        fn cluster_dns(&self, key: &DnsKey) -> bool {
+            get!(CLUSTER_DNS, key).is_some()
+        }
+        #[inline(always)]
+        fn fact(&self, _: &FactKey) -> Option<&Fact> {
+            None
+        }
+        #[inline(always)]
+        fn carried(&self, _: &FactKey, _: u32) {}
+        #[inline(always)]
+        fn grant(&self, _: &GrantKey) -> Option<u32> {
+            None
+        }
+        #[inline(always)]
+        fn portset(&self, _: u32) -> Option<&PortSet> {
+            None
+        }
+        #[inline(always)]
+        fn ports(&self, _: u32, _: u32) -> u8 {
+            0
+        }
+        #[inline(always)]
+        fn prefix(&self, _: &PrefixKey) -> Option<&Prefix> {
+            None
+        }
+        #[inline(always)]
+        fn flow(&self, _: &FlowKey, _: u32) -> u32 {
+            0
+        }
+        #[inline(always)]
+        fn remember(&self, _: &FlowKey, _: u32, _: u32) -> bool {
+            false
+        }
+    }
+
+    /// What a pod sends.
+    #[classifier]
+    pub fn pod_static(ctx: TcContext) -> i32 {
+        judge(&Skb::new(&ctx))
+    }
+
+    #[inline(always)]
+    fn judge(skb: &Skb) -> i32 {
+        let mut p = Packet::default();
+        let mut d = Decision::default();
+        let parsed = skb.parse(&mut p);
+        verdict(parsed, &p, skb.ifindex(), &Fixed, &mut d);
+        match d.action {
+            Action::Ignore => NEXT,
+            Action::Pass => {
+                let mark = if d.cluster { global!(MARK_CLUSTER) } else { global!(MARK) };
+                skb.set_mark(skb.mark() & !global!(MARK_MASK) | mark);
+                NEXT
+            }
+            // There is no gateway to steer to.
+            Action::Drop | Action::Steer => SHOT,
+        }
+    }
+}
+
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    // The verifier refuses a program that could come here.
+    loop {}
+}
+
+#[cfg(target_arch = "bpf")]
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
