@@ -477,6 +477,22 @@ fn an_agent_that_has_only_just_started_is_no_witness_of_a_death() {
 }
 
 #[test]
+fn agents_that_see_the_owner_alone_are_witnesses_of_its_life() {
+    let s = two();
+    let mut o = Ownership::new("a", ["b".to_owned()], s.now);
+    o.set_pairs(s.pairs.clone());
+    o.set_able(true);
+    let claims = [1, 2].map(|n| Claim { pair: pair(n), owner: "b".into(), epoch: 4, held: true }).into();
+    o.beat("b", &Beat { able: true, claims, ..Beat::default() }, s.now);
+    // Nothing gets from this gateway to most of the nodes.
+    for (node, sees) in [("n1", "b"), ("n2", "b"), ("n3", "a")] {
+        o.seen(node, [sees.to_owned()].into(), []);
+    }
+    o.tick(s.now + Duration::from_secs(3));
+    assert!(!o.holds_any());
+}
+
+#[test]
 fn one_that_is_stale_carries_on_until_another_is_in_place() {
     let mut s = three();
     s.place = Duration::from_millis(500);
