@@ -2,9 +2,9 @@
 //!
 //! A list is read in pages, of the newest state (an API server that is behind must not show an older one). From its
 //! resourceVersion on it is watched. A watch that ends goes on where it was; one that the API server cannot go on with
-//! (410) begins with a list again. The API server sends a bookmark about every minute: a watch that says nothing for
-//! [`SILENT`] is given up for another one, as is one that [`Watched::hurry`] asks for. What went before stays the truth
-//! until there is news, so an outage takes nothing away.
+//! (410) begins with a list again. The API server is asked to end each after [`WATCH`], and before that sends a bookmark if
+//! there is a newer version: a watch that says nothing for [`SILENT`] is given up for another one, as is one that
+//! [`Watched::hurry`] asks for. What went before stays the truth until there is news, so an outage takes nothing away.
 //!
 //! The queue to whoever takes the changes is bounded. While it is full nothing is read, and the API server keeps what is
 //! not read, or ends the watch.
@@ -23,10 +23,11 @@ use tokio::sync::{Notify, mpsc};
 
 use crate::client::{Connection, Error, within};
 
-/// A watch that says nothing for so long has been lost: bookmarks come every minute.
-pub const SILENT: Duration = Duration::from_secs(80);
-/// The API server ends a watch after so long. Seconds.
-const WATCH: u32 = 290;
+/// A watch that says nothing for so long has been lost.
+const SILENT: Duration = Duration::from_secs(30);
+/// The API server ends a watch after so long. Seconds. The next one goes on over the same connection; a dozen lists are a
+/// request every two seconds.
+const WATCH: u32 = 25;
 /// Objects of one page.
 const PAGE: u32 = 500;
 /// The longest event, in octets. Objects have at most 1.5 MiB or so in etcd.

@@ -206,6 +206,40 @@ async fn a_watch_that_hangs_is_replaced_when_somebody_says_so() {
 }
 
 #[tokio::test]
+async fn a_watch_that_hangs_is_replaced_in_half_a_minute_and_one_that_has_nothing_to_say_goes_on() {
+    let cluster = Cluster::shared().unwrap();
+    made(&cluster, "silent");
+    apply(&cluster, &map("silent", "a", "1"));
+    let mut quiet = Follower::new(cluster.kubeconfig(), "silent").await;
+    let proxy = Proxy::start(&cluster);
+    let mut f = Follower::new(proxy.kubeconfig(), "silent").await;
+    f.until(SOON, "the list", |f| f.lists == 1).await;
+    quiet.until(SOON, "the list", |f| f.lists == 1).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let heard = |f: &Follower| f.watched.health()[MAPS].heard.unwrap().elapsed();
+    let first = quiet.watched.health()[MAPS].version;
+    // It is not asked for, and still a version of the list.
+    apply(&cluster, &map("silent", "other", "1").replace("'yes'", "'no'"));
+    let mut longest = Duration::ZERO;
+    for _ in 0..55 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        longest = longest.max(heard(&quiet));
+    }
+    assert!(longest < Duration::from_secs(28), "{longest:?}: the API server ends each in time");
+    quiet.until(SOON, "nothing", |_| true).await;
+    let health = quiet.watched.health()[MAPS].clone();
+    assert!(health.lists == 1 && health.failing.is_none() && health.version > first, "{health:?} {first}");
+    proxy.swallow();
+    apply(&cluster, &map("silent", "a", "2"));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    // New connections work again, the old one does not.
+    proxy.forward_new();
+    f.until(Duration::from_secs(33), "the change", |f| f.has(&[("a", "2")])).await;
+    assert_eq!(f.lists, 1);
+    quiet.until(SOON, "the change", |f| f.has(&[("a", "2")])).await;
+}
+
+#[tokio::test]
 async fn after_an_outage_it_does_not_wait_when_others_are_back() {
     let cluster = Cluster::shared().unwrap();
     made(&cluster, "late");
