@@ -14,14 +14,14 @@ use crate::common::{NAMESPACE, chart, documents, find, helm, run, template, tide
 const GROUP: &str = "/apis/tidegate.dev/v1alpha1";
 const NODES: [&str; 2] = ["node-1", "node-2"];
 
-fn send(api: &Api, method: &str, path: &str, body: &Value) -> Value {
+pub fn send(api: &Api, method: &str, path: &str, body: &Value) -> Value {
     let kind = if method == "PATCH" { "application/merge-patch+json" } else { "application/json" };
     let answer = api.send(method, path, &[("Content-Type", kind)], &body.to_string()).unwrap();
     assert!(answer.status < 300, "{method} {path}: {} {}", answer.status, answer.body);
     serde_json::from_str(&answer.body).unwrap()
 }
 
-fn soon<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+pub fn soon<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         if let Some(found) = found() {
@@ -32,13 +32,13 @@ fn soon<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-fn pods(api: &Api) -> Vec<Value> {
+pub fn pods(api: &Api) -> Vec<Value> {
     let list = send(api, "GET", &format!("/api/v1/namespaces/{NAMESPACE}/pods"), &Value::Null);
     list["items"].as_array().unwrap().clone()
 }
 
 /// What scheduler and kubelets do: places pods, makes them ready, and lets go of those that are deleted.
-fn kubelets(api: &Api, silent: Option<&str>) {
+pub fn kubelets(api: &Api, silent: Option<&str>) {
     for pod in pods(api) {
         let path = format!("/api/v1/namespaces/{NAMESPACE}/pods/{}", pod["metadata"]["name"].as_str().unwrap());
         let terms = &pod["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"];
@@ -67,11 +67,11 @@ fn kubelets(api: &Api, silent: Option<&str>) {
     }
 }
 
-/// The chart in a cluster with two nodes.
-fn cluster() -> (Cluster, tidegate_kube::Controllers, Api) {
+/// The chart with so many gateways in a cluster with two nodes.
+pub fn cluster(replicas: u32) -> (Cluster, tidegate_kube::Controllers, Api) {
     let cluster = Cluster::start().unwrap();
-    let controllers =
-        cluster.start_controllers(&["daemonset-controller", "deployment-controller", "replicaset-controller"]).unwrap();
+    let names = ["daemonset-controller", "deployment-controller", "disruption-controller", "replicaset-controller"];
+    let controllers = cluster.start_controllers(&names).unwrap();
     let api = cluster.api().unwrap();
     for node in NODES {
         let labels = json!({"kubernetes.io/os": "linux", "kubernetes.io/hostname": node});
@@ -80,7 +80,9 @@ fn cluster() -> (Cluster, tidegate_kube::Controllers, Api) {
     }
     let chart = chart();
     let args = ["install", "tidegate", chart.to_str().unwrap(), "--namespace", NAMESPACE, "--create-namespace"];
-    helm(Some(&cluster), &[&args[..], &["--set", "gateway.replicas=1"]].concat(), "").success().unwrap();
+    helm(Some(&cluster), &[&args[..], &["--set", &format!("gateway.replicas={replicas}")]].concat(), "")
+        .success()
+        .unwrap();
     let wait = ["wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"];
     cluster.kubectl(&wait, "").unwrap().success().unwrap();
     (cluster, controllers, api)
@@ -136,7 +138,7 @@ fn spawn(mut command: Command) -> Child {
 
 #[test]
 fn status_says_what_is_there_and_whether_it_works() {
-    let (cluster, _controllers, api) = cluster();
+    let (cluster, _controllers, api) = cluster(1);
     let (kubeconfig, args) = hook(&cluster, "tidegate-test");
     let at_once: Vec<String> = args.iter().map(|a| if a == "120" { "0".into() } else { a.clone() }).collect();
     let out = run(&mut command(&kubeconfig, &at_once), "");
@@ -178,7 +180,7 @@ fn status_says_what_is_there_and_whether_it_works() {
 
 #[test]
 fn uninstall_cleans_nodes_ends_gateways_and_lets_pools_go() {
-    let (cluster, _controllers, api) = cluster();
+    let (cluster, _controllers, api) = cluster(1);
     for _ in 0..10 {
         kubelets(&api, None);
     }
