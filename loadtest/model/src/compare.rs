@@ -157,9 +157,12 @@ impl Drive {
                     let carries = |c: &Gateway| self.scopes.iter().any(|(k, s)| *s == scope && c.carries(*k));
                     self.seats[g].up().is_some_and(carries) && knows(g)
                 };
-                // Its former owner may answer until the node hears who owns the scope now, and that one of the answer.
+                // Its former owner may answer until the node hears who owns the scope now, and that one of the answer; and
+                // who stands in may not have heard yet what the owner told.
                 let hears = |g: &usize| self.nodes[node].hears(*g);
-                let late = follows.filter(hears).is_some_and(|g| self.seats[g].core.is_some() && !knows(g));
+                let speaks = |g: &usize| follows == Some(*g) || self.told(*g, node, &scope, ip);
+                let mut heard = (0..GATEWAYS.len()).filter(hears).filter(speaks);
+                let late = heard.any(|g| self.seats[g].core.is_some() && !knows(g));
                 let cut_off = follows.filter(hears).is_none();
                 if !(late || cut_off && self.still_denied(pod, ip, to, &least)) {
                     assert_eq!(action, Action::Steer, "must be {must:?}: {}", said());
@@ -172,6 +175,15 @@ impl Drive {
             }
         }
         happens
+    }
+
+    /// Whether a gateway stands by an address on a node.
+    fn told(&self, g: usize, node: usize, scope: &Scope, ip: IpAddr) -> bool {
+        let key = self.scopes.iter().find(|(_, s)| *s == scope).map(|(k, _)| *k);
+        let core = self.seats[g].core.as_ref();
+        let stands =
+            |(c, k): (&Gateway, _)| c.ledger().bindings().standing(k, ip, node_id(NODES[node]), Duration::ZERO);
+        core.zip(key).is_some_and(stands)
     }
 
     /// Whether a pod's node, which hears nothing new, may deny a packet by what it was told of other names of the address
@@ -282,10 +294,10 @@ impl Drive {
                 states.iter().map(|(name, state)| Source { name, live: true, silent: false, state }).collect();
             assert_eq!(*node.merged(), merge(&sources), "{} does not hold what it would be told", NODES[i]);
             for (key, ip, class) in node.kernel.held() {
+                let scope = &self.scopes[&key];
                 let class_at = |g: usize| {
-                    let bindings = self.seats[g].up()?.ledger().bindings();
-                    let told = bindings.standing(key, ip, node_id(NODES[i]), Duration::ZERO);
-                    bindings.class_of(key, ip).filter(|_| told)
+                    let class = self.seats[g].up()?.ledger().bindings().class_of(key, ip);
+                    class.filter(|_| self.told(g, i, scope, ip))
                 };
                 let owner = node.owner(key).and_then(gateway_at).and_then(class_at);
                 let right = match owner {
@@ -297,7 +309,6 @@ impl Drive {
                 if right.contains(&Some(class)) && needed {
                     continue;
                 }
-                let scope = &self.scopes[&key];
                 let stale = self.stale.keys().any(|k| k.0 == *scope && k.2 == ip);
                 assert!(stale, "{} keeps {ip} of {scope:?}: {class:?}, not {right:?}, pods: {needed}", NODES[i]);
                 left.insert((scope.clone(), ip));
