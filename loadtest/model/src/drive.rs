@@ -416,7 +416,10 @@ impl Drive {
     /// Takes note of what a gateway has done.
     pub fn done(&mut self, g: usize) {
         let Some(core) = &mut self.seats[g].core else { return };
-        for event in std::mem::take(&mut core.events) {
+        // Packets are compared when it is known what else came of the same input.
+        let (released, others): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut core.events).into_iter().partition(|e| matches!(e, Event::Released(..)));
+        for event in others.into_iter().chain(released) {
             match event {
                 Event::World => self.forget(g),
                 Event::Imported(facts) => self.import(g, &facts),
