@@ -66,16 +66,23 @@ fn evictions_take_one_gateway_at_a_time() {
     assert_eq!(status, 201, "{body}");
     budget(&api, 2, 1, || kubelets(&api, None));
 
-    // One that is not ready holds up no drain, and lets nobody else go.
+    // Those that are not ready hold up no drain, and let nobody else go.
     let gateways = of(&api, "gateway");
     let [first, second] = &gateways[..] else { panic!("{gateways:?}") };
-    let unready = json!({"type": "Ready", "status": "False", "lastTransitionTime": "2026-01-01T00:00:00Z"});
-    let path = format!("/api/v1/namespaces/{NAMESPACE}/pods/{first}/status");
-    send(&api, "PATCH", &path, &json!({"status": {"conditions": [unready]}}));
+    let fail = |pod: &str| {
+        let unready = json!({"type": "Ready", "status": "False", "lastTransitionTime": "2026-01-01T00:00:00Z"});
+        let path = format!("/api/v1/namespaces/{NAMESPACE}/pods/{pod}/status");
+        send(&api, "PATCH", &path, &json!({"status": {"conditions": [unready]}}));
+    };
+    fail(first);
     budget(&api, 1, 0, || ());
     refused(&api, second);
-    let (status, body) = evict(&api, first);
-    assert_eq!(status, 201, "{body}");
+    fail(second);
+    budget(&api, 0, 0, || ());
+    for pod in [first, second] {
+        let (status, body) = evict(&api, pod);
+        assert_eq!(status, 201, "{body}");
+    }
     // Agents are nobody's budget.
     let agents = of(&api, "agent");
     assert_eq!(evict(&api, &agents[0]).0, 201);
