@@ -153,6 +153,7 @@ impl Keeper {
             if new.is_none() {
                 let bundle = authority.bundle();
                 if trust.content.as_ref() != Some(&bundle) {
+                    tell_apart(trust.content.as_deref(), &bundle);
                     self.trust.write(trust.version, bundle).await.context("the trust ConfigMap")?;
                     continue;
                 }
@@ -180,6 +181,7 @@ impl Keeper {
             if trust.content.as_ref() == Some(&bundle) {
                 return Ok(authority);
             }
+            tell_apart(trust.content.as_deref(), &bundle);
             self.trust.write(trust.version, bundle).await.context("the trust ConfigMap")?;
         }
         bail!("others keep writing the ConfigMap");
@@ -214,6 +216,23 @@ impl Keeper {
         self.waiting = None;
         Ok(())
     }
+}
+
+/// Says so where nobody is trusted from now on who was until now.
+fn tell_apart(old: Option<&str>, new: &str) {
+    if old.is_some_and(|old| are_apart(old, new)) {
+        tracing::warn!(
+            "another authority takes the place of the one that was trusted: agents are cut off until they have read the ConfigMap \
+             and have new certificates, and until then their nodes keep what they know"
+        );
+    }
+}
+
+/// Whether the first bundle has certificates, and the second none of them.
+fn are_apart(old: &str, new: &str) -> bool {
+    let all = |pem: &str| authorities_from_pem(pem.as_bytes()).unwrap_or_default();
+    let (old, new) = (all(old), all(new));
+    !old.is_empty() && old.iter().all(|c| !new.contains(c))
 }
 
 /// The time to the next pass, after so many that failed one after the other. `left`: until something is due. `jitter`: a

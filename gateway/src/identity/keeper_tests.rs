@@ -361,6 +361,18 @@ wvZRUKdoMaOc9Hr+lnk/c3uhNM23PyQZjQ==
 }
 
 #[test]
+fn it_is_known_when_nobody_stays_trusted() {
+    let one = |_| Authority::first(now(), &DAY, KeyPair::generate().unwrap()).unwrap().bundle();
+    let [a, b, c] = [(); 3].map(one);
+    let both = a.clone() + &b;
+    for (old, new, apart) in
+        [(&a, &b, true), (&a, &both, false), (&both, &a, false), (&both, &c, true), (&"".into(), &a, false)]
+    {
+        assert_eq!(are_apart(old, new), apart);
+    }
+}
+
+#[test]
 fn after_a_pass_that_failed_the_next_one_is_soon_and_then_later() {
     let due = Duration::from_secs(86_400);
     let waits: Vec<u64> = (0..8).map(|failed| pause(failed, due, 1.0).as_millis() as u64).collect();

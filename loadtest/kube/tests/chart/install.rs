@@ -41,7 +41,13 @@ fn a_second_installation_is_refused_and_says_where_the_first_is() {
     // The first one can still be upgraded.
     let chart = chart();
     let args = ["upgrade", "tidegate", chart.to_str().unwrap(), "--namespace", NAMESPACE];
-    helm(Some(&cluster), &args, "").success().unwrap();
+    let upgrade = |more: &[&str]| helm(Some(&cluster), &[&args, more].concat(), "").success().unwrap();
+    // Another authority cuts all agents off: who asks for that is told, also before it is done.
+    let told = |text: &str| text.contains("WARNING: identity.given");
+    assert!(!told(&upgrade(&[])));
+    let (given, own) = (["--set", "identity.given=true"], ["--set", "identity.given=false"]);
+    assert!(told(&upgrade(&[&given[..], &["--dry-run=server"]].concat())) && told(&upgrade(&given)));
+    assert!(!told(&upgrade(&given)) && told(&upgrade(&own)) && !told(&upgrade(&own)), "there and back");
 }
 
 #[test]
