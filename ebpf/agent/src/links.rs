@@ -585,8 +585,9 @@ mod tests {
         let mut t = topology();
         t.addresses =
             [(2, [ip("10.0.0.1"), ip("192.0.2.9")].into()), (1, [ip("192.0.2.9"), ip("fd00::9")].into())].into();
-        let uplink = t.links[&1].clone();
-        assert_eq!(t.own(&[&uplink]), [ip("192.0.2.9"), ip("fd00::9"), ip("10.0.0.1")]);
+        let [first, second] = [1, 2].map(|n| t.links[&n].clone());
+        assert_eq!(t.own(&[&first]), [ip("192.0.2.9"), ip("fd00::9"), ip("10.0.0.1")]);
+        assert_eq!(t.own(&[&second]), [ip("10.0.0.1"), ip("192.0.2.9"), ip("fd00::9")]);
         assert!(t.is_own(ip("10.0.0.1")) && !t.is_own(ip("10.0.0.2")));
     }
 

@@ -131,13 +131,19 @@ impl Contested {
         }
         // It is true of those alone to whom nothing is allowed now.
         let closed = |r: &Resident| at.get(&*r.who.node).is_some_and(|(_, e)| e.touch == Touch::Isolated);
-        let named = |(namespace, name): &Claimant| format!("{namespace}/{name}").into();
+        let other = |n: usize| match &holder {
+            Some(h) => format!("{}/{}", h.who.namespace, h.who.pod),
+            None => {
+                let (namespace, name) = &claimants[usize::from(n == 0)].0;
+                format!("{namespace}/{name}")
+            }
+        };
         let issue = |(n, ((namespace, name), _)): (usize, &(Claimant, &Resident))| Issue {
             kind: IssueKind::Conflicted,
             policy: PolicyRef { kind: "Pod", namespace: namespace.clone(), name: name.clone() },
             path: "status.podIPs".into(),
             reason: IssueReason::DuplicateAddress,
-            by: Some(named(&claimants[usize::from(n == 0)].0)),
+            by: Some(other(n).into()),
         };
         let issues = claimants.iter().enumerate().filter(|(_, (_, r))| closed(r)).map(issue).collect();
         if let Some(h) = &holder {
