@@ -291,6 +291,57 @@ fn nobody_leaves_a_cluster_policy_by_a_label_or_by_a_new_namespace() {
     });
 }
 
+/// What the admin API asks before it shows a tenant anything, with the rights that the chart gives to gateways.
+#[test]
+fn a_gateway_may_ask_what_a_tenant_may_see_and_that_is_his_own() {
+    let (cluster, api) = cluster();
+    let _controllers = cluster.start_controllers(&["clusterrole-aggregation-controller"]).unwrap();
+    let objects = r#"
+apiVersion: v1
+kind: List
+items:
+- {apiVersion: v1, kind: ServiceAccount, metadata: {name: tenant, namespace: shop}}
+- apiVersion: rbac.authorization.k8s.io/v1
+  kind: RoleBinding
+  metadata: {name: tenant, namespace: shop}
+  roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: view}
+  subjects: [{kind: ServiceAccount, name: tenant, namespace: shop}]
+"#;
+    let out = cluster.kubectl(&["apply", "--server-side", "-f", "-"], objects).unwrap();
+    assert!(out.ok, "{out}");
+    let token = cluster.kubectl(&["create", "token", "tenant", "-n", "shop"], "").unwrap().success().unwrap();
+    let gateway = |path: &str, body: &Value| {
+        let headers = [
+            ("Content-Type", "application/json"),
+            ("Impersonate-User", "system:serviceaccount:default:tidegate-gateway"),
+            ("Impersonate-Group", "system:serviceaccounts"),
+            ("Impersonate-Group", "system:authenticated"),
+        ];
+        let answer = api.send("POST", path, &headers, &body.to_string()).unwrap();
+        assert_eq!(answer.status, 201, "{path}: {}", answer.body);
+        serde_json::from_str::<Value>(&answer.body).unwrap()["status"].clone()
+    };
+    let review = |token: &str| {
+        let body = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token}});
+        gateway("/apis/authentication.k8s.io/v1/tokenreviews", &body)
+    };
+    let user = review(token.trim());
+    assert_eq!(
+        (&user["authenticated"], &user["user"]["username"]),
+        (&json!(true), &json!("system:serviceaccount:shop:tenant"))
+    );
+    assert_ne!(review("stranger")["authenticated"], json!(true));
+    let sees = |namespace: &str| {
+        let about =
+            json!({"group": "tidegate.dev", "resource": "namespaceegresses", "verb": "get", "namespace": namespace});
+        let body = json!({"apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": {
+            "user": user["user"]["username"], "groups": user["user"]["groups"], "resourceAttributes": about}});
+        gateway("/apis/authorization.k8s.io/v1/subjectaccessreviews", &body)["allowed"] == true
+    };
+    soon("the role of readers", || sees("shop"));
+    assert!(!sees("billing") && !sees("default") && !sees(""), "his own namespace only");
+}
+
 /// What policy believes of pods, a kubelet cannot change: `mirrorPods` rests on the first part of it.
 #[test]
 fn a_kubelets_pods_are_marked_and_it_can_relabel_none() {
