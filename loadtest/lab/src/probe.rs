@@ -48,7 +48,14 @@ impl Curl {
     pub fn text(&self) -> String {
         match self.source() {
             Some(ip) if self.exit == 0 => format!("answered, server saw {ip}"),
-            _ => format!("curl exit {} {}", self.exit, self.error.lines().last().unwrap_or_default().trim()),
+            _ => {
+                let last = self.error.lines().last().unwrap_or_default().trim();
+                // Where it tried to connect to, and what the kernel said.
+                let told = self.error.lines().filter(|_| matches!(self.exit, 7 | 28));
+                let told: Vec<&str> = told.filter_map(|l| l.strip_prefix("* ").map(str::trim)).collect();
+                let told = if told.is_empty() { String::new() } else { format!(" ({})", told.join("; ")) };
+                format!("curl exit {} {last}{told}", self.exit)
+            }
         }
     }
 }
@@ -60,7 +67,7 @@ pub fn source(seen: &Value) -> Option<IpAddr> {
 
 /// Fetches a URL once; more options of curl may follow.
 pub fn curl(from: &impl Client, family: Family, url: &str, more: &[&str]) -> Curl {
-    let mut command = vec!["curl", "-sS", "-m", "5", "--connect-timeout", "4", family.flag(), url];
+    let mut command = vec!["curl", "-sSv", "-m", "5", "--connect-timeout", "4", family.flag(), url];
     command.extend(more);
     let out = from.command(&command);
     Curl { exit: out.status, body: serde_json::from_str(&out.stdout).unwrap_or_default(), error: out.stderr }

@@ -7,14 +7,13 @@
 #[path = "failover/common.rs"]
 mod common;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::{
-    ADDRESSES, CALM, NAMES, PLAIN, PODS, POOL, READY, Traffic, Wire, egress, gaps, kill, learn, owner, owner_of,
-    pod_network, recorded, start, status, under_traffic, wait_recorded,
+    ADDRESSES, CALM, NAMES, PLAIN, PODS, POOL, READY, Threads, Traffic, Wire, egress, gaps, kill, learn, owner,
+    owner_of, pod_network, recorded, start, status, under_traffic, wait_recorded,
 };
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -101,18 +100,17 @@ fn owners_die_one_after_the_other(lab: &mut Lab, wire: &Wire) {
 
 /// Downloads one after the other, until told to end: each came whole, or was cut and said so.
 struct Downloads {
-    end: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Threads,
     /// When each ended, and whether it was whole.
     done: Arc<Mutex<Vec<(Instant, bool)>>>,
 }
 
 impl Downloads {
     fn start(lab: &Lab) -> Self {
-        let (end, done) = (Arc::<AtomicBool>::default(), Arc::<Mutex<Vec<(Instant, bool)>>>::default());
-        let threads = FAMILIES.map(|family| {
-            let (end, done, name) = (Arc::clone(&end), Arc::clone(&done), lab.name().to_owned());
-            std::thread::spawn(move || {
+        let (mut threads, done) = (Threads::new(), Arc::<Mutex<Vec<(Instant, bool)>>>::default());
+        for family in FAMILIES {
+            let (end, done, name) = (Arc::clone(&threads.end), Arc::clone(&done), lab.name().to_owned());
+            threads.start(move || {
                 let lab = Lab::open(&name).unwrap();
                 let url = format!("https://api.example.com/bytes/{}", DOWNLOAD.0);
                 while !end.load(Ordering::Relaxed) {
@@ -134,15 +132,14 @@ impl Downloads {
                         done.lock().unwrap().push((Instant::now(), whole));
                     }
                 }
-            })
-        });
-        Self { end, threads: threads.into(), done }
+            });
+        }
+        Self { threads, done }
     }
 
     /// How many came whole, and how many were cut.
     fn finish(self) -> (usize, usize) {
-        self.end.store(true, Ordering::Relaxed);
-        self.threads.into_iter().for_each(|t| t.join().unwrap());
+        self.threads.finish();
         let done = self.done.lock().unwrap();
         let whole = done.iter().filter(|(_, whole)| *whole).count();
         (whole, done.len() - whole)
@@ -211,7 +208,8 @@ fn pods_are_replaced_one_after_the_other(lab: &mut Lab) {
     for t in traffic.iter().filter(|t| t.pod == PLAIN) {
         let (dns, flows) = (t.names.longest(begun), t.flows.longest(begun));
         println!("upgrade, PodNetwork {:?}: DNS gap {dns:?}, gap {flows:?}", t.family);
-        assert!(dns < CALM.0 && flows < CALM.1, "PodNetwork: {dns:?} {flows:?}");
+        let limits = (t.limit(CALM.0, begun), t.limit(CALM.1, begun));
+        assert!(dns < limits.0 && flows < limits.1, "PodNetwork: {dns:?} {flows:?}, not within {limits:?}");
     }
     assert!(moves >= 1 && cut <= moves * FAMILIES.len() && whole >= 2, "a move ends what it must, and nothing else");
     let (last, epoch) = recorded(lab);
