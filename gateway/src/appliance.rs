@@ -44,6 +44,7 @@ use crate::report::thread::Tee;
 use crate::report::{Reports, Snapshot, Surveyor};
 use crate::source::kubernetes::{Follower, health};
 use crate::source::{Compiler, Problems, now};
+use crate::starts::Starts;
 use crate::way::Keeper;
 use crate::{
     admin, api, audit, core, descriptors, members, nodes, peering, peers, push, report, resolv, source, telemetry,
@@ -348,6 +349,7 @@ pub fn run(path: &Path) -> Result<()> {
         };
         thread("report", move || reporting.run())?
     };
+    let starts = Starts::default();
     let compiler = Compiler::new(to_core.clone(), problems.clone(), Surveyor::new(snapshot), readiness.guard("policy"));
     let policy_thread = match changes.zip(watched.clone()) {
         None => {
@@ -357,7 +359,8 @@ pub fn run(path: &Path) -> Result<()> {
         Some((changes, watched)) => {
             let names = names.clone();
             let (runtime, stop) = (runtime()?, stop.clone());
-            let follower = Follower { changes, watched, names, nodes: teller, compiler, runtime, stop };
+            let starts = starts.clone();
+            let follower = Follower { changes, watched, names, nodes: teller, starts, compiler, runtime, stop };
             let config = config.clone();
             thread("policy", move || follower.run(&config))?
         }
@@ -436,7 +439,7 @@ pub fn run(path: &Path) -> Result<()> {
             config.control,
             identity.clone(),
             shares.handshakes,
-            Streams::new(to_core.clone(), post, nodes),
+            Streams::new(to_core.clone(), post, nodes, starts),
             joins,
             async {
                 // The sender's end is the news.

@@ -33,6 +33,7 @@ mod relay_check;
 mod report;
 mod resolv;
 mod source;
+mod starts;
 mod status;
 mod telemetry;
 mod timed;

@@ -26,6 +26,7 @@ use crate::core::ToCore;
 use crate::identity::{self, Joins};
 use crate::nodes::Nodes;
 use crate::report::thread::{Origin, Post};
+use crate::starts::Starts;
 use crate::timed::LONGEST;
 
 /// Messages that may wait for a node; a node that is further behind is cut off and starts anew with a snapshot.
@@ -62,6 +63,7 @@ pub struct Streams {
     core: Sender<ToCore>,
     denials: Post,
     nodes: Nodes,
+    starts: Starts,
     next: AtomicU64,
 }
 
@@ -69,8 +71,8 @@ type Out<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl Streams {
     /// A service that talks to this core, with those nodes that are there.
-    pub fn new(core: Sender<ToCore>, denials: Post, nodes: Nodes) -> Self {
-        Self { core, denials, nodes, next: AtomicU64::new(1) }
+    pub fn new(core: Sender<ToCore>, denials: Post, nodes: Nodes, starts: Starts) -> Self {
+        Self { core, denials, nodes, starts, next: AtomicU64::new(1) }
     }
 
     /// The node at the other end.
@@ -239,6 +241,7 @@ impl Control for Streams {
         let (out, rx) = mpsc::channel(QUEUE);
         tell(&self.core, ToCore::FactsUp { node: node.clone(), id, boot_id, out })?;
         let (core, denials, over) = (self.core.clone(), self.denials.clone(), life.clone().over());
+        let starts = self.starts.clone();
         tokio::spawn(async move {
             let mut over = std::pin::pin!(over);
             let name: Arc<str> = node.as_str().into();
@@ -265,6 +268,10 @@ impl Control for Streams {
                             }
                             Ok(FactsUp::Denied(denied)) => {
                                 denied.into_iter().for_each(|d| denials.send(Origin::Node(name.clone()), d));
+                                continue;
+                            }
+                            Ok(FactsUp::Started(pods)) => {
+                                starts.tell(&node, pods);
                                 continue;
                             }
                             _ => break,

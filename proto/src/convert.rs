@@ -7,6 +7,7 @@
 mod denied;
 mod entry;
 mod peer;
+mod started;
 mod stream;
 
 use std::net::{IpAddr, SocketAddr};
@@ -19,6 +20,7 @@ use crate::wire;
 
 pub use denied::{MAX_DENIED, denials};
 pub use peer::{Beat, Claim, Pair, PeerFact, PeerMessage, ScopeClaim, Seen, decode_peer, encode_peer};
+pub use started::{StartedPod, started};
 pub use stream::{FactsBatch, FactsUp, GrantEntry, Joiner, Part, StateBatch, Up};
 
 /// The most octets of a name of a node, gateway, namespace or pod (RFC 1123 subdomain).

@@ -17,7 +17,7 @@ pub mod wire;
 
 pub use convert::{
     Beat, Claim, FactsBatch, FactsUp, GrantEntry, Joiner, MAX_DENIED, Pair, PeerFact, PeerMessage, Problem, ScopeClaim,
-    Seen, StateBatch, Up, WireError, decode_peer, denials, encode_peer,
+    Seen, StartedPod, StateBatch, Up, WireError, decode_peer, denials, encode_peer, started,
 };
 
 /// The most octets of one gRPC message; both sides set their decoding limit to it.

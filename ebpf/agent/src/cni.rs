@@ -14,6 +14,7 @@ use tidegate_cni::files::{self, Standing};
 use tidegate_cni::spec::Attachment;
 use tidegate_cni::wire::{Answer, Ask, Attached, MAX_LINE, request};
 use tidegate_policy::state::{Endpoint, NodeState, Touch};
+use tidegate_proto::StartedPod;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -153,6 +154,18 @@ impl Pods {
             }
             self.remove(&of);
         }
+    }
+
+    /// What gateways are told: by its UID a pod is told from another of its name.
+    pub fn started(&self) -> Vec<StartedPod> {
+        let known = self.known.values().filter(|a| !a.pod.uid.is_empty());
+        let pod = |a: &Attached| StartedPod {
+            namespace: a.pod.namespace.clone(),
+            pod: a.pod.name.clone(),
+            uid: a.pod.uid.clone(),
+            addresses: a.addresses.iter().map(IpAddr::to_canonical).collect(),
+        };
+        known.map(pod).collect()
     }
 
     /// A pod.

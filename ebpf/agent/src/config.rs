@@ -109,6 +109,12 @@ pub struct Cni {
     /// The file that says what holds while no agent runs. The same path on the node, on a disk.
     #[serde(default = "default_standing")]
     pub standing: PathBuf,
+    /// Folder of CNI plugins into which the agent puts its own. Absent, as `conf_dir`: somebody else does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bin_dir: Option<PathBuf>,
+    /// Folder of network configurations, to whose first the agent adds the plugin.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub conf_dir: Option<PathBuf>,
 }
 
 /// How a certificate is got: a gateway gives it to whoever shows a ServiceAccount token of a pod on this node.
@@ -334,6 +340,14 @@ impl Config {
             }
             if !cni.standing.is_absolute() {
                 return refuse("cni.standing", "must be an absolute path");
+            }
+            for (key, path) in [("cni.binDir", &cni.bin_dir), ("cni.confDir", &cni.conf_dir)] {
+                if path.as_ref().is_some_and(|p| !p.is_absolute()) {
+                    return refuse(key, "must be an absolute path");
+                }
+            }
+            if cni.bin_dir.is_some() != cni.conf_dir.is_some() {
+                return refuse("cni.binDir", "is needed with cni.confDir, and the other way around");
             }
         }
         if !self.socket.is_absolute() || self.socket.as_os_str().len() > 107 {

@@ -22,6 +22,7 @@ pub mod events;
 pub mod find;
 pub mod guard;
 mod held;
+mod install;
 pub mod join;
 pub mod links;
 pub mod merge;
@@ -119,13 +120,17 @@ pub async fn run(
     let (plug_tx, plugs) = mpsc::channel(16);
     let (cni_tx, cni) = mpsc::channel(cni::MAX_WAITING);
     let (seen_tx, seen) = watch::channel(Seen::default());
+    let (started_pods, begun) = watch::channel(Arc::default());
     let (denials, denied) = Denials::new();
     let emit: Arc<dyn Emit> = Arc::new(Tee { log: emit, denials: denials.clone() });
     let (stop_tx, stop) = oneshot::channel();
     let (started_tx, started) = oneshot::channel();
     let (ended_tx, mut ended) = oneshot::channel();
     let (trouble, identity) = watch::channel(None);
-    let inputs = node::Inputs { state, facts, plugs, cni, stop, seen: seen_tx, identity };
+    let (uninstalled, installed) = watch::channel(None);
+    let ready = status.subscribe();
+    let inputs =
+        node::Inputs { state, facts, plugs, cni, stop, seen: seen_tx, started: started_pods, identity, installed };
     let shared = Arc::new(config.clone());
     std::thread::Builder::new()
         .name("reconciler".into())
@@ -143,6 +148,9 @@ pub async fn run(
         let socket = tidegate_cni::files::socket(&cni.folder);
         let listener = plug::listen(&socket).map_err(AgentError::io(socket.display().to_string()))?;
         tasks.spawn(cni::serve(listener, cni_tx));
+        if let Some(installer) = install::Installer::new(cni, &config.pins) {
+            tasks.spawn(installer.run(ready, uninstalled));
+        }
     }
     tasks.spawn(denials.tell());
     let names = find::Names::default();
@@ -173,6 +181,7 @@ pub async fn run(
             identity: identity.clone(),
             seen: seen.clone(),
             denied: denied.clone(),
+            started: begun.clone(),
         }
     };
     match config.discover.clone() {
@@ -245,6 +254,8 @@ pub fn cleanup(config: &Config) -> Result<(), AgentError> {
         devices.join().unwrap_or(Err(AgentError::Died))
     })?;
     if let Some(cni) = &config.cni {
+        // First, so that no runtime looks for a plugin that is gone.
+        install::remove(cni).map_err(AgentError::io("the CNI plugin"))?;
         let removed = tidegate_cni::files::remove(&cni.folder, &cni.standing);
         removed.map_err(AgentError::io(cni.folder.display().to_string()))?;
     }

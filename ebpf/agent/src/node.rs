@@ -18,7 +18,7 @@ use tidegate_ebpf::{Datapath, Program};
 use tidegate_policy::ScopeKey;
 use tidegate_policy::event::Emit;
 use tidegate_policy::state::NodeState;
-use tidegate_proto::{FactsBatch, ScopeClaim, Seen};
+use tidegate_proto::{FactsBatch, ScopeClaim, Seen, StartedPod};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
@@ -70,8 +70,12 @@ pub struct Inputs {
     pub stop: oneshot::Receiver<()>,
     /// Where it goes what this node sees of the gateways.
     pub seen: watch::Sender<Seen>,
+    /// Where it goes which pods have started, for gateways that know no address of them yet.
+    pub started: watch::Sender<Arc<Vec<StartedPod>>>,
     /// What is wrong with the agent's own certificate.
     pub identity: watch::Receiver<Option<String>>,
+    /// Why the CNI plugin is not installed.
+    pub installed: watch::Receiver<Option<String>>,
 }
 
 /// The body of the reconciler's thread. `started` is told once the programs are loaded and the uplinks guarded.
@@ -250,6 +254,7 @@ impl Node {
         let changed = Arc::clone(&self.changed);
         // When to look at what has changed: more follows the first, a pod's device, its address, its route.
         let mut look: Option<Instant> = None;
+        inputs.started.send_replace(Arc::new(self.pods.started()));
         loop {
             tokio::select! {
                 biased;
@@ -261,7 +266,7 @@ impl Node {
                     while let Ok(more) = inputs.cni.try_recv() {
                         all.push(more);
                     }
-                    self.starting(all).await;
+                    self.starting(all, &inputs.started).await;
                 }
                 Some(first) = inputs.state.recv() => {
                     let mut all = vec![first];
@@ -276,6 +281,11 @@ impl Node {
                     if inputs.identity.has_changed().unwrap_or(false) {
                         let trouble = inputs.identity.borrow_and_update().clone();
                         self.problem("identity", trouble);
+                        self.tell();
+                    }
+                    if inputs.installed.has_changed().unwrap_or(false) {
+                        let trouble = inputs.installed.borrow_and_update().clone();
+                        self.problem("cni", trouble);
                         self.tell();
                     }
                     self.step(steps).await;

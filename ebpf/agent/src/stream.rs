@@ -14,7 +14,7 @@ use tidegate_identity::Source;
 use tidegate_policy::denied::Denied;
 use tidegate_proto::wire::control_client::ControlClient;
 use tidegate_proto::wire::{FactsAck, StateAck};
-use tidegate_proto::{FactsBatch, Joiner, MAX_MESSAGE, Seen, StateBatch, Up, WireError, denials};
+use tidegate_proto::{FactsBatch, Joiner, MAX_MESSAGE, Seen, StartedPod, StateBatch, Up, WireError, denials, started};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::wrappers::WatchStream;
@@ -151,6 +151,8 @@ pub struct Client {
     pub seen: watch::Receiver<Seen>,
     /// What the node denied in the last second.
     pub denied: watch::Receiver<Arc<Vec<Denied>>>,
+    /// Pods whose network was made.
+    pub started: watch::Receiver<Arc<Vec<StartedPod>>>,
 }
 
 /// Who has spoken on a stream, and that nobody else speaks for it meanwhile.
@@ -298,9 +300,11 @@ impl Client {
         let (ack, acks) = watch::channel(Applied::default());
         let seen = WatchStream::new(self.seen.clone()).map(FactsAck::from);
         let denied = WatchStream::from_changes(self.denied.clone()).map(|d| denials(&d));
+        let begun = WatchStream::new(self.started.clone()).map(|s| started(&s));
         // The hello comes first; of what follows, acks and news take turns.
         let hello = stream::once(std::future::ready(FactsAck::from(self.hello())));
-        let outbound = hello.chain(stream::select(Self::acks(acks), stream::select(seen, denied)));
+        let outbound =
+            hello.chain(stream::select(Self::acks(acks), stream::select(stream::select(seen, begun), denied)));
         let mut inbound = client.facts(outbound).await?.into_inner();
         tracing::info!(gateway = &*gateway, "Facts stream is up");
         let mut joiner = Joiner::<FactsBatch>::default();

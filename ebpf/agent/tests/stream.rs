@@ -38,6 +38,7 @@ fn client(tls: Tls, address: std::net::SocketAddr) -> Client {
         identity: identity(tls),
         seen: tokio::sync::watch::channel(Seen::default()).1,
         denied: tokio::sync::watch::channel(Arc::default()).1,
+        started: tokio::sync::watch::channel(Arc::default()).1,
     }
 }
 

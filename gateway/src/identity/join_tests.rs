@@ -126,7 +126,7 @@ pub(crate) async fn gateway(own: Arc<Credentials>, joins: Option<Joins>, nodes: 
     let (issued, source) = watch::channel(Some(own));
     let (to_core, core) = crossbeam_channel::bounded(64);
     let address = free();
-    let streams = Streams::new(to_core, crate::report::thread::post().0, nodes);
+    let streams = Streams::new(to_core, crate::report::thread::post().0, nodes, crate::starts::Starts::default());
     let served = push::serve(address, Source::Issued(source), 64, streams, joins, std::future::pending());
     let task = tokio::spawn(async move { served.await.unwrap() });
     while TcpStream::connect(address).await.is_err() {
@@ -202,6 +202,7 @@ pub(crate) fn stream(address: SocketAddr, node: &str, identity: Source) -> Clien
         identity,
         seen: watch::channel(Seen::default()).1,
         denied: watch::channel(Arc::default()).1,
+        started: watch::channel(Arc::default()).1,
     }
 }
 

@@ -18,6 +18,7 @@ use crate::config::{Config, Kubernetes};
 use crate::core::ToCore;
 use crate::generations::{Version, Versions};
 use crate::nodes::{Known, Teller};
+use crate::starts::Starts;
 
 /// Changes within this time are one compile, as long as they keep coming for at most [`FLOOD`].
 const SETTLE: Duration = Duration::from_millis(20);
@@ -76,6 +77,8 @@ pub struct Follower {
     pub names: Arc<ClusterNames>,
     /// Told which nodes there are.
     pub nodes: Teller,
+    /// What nodes tell of pods that start.
+    pub starts: Starts,
     /// Compiles.
     pub compiler: Compiler,
     /// Waits for changes.
@@ -100,12 +103,19 @@ impl Follower {
 
     /// Takes what is there; says whether something may have to be done.
     fn take(&mut self, state: &mut State) -> Result<bool, Ended> {
-        let (changes, stop) = (&mut self.changes, &self.stop);
+        let (changes, stop, starts) = (&mut self.changes, &self.stop, &self.starts);
         self.runtime.block_on(async {
-            match tokio::time::timeout(STEP, changes.recv()).await {
-                Err(_) => return Ok(true),
-                Ok(None) => return Err(Ended),
-                Ok(Some(change)) => state.take(change),
+            let first = async {
+                tokio::select! {
+                    change = changes.recv() => change.map(Some).ok_or(Ended),
+                    // A pod waits for this: at once.
+                    () = starts.news() => Ok(None),
+                }
+            };
+            match tokio::time::timeout(STEP, first).await {
+                Err(_) | Ok(Ok(None)) => return Ok(true),
+                Ok(Err(Ended)) => return Err(Ended),
+                Ok(Ok(Some(change))) => state.take(change),
             }
             let until = Instant::now() + FLOOD;
             while Instant::now() < until && !stop.load(Ordering::Relaxed) {
@@ -127,6 +137,10 @@ impl Follower {
         self.names.set(state.index.external_names(), state.index.dns_servers());
         if std::mem::take(&mut state.nodes) {
             self.nodes.tell(Known::of(&state.index));
+            state.index.forget_started();
+        }
+        for (node, pods) in self.starts.take() {
+            state.index.started(&node, pods);
         }
         let first = !self.compiler.started();
         let compile = first || state.index.is_touched() || self.compiler.is_due();

@@ -77,6 +77,10 @@ seccompProfile: {type: RuntimeDefault}
 {{- $_ := set $config "join" (dict "token" "/var/run/secrets/tidegate/token" "ca" "/etc/tidegate-trust/ca.crt") }}
 {{- $_ := set $config "socket" "/run/tidegate/plug/agent.sock" }}
 {{- $_ := set $config "pins" "/sys/fs/bpf/tidegate" }}
+{{- if .Values.cni.enabled }}
+{{- $cni := dict "folder" "/run/tidegate/cni" "standing" "/var/lib/tidegate/cni.json" "binDir" .Values.cni.binDir "confDir" .Values.cni.confDir }}
+{{- $_ := set $config "cni" $cni }}
+{{- end }}
 {{- $_ := set $config "admin" (printf "%s:%d" (ternary "[::]" "127.0.0.1" .Values.metrics.agents) (int .Values.agent.adminPort)) }}
 {{- $_ := set $config "tunnelPort" .Values.tunnelPort }}
 {{- toYaml $config }}

@@ -194,7 +194,10 @@ fn agent(scenario: &Scenario, layout: &Layout, node: &str) -> Result<Value> {
     let mut config = json!({
         "node": node,
         "socket": layout.socket(node),
-        "cni": {"folder": layout.cni(node).join("run"), "standing": layout.cni(node).join("standing.json")},
+        "cni": {
+            "folder": layout.cni(node).join("run"),
+            "standing": layout.cni(node).join("standing.json"),
+        },
         "pins": layout.bpffs().join(node),
         "interfaces": if scenario.hosts.cni.is_bridge() { "Bridge" } else { "HostRoute" },
         "admin": format!("127.0.0.1:{AGENT_ADMIN}"),

@@ -44,6 +44,7 @@ struct Answer {
 /// A pod's network, as the plugins before ours make it: theirs is the result that it hands on.
 struct Made {
     pod: Pod,
+    uid: String,
     result: Value,
 }
 
@@ -63,7 +64,7 @@ fn make(lab: &mut Lab, namespace: &str, name: &str) -> Made {
         "ips": ips,
         "dns": {},
     });
-    Made { pod, result }
+    Made { uid: format!("u-{name}"), pod, result }
 }
 
 fn configuration(lab: &Lab, result: &Value) -> Value {
@@ -87,10 +88,8 @@ fn call(lab: &Lab, command: &str, made: &Made) -> Answer {
 fn call_with(lab: &Lab, command: &str, made: &Made, input: &str) -> Answer {
     let started = Instant::now();
     let pod = &made.pod;
-    let arguments = format!(
-        "IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={};K8S_POD_UID=u-{}",
-        pod.namespace, pod.name, pod.name
-    );
+    let (namespace, name, uid) = (&pod.namespace, &pod.name, &made.uid);
+    let arguments = format!("IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name};K8S_POD_UID={uid}");
     let netns = netns::path(lab.pod(&pod.key()).netns());
     let mut run = Command::new(lab.tidegate());
     run.env_clear()
@@ -214,7 +213,7 @@ fn with_an_agent_the_first_instruction_is_judged() {
     let mut heir = Pod::new("shop", "heir", NODE);
     (heir.ipv4, heir.ipv6) = (address.ipv4, address.ipv6);
     let pod = lab.add_network(heir).unwrap();
-    let heir = Made { result: free.result.clone(), pod };
+    let heir = Made { uid: "u-heir".into(), result: free.result.clone(), pod };
     let before = leaked(&watches);
     add(&lab, &heir);
     for family in FAMILIES {
@@ -326,4 +325,95 @@ fn a_new_pod_waits_for_a_moment() {
     took.sort_unstable();
     println!("ADD of an isolated pod, without an agent: p50 {:?}, p99 {:?}", took[50], took[98]);
     assert!(took[98] < 2 * SLOW, "{took:?}");
+}
+
+/// With an API server: the pod is there, its address is not yet. The node tells the gateways, and what policy allows works at
+/// the first try.
+#[test]
+fn gateways_hear_of_a_pod_before_the_api_server_knows_its_address() {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../scenarios/variants/kubernetes.yaml");
+    let options = Options { lab: Some(env!("CARGO_BIN_EXE_tidegate-lab").into()), ..Options::unique("cnikube") };
+    let mut lab = Lab::up(Scenario::load(file.as_ref()).unwrap(), &options).unwrap();
+    let watches = leaks(&lab);
+    let mut took = Vec::new();
+    for n in 0..10 {
+        let mut made = make(&mut lab, "shop", &format!("first-{n}"));
+        let object = json!({
+            "metadata": {"name": made.pod.name, "labels": {"app": "web"}},
+            "spec": {"nodeName": NODE, "containers": [{"name": "main", "image": "lab"}]},
+        });
+        let object = lab.request("POST", "/api/v1/namespaces/shop/pods", &object).unwrap();
+        made.uid = object["metadata"]["uid"].as_str().unwrap().to_owned();
+        took.push(add(&lab, &made));
+        first_try(&lab, &made);
+        for family in FAMILIES {
+            assert!(!gets_out(&lab, &made, family), "{family:?}");
+        }
+        if n == 0 {
+            // Its kubelet says the same later, and nothing changes.
+            lab.set_addresses(&made.pod.key(), &made.pod.addresses()).unwrap();
+            first_try(&lab, &made);
+        }
+    }
+    took.sort_unstable();
+    println!("ADD of an isolated pod, with gateways that hear of it: {took:?}");
+    assert!(took[9] < Duration::from_millis(1900), "the plugin gave up waiting: {took:?}");
+    assert_eq!(leaked(&watches), 0);
+
+    // Of a pod with another UID the address is not believed: it is closed.
+    let made = make(&mut lab, "shop", "other");
+    let object = json!({
+        "metadata": {"name": "other", "labels": {"app": "web"}},
+        "spec": {"nodeName": NODE, "containers": [{"name": "main", "image": "lab"}]},
+    });
+    lab.request("POST", "/api/v1/namespaces/shop/pods", &object).unwrap();
+    add(&lab, &made);
+    let answer = dig(&lab.pod("shop/other"), "api.example.com", "A", &["+tries=1", "+timeout=1"]);
+    assert!(!answer.text().contains("198.51"), "{}", answer.text());
+}
+
+/// The agent puts the plugin and its entry into the node, puts it back when others write there, and takes it out.
+#[test]
+fn the_plugin_is_installed_and_stays_so() {
+    let (_one, mut lab) = up("cniput");
+    let folder = lab.layout().cni(NODE);
+    let (bin, conf) = (folder.join("bin"), folder.join("net.d"));
+    for folder in [&bin, &conf] {
+        std::fs::create_dir_all(folder).unwrap();
+    }
+    let list = conf.join("10-lab.conflist");
+    let plain = "{\"cniVersion\": \"1.0.0\", \"name\": \"lab\",\n \"plugins\": [\n  {\"type\": \"ptp\"}\n ]}\n";
+    std::fs::write(&list, plain).unwrap();
+    let config = lab.layout().config(NODE);
+    let text = std::fs::read_to_string(&config).unwrap();
+    let with = format!("cni:\n  binDir: {}\n  confDir: {}\n", bin.display(), conf.display());
+    assert!(text.contains("cni:\n"), "{text}");
+    std::fs::write(&config, text.replacen("cni:\n", &with, 1)).unwrap();
+    lab.restart(NODE).unwrap();
+
+    let entered = || std::fs::read_to_string(&list).unwrap().contains("tidegate-cni").then_some(());
+    assert!(wait_for(READY, entered).is_some());
+    assert!(bin.join("tidegate-cni").is_file());
+    // The file itself, with the entry itself, as a runtime puts both together.
+    let value: Value = serde_json::from_str(&std::fs::read_to_string(&list).unwrap()).unwrap();
+    assert_eq!(value["plugins"][0], json!({"type": "ptp"}));
+    let made = make(&mut lab, "shop", "put");
+    let mut entry = value["plugins"][1].clone();
+    for (key, of) in [("cniVersion", json!("1.0.0")), ("name", json!("lab")), ("prevResult", made.result.clone())] {
+        entry[key] = of;
+    }
+    assert_eq!(call_with(&lab, "ADD", &made, &entry.to_string()).code, 0);
+    assert_eq!(programs(&lab, &made), AGENTS);
+
+    std::fs::write(&list, plain).unwrap();
+    assert!(wait_for(READY, entered).is_some(), "the network plugin wrote its own again");
+    // Without an agent it stays.
+    lab.signal(NODE, Signal::SIGTERM, Some(READY)).unwrap();
+    assert!(entered().is_some() && bin.join("tidegate-cni").is_file());
+    let (tidegate, file) = (lab.tidegate().display().to_string(), config.display().to_string());
+    let cleaned = lab.place(NODE).unwrap().run(&[tidegate.as_str(), "agent", "--config", &file, "--cleanup"]);
+    assert_eq!(cleaned.status, 0, "{}", cleaned.stderr);
+    assert_eq!(std::fs::read_to_string(&list).unwrap(), plain);
+    assert!(!bin.join("tidegate-cni").exists());
 }

@@ -10,6 +10,7 @@ mod cluster;
 mod ending;
 mod json;
 mod nodes;
+mod started;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -22,6 +23,8 @@ use tidegate_policy::model::{Node, Objects, Pair, Settings, Touched};
 use self::cluster::Cluster;
 use self::ending::Endings;
 use self::nodes::Claims;
+pub use self::started::Started;
+use self::started::Starts;
 use crate::manifest::{self, Object};
 use crate::problem::{Code, FieldPath, FieldProblem, Severity};
 use crate::resource::{API_VERSION, GROUP};
@@ -153,6 +156,7 @@ pub struct Index {
     /// The pairs that each namespace was assigned.
     assigned: BTreeMap<String, Vec<(String, Pair)>>,
     endings: Endings,
+    starts: Starts,
     touched: Touched,
     /// Counts the changes of what holds.
     changes: u64,
@@ -176,6 +180,7 @@ impl Index {
             contested: BTreeMap::new(),
             assigned: BTreeMap::new(),
             endings: Endings::default(),
+            starts: Starts::default(),
             touched: Touched::default(),
             changes: 0,
             noted: 0,
@@ -281,6 +286,9 @@ impl Index {
             read = value.map(|v| Read::Object(Object::Namespace(v)));
             problems.extend(problem);
         }
+        if let (Feed::Pods, Some(Read::Object(Object::Pod(pod)))) = (feed, &mut read) {
+            self.starts.seen(&key, &uid, object, pod);
+        }
         let is_policy = matches!(feed, Feed::EgressPolicies | Feed::ClusterEgressPolicies);
         let value = match read {
             Some(value) => Some(Some(value)),
@@ -338,6 +346,7 @@ impl Index {
             Feed::EgressPolicies => self.policy_gone(key, version),
             Feed::Namespaces => self.namespace_gone(&key.1),
             Feed::Pods => {
+                self.starts.gone(key);
                 self.hold(feed, key, None);
                 self.pod_gone(&key.0);
             }

@@ -10,6 +10,7 @@ use tidegate_policy::{ClassKey, GroupKey, PortSet, ScopeKey};
 use super::denied::denied_from_wire;
 use super::entry::{grant_from_wire, grant_to_wire};
 use super::peer::Seen;
+use super::started::{StartedPod, started_from_wire};
 use super::{
     MAX_ERROR, MAX_ITEMS, MAX_JOINED, MAX_TTL_MS, Problem, WireError, bounded, ip_from_wire, ip_to_wire, key_from_wire,
     key_to_wire, name_from_wire,
@@ -104,6 +105,8 @@ pub enum FactsUp {
     Seen(Seen),
     /// What the node's kernel denied lately; whose pods those are is not said.
     Denied(Vec<Denied>),
+    /// The pods whose network was made lately, instead of all that was said before.
+    Started(Vec<StartedPod>),
 }
 
 impl TryFrom<wire::FactsAck> for FactsUp {
@@ -115,6 +118,7 @@ impl TryFrom<wire::FactsAck> for FactsUp {
             Some(wire::facts_ack::Kind::Denied(d)) => {
                 denied_from_wire(d.denied, "denied_batch.denied").map(FactsUp::Denied)
             }
+            Some(wire::facts_ack::Kind::Started(s)) => started_from_wire(s).map(FactsUp::Started),
             kind => Up::try_from(wire::FactsAck { kind }).map(FactsUp::Up),
         }
     }

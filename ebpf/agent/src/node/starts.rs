@@ -1,9 +1,13 @@
 //! Pods that start: their programs are attached before their first instruction.
 
+use std::sync::Arc;
+
 use tidegate_cni::files::{self, Standing};
 use tidegate_cni::wire::{Answer, Ask, Attached};
 use tidegate_ebpf::{Fixed, Program, detach_fixed, fixed_devices};
 use tidegate_policy::state::{NodeState, Touch};
+use tidegate_proto::StartedPod;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::Node;
@@ -12,7 +16,7 @@ use crate::events;
 
 impl Node {
     /// Takes the plugin's questions: all that wait are one pass.
-    pub(super) async fn starting(&mut self, all: Vec<Request>) {
+    pub(super) async fn starting(&mut self, all: Vec<Request>, told: &watch::Sender<Arc<Vec<StartedPod>>>) {
         let now = Instant::now();
         for Request { ask, answer } in all {
             match ask {
@@ -28,6 +32,8 @@ impl Node {
             // The plugin does not mind.
             let _ = answer.send(Answer::Done);
         }
+        // First, so that gateways work at it meanwhile.
+        told.send_replace(Arc::new(self.pods.started()));
         self.merge();
         self.refresh().await;
         self.reconcile(false).await;

@@ -57,6 +57,8 @@ const MATRIX: &[(&str, &str)] = &[
         "metrics: {serviceMonitor: {enabled: true, interval: 10s, labels: {release: prometheus}}, agents: true, alerts: {enabled: true, labels: {release: prometheus}}, dashboard: {enabled: true, labels: {grafana: x, grafana_dashboard: 'yes'}}}",
     ),
     ("monitoring without agents", "metrics: {serviceMonitor: {enabled: true}}"),
+    ("the plugin elsewhere", "cni: {binDir: /var/lib/cni/bin, confDir: /etc/rancher/cni}"),
+    ("no plugin", "cni: {enabled: false}"),
     (
         "kept labels",
         "access: {protectNamespaces: false, protectDeletion: false, protectedLabels: [team, example.com/zone]}",
@@ -80,6 +82,7 @@ const MATRIX: &[(&str, &str)] = &[
 
 /// Values that contradict themselves or are none, with words of the refusal: it names the value.
 const REFUSED: &[(&str, &[&str])] = &[
+    ("cni: {binDir: opt/cni/bin}", &["cni/binDir"]),
     ("surprise: 1", &["surprise"]),
     ("gateway: {config: {surprise: 1}}", &["gateway.config", "surprise"]),
     ("agent: {config: {gateways: []}}", &["agent.config", "gateways"]),
