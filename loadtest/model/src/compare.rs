@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use tidegate_agent::merge::{Source, merge};
-use tidegate_ebpf_common::{Action, layout::via, packet::proto};
+use tidegate_ebpf_common::{Action, Code, layout::via, packet::proto};
 use tidegate_ledger::Bound;
 use tidegate_policy::model::DnsFilter;
 use tidegate_policy::{Carry, Proto};
@@ -164,8 +164,12 @@ impl Drive {
                 let mut heard = (0..GATEWAYS.len()).filter(hears).filter(speaks);
                 let late = heard.any(|g| self.seats[g].core.is_some() && !knows(g));
                 let cut_off = follows.filter(hears).is_none();
-                if !(late || cut_off && self.still_denied(pod, ip, to, &least)) {
-                    assert_eq!(action, Action::Steer, "must be {must:?}: {}", said());
+                if action == Action::Drop && cut_off && self.still_denied(pod, ip, to, &least) {
+                    return happens;
+                }
+                if !late {
+                    let code = self.code(node, pod, ip, to);
+                    assert_eq!(action, Action::Steer, "must be {must:?}, not {code:?}: {}", said());
                 }
                 // Who stands in answers names and knows every pod; who owns the scope carries what it knows.
                 if must == Fate::Dns && happens.is_some() || follows.is_some_and(serves) {
@@ -177,6 +181,12 @@ impl Drive {
         happens
     }
 
+    /// Why a node does what it does with a packet that begins something.
+    fn code(&self, node: usize, pod: IpAddr, ip: IpAddr, to: Port) -> Option<Code> {
+        let frame = frame(pod, ip, number(to.0), to.1, to.0 == Proto::Tcp);
+        Code::from_u8(self.nodes[node].kernel.decide(&frame, ifindex(pod)).code)
+    }
+
     /// Whether a gateway stands by an address on a node.
     fn told(&self, g: usize, node: usize, scope: &Scope, ip: IpAddr) -> bool {
         let key = self.scopes.iter().find(|(_, s)| *s == scope).map(|(k, _)| *k);
@@ -186,21 +196,22 @@ impl Drive {
         core.zip(key).is_some_and(stands)
     }
 
-    /// Whether a pod's node, which hears nothing new, may deny a packet by what it was told of other names of the address
-    /// than `least`: until that has expired, as far as anybody knows.
+    /// Whether a pod's node, which hears nothing new, may deny a packet by what it was told before it was cut off: it does
+    /// not know all of `least`, and goes by other names of the address until those have expired, as far as anybody knows.
     fn still_denied(&self, pod: IpAddr, ip: IpAddr, to: Port, least: &BTreeSet<String>) -> bool {
         let Some(scope) = self.subject(pod).map(|s| s.scope()) else { return false };
         let known = self.seats.iter().flat_map(|s| s.facts.iter().map(|(k, f)| (k, f.expires)));
         let known = known.chain(self.had.iter().map(|(k, at)| (k, *at)));
         let known = known.filter(|(k, at)| k.0 == scope && k.2 == ip && at + ROUNDING > self.now);
-        let others: BTreeSet<&String> = known.map(|(k, _)| &k.1).filter(|n| !least.contains(*n)).collect();
+        let names: BTreeSet<&String> = known.map(|(k, _)| &k.1).collect();
         let mut sets = vec![BTreeSet::new()];
-        for name in others {
+        for name in names {
             let with = sets.iter().map(|s: &BTreeSet<String>| s.iter().chain([name]).cloned().collect());
             let with: Vec<_> = with.collect();
             sets.extend(with);
         }
-        let denied = |s: Subject<'_>| sets.iter().skip(1).any(|names| s.denied(names, ip, to));
+        let old = || sets.iter().filter(|names| !least.is_subset(names));
+        let denied = |s: Subject<'_>| old().any(|names| s.denied(names, ip, to));
         self.versions.iter().filter_map(|(o, wall)| Subject::of(o, pod, *wall)).any(denied)
     }
 
