@@ -129,10 +129,17 @@ async fn follow(mut seen: watch::Receiver<Status>, readiness: Readiness, waiting
     }
 }
 
-/// Removes everything of Tidegate from this node.
-pub fn cleanup(path: &Path) -> Result<()> {
+/// Removes everything of Tidegate from this node, and what gateways that have ended pinned in their folder.
+pub fn cleanup(path: &Path, gateways: Option<&Path>) -> Result<()> {
     let config = load(path)?;
     tidegate_agent::cleanup(&config).context("cannot clean up")?;
+    if let Some(folder) = gateways {
+        for pins in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+            tidegate_ebpf::remove_pins(&pins.path()).context("cannot clean up after gateways")?;
+        }
+        // Fails if somebody else keeps something there, and then it shall.
+        let _ = std::fs::remove_dir(folder);
+    }
     println!("removed Tidegate's programs, maps, rules and devices from node {}", config.node);
     Ok(())
 }

@@ -47,6 +47,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use tidegate_kubernetes::Made;
 
 /// A DNS-aware egress gateway for Kubernetes.
 #[derive(Debug, Parser)]
@@ -84,6 +85,9 @@ enum Command {
         /// Remove everything of Tidegate from this node instead, and end. No agent may run.
         #[arg(long)]
         cleanup: bool,
+        /// The folder in which gateways of this node keep their pins: remove those, too. No gateway may run.
+        #[arg(long, requires = "cleanup")]
+        gateways: Option<PathBuf>,
         /// Only read the configuration file, and print what it means with every default.
         #[arg(long, conflicts_with = "cleanup")]
         check: bool,
@@ -129,6 +133,12 @@ enum Command {
         /// How long nodes and gateways may take, in seconds; what is not done then stays.
         #[arg(long, default_value_t = 300)]
         timeout: u64,
+        /// The Secret that gateways made, to be deleted.
+        #[arg(long)]
+        secret: Option<String>,
+        /// The ConfigMap that gateways made, to be deleted.
+        #[arg(long)]
+        trust: Option<String>,
     },
 }
 
@@ -164,11 +174,11 @@ fn crds() -> anyhow::Result<u8> {
     Ok(0)
 }
 
-fn uninstall(api: Api, timeout: u64) -> anyhow::Result<u8> {
+fn uninstall(api: Api, timeout: u64, made: &Made) -> anyhow::Result<u8> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let done = runtime.block_on(async {
         let connection = overview::connect(api.kubeconfig, api.namespace).await?;
-        anyhow::Ok(tidegate_kubernetes::uninstall(&connection, Duration::from_secs(timeout)).await?)
+        anyhow::Ok(tidegate_kubernetes::uninstall(&connection, made, Duration::from_secs(timeout)).await?)
     })?;
     println!("{} of {} nodes have nothing of Tidegate any more", done.clean, done.nodes);
     println!("pools let go: {}, objects removed: {}", done.pools, done.objects);
@@ -210,7 +220,9 @@ fn main() -> ExitCode {
         Command::Gateway { config, cleanup: true, .. } => appliance::cleanup(&config).map(|()| 0),
         Command::Agent { config, check: true, .. } => agent_cmd::check(&config).map(|()| 0),
         Command::Agent { config, cleanup: false, .. } => agent_cmd::run(&config).map(|()| 0),
-        Command::Agent { config, cleanup: true, .. } => agent_cmd::cleanup(&config).map(|()| 0),
+        Command::Agent { config, cleanup: true, gateways, .. } => {
+            agent_cmd::cleanup(&config, gateways.as_deref()).map(|()| 0)
+        }
         Command::Policy { command } => {
             let (mut input, mut out, mut err) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
             policy_cmd::run(&command, &mut input, &mut out, &mut err).map_err(Into::into)
@@ -221,7 +233,7 @@ fn main() -> ExitCode {
             overview::run(api.kubeconfig, api.namespace, output, Duration::from_secs(wait))
         }
         Command::Status { admin, .. } => status::run(admin),
-        Command::Uninstall { api, timeout } => uninstall(api, timeout),
+        Command::Uninstall { api, timeout, secret, trust } => uninstall(api, timeout, &Made { secret, trust }),
     };
     match result {
         Ok(code) => ExitCode::from(code),

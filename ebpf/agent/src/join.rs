@@ -93,8 +93,14 @@ struct Own {
     renew: Instant,
 }
 
-/// The file in which a certificate outlives a restart.
+/// The file in which a certificate outlives a restart, and what it is written as first.
 const STORED: &str = "node.json";
+const NEW: &str = "node.json.new";
+
+/// What is kept in the folder of the certificate.
+pub(crate) fn files(folder: &Path) -> [PathBuf; 2] {
+    [STORED, NEW].map(|name| folder.join(name))
+}
 
 /// Its content: DER; the key is PKCS #8.
 #[derive(Serialize, Deserialize)]
@@ -263,7 +269,7 @@ impl Joiner {
             Stored { chain: own.chain.iter().map(|c| c.to_vec()).collect(), key: own.key.secret_der().to_vec() };
         let write = || {
             DirBuilder::new().recursive(true).mode(0o700).create(&self.join.folder)?;
-            let new = self.path(&format!("{STORED}.new"));
+            let new = self.path(NEW);
             // A left-over may have another mode.
             match fs::remove_file(&new) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),

@@ -230,8 +230,8 @@ fn options(config: &Config, tunnel_mtu: u16) -> Options {
     }
 }
 
-/// Removes everything of Tidegate from this node: programs, maps, the nftables table, devices, the socket. What is
-/// not there is no error, so that it can be called again.
+/// Removes everything of Tidegate from this node: programs, maps, the nftables table, devices, the plugin, the socket, the
+/// certificate with its key. What is not there is no error, so that it can be called again.
 ///
 /// # Errors
 /// The agent still runs, or the kernel refused; what could be removed before that is gone.
@@ -259,10 +259,18 @@ pub fn cleanup(config: &Config) -> Result<(), AgentError> {
         let removed = tidegate_cni::files::remove(&cni.folder, &cni.standing);
         removed.map_err(AgentError::io(cni.folder.display().to_string()))?;
     }
-    match std::fs::remove_file(&config.socket) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(AgentError::io(config.socket.display().to_string())(e))
+    let kept = config.join.iter().flat_map(|j| join::files(&j.folder));
+    for file in kept.chain([config.socket.clone()]) {
+        match std::fs::remove_file(&file) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(AgentError::io(file.display().to_string())(e));
+            }
+            _ => {}
         }
-        _ => Ok(()),
     }
+    if let Some(join) = &config.join {
+        // It may be somebody's who keeps more there.
+        let _ = std::fs::remove_dir(&join.folder);
+    }
+    Ok(())
 }

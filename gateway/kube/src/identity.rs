@@ -132,8 +132,11 @@ impl ConfigMapKey {
     }
 }
 
+/// The label of what gateways make here, and its value.
+pub(crate) const MADE: (&str, &str) = ("app.kubernetes.io/part-of", "tidegate");
+
 fn meta(name: &str, version: Option<String>) -> ObjectMeta {
-    let labels = BTreeMap::from([("app.kubernetes.io/part-of".to_owned(), "tidegate".to_owned())]);
+    let labels = BTreeMap::from([(MADE.0.to_owned(), MADE.1.to_owned())]);
     ObjectMeta { name: Some(name.to_owned()), resource_version: version, labels: Some(labels), ..ObjectMeta::default() }
 }
 

@@ -18,4 +18,4 @@ pub mod watch;
 pub use client::{Connection, Error, Settings, within};
 pub use identity::{Access, ConfigMapKey, Reviewer, SecretKey, User, Versioned, Written};
 pub use pace::{Kind, Object, Statuses, Wanted};
-pub use uninstall::{FINALIZER, Removed, uninstall};
+pub use uninstall::{FINALIZER, Made, Removed, uninstall};

@@ -2,21 +2,35 @@
 //!
 //! 1. The agents' DaemonSet becomes one whose pods remove everything from their node and then sleep. Pods take the network
 //!    plugin's way from then on.
-//! 2. The gateways end, which by now carry nothing, so that nobody puts finalizers back.
-//! 3. The pools' finalizer and the objects that Tidegate itself made go.
+//! 2. The gateways end, which by now carry nothing, so that nobody puts finalizers back. What they pinned on their nodes
+//!    outlives them: the agents' pods clean up once more.
+//! 3. The pools' finalizer and the objects that Tidegate itself made go: what it told of namespaces, the Lease, and what agents
+//!    and gateways know each other by.
 
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::identity::MADE;
 use crate::objects::{delete, get, list, merge};
 use crate::{Connection, Error};
 
 /// Holds a pool that is in use.
 pub const FINALIZER: &str = "tidegate.dev/in-use";
+/// Who leads.
+const LEASE: &str = "tidegate-gateway";
 /// How often it is looked how far nodes and gateways are.
 const LOOK: Duration = Duration::from_secs(1);
 const GROUP: &str = "/apis/tidegate.dev/v1alpha1";
+
+/// What gateways made in their namespace, by names that an installation chooses. Absent: it stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Made {
+    /// The Secret with the authority's key.
+    pub secret: Option<String>,
+    /// The ConfigMap with what agents trust.
+    pub trust: Option<String>,
+}
 
 /// What was done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,24 +51,19 @@ pub struct Removed {
 ///
 /// # Errors
 /// The API server refused, or is away. It can be called again.
-pub async fn uninstall(connection: &Connection, limit: Duration) -> Result<Removed, Error> {
+pub async fn uninstall(connection: &Connection, made: &Made, limit: Duration) -> Result<Removed, Error> {
     let mut removed = Removed::default();
     let deadline = Instant::now() + limit;
     let apps = format!("/apis/apps/v1/namespaces/{}", connection.namespace);
     let agents = format!("{apps}/daemonsets/tidegate-agent");
     if let Some(found) = get(connection, &agents).await? {
         merge(connection, &agents, &cleaning(&found)).await?;
-        loop {
-            let now = get(connection, &agents).await?.unwrap_or_default();
-            (removed.nodes, removed.clean) = clean(&now);
-            if observed(&now) && removed.clean >= removed.nodes || Instant::now() >= deadline {
-                break;
-            }
-            tokio::time::sleep(LOOK).await;
-        }
+        (removed.nodes, removed.clean) = all_clean(connection, &agents, deadline).await?;
     }
     let gateways = format!("{apps}/deployments/tidegate-gateway");
-    if get(connection, &gateways).await?.is_some() {
+    let mut pinned = None;
+    if let Some(found) = get(connection, &gateways).await? {
+        pinned = pins(&found).map(str::to_owned);
         merge(connection, &gateways, &json!({"spec": {"replicas": 0}})).await?;
     }
     loop {
@@ -66,6 +75,12 @@ pub async fn uninstall(connection: &Connection, limit: Duration) -> Result<Remov
         }
         tokio::time::sleep(LOOK).await;
     }
+    if let (Some(pinned), true) = (pinned, removed.gateways_ended)
+        && let Some(found) = get(connection, &agents).await?
+    {
+        merge(connection, &agents, &cleaning_after_gateways(&found, &pinned)).await?;
+        (removed.nodes, removed.clean) = all_clean(connection, &agents, deadline).await?;
+    }
     removed.pools = let_go(connection).await?;
     for object in listed(connection, "namespaceegresses").await? {
         let metadata = &object["metadata"];
@@ -75,7 +90,52 @@ pub async fn uninstall(connection: &Connection, limit: Duration) -> Result<Remov
         delete(connection, &format!("{GROUP}/namespaces/{namespace}/namespaceegresses/{name}")).await?;
         removed.objects += 1;
     }
+    delete(connection, &format!("/apis/coordination.k8s.io/v1/namespaces/{}/leases/{LEASE}", connection.namespace))
+        .await?;
+    for (kind, name) in [("secrets", &made.secret), ("configmaps", &made.trust)] {
+        let Some(name) = name else { continue };
+        let path = format!("/api/v1/namespaces/{}/{kind}/{name}", connection.namespace);
+        if get(connection, &path).await?.as_ref().is_some_and(is_ours) {
+            delete(connection, &path).await?;
+            removed.objects += 1;
+        }
+    }
     Ok(removed)
+}
+
+/// Waits until every node is clean, and says of how many how many are.
+async fn all_clean(connection: &Connection, agents: &str, deadline: Instant) -> Result<(u64, u64), Error> {
+    loop {
+        let now = get(connection, agents).await?.unwrap_or_default();
+        let (nodes, clean) = clean(&now);
+        if observed(&now) && clean >= nodes || Instant::now() >= deadline {
+            return Ok((nodes, clean));
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Where gateways pin what outlives them, on their nodes.
+fn pins(gateways: &Value) -> Option<&str> {
+    let volumes = gateways["spec"]["template"]["spec"]["volumes"].as_array()?;
+    volumes.iter().find(|v| v["name"] == "bpf")?["hostPath"]["path"].as_str()
+}
+
+/// What makes the pods that have cleaned up do so again, with what gateways pinned.
+fn cleaning_after_gateways(agents: &Value, pinned: &str) -> Value {
+    let mut containers = agents["spec"]["template"]["spec"]["initContainers"].clone();
+    let more = [json!("--gateways"), json!(pinned)];
+    match containers[0]["args"].as_array_mut() {
+        // The hook may be repeated.
+        Some(args) if !args.contains(&more[0]) => args.extend(more),
+        _ => return json!({}),
+    }
+    json!({"spec": {"template": {"spec": {"initContainers": containers}}}})
+}
+
+/// Whether gateways made an object, and not somebody who gave it to them.
+fn is_ours(object: &Value) -> bool {
+    object["metadata"]["labels"][MADE.0] == MADE.1
 }
 
 /// A collection; empty if its definition is not there.
@@ -195,6 +255,15 @@ mod tests {
         );
         // The second time there is nothing to do.
         assert_eq!(cleaning(&patch), json!({}));
+
+        // Once the gateways have ended.
+        let gateways = json!({"spec": {"template": {"spec": {"volumes": [
+            {"name": "run", "hostPath": {"path": "/r"}}, {"name": "bpf", "hostPath": {"path": "/b"}},
+        ]}}}});
+        let again = cleaning_after_gateways(&patch, pins(&gateways).unwrap());
+        let args = &again["spec"]["template"]["spec"]["initContainers"][0]["args"];
+        assert_eq!(*args, json!(["agent", "--config", "/c", "--cleanup", "--gateways", "/b"]));
+        assert_eq!(cleaning_after_gateways(&again, "/b"), json!({}));
     }
 
     #[test]
@@ -207,6 +276,13 @@ mod tests {
         assert_eq!(clean(&at(2, 0, 3)), (3, 0), "the old ones are ready");
         assert_eq!(clean(&at(2, 3, 2)), (3, 2));
         assert_eq!(clean(&at(2, 3, 3)), (3, 3));
+    }
+
+    #[test]
+    fn what_was_given_to_gateways_is_not_theirs() {
+        assert!(is_ours(&json!({"metadata": {"labels": {"app.kubernetes.io/part-of": "tidegate"}}})));
+        assert!(!is_ours(&json!({"metadata": {"labels": {"app.kubernetes.io/part-of": "vault"}}})));
+        assert!(!is_ours(&json!({"metadata": {"name": "tidegate-ca"}})));
     }
 
     #[test]

@@ -210,18 +210,36 @@ fn uninstall_cleans_nodes_ends_gateways_and_lets_pools_go() {
         json!({"apiVersion": "tidegate.dev/v1alpha1", "kind": "NamespaceEgress", "metadata": {"name": "tidegate"}});
     send(&api, "POST", &format!("{GROUP}/namespaces/shop/namespaceegresses"), &egress);
 
+    // What gateways made has their label; what has it not was given to them.
+    let made = json!({"app.kubernetes.io/part-of": "tidegate"});
+    let object = |name: &str, labels: &Value| json!({"metadata": {"name": name, "labels": labels}});
+    let core = format!("/api/v1/namespaces/{NAMESPACE}");
+    let leases = format!("/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases");
+    send(&api, "POST", &leases, &object("tidegate-gateway", &Value::Null));
+    send(&api, "POST", &format!("{core}/configmaps"), &object("tidegate-trust", &made));
+    send(&api, "POST", &format!("{core}/secrets"), &object("tidegate-ca", &Value::Null));
+
     // A node that does not answer does not hold up the rest.
     let (kubeconfig, args) = hook(&cluster, "tidegate-uninstall");
-    let short: Vec<String> = args.iter().map(|a| if a == "300" { "5".into() } else { a.clone() }).collect();
+    let short: Vec<String> =
+        args.iter().map(|a| if a == "--timeout=300" { "--timeout=5".into() } else { a.clone() }).collect();
     let out = until_it_ends(&api, spawn(command(&kubeconfig, &short)), Some(NODES[1]));
     assert!(out.ok && out.stdout.contains("1 of 2 nodes") && out.stderr.contains("keep enforcing"), "{out}");
+
+    let left = |path: &str| api.send("GET", path, &[], "").unwrap().status == 200;
+    assert!(!left(&format!("{leases}/tidegate-gateway")) && !left(&format!("{core}/configmaps/tidegate-trust")));
+    assert!(left(&format!("{core}/secrets/tidegate-ca")), "somebody's own");
+    send(&api, "PATCH", &format!("{core}/secrets/tidegate-ca"), &json!({"metadata": {"labels": made}}));
 
     // Again, and now it does.
     let out = until_it_ends(&api, spawn(command(&kubeconfig, &args)), None);
     assert!(out.ok && out.stdout.contains("2 of 2 nodes"), "{out}");
+    assert!(!left(&format!("{core}/secrets/tidegate-ca")), "the gateways' own");
     let spec = &send(&api, "GET", &agents, &Value::Null)["spec"]["template"]["spec"];
     let clean_up = &spec["initContainers"][0];
-    assert_eq!(clean_up["args"], json!(["agent", "--config", "/etc/tidegate/agent.yaml", "--cleanup"]));
+    let pins = "/sys/fs/bpf/tidegate-gateway";
+    let once_more = json!(["agent", "--config", "/etc/tidegate/agent.yaml", "--cleanup", "--gateways", pins]);
+    assert_eq!(clean_up["args"], once_more, "after the gateways have ended");
     assert_eq!(clean_up["securityContext"]["privileged"], true);
     assert_eq!(spec["containers"][0]["args"], json!(["infinity"]));
     // The program knows what it is told.
