@@ -27,6 +27,7 @@ pub mod serve;
 pub mod state;
 pub mod steady;
 pub mod story;
+pub mod traces;
 pub mod world;
 
 pub use lab::{Lab, Options};

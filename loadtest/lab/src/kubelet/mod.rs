@@ -351,6 +351,14 @@ impl Lab {
         Err(error).context("cannot run nsenter")
     }
 
+    /// A node's files, as it sees them itself.
+    ///
+    /// # Errors
+    /// When the node does not run.
+    pub fn node_root(&self, node: &str) -> Result<PathBuf> {
+        Ok(Path::new("/proc").join(self.node_init(node)?.to_string()).join("root"))
+    }
+
     /// The process id of a node's init, as the machine sees it.
     fn node_init(&self, node: &str) -> Result<i32> {
         let outer = self.process(&format!("node {node}"))?.pid;

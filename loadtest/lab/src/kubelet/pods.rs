@@ -49,15 +49,15 @@ impl Lab {
         Pod { lab: self, key }
     }
 
-    /// Makes pods with the client's image, (`NAMESPACE/NAME`, node, labels) each, and waits until they are ready.
+    /// Makes pods with the client's image and the label `app: web`, (`NAMESPACE/NAME`, node) each, and waits until they are ready.
     ///
     /// # Errors
     /// When kubectl fails, or one of them is not ready in time.
-    pub fn make_clients(&self, pods: &[(&str, &str, Value)]) -> Result<()> {
-        let items: Vec<Value> = pods.iter().map(|(key, node, labels)| client(key, node, labels)).collect();
+    pub fn make_clients(&self, pods: &[(&str, &str)]) -> Result<()> {
+        let items: Vec<Value> = pods.iter().map(|(key, node)| client(key, node)).collect();
         let list = json!({"apiVersion": "v1", "kind": "List", "items": items});
         self.host_kubectl(&["apply", "-f", "-"], &list.to_string())?;
-        for (key, ..) in pods {
+        for (key, _) in pods {
             let (namespace, name) = key.split_once('/').unwrap_or(("default", key));
             let pod = format!("pod/{name}");
             self.host_kubectl(&["wait", "--namespace", namespace, "--for=condition=Ready", READY, &pod], "")?;
@@ -66,11 +66,11 @@ impl Lab {
     }
 }
 
-fn client(key: &str, node: &str, labels: &Value) -> Value {
+fn client(key: &str, node: &str) -> Value {
     let (namespace, name) = key.split_once('/').unwrap_or(("default", key));
     json!({
         "apiVersion": "v1", "kind": "Pod",
-        "metadata": {"name": name, "namespace": namespace, "labels": labels},
+        "metadata": {"name": name, "namespace": namespace, "labels": {"app": "web"}},
         "spec": {
             "nodeName": node,
             "terminationGracePeriodSeconds": 0,

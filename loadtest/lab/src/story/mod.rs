@@ -174,17 +174,17 @@ fn ip(text: &str) -> IpAddr {
 }
 
 /// The address of a named server of the demo's internet.
-fn named(family: Family, n: u16, port: u16) -> SocketAddr {
+pub fn named(family: Family, n: u16, port: u16) -> SocketAddr {
     SocketAddr::new(ip(&format!("{}{n}", family.pick(NAMED[0], NAMED[1]))), port)
 }
 
 /// An address of the demo's internet that has no name.
-fn bare(family: Family, n: u16, port: u16) -> SocketAddr {
+pub fn bare(family: Family, n: u16, port: u16) -> SocketAddr {
     SocketAddr::new(ip(&format!("{}{n}", family.pick(BARE[0], BARE[1]))), port)
 }
 
 /// One address of a pair.
-fn of(pair: [&str; 2], family: Family) -> IpAddr {
+pub fn of(pair: [&str; 2], family: Family) -> IpAddr {
     ip(family.pick(pair[0], pair[1]))
 }
 

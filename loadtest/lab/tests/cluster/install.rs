@@ -54,7 +54,7 @@ fn commands(section: &str) -> Vec<String> {
 }
 
 /// What a user types at this machine, with the cluster's kubeconfig.
-fn typed(lab: &Lab, line: &str) -> String {
+pub fn typed(lab: &Lab, line: &str) -> String {
     let folders = [Tool::Helm, Tool::Kubectl].map(|t| tool(t).unwrap().parent().unwrap().to_owned());
     let own = std::env::var_os("PATH").unwrap_or_default();
     let path = std::env::join_paths(folders.into_iter().chain(std::env::split_paths(&own))).unwrap();

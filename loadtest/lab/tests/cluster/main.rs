@@ -2,13 +2,14 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod install;
+mod nodes;
+mod story;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use serde_json::json;
 use tidegate_lab::family::FAMILIES;
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::{Lab, Options, Scenario, kubelet, state};
@@ -52,17 +53,17 @@ fn left(name: &str) -> Vec<String> {
     found
 }
 
-/// What every scenario's cluster has before Tidegate comes: a client on each node in `shop`, and one that stays untouched.
+/// What the cluster has before Tidegate comes: clients, on each node in `shop`.
 fn clients(lab: &Lab) {
-    for namespace in ["shop", "untouched"] {
+    for namespace in ["shop", "billing", "annotated", "audited", "untouched"] {
         lab.host_kubectl(&["create", "namespace", namespace], "").unwrap();
     }
     let nodes: Vec<String> = lab.scenario().nodes.iter().map(|n| n.name.clone()).collect();
     let on_each: Vec<String> = nodes.iter().map(|n| format!("shop/{n}")).collect();
-    let mut pods: Vec<_> =
-        on_each.iter().zip(&nodes).map(|(key, node)| (key.as_str(), node.as_str(), json!({"app": "web"}))).collect();
-    pods.push(("shop/client", "node-1", json!({"app": "web"})));
-    pods.push(("untouched/client", "node-1", json!({})));
+    let mut pods: Vec<_> = on_each.iter().zip(&nodes).map(|(key, node)| (key.as_str(), node.as_str())).collect();
+    pods.push(("shop/client", "node-1"));
+    pods.extend([("billing/client", "node-1"), ("annotated/client", "node-2"), ("audited/client", "gw-node-b")]);
+    pods.push(("untouched/client", "node-1"));
     lab.make_clients(&pods).unwrap();
 }
 
@@ -73,6 +74,7 @@ fn the_chart_as_people_install_it() {
     let name = lab.name().to_owned();
     assert_eq!(tunables(), before, "the machine's own settings changed");
     clients(&lab);
+    story::backend(&lab);
     // Nobody is managed: pods go their own way.
     for family in FAMILIES {
         for pod in ["shop/client", "untouched/client"] {
@@ -82,8 +84,13 @@ fn the_chart_as_people_install_it() {
             );
         }
     }
+    let nodes = nodes::look(&lab);
     install::quick_start(&lab);
     install::leaves_by_a_gateway(&lab);
+    story::told(&lab);
+    nodes::confined(&lab);
+    nodes::evictions(&lab);
+    nodes::uninstall(&lab, &nodes);
     lab.down().unwrap();
     assert_eq!(left(&name), [""; 0]);
 }
