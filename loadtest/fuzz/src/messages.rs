@@ -42,6 +42,7 @@ pub fn message(data: &[u8]) -> bool {
                 FactsUp::Up(up) => wire::FactsAck::from(up),
                 FactsUp::Seen(seen) => wire::FactsAck::from(seen),
                 FactsUp::Denied(denied) => tidegate_proto::denials(&denied),
+                FactsUp::Started(pods) => tidegate_proto::started(&pods),
             };
             assert_eq!(FactsUp::try_from(sent), Ok(up));
         }
