@@ -3,6 +3,7 @@
 
 mod install;
 mod nodes;
+mod starts;
 mod story;
 
 use std::fs;
@@ -87,6 +88,7 @@ fn the_chart_as_people_install_it() {
     let nodes = nodes::look(&lab);
     install::quick_start(&lab);
     install::leaves_by_a_gateway(&lab);
+    starts::first_instruction(&lab);
     story::told(&lab);
     nodes::confined(&lab);
     nodes::evictions(&lab);

@@ -1,0 +1,82 @@
+//! Pods that kubelets start: what their first instruction sends is judged.
+
+use std::net::IpAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tidegate_lab::Lab;
+use tidegate_lab::family::FAMILIES;
+use tidegate_lab::lab::wait_for;
+
+/// How long a kubelet may take to start a pod and to say how it ended, on a busy machine.
+const STARTED: Duration = Duration::from_secs(60);
+/// One question and one SYN have to do: resolvers ask again after five seconds, and a SYN is repeated after one.
+const ONCE: [&str; 6] = ["curl", "-sSk", "--connect-timeout", "4", "--max-time", "4"];
+
+/// A pod that runs one command, as its first instruction.
+fn pod(lab: &Lab, key: &str, node: &str, url: &str) {
+    let (namespace, name) = key.split_once('/').unwrap();
+    let command: Vec<&str> = ONCE.into_iter().chain([url]).collect();
+    let object = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"namespace": namespace, "name": name, "labels": {"app": "web"}},
+        "spec": {
+            "nodeName": node, "restartPolicy": "Never", "terminationGracePeriodSeconds": 0,
+            "containers": [{
+                "name": "main", "image": tidegate_lab::kubelet::CLIENT_IMAGE, "imagePullPolicy": "Never", "command": command,
+            }],
+        },
+    });
+    lab.host_kubectl(&["apply", "-f", "-"], &object.to_string()).unwrap();
+}
+
+/// Whether it got there, with what it wrote.
+fn ended(lab: &Lab, key: &str) -> (bool, String) {
+    let (namespace, name) = key.split_once('/').unwrap();
+    let phase = wait_for(STARTED, || {
+        let args = ["get", "pod", name, "--namespace", namespace, "-o", "jsonpath={.status.phase}"];
+        let phase = lab.host_kubectl(&args, "").unwrap();
+        ["Succeeded", "Failed"].contains(&phase.as_str()).then_some(phase)
+    });
+    let said = lab.host_kubectl(&["logs", name, "--namespace", namespace], "").unwrap_or_default();
+    (phase.as_deref() == Some("Succeeded"), format!("{phase:?}: {said}"))
+}
+
+/// In a namespace that allows one name, on every node.
+pub fn first_instruction(lab: &Lab) {
+    let disk = tidegate_lab::kubelet::disk(lab.name());
+    let outside: Vec<IpAddr> = ["198.51.100.14", "2001:db8:100::14"].map(|a| a.parse().unwrap()).to_vec();
+    let watches: Vec<_> = outside.iter().map(|ip| lab.watch(*ip, "tcp dport 8080").unwrap()).collect();
+    for node in &lab.scenario().nodes {
+        let list = disk.join(&node.name).join(Path::new("etc/cni/net.d/10-lab.conflist"));
+        let entry = || {
+            let list: Value = serde_json::from_slice(&std::fs::read(&list).ok()?).ok()?;
+            list["plugins"].as_array()?.iter().any(|p| p["type"] == "tidegate-cni").then_some(())
+        };
+        assert!(wait_for(STARTED, entry).is_some(), "{}: the plugin has no entry", node.name);
+        let key = |what: &str| format!("shop/{what}-{}", node.name);
+        pod(lab, &key("allowed"), &node.name, "https://api.example.com/");
+        pod(lab, &key("denied4"), &node.name, "http://198.51.100.14:8080/");
+        pod(lab, &key("denied6"), &node.name, "http://[2001:db8:100::14]:8080/");
+    }
+    pod(lab, "untouched/free", "node-1", "https://other.example.org/");
+    for node in &lab.scenario().nodes {
+        let (worked, said) = ended(lab, &format!("shop/allowed-{}", node.name));
+        assert!(worked && said.contains("\"source\""), "{}: {said}", node.name);
+        for what in ["denied4", "denied6"] {
+            let (worked, said) = ended(lab, &format!("shop/{what}-{}", node.name));
+            assert!(!worked, "{} {what}: {said}", node.name);
+        }
+    }
+    let (worked, said) = ended(lab, "untouched/free");
+    assert!(worked, "{said}");
+    for namespace in ["shop", "untouched"] {
+        let mut args = vec!["delete", "pods", "--now", "--namespace", namespace];
+        args.extend(["--field-selector", "status.phase!=Running"]);
+        lab.host_kubectl(&args, "").unwrap();
+    }
+    for (watch, family) in watches.iter().zip(FAMILIES) {
+        assert_eq!(watch.packets().unwrap(), 0, "{family:?}: packets got out");
+    }
+}
