@@ -165,16 +165,18 @@ impl<C: Check> Shared<C> {
         flow.run(bytes, first, self.config.hello_timeout, self.config.idle).await.map_err(Stop::Ended)
     }
 
-    /// Where the relay may go: the asked address first, then others that are bound to the name.
+    /// Where the relay may go: the asked address first, then others that are bound to the name, those of its family
+    /// before the rest: the family says which egress address the other side sees.
     fn targets(&self, entry: &Entry, hello: &Hello) -> Result<(Vec<Target>, Option<RuleRef>), Refusal> {
         let asked = entry.asked;
         if self.check.forbidden(asked) {
             return Err(Reason::NotAllowed.into());
         }
-        let (rule, others) = match self.check.judge(&entry.client, asked, &hello.sni, hello.ech) {
+        let (rule, mut others) = match self.check.judge(&entry.client, asked, &hello.sni, hello.ech) {
             Judgement::Allow { rule, others, .. } => (rule, others),
             Judgement::Deny { reason, rule } => return Err(Refusal { reason, rule }),
         };
+        others.sort_by_key(|ip| ip.to_canonical().is_ipv6() != asked.is_ipv6());
         let mut targets: Vec<Target> = Vec::with_capacity(1 + others.len().min(MOST));
         let mut no_way = Reason::NoEgressFamily;
         for ip in std::iter::once(asked.ip()).chain(others) {

@@ -1,6 +1,7 @@
 //! What the relay lets through, what it refuses, and what it says about it.
 
 use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -215,6 +216,21 @@ async fn another_bound_address_is_raced_when_the_asked_one_is_silent() {
     stream.write_all(b"x").await.unwrap();
     let What::Open { asked: was, actual, .. } = lab.open().await.what else { unreachable!() };
     assert_eq!((was, actual), (asked, Some(live)));
+}
+
+#[tokio::test]
+async fn addresses_of_the_asked_ones_family_come_first() {
+    let lab = Lab::with(RelayConfig { race_delay: Duration::from_millis(10), ..config() });
+    let live = echo(&lab).await;
+    let other = Ipv6Addr::LOCALHOST.into();
+    let _other = tls_server(other, live.port(), TLS.server.clone(), |_| async {}).await;
+    let refusing: IpAddr = fresh_ip().into();
+    lab.bind("a.example", refusing);
+    lab.table.others.lock().insert("a.example".into(), vec![other, live.ip()]);
+    lab.ask((refusing, live.port()).into());
+    let _stream = soon(lab.tls("a.example")).await.unwrap();
+    let What::Open { actual, .. } = lab.open().await.what else { unreachable!() };
+    assert_eq!(actual, Some(live));
 }
 
 #[tokio::test]
