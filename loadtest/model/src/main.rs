@@ -1,5 +1,5 @@
 //! Looks for disagreements: `tidegate-model STEPS [SEED [OCTETS]]` runs random bytes, so many octets at a time, until
-//! that many steps are done, `tidegate-model FILE…` runs files and tells each step. A failure is made small and kept in `seeds/`.
+//! that many steps are done, and says every 100 seeds how far it is; `tidegate-model FILE…` runs files and tells each step. A failure is made small and kept in `seeds/`.
 
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -9,6 +9,8 @@ use tidegate_model::{Stats, random, run, run_telling};
 
 /// Bytes of one run.
 const RUN: usize = 3000;
+/// So many seeds after each other it says how far it is.
+const TELL: u64 = 100;
 
 thread_local! {
     /// Where the last run failed.
@@ -87,6 +89,9 @@ fn main() -> ExitCode {
             }
         }
         seed += 1;
+        if (seed - first).is_multiple_of(TELL) {
+            println!("seeds {first} to {}: {} steps", seed - 1, total.steps);
+        }
     }
     println!("seeds {first} to {}: {total:?}", seed - 1);
     ExitCode::SUCCESS
