@@ -197,7 +197,8 @@ impl Drive {
     }
 
     /// Whether a pod's node, which hears nothing new, may deny a packet by what it was told before it was cut off: it does
-    /// not know all of `least`, and goes by other names of the address until those have expired, as far as anybody knows.
+    /// not know all of `least`, and goes by other names of the address until those have expired, as far as anybody knows,
+    /// or by the prefixes alone, as an accepted name may stand above a prefix that is denied.
     fn still_denied(&self, pod: IpAddr, ip: IpAddr, to: Port, least: &BTreeSet<String>) -> bool {
         let Some(scope) = self.subject(pod).map(|s| s.scope()) else { return false };
         let known = self.seats.iter().flat_map(|s| s.facts.iter().map(|(k, f)| (k, f.expires)));

@@ -378,10 +378,10 @@ impl<'o> Subject<'o> {
         self.ports().into_iter().any(|p| p.1 != 0 && self.say_by_name(name, nowhere, p) == Say::Deny)
     }
 
-    /// Whether a rule denies a connection to an address that has these names.
+    /// Whether a rule denies a connection to an address that has these names, or none: then a prefix does.
     pub fn denied(&self, names: &BTreeSet<String>, ip: IpAddr, to: Port) -> bool {
         let one = |n: &String| self.say(Said::Bound(n), ip, to) == Say::Deny;
-        names.iter().any(one) && self.together(names, ip, to) == Say::Deny
+        (names.is_empty() || names.iter().any(one)) && self.together(names, ip, to) == Say::Deny
     }
 
     /// Whether a name may lead to this address on some port.
