@@ -164,11 +164,15 @@ impl Drive {
                 let mut heard = (0..GATEWAYS.len()).filter(hears).filter(speaks);
                 let late = heard.any(|g| self.seats[g].core.is_some() && !knows(g));
                 let cut_off = follows.filter(hears).is_none();
-                if action == Action::Drop && cut_off && self.still_denied(pod, ip, to, &least) {
+                let code = self.code(node, pod, ip, to);
+                let denied = action == Action::Drop && code == Some(Code::DeniedByPolicy);
+                if denied && cut_off && self.still_denied(pod, ip, to, &least) {
+                    return happens;
+                }
+                if action == Action::Drop && self.is_orphan(&scope, node, ip) {
                     return happens;
                 }
                 if !late {
-                    let code = self.code(node, pod, ip, to);
                     assert_eq!(action, Action::Steer, "must be {must:?}, not {code:?}: {}", said());
                 }
                 // Who stands in answers names and knows every pod; who owns the scope carries what it knows.
@@ -185,6 +189,21 @@ impl Drive {
     fn code(&self, node: usize, pod: IpAddr, ip: IpAddr, to: Port) -> Option<Code> {
         let frame = frame(pod, ip, number(to.0), to.1, to.0 == Proto::Tcp);
         Code::from_u8(self.nodes[node].kernel.decide(&frame, ifindex(pod)).code)
+    }
+
+    /// Whether a node has an address of a gateway that ended before it said so, and of no other one, with a class that
+    /// the owner does not give it now.
+    pub fn is_orphan(&self, scope: &Scope, node: usize, ip: IpAddr) -> bool {
+        let nobody = || (0..GATEWAYS.len()).all(|g| !self.told(g, node, scope, ip));
+        if !self.orphans.contains(&(scope.clone(), node, ip)) || !nobody() {
+            return false;
+        }
+        let mut held = self.nodes[node].kernel.held();
+        let Some((key, _, class)) = held.find(|(k, a, _)| self.scopes.get(k) == Some(scope) && *a == ip) else {
+            return false;
+        };
+        let core = self.follows(node, scope).and_then(|g| self.seats[g].core.as_ref());
+        core.is_some_and(|c| c.ledger().bindings().class_of(key, ip) != Some(class))
     }
 
     /// Whether a gateway stands by an address on a node.
@@ -327,6 +346,12 @@ impl Drive {
             }
         }
         self.stale.retain(|k, _| left.contains(&(k.0.clone(), k.2)));
+        let mut orphans = std::mem::take(&mut self.orphans);
+        orphans.retain(|(scope, node, ip)| {
+            let mut held = self.nodes[*node].kernel.held();
+            held.any(|(k, a, _)| self.scopes.get(&k) == Some(scope) && a == *ip)
+        });
+        self.orphans = orphans;
         self.doubt.retain(|k| self.seats.iter().any(|s| s.facts.contains_key(k)));
     }
 

@@ -14,7 +14,8 @@
 //!   that gateway knows, and nowhere else;
 //! - the addresses of a released answer connect for as long as the answer said;
 //! - what another scope learnt counts for nothing, and an expired fact starts nothing;
-//! - whatever is the same before and after an edit is the same during it, and live flows go on;
+//! - whatever is the same before and after an edit is the same during it, and live flows go on, unless nobody knows any
+//!   more that their node has the address;
 //! - when everything is well every pair has one holder, whom all follow, and every gateway knows what any of them learnt;
 //! - nodes hold what gateways would tell a new one, and nothing is left when everything has ended.
 //!

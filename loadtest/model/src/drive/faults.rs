@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Drive, OLD_FLOW, RESTLESS};
+use super::{Drive, OLD_FLOW, RESTLESS, node_at};
 use crate::bytes::Bytes;
 use crate::desired::Desired;
 use crate::gateway::Gateway;
@@ -346,8 +346,12 @@ impl Drive {
     /// A gateway's process ends; its kernel goes on. Nobody hears of questions that waited.
     fn kill(&mut self, g: usize) {
         self.go_on(g);
-        let Some(core) = self.seats[g].core.take() else { return };
+        let Some(mut core) = self.seats[g].core.take() else { return };
         self.tell(|| format!("{} ends", GATEWAYS[g].0));
+        for fact in core.untold(self.time()) {
+            let Some(scope) = self.scopes.get(&fact.scope) else { continue };
+            self.orphans.extend(fact.nodes.iter().map(|n| (scope.clone(), node_at(n), fact.ip)));
+        }
         self.seats[g].left = Some((core.kernel, core.journal));
         self.seats[g].leaving = None;
         self.asked.retain(|_, p| p.gateway != g);
@@ -416,6 +420,7 @@ impl Drive {
         self.restart_agent(node);
         self.nodes[node].restart(true);
         self.blank[node] = true;
+        self.orphans.retain(|(_, n, _)| *n != node);
         self.flows.retain(|f| f.node != NODES[node]);
         self.show_flows();
     }
