@@ -51,18 +51,19 @@ fn confinement(kind: &str, name: &str) -> Confinement {
 fn confined(out: &mut String, role: &str, c: &Confinement, folder: &Path) {
     let at = |name: &str| folder.join(name).display().to_string();
     let (kept, limits, settings) = match &c.capabilities {
-        None => (["socket", "identity", "bpf", "audit"], String::new(), ""),
+        None => (&["socket", "identity", "bpf", "cni", "audit"][..], String::new(), ""),
         Some(all) => {
             let all: Vec<String> = all.iter().map(|c| format!(",+{}", c.to_lowercase())).collect();
             let limits = format!("setpriv --bounding-set=-all{} --inh-caps=-all --no-new-privs", all.concat());
             (
-                ["journal", "journal", "bpf", "audit"],
+                &["journal", "bpf", "audit"][..],
                 limits,
                 "mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys;",
             )
         }
     };
-    let kept = kept.map(at).join(" ");
+    let kept: Vec<String> = kept.iter().map(|name| at(name)).collect();
+    let kept = kept.join(" ");
     let read_only = if c.read_only {
         "for m in $(awk '{print $5}' /proc/self/mountinfo); do case $m in /proc|/proc/*|/dev|/dev/*) ;; *) mount -o remount,bind,ro $m 2>/dev/null || true;; esac; done;"
     } else {
