@@ -4,6 +4,8 @@
 use std::ops::Range;
 use std::path::Path;
 
+use serde::Deserialize;
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use crate::spec::Paths;
@@ -98,6 +100,19 @@ pub fn list_of(text: &str) -> Result<String, Problem> {
     ))
 }
 
+/// A list, as far as it is edited.
+#[derive(Deserialize)]
+struct List<'a> {
+    #[serde(borrow)]
+    plugins: &'a RawValue,
+}
+
+/// Where a value is in the text that it was read from.
+fn place(text: &str, value: &RawValue) -> Range<usize> {
+    let start = value.get().as_ptr().addr() - text.as_ptr().addr();
+    start..start + value.get().len()
+}
+
 /// Where the plugins of a list are in its text.
 struct Plugins {
     /// From the bracket that opens to the octet behind the one that closes.
@@ -115,17 +130,16 @@ impl Plugins {
             "" | "0.1.0" | "0.2.0" => return Err(Problem::Form("cniVersion: plugins are chained from 0.3.0 on")),
             _ => {}
         }
-        let mut found = None;
-        let mut at = Scan { text: text.as_bytes(), at: 0 };
-        at.space();
-        for (key, value) in at.members(b'{') {
-            if &text[key] == "\"plugins\"" && found.replace(value).is_some() {
-                return Err(Problem::Form("plugins: it is there twice"));
-            }
+        // It is an object with that list, so that nothing but a second one can be wrong.
+        let list: List = serde_json::from_str(text).map_err(|_| Problem::Form("plugins: it is there twice"))?;
+        let array = place(text, list.plugins);
+        let key = text[..array.start].trim_end().strip_suffix(':').map(str::trim_end);
+        if !key.is_some_and(|before| before.ends_with("\"plugins\"")) {
+            return Err(Problem::Form("plugins: it is written in an unusual way"));
         }
-        let array = found.ok_or(Problem::Form("plugins: it is written in an unusual way"))?;
-        let elements = Scan { text: text.as_bytes(), at: array.start }.members(b'[');
-        Ok(Self { array, elements: elements.into_iter().map(|(_, value)| value).collect() })
+        let elements: Vec<&RawValue> =
+            serde_json::from_str(list.plugins.get()).map_err(|e| Problem::Json(e.to_string()))?;
+        Ok(Self { elements: elements.into_iter().map(|e| place(text, e)).collect(), array })
     }
 
     fn values(&self, text: &str) -> Result<Vec<Value>, Problem> {
@@ -160,96 +174,6 @@ impl Plugins {
             out.replace_range(range, "");
         }
         out
-    }
-}
-
-/// Goes through JSON that was read before, so that it is known to be well formed.
-struct Scan<'a> {
-    text: &'a [u8],
-    at: usize,
-}
-
-impl Scan<'_> {
-    fn peek(&self) -> Option<u8> {
-        self.text.get(self.at).copied()
-    }
-
-    fn space(&mut self) {
-        while self.peek().is_some_and(|b| b.is_ascii_whitespace()) {
-            self.at += 1;
-        }
-    }
-
-    /// The members of the object or list that begins here, each with its key (empty in lists).
-    fn members(&mut self, open: u8) -> Vec<(Range<usize>, Range<usize>)> {
-        let mut out = Vec::new();
-        if self.peek() != Some(open) {
-            return out;
-        }
-        self.at += 1;
-        loop {
-            self.space();
-            match self.peek() {
-                Some(b',') => self.at += 1,
-                None | Some(b'}' | b']') => return out,
-                _ => {
-                    let mut key = self.at..self.at;
-                    if open == b'{' {
-                        key = self.value();
-                        self.space();
-                        // The colon.
-                        self.at += 1;
-                        self.space();
-                    }
-                    let value = self.value();
-                    if value.is_empty() {
-                        return out;
-                    }
-                    out.push((key, value));
-                }
-            }
-        }
-    }
-
-    fn value(&mut self) -> Range<usize> {
-        let (start, mut depth) = (self.at, 0usize);
-        while let Some(b) = self.peek() {
-            match b {
-                b'"' => {
-                    self.string();
-                    if depth == 0 {
-                        break;
-                    }
-                    continue;
-                }
-                b'{' | b'[' => depth += 1,
-                b'}' | b']' if depth == 0 => break,
-                b'}' | b']' => {
-                    depth -= 1;
-                    if depth == 0 {
-                        self.at += 1;
-                        break;
-                    }
-                }
-                b',' | b':' if depth == 0 => break,
-                b if depth == 0 && b.is_ascii_whitespace() => break,
-                _ => {}
-            }
-            self.at += 1;
-        }
-        start..self.at
-    }
-
-    fn string(&mut self) {
-        self.at += 1;
-        while let Some(b) = self.peek() {
-            self.at += 1;
-            match b {
-                b'\\' => self.at += 1,
-                b'"' => return,
-                _ => {}
-            }
-        }
     }
 }
 
