@@ -17,9 +17,13 @@ mod answer;
 #[cfg(target_arch = "bpf")]
 mod gateway;
 #[cfg(target_arch = "bpf")]
+mod globals;
+#[cfg(target_arch = "bpf")]
 mod maps;
 #[cfg(target_arch = "bpf")]
 mod node;
+#[cfg(target_arch = "bpf")]
+mod object;
 #[cfg(target_arch = "bpf")]
 mod skb;
 #[cfg(target_arch = "bpf")]
@@ -29,16 +33,3 @@ mod uplink;
 
 #[cfg(not(target_arch = "bpf"))]
 fn main() {}
-
-#[cfg(target_arch = "bpf")]
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo) -> ! {
-    // The verifier refuses a program that could come here.
-    loop {}
-}
-
-/// Some helpers are only for programs under a licence that the kernel calls compatible.
-#[cfg(target_arch = "bpf")]
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,12 +1,14 @@
-//! The maps, and the values that the loader sets.
+//! The maps, and values that the loader sets for this object alone.
 
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf};
 use tidegate_ebpf_common::code::COUNTERS as COUNTER_ENTRIES;
 use tidegate_ebpf_common::layout::{
     Addr, Budget, Config, DnsKey, Endpoint, Fact, FactKey, Flow, FlowKey, Gateway, GrantKey, Group, IdKey, Iface, Node,
-    OVERLAYS, PortSet, Prefix, PrefixKey, Scope,
+    PortSet, Prefix, PrefixKey, Scope,
 };
+
+use crate::globals::global;
 
 /// `BPF_F_NO_PREALLOC`: maps that may be large take memory as they fill.
 const NO_PREALLOC: u32 = 1;
@@ -64,21 +66,6 @@ pub static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 #[map]
 pub static IDS: HashMap<IdKey, u32> = HashMap::with_max_entries(262_144, NO_PREALLOC);
 
-/// UDP port of the tunnel.
-#[unsafe(no_mangle)]
-static TUNNEL_PORT: u16 = 8475;
-/// UDP ports at which nodes unpack the network plugin's overlay; 0 is none.
-#[unsafe(no_mangle)]
-static OVERLAY: [u16; OVERLAYS] = [0; OVERLAYS];
-/// The mark of packets that passed the verdict.
-#[unsafe(no_mangle)]
-static MARK: u32 = 0x0020_0000;
-/// The mark of packets that passed because of the cluster set.
-#[unsafe(no_mangle)]
-static MARK_CLUSTER: u32 = 0x0030_0000;
-/// The bits of both.
-#[unsafe(no_mangle)]
-static MARK_MASK: u32 = 0x00f0_0000;
 /// The largest IP packet that fits into the tunnel.
 #[unsafe(no_mangle)]
 static TUNNEL_MTU: u32 = 1450;
@@ -86,34 +73,5 @@ static TUNNEL_MTU: u32 = 1450;
 #[unsafe(no_mangle)]
 static FLOW_BUDGET: u32 = 4_096;
 
-/// Reads a value that the loader may have overridden.
-macro_rules! global {
-    ($name:ident, $static:ident, $t:ty) => {
-        #[inline(always)]
-        pub fn $name() -> $t {
-            // SAFETY: a valid static; volatile, because the loader rewrites it in the object.
-            unsafe { core::ptr::read_volatile(&raw const $static) }
-        }
-    };
-}
-global!(tunnel_port, TUNNEL_PORT, u16);
-global!(mark, MARK, u32);
-global!(mark_cluster, MARK_CLUSTER, u32);
-global!(mark_mask, MARK_MASK, u32);
 global!(tunnel_mtu, TUNNEL_MTU, u32);
 global!(flow_budget, FLOW_BUDGET, u32);
-
-/// Whether this is one of the overlay's ports.
-#[inline(always)]
-pub fn overlay(port: u16) -> bool {
-    let mut i = 0;
-    while i < OVERLAYS {
-        // SAFETY: inside a valid static; volatile, because the loader rewrites it in the object.
-        let found = unsafe { (&raw const OVERLAY).cast::<u16>().add(i).read_volatile() };
-        if found != 0 && found == port {
-            return true;
-        }
-        i += 1;
-    }
-    false
-}

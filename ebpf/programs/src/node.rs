@@ -9,6 +9,7 @@ use tidegate_ebpf_common::packet::{self, mark, proto};
 use tidegate_ebpf_common::verdict::{flow_key, in_cluster, is_link_local, seconds};
 use tidegate_ebpf_common::{Action, Addr, Code, Decision, Hook, Outcome, Packet, Parsed, verdict};
 
+use crate::globals;
 use crate::maps;
 use crate::skb::{NEXT, SHOT, Skb};
 use crate::tables::{self, Kernel, count, dropped, get, now_ns, report};
@@ -35,8 +36,8 @@ fn pod_egress_inner(skb: &Skb) -> i32 {
             if d.report {
                 report(skb, Hook::PodEgress, outcome, d.code, &p);
             }
-            let mark = if d.cluster { maps::mark_cluster() } else { maps::mark() };
-            skb.set_mark(skb.mark() & !maps::mark_mask() | mark);
+            let mark = if d.cluster { globals::mark_cluster() } else { globals::mark() };
+            skb.set_mark(skb.mark() & !globals::mark_mask() | mark);
             NEXT
         }
         Action::Drop => {
@@ -55,7 +56,7 @@ fn steer(skb: &Skb, p: &Packet, owner: u32, tunnel: u32) -> i32 {
         return dropped(skb, Hook::PodEgress, Code::NoGateway, p);
     };
     let (node, tgq) = (gateway.node, gateway.tgq);
-    skb.set_mark(skb.mark() & !maps::mark_mask());
+    skb.set_mark(skb.mark() & !globals::mark_mask());
     if tgq != 0 {
         count(Hook::PodEgress, Outcome::Steer, Code::Allowed as u8);
         return skb.redirect_peer(tgq);
@@ -143,15 +144,15 @@ pub fn node_guard(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn guard(skb: &Skb) -> i32 {
     let ethertype = skb.ethertype();
-    let marked = skb.mark() & maps::mark_mask();
-    if (ethertype != packet::IPV4 && ethertype != packet::IPV6) || marked == maps::mark() {
+    let marked = skb.mark() & globals::mark_mask();
+    if (ethertype != packet::IPV4 && ethertype != packet::IPV6) || marked == globals::mark() {
         return NEXT;
     }
     let Some(config) = tables::config() else { return NEXT };
     let t = Kernel::<false> { config };
     let mut p = Packet::default();
     skb.parse(&mut p);
-    if marked == maps::mark_cluster() {
+    if marked == globals::mark_cluster() {
         // A service's address may have been translated to one outside. What entered nowhere is the network plugin's
         // outer packet: unlike its pods' packets it goes to an address that may be in no set.
         if skb.ingress_ifindex() == 0 || in_cluster(&t, &p.dst, p.proto, p.dport) {
@@ -324,7 +325,7 @@ fn to_pods(skb: &Skb) -> i32 {
     let Some(remote) = get!(OUTER, &ep.node) else {
         return dropped(skb, Hook::GatewayReturn, Code::UnknownPod, &p);
     };
-    skb.set_mark(skb.mark() & !maps::mark_mask());
+    skb.set_mark(skb.mark() & !globals::mark_mask());
     if config.tunnel == 0 || ep.node == config.node || !skb.set_tunnel(VNI_TO_POD, remote) {
         return dropped(skb, Hook::GatewayReturn, Code::UnknownPod, &p);
     }

@@ -10,6 +10,7 @@ use tidegate_ebpf_common::layout::{
 use tidegate_ebpf_common::verdict::scan;
 use tidegate_ebpf_common::{Code, Hook, Outcome, Packet, Tables};
 
+use crate::globals;
 use crate::maps;
 use crate::skb::Skb;
 
@@ -50,11 +51,11 @@ impl<const G: bool> Tables for Kernel<G> {
     }
     #[inline(always)]
     fn tunnel_port(&self) -> u16 {
-        maps::tunnel_port()
+        globals::tunnel_port()
     }
     #[inline(always)]
     fn overlay(&self, port: u16) -> bool {
-        maps::overlay(port)
+        globals::overlay(port)
     }
     #[inline(always)]
     fn flags(&self) -> u32 {

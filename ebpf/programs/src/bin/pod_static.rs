@@ -4,6 +4,12 @@
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
 #[cfg(target_arch = "bpf")]
+#[path = "../globals.rs"]
+mod globals;
+#[cfg(target_arch = "bpf")]
+#[path = "../object.rs"]
+mod object;
+#[cfg(target_arch = "bpf")]
 #[path = "../skb.rs"]
 #[allow(dead_code, reason = "shared with programs that do more")]
 mod skb;
@@ -18,11 +24,12 @@ mod program {
     use aya_ebpf::maps::{HashMap, LpmTrie};
     use aya_ebpf::programs::TcContext;
     use tidegate_ebpf_common::layout::{
-        Addr, DnsKey, Endpoint, Fact, FactKey, FlowKey, GrantKey, Group, OVERLAYS, PREFIX_BITS, PortSet, Prefix,
-        PrefixKey, Scope, iface,
+        Addr, DnsKey, Endpoint, Fact, FactKey, FlowKey, GrantKey, Group, PREFIX_BITS, PortSet, Prefix, PrefixKey,
+        Scope, iface,
     };
     use tidegate_ebpf_common::{Action, Decision, Packet, Tables, verdict};
 
+    use crate::globals::{self, global};
     use crate::skb::{NEXT, SHOT, Skb};
 
     /// `BPF_F_NO_PREALLOC`.
@@ -38,28 +45,14 @@ mod program {
     #[map]
     static CLUSTER_DNS: HashMap<DnsKey, u32> = HashMap::with_max_entries(4_096, NO_PREALLOC);
 
-    #[unsafe(no_mangle)]
-    static TUNNEL_PORT: u16 = 8475;
-    #[unsafe(no_mangle)]
-    static OVERLAY: [u16; OVERLAYS] = [0; OVERLAYS];
-    #[unsafe(no_mangle)]
-    static MARK: u32 = 0x0020_0000;
-    #[unsafe(no_mangle)]
-    static MARK_CLUSTER: u32 = 0x0030_0000;
-    #[unsafe(no_mangle)]
-    static MARK_MASK: u32 = 0x00f0_0000;
     /// First and last port on node addresses that is outside the cluster set.
     #[unsafe(no_mangle)]
     static NODE_PORT_LO: u16 = 1;
     #[unsafe(no_mangle)]
     static NODE_PORT_HI: u16 = 0;
 
-    macro_rules! global {
-        ($static:ident) => {
-            // SAFETY: a valid static; volatile, because the loader rewrites it in the object.
-            unsafe { core::ptr::read_volatile(&raw const $static) }
-        };
-    }
+    global!(node_port_lo, NODE_PORT_LO, u16);
+    global!(node_port_hi, NODE_PORT_HI, u16);
 
     macro_rules! get {
         ($map:ident, $key:expr) => {
@@ -79,20 +72,11 @@ mod program {
         }
         #[inline(always)]
         fn tunnel_port(&self) -> u16 {
-            global!(TUNNEL_PORT)
+            globals::tunnel_port()
         }
         #[inline(always)]
         fn overlay(&self, port: u16) -> bool {
-            let mut i = 0;
-            while i < OVERLAYS {
-                // SAFETY: inside a valid static; volatile, because the loader rewrites it in the object.
-                let found = unsafe { (&raw const OVERLAY).cast::<u16>().add(i).read_volatile() };
-                if found != 0 && found == port {
-                    return true;
-                }
-                i += 1;
-            }
-            false
+            globals::overlay(port)
         }
         #[inline(always)]
         fn flags(&self) -> u32 {
@@ -100,7 +84,7 @@ mod program {
         }
         #[inline(always)]
         fn node_ports(&self) -> (u16, u16) {
-            (global!(NODE_PORT_LO), global!(NODE_PORT_HI))
+            (node_port_lo(), node_port_hi())
         }
         #[inline(always)]
         fn interface(&self, _: u32) -> u16 {
@@ -185,8 +169,8 @@ mod program {
         match d.action {
             Action::Ignore => NEXT,
             Action::Pass => {
-                let mark = if d.cluster { global!(MARK_CLUSTER) } else { global!(MARK) };
-                skb.set_mark(skb.mark() & !global!(MARK_MASK) | mark);
+                let mark = if d.cluster { globals::mark_cluster() } else { globals::mark() };
+                skb.set_mark(skb.mark() & !globals::mark_mask() | mark);
                 NEXT
             }
             // There is no gateway to steer to.
@@ -194,15 +178,3 @@ mod program {
         }
     }
 }
-
-#[cfg(target_arch = "bpf")]
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo) -> ! {
-    // The verifier refuses a program that could come here.
-    loop {}
-}
-
-#[cfg(target_arch = "bpf")]
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
