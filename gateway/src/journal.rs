@@ -118,7 +118,7 @@ fn frame(payload: &[u8]) -> Vec<u8> {
 }
 
 /// The next frame of a file: `None` at its end, and where the file was cut off.
-fn next_frame(bytes: &[u8], at: &mut usize) -> Result<Option<Vec<u8>>, Refused> {
+fn next_frame<'a>(bytes: &'a [u8], at: &mut usize) -> Result<Option<&'a [u8]>, Refused> {
     let start = *at as u64;
     let Some(head) = bytes.get(*at..*at + 12) else { return Ok(None) };
     let mut len = [0; 4];
@@ -132,7 +132,7 @@ fn next_frame(bytes: &[u8], at: &mut usize) -> Result<Option<Vec<u8>>, Refused> 
         return Err(Refused::Checksum(start));
     }
     *at += 12 + len;
-    Ok(Some(payload.to_vec()))
+    Ok(Some(payload))
 }
 
 type Fact = (ScopeKey, Name, IpAddr);
@@ -179,34 +179,35 @@ impl Contents {
         }
         let mut at = MAGIC.len();
         let Some(header) = next_frame(&bytes, &mut at)? else { return Ok(()) };
-        let header: Header = serde_json::from_slice(&header).map_err(|_| Refused::Content(MAGIC.len() as u64))?;
+        let header: Header = serde_json::from_slice(header).map_err(|_| Refused::Content(MAGIC.len() as u64))?;
         if header.gateway != gateway {
             return Err(Refused::Foreign(header.gateway));
         }
         let same_boot = !header.kernel.is_empty() && header.kernel == now.kernel;
-        // A file that is refused half way must leave nothing behind.
-        let mut found = Vec::new();
+        let frames = at;
+        // Read twice: a file that is refused half way must leave nothing behind, and all that a long log says of the
+        // same facts would take many times its octets.
         loop {
             let start = at as u64;
             let Some(payload) = next_frame(&bytes, &mut at)? else { break };
-            let (stamp, message) = decode(&payload).ok_or(Refused::Content(start))?;
-            found.push((stamp, message));
+            decode(payload).ok_or(Refused::Content(start))?;
         }
         if at < bytes.len() {
             tracing::info!(path = %path.display(), octets = bytes.len() - at, "the journal's last frame was cut off");
         }
-        for (stamp, message) in found {
+        at = frames;
+        while let Some(payload) = next_frame(&bytes, &mut at)? {
+            let (stamp, mut message) = decode(payload).ok_or(Refused::Content(at as u64))?;
             let since = stamp.saturating_sub(header.boot_ms);
             let age = if same_boot {
                 now.boot_ms.checked_sub(stamp)
             } else {
                 now.wall_ms.checked_sub(header.wall_ms.saturating_add(since))
             };
-            let claims_only = PeerMessage { facts: Vec::new(), ..message.clone() };
-            match age {
-                Some(age) => self.take(message, Duration::from_millis(age), same_boot),
-                None => self.take(claims_only, Duration::ZERO, same_boot),
+            if age.is_none() {
+                message.facts.clear();
             }
+            self.take(message, Duration::from_millis(age.unwrap_or_default()), same_boot);
         }
         Ok(())
     }
