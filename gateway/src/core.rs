@@ -462,8 +462,12 @@ impl Run {
                 if let Some(n) = self.nodes.get_mut(&node)
                     && n.facts.as_ref().is_some_and(|f| f.0 == id)
                 {
+                    let other = n.seen.as_ref().is_none_or(|old| old.orphans != seen.orphans);
                     n.seen = Some(seen);
                     self.heed(Some(&node));
+                    if other {
+                        self.adopt(&node);
+                    }
                 }
             }
             ToCore::Unplugged => (self.attached, self.move_over) = (false, None),
@@ -554,6 +558,10 @@ impl Run {
             let node = NodeId(self.core.shared.nodes.id(&node));
             self.feed(Input::ScopeLeft { scope, node });
         }
+        // One that is new where a pod is may know more than it was told.
+        let told = self.nodes.iter().filter(|(_, n)| n.seen.as_ref().is_some_and(|s| !s.orphans.is_empty()));
+        let told: Vec<String> = told.map(|(name, _)| name.clone()).collect();
+        told.iter().for_each(|node| self.adopt(node));
         for scope in &changes.classes {
             self.feed(Input::Reclassify { scope: Some(*scope) });
         }

@@ -19,7 +19,7 @@ use tidegate_policy::{Carry, PortRange, PortSet, Proto, Via};
 use crate::wire;
 
 pub use denied::{MAX_DENIED, denials};
-pub use peer::{Beat, Claim, Pair, PeerFact, PeerMessage, ScopeClaim, Seen, decode_peer, encode_peer};
+pub use peer::{Beat, Claim, MAX_ORPHANS, Pair, PeerFact, PeerMessage, ScopeClaim, Seen, decode_peer, encode_peer};
 pub use started::{StartedPod, started};
 pub use stream::{FactsBatch, FactsUp, GrantEntry, Joiner, Part, StateBatch, Up};
 

@@ -159,6 +159,20 @@ pub struct Seen {
     /// Who owns the scopes of this node, as the node follows them.
     #[prost(message, repeated, tag = "2")]
     pub claims: ::prost::alloc::vec::Vec<ScopeClaim>,
+    /// What the node's kernel holds although no gateway that it hears stands by it: who told it may have died before others
+    /// heard of it. At most 1024, those that hold longest. A gateway that does not know the field leaves those facts as they are.
+    #[prost(message, repeated, tag = "3")]
+    pub orphans: ::prost::alloc::vec::Vec<Orphan>,
+}
+/// An address of which no gateway has told that the node has it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Orphan {
+    /// The scope's key.
+    #[prost(bytes = "vec", tag = "1")]
+    pub scope: ::prost::alloc::vec::Vec<u8>,
+    /// The address.
+    #[prost(bytes = "vec", tag = "2")]
+    pub ip: ::prost::alloc::vec::Vec<u8>,
 }
 /// Who owns a scope.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -27,6 +27,7 @@ pub mod join;
 pub mod links;
 pub mod merge;
 mod node;
+mod orphans;
 mod places;
 pub mod plug;
 pub mod stream;

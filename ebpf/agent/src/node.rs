@@ -4,6 +4,7 @@
 
 mod gateways;
 mod passes;
+mod seen;
 mod starts;
 
 use gateways::Gateways;
@@ -18,7 +19,7 @@ use tidegate_ebpf::{Datapath, Program};
 use tidegate_policy::ScopeKey;
 use tidegate_policy::event::Emit;
 use tidegate_policy::state::NodeState;
-use tidegate_proto::{FactsBatch, ScopeClaim, Seen, StartedPod};
+use tidegate_proto::{FactsBatch, Seen, StartedPod};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
@@ -30,6 +31,7 @@ use crate::guard::{self, Keeper, Settings};
 use crate::held::{LEASE, Leases};
 use crate::links::{self, Netlink, Topology};
 use crate::merge::{self, Model, Source};
+use crate::orphans::Orphans;
 use crate::places::Places;
 use crate::plug::{Hello, Request};
 use crate::stream::{self, Ack, Applied};
@@ -120,6 +122,7 @@ struct Node {
     gateways: Gateways,
     merged: NodeState,
     told: Told,
+    orphans: Orphans,
     /// Since when there is a snapshot to apply.
     heard: Option<Instant>,
     /// Whether the kernel held a state of an earlier run.
@@ -220,6 +223,7 @@ impl Node {
             gateways,
             merged: NodeState::default(),
             told: Told::default(),
+            orphans: Orphans::default(),
             heard: None,
             silent: BTreeSet::new(),
             adopted,
@@ -322,6 +326,7 @@ impl Node {
             tracing::error!(%error, "facts of a gateway that is gone cannot be written");
         }
         self.pending.remove(&index);
+        self.orphans.look();
     }
 
     /// Forgets gateways that were found and are gone.
@@ -339,6 +344,7 @@ impl Node {
         let Some(index) = self.number(&facts.gateway) else { return };
         let Some(gateway) = self.gateways.get_mut(index) else { return };
         if facts.away {
+            self.orphans.look();
             gateway.in_sync = false;
             if let Some((_, ended)) = &mut gateway.sign {
                 *ended = true;
@@ -393,6 +399,9 @@ impl Node {
             // Only these: an answer waits for the ack, and a whole pass over the maps takes its time.
             result = self.datapath.grants(&merge::with_facts(came, &self.merged, self.ready));
         }
+        if batch.snapshot {
+            self.orphans.look();
+        }
         let owner = owners(&self.gateways, &self.merged, &self.silent);
         let updates = self.told.take(gateway, batch, now, owner);
         let result = result.and_then(|()| self.datapath.facts(&updates));
@@ -419,23 +428,6 @@ impl Node {
                 tracing::error!(%error, "DNS cannot be steered to another gateway");
             }
         }
-    }
-
-    /// Notices gateways that fell silent, and tells every gateway which ones this node sees.
-    fn listen(&mut self, told: &watch::Sender<Seen>) {
-        self.stand_in();
-        let spoke = |sign: Option<(Instant, bool)>| sign.is_some_and(|(at, _)| at.elapsed() < SEEN);
-        let seen = Seen {
-            gateways: self.gateways.iter().filter(|g| spoke(g.sign)).map(|g| g.name.to_string()).collect(),
-            claims: self.merged.scopes.iter().map(|(k, s)| ScopeClaim { scope: *k, epoch: s.epoch }).collect(),
-        };
-        told.send_if_modified(|old| {
-            let new = *old != seen;
-            if new {
-                *old = seen;
-            }
-            new
-        });
     }
 
     async fn state(&mut self, all: Vec<stream::State>) {

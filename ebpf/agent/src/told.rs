@@ -116,6 +116,11 @@ impl Told {
         out
     }
 
+    /// Whether one of `gateways`, a bit for each, stands by a fact.
+    pub fn stands(&self, fact: Fact, gateways: u64) -> bool {
+        self.held.get(&fact).is_some_and(|h| h.by & gateways != 0)
+    }
+
     /// A gateway stands by a fact; says whether its word holds.
     fn say(&mut self, fact: Fact, gateway: usize, value: Value, owner: Option<usize>) -> bool {
         self.aside.remove(&(fact, gateway));
@@ -246,6 +251,10 @@ mod tests {
         take(&mut t, 1, batch(9, true, vec![set(2), of(3, 2)]), Some(0));
         assert_eq!(t.forget(0, NOW), vec![of(3, 2)]);
         assert_eq!(t.len(), 2);
+        assert!(
+            !t.stands((ScopeKey(1), [192, 0, 2, 1].into()), !0) && t.stands((ScopeKey(1), [192, 0, 2, 2].into()), 2)
+        );
+        assert!(!t.stands((ScopeKey(1), [192, 0, 2, 2].into()), 1));
         // The next one takes nothing back that it never told, even with the same boot.
         assert_eq!(take(&mut t, 0, batch(1, true, vec![]), None), vec![]);
         assert_eq!(take(&mut t, 1, batch(9, true, vec![set(3)]), None), vec![gone(2), set(3)]);

@@ -208,6 +208,16 @@ impl Datapath {
         Ok(())
     }
 
+    /// The facts that the kernel holds, those of an earlier process too, with when they expire in seconds since boot.
+    pub fn held_facts(&self) -> impl Iterator<Item = (ScopeKey, IpAddr, u32)> {
+        let mut scopes: Option<AHashMap<u32, ScopeKey>> = None;
+        self.told.iter().filter_map(move |(key, (_, expires))| {
+            let all = || self.ids.all(Kind::Scope).map(|(id, key)| (id, ScopeKey(key))).collect();
+            let scope = scopes.get_or_insert_with(all).get(&key.scope)?;
+            Some((*scope, key.addr.to_ip(), *expires))
+        })
+    }
+
     /// Deletes the facts that `keep` does not name: what an earlier process learnt and this one knows nothing of.
     /// Returns how many.
     ///

@@ -126,6 +126,15 @@ impl Run {
         }
     }
 
+    /// A node holds facts that nobody who lives told it of: it hears of them from now on, as far as it has pods for them.
+    pub(super) fn adopt(&mut self, node: &str) {
+        let Some(seen) = self.nodes.get(node).and_then(|n| n.seen.as_ref()) else { return };
+        let placed = |(scope, _): &&(ScopeKey, _)| self.placement.has(*scope, node);
+        let facts = seen.orphans.iter().filter(placed).copied().collect();
+        let node = NodeId(self.core.shared.nodes.id(node));
+        self.feed(Input::Orphans { node, facts });
+    }
+
     pub(super) fn send_state(&mut self, node: &str) {
         if self.nodes.get(node).is_none_or(|n| n.state.is_none()) {
             return;

@@ -632,7 +632,7 @@ async fn what_a_node_sees_is_heard_at_a_pace_and_not_too_large() {
     };
     let seen = |n: u128| {
         let claims = (0..n).map(|k| ScopeClaim { scope: tidegate_policy::ScopeKey(k), epoch: u64::MAX }).collect();
-        FactsAck::from(Seen { gateways: vec!["gw-a".into()], claims })
+        FactsAck::from(Seen { gateways: vec!["gw-a".into()], claims, ..Seen::default() })
     };
     let held = facts(vec![seen(1); 500]).await;
     sleep(Duration::from_secs(1)).await;

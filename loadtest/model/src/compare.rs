@@ -176,9 +176,6 @@ impl Drive {
                 if denied && cut_off && self.still_denied(pod, ip, to, &least) {
                     return happens;
                 }
-                if action == Action::Drop && self.is_orphan(&scope, node, ip) {
-                    return happens;
-                }
                 if !late {
                     assert_eq!(action, Action::Steer, "must be {must:?}, not {code:?}: {}", said());
                 }
@@ -196,21 +193,6 @@ impl Drive {
     fn code(&self, node: usize, pod: IpAddr, ip: IpAddr, to: Port) -> Option<Code> {
         let frame = frame(pod, ip, number(to.0), to.1, to.0 == Proto::Tcp);
         Code::from_u8(self.nodes[node].kernel.decide(&frame, ifindex(pod)).code)
-    }
-
-    /// Whether a node has an address of a gateway that ended before it said so, and of no other one, with a class that
-    /// the owner does not give it now.
-    pub fn is_orphan(&self, scope: &Scope, node: usize, ip: IpAddr) -> bool {
-        let nobody = || (0..GATEWAYS.len()).all(|g| !self.told(g, node, scope, ip));
-        if !self.orphans.contains(&(scope.clone(), node, ip)) || !nobody() {
-            return false;
-        }
-        let mut held = self.nodes[node].kernel.held();
-        let Some((key, _, class)) = held.find(|(k, a, _)| self.scopes.get(k) == Some(scope) && *a == ip) else {
-            return false;
-        };
-        let core = self.follows(node, scope).and_then(|g| self.seats[g].core.as_ref());
-        core.is_some_and(|c| c.ledger().bindings().class_of(key, ip) != Some(class))
     }
 
     /// Whether a gateway stands by an address on a node.
@@ -347,18 +329,16 @@ impl Drive {
                 if right.contains(&Some(class)) && needed {
                     continue;
                 }
-                let stale = self.stale.keys().any(|k| k.0 == *scope && k.2 == ip);
+                // Nobody knows it any more. Whoever does tells the node, whoever told it first.
+                let known = || {
+                    self.seats.iter().filter_map(|s| s.up()).any(|g| g.ledger().bindings().class_of(key, ip).is_some())
+                };
+                let stale = self.stale.keys().any(|k| k.0 == *scope && k.2 == ip) && !(needed && known());
                 assert!(stale, "{} keeps {ip} of {scope:?}: {class:?}, not {right:?}, pods: {needed}", NODES[i]);
                 left.insert((scope.clone(), ip));
             }
         }
         self.stale.retain(|k, _| left.contains(&(k.0.clone(), k.2)));
-        let mut orphans = std::mem::take(&mut self.orphans);
-        orphans.retain(|(scope, node, ip)| {
-            let mut held = self.nodes[*node].kernel.held();
-            held.any(|(k, a, _)| self.scopes.get(&k) == Some(scope) && a == *ip)
-        });
-        self.orphans = orphans;
         self.doubt.retain(|k| self.seats.iter().any(|s| s.facts.contains_key(k)));
     }
 

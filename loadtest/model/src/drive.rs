@@ -158,9 +158,6 @@ pub(crate) struct Drive {
     pub stale: BTreeMap<Key, u64>,
     /// Facts that a gateway forgot with their scope: others may know them still, or again.
     pub doubt: BTreeSet<Key>,
-    /// Nodes with addresses of which only a gateway that ended knew that they have them: nobody tells such a node of
-    /// another class until the name is asked again.
-    pub orphans: BTreeSet<(Scope, usize, IpAddr)>,
     /// Every scope that there ever was.
     pub scopes: BTreeMap<ScopeKey, Scope>,
     asked: BTreeMap<u64, Pending>,
@@ -218,7 +215,6 @@ impl Drive {
             had: BTreeMap::new(),
             stale: BTreeMap::new(),
             doubt: BTreeSet::new(),
-            orphans: BTreeSet::new(),
             scopes: BTreeMap::new(),
             asked: BTreeMap::new(),
             promised: BTreeMap::new(),

@@ -244,6 +244,7 @@ impl Gateway {
         for (scope, node) in left {
             self.feed(Input::ScopeLeft { scope, node: node_id(&node) }, now);
         }
+        NODES.iter().for_each(|n| self.adopt(n, now));
         for scope in world.changed_scopes(&old) {
             self.feed(Input::Reclassify { scope: Some(scope) }, now);
         }
@@ -455,11 +456,23 @@ impl Gateway {
     }
 
     /// A node says which gateways it sees, and whom it follows.
-    pub fn seen(&mut self, node: &str, seen: Seen) {
+    pub fn seen(&mut self, node: &str, seen: Seen, now: Duration) {
         if let Some(n) = self.nodes.get_mut(node).filter(|n| n.facts) {
+            let other = n.seen.as_ref().is_none_or(|old| old.orphans != seen.orphans);
             n.seen = Some(seen);
             self.heed(node);
+            if other {
+                self.adopt(node, now);
+            }
         }
+    }
+
+    /// A node holds facts that nobody who lives told it of.
+    fn adopt(&mut self, node: &str, now: Duration) {
+        let Some(seen) = self.nodes.get(node).and_then(|n| n.seen.as_ref()) else { return };
+        let placed = |(scope, _): &&(ScopeKey, _)| self.placed.contains(&(*scope, node.into()));
+        let facts = seen.orphans.iter().filter(placed).copied().collect();
+        self.feed(Input::Orphans { node: node_id(node), facts }, now);
     }
 
     /// Time passes.

@@ -201,6 +201,11 @@ impl<const G: bool> Kernel<G> {
         self.facts.iter().map(move |(k, f)| (ScopeKey(key(k.scope)), k.addr.to_ip(), ClassKey(key(f.class))))
     }
 
+    /// The facts that it holds, with when they expire in seconds.
+    pub fn lives(&self) -> impl Iterator<Item = ((ScopeKey, IpAddr), u64)> {
+        self.facts.iter().map(|(k, f)| ((ScopeKey(self.ids.key(k.scope)), k.addr.to_ip()), f.expires.into()))
+    }
+
     /// Forgets other facts.
     pub fn retain_facts(&mut self, keep: impl Fn(ScopeKey, IpAddr) -> bool) {
         let ids = &self.ids;

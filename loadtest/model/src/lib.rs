@@ -14,8 +14,7 @@
 //!   that gateway knows, and nowhere else;
 //! - the addresses of a released answer connect for as long as the answer said;
 //! - what another scope learnt counts for nothing, and an expired fact starts nothing;
-//! - whatever is the same before and after an edit is the same during it, and live flows go on, unless nobody knows any
-//!   more that their node has the address;
+//! - whatever is the same before and after an edit is the same during it, and live flows go on;
 //! - when everything is well every pair has one holder, whom all follow, and every gateway knows what any of them learnt;
 //! - nodes hold what gateways would tell a new one, and nothing is left when everything has ended.
 //!
@@ -46,6 +45,8 @@ mod desired;
 #[path = "../../../gateway/src/members.rs"]
 #[allow(dead_code, reason = "the core's own")]
 mod members;
+#[path = "../../../ebpf/agent/src/orphans.rs"]
+mod orphans;
 #[path = "../../../gateway/src/ownership.rs"]
 #[allow(dead_code, reason = "the core's own")]
 mod ownership;

@@ -13,6 +13,7 @@ use tidegate_proto::{FactsBatch, Joiner, ScopeClaim, Seen, StateBatch, wire};
 
 use crate::kernel::Kernel;
 use crate::objects::GATEWAYS;
+use crate::orphans::Orphans;
 use crate::told::Told;
 
 /// A gateway that says nothing for so long is silent.
@@ -52,6 +53,7 @@ pub struct Node {
     pub kernel: Kernel<false>,
     heard: [Heard; GATEWAYS.len()],
     told: Told,
+    orphans: Orphans,
     merged: NodeState,
     /// Whether the kernel held a state of an earlier run.
     adopted: bool,
@@ -70,6 +72,7 @@ impl Node {
             kernel: Kernel::new(now),
             heard: Default::default(),
             told: Told::default(),
+            orphans: Orphans::default(),
             merged: NodeState::default(),
             adopted: false,
             since: None,
@@ -102,6 +105,7 @@ impl Node {
         let h = &mut self.heard[g];
         h.facts = Joiner::default();
         (h.applied, h.in_sync) = (None, false);
+        self.orphans.look();
         if let Some((_, ended)) = &mut h.sign {
             *ended = true;
         }
@@ -235,6 +239,9 @@ impl Node {
         if changed || !self.ready {
             self.kernel.grants(&with_facts(came, &self.merged, self.ready));
         }
+        if snapshot {
+            self.orphans.look();
+        }
         let owners = self.owners();
         let updates = self.told.take(g, b, now, |s| owners.get(&s).copied());
         self.kernel.facts(&updates);
@@ -306,6 +313,16 @@ impl Node {
         Seen {
             gateways: gateways.collect(),
             claims: self.merged.scopes.iter().map(|(k, s)| ScopeClaim { scope: *k, epoch: s.epoch }).collect(),
+            orphans: self.orphans(),
         }
+    }
+
+    /// What the kernel holds and no gateway that is heard stands by.
+    fn orphans(&mut self) -> Vec<(ScopeKey, IpAddr)> {
+        let heard = self.heard.iter().enumerate().filter(|(_, h)| h.in_sync).fold(0, |all, (i, _)| all | 1 << i);
+        if heard == 0 || !self.ready {
+            return Vec::new();
+        }
+        self.orphans.find(self.kernel.lives(), |fact| self.told.stands(fact, heard)).to_vec()
     }
 }

@@ -70,13 +70,6 @@ impl Gateway {
         }
     }
 
-    /// What it has not told anybody yet, nor written down.
-    pub fn untold(&mut self, now: Duration) -> Vec<PeerFact> {
-        let mut out = Vec::new();
-        self.ledger.changes(now, |r, _| out.push(Self::named(r)));
-        out
-    }
-
     /// The journal is written anew, with what is known and nothing else.
     pub fn compact(&mut self, now: Duration) {
         let all = self.all_facts(now).into_iter();

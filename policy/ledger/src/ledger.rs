@@ -81,6 +81,8 @@ pub struct Ledger<C> {
     /// Addresses whose facts or holders changed since [`Ledger::changes`], and whether anything but an import did it.
     changed: BTreeMap<(u32, u32), bool>,
     pub(crate) importing: bool,
+    /// Which nodes hold what nobody told this ledger of; mostly none.
+    pub(crate) orphans: BTreeMap<(ScopeKey, [u8; 16]), SmallVec<[NodeId; 2]>>,
     /// What this call pushes, by node.
     pub(crate) queued: BTreeMap<NodeId, Vec<FactUpdate>>,
     pub(crate) started: Duration,
@@ -128,6 +130,7 @@ impl<C: Classify> Ledger<C> {
             outdated: BTreeSet::new(),
             changed: BTreeMap::new(),
             importing: false,
+            orphans: BTreeMap::new(),
             queued: BTreeMap::new(),
             started: now,
             now,
@@ -152,6 +155,7 @@ impl<C: Classify> Ledger<C> {
             Input::NodeDown { node } => self.node_down(node),
             Input::NodeGone { node } => self.node_gone(node, out),
             Input::Ack { node, seq } => self.ack(node, seq, out),
+            Input::Orphans { node, facts } => self.adopt(node, facts, out),
             Input::Reclassify { scope: None } => self.outdated.extend(self.scopes.keys()),
             Input::Reclassify { scope: Some(key) } => {
                 if let Some(&number) = self.numbers.get(&key) {
@@ -515,7 +519,9 @@ impl<C: Classify> Ledger<C> {
         let kernel = expires.minus(self.config.hello_timeout);
         let kernel_update = update(kernel);
         let mut told = extended;
-        for &node in askers {
+        let orphaned = self.orphans.get(&(key, pack(a.ip())));
+        let askers: SmallVec<[NodeId; 4]> = askers.iter().chain(orphaned.into_iter().flatten()).copied().collect();
+        for &node in &askers {
             if a.holder(node).is_none() {
                 a.hold(node);
                 self.node(node).hold(number);

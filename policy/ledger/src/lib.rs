@@ -202,6 +202,15 @@ pub enum Input {
         /// The sequence, from [`Output::Push`].
         seq: u64,
     },
+    /// The node's kernel holds addresses of which nobody told this ledger, and whose gateway may be gone: the node becomes a
+    /// holder of those that are known, and of the others once they are. Replaces what was said before; forgotten with
+    /// the node's stream.
+    Orphans {
+        /// The node.
+        node: NodeId,
+        /// The addresses; only of scopes that the node has pods of.
+        facts: Vec<(ScopeKey, IpAddr)>,
+    },
     /// Policy changed: classes are found anew, for one scope at once, for all in slices
     /// ([`Ledger::next_deadline`] says that more is to do). No fact is discarded.
     Reclassify {

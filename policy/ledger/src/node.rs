@@ -37,6 +37,8 @@ pub(crate) struct Node {
     waiting: VecDeque<(u64, u64)>,
     /// How many addresses of which scopes it holds.
     scopes: BTreeMap<u32, u32>,
+    /// What it holds and nobody told this ledger of.
+    orphans: Vec<(ScopeKey, [u8; 16])>,
 }
 
 impl Node {
@@ -117,6 +119,7 @@ impl<C: Classify> Ledger<C> {
 
     pub(crate) fn node_up(&mut self, id: NodeId, keeps: bool, out: &mut Vec<Output>) {
         self.node(id);
+        self.forget_orphans(id);
         self.falls.retain(|(_, n)| *n != id);
         self.bindings.set_steered(id, false);
         let Some(n) = self.nodes.get_mut(&id) else { return };
@@ -132,12 +135,14 @@ impl<C: Classify> Ledger<C> {
         n.up = false;
         self.queued.remove(&id);
         self.falls.insert((due, id));
+        self.forget_orphans(id);
     }
 
     pub(crate) fn node_gone(&mut self, id: NodeId, out: &mut Vec<Output>) {
         self.falls.retain(|(_, n)| *n != id);
         self.bindings.set_steered(id, false);
         self.queued.remove(&id);
+        self.forget_orphans(id);
         let Some(gone) = self.nodes.remove(&id) else { return };
         for (_, ticket) in gone.waiting {
             if self.tickets.remove(&ticket).is_some() {
@@ -160,6 +165,40 @@ impl<C: Classify> Ledger<C> {
                 out.push(Output::Fail { ticket, reason: Reason::BarrierTimeout });
             } else {
                 self.release(ticket, out);
+            }
+        }
+    }
+
+    /// The node holds these and nobody told it that this ledger knows of: from now on it is told what becomes of them.
+    pub(crate) fn adopt(&mut self, id: NodeId, facts: Vec<(ScopeKey, IpAddr)>, out: &mut Vec<Output>) {
+        self.forget_orphans(id);
+        let Some(n) = self.nodes.get_mut(&id).filter(|n| n.up) else { return };
+        n.orphans = facts.into_iter().map(|(scope, ip)| (scope, pack(ip))).collect();
+        let orphans = n.orphans.clone();
+        for key in &orphans {
+            let nodes = self.orphans.entry(*key).or_default();
+            if !nodes.contains(&id) {
+                nodes.push(id);
+            }
+        }
+        for (scope, ip) in orphans {
+            let Some(&number) = self.numbers.get(&scope) else { continue };
+            let hash = &self.bindings.hash;
+            let known = self.scopes.get(&number).and_then(|s| s.table.read().find_ip(hash, ip));
+            if let Some(index) = known {
+                self.settle(number, index, &[], false, false, out);
+            }
+        }
+    }
+
+    fn forget_orphans(&mut self, id: NodeId) {
+        let Some(n) = self.nodes.get_mut(&id) else { return };
+        for key in std::mem::take(&mut n.orphans) {
+            if let Some(nodes) = self.orphans.get_mut(&key) {
+                nodes.retain(|n| *n != id);
+                if nodes.is_empty() {
+                    self.orphans.remove(&key);
+                }
             }
         }
     }

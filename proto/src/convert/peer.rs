@@ -272,6 +272,9 @@ pub struct ScopeClaim {
     pub epoch: u64,
 }
 
+/// Addresses in one message that no gateway stands by.
+pub const MAX_ORPHANS: usize = 1024;
+
 /// What an agent sees of the gateways.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Seen {
@@ -279,12 +282,17 @@ pub struct Seen {
     pub gateways: Vec<String>,
     /// Who owns the scopes of the node.
     pub claims: Vec<ScopeClaim>,
+    /// Addresses that the node's kernel holds, and no gateway that it hears stands by. The first [`MAX_ORPHANS`] are sent.
+    pub orphans: Vec<(ScopeKey, IpAddr)>,
 }
 
 impl From<Seen> for wire::FactsAck {
     fn from(s: Seen) -> Self {
         let claim = |c: &ScopeClaim| wire::ScopeClaim { scope: key_to_wire(c.scope.0), epoch: c.epoch };
-        let seen = wire::Seen { gateways: s.gateways, claims: s.claims.iter().map(claim).collect() };
+        let orphan =
+            |(scope, ip): &(ScopeKey, IpAddr)| wire::Orphan { scope: key_to_wire(scope.0), ip: ip_to_wire(*ip) };
+        let orphans = s.orphans.iter().take(MAX_ORPHANS).map(orphan).collect();
+        let seen = wire::Seen { gateways: s.gateways, claims: s.claims.iter().map(claim).collect(), orphans };
         Self { kind: Some(wire::facts_ack::Kind::Seen(seen)) }
     }
 }
@@ -294,12 +302,17 @@ impl TryFrom<wire::Seen> for Seen {
 
     fn try_from(s: wire::Seen) -> Result<Self, WireError> {
         bounded(s.claims.len(), MAX_ITEMS, "seen.claims")?;
+        bounded(s.orphans.len(), MAX_ORPHANS, "seen.orphans")?;
         let claim = |c: &wire::ScopeClaim| {
             Ok(ScopeClaim { scope: ScopeKey(key_from_wire(&c.scope, "scope_claim.scope")?), epoch: c.epoch })
+        };
+        let orphan = |o: &wire::Orphan| {
+            Ok((ScopeKey(key_from_wire(&o.scope, "orphan.scope")?), ip_from_wire(&o.ip, "orphan.ip")?))
         };
         Ok(Self {
             gateways: names_from_wire(s.gateways, MAX_GATEWAYS, "seen.gateways")?,
             claims: s.claims.iter().map(claim).collect::<Result<_, _>>()?,
+            orphans: s.orphans.iter().map(orphan).collect::<Result<_, _>>()?,
         })
     }
 }
@@ -370,8 +383,19 @@ mod tests {
     #[test]
     fn what_an_agent_sees_survives_the_wire() {
         let claims = vec![ScopeClaim { scope: ScopeKey(1), epoch: 9 }];
-        let seen = Seen { gateways: vec!["gw-a".into()], claims };
-        let back = super::super::FactsUp::try_from(wire::FactsAck::from(seen.clone())).unwrap();
-        assert_eq!(back, super::super::FactsUp::Seen(seen));
+        let all: Vec<_> = (0..=MAX_ORPHANS as u32).map(|i| (ScopeKey(3), Ipv4Addr::from(i).into())).collect();
+        let seen =
+            |orphans: &[_]| Seen { gateways: vec!["gw-a".into()], claims: claims.clone(), orphans: orphans.to_vec() };
+        let back = |ack: wire::FactsAck| super::super::FactsUp::try_from(ack);
+        let sent = back(wire::FactsAck::from(seen(&all))).unwrap();
+        assert_eq!(sent, super::super::FactsUp::Seen(seen(&all[..MAX_ORPHANS])), "as many as are taken");
+        let refused = |orphans| {
+            let kind = wire::facts_ack::Kind::Seen(wire::Seen { orphans, ..Default::default() });
+            back(wire::FactsAck { kind: Some(kind) }).unwrap_err().field
+        };
+        let good = wire::Orphan { scope: vec![0; 16], ip: vec![192, 0, 2, 1] };
+        assert_eq!(refused(vec![good.clone(); MAX_ORPHANS + 1]), "seen.orphans");
+        assert_eq!(refused(vec![wire::Orphan { scope: vec![1], ..good.clone() }]), "orphan.scope");
+        assert_eq!(refused(vec![wire::Orphan { ip: vec![], ..good }]), "orphan.ip");
     }
 }

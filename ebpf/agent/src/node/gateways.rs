@@ -105,6 +105,11 @@ impl Gateways {
         self.0.values()
     }
 
+    /// Those whose `Facts` streams are up and in the kernel, a bit for each.
+    pub fn in_sync(&self) -> u64 {
+        self.0.iter().filter(|(_, h)| h.in_sync).fold(0, |all, (i, _)| all | 1 << i)
+    }
+
     pub fn numbers(&self) -> Vec<usize> {
         self.0.keys().copied().collect()
     }

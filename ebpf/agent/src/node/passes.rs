@@ -193,6 +193,7 @@ impl Node {
         self.refresh().await;
         self.reconcile(true).await;
         self.sweep();
+        self.orphans.look();
     }
 
     /// Forgets idle flows and old facts, and puts right what others changed of the rest.

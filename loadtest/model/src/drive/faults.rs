@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Drive, OLD_FLOW, RESTLESS, node_at};
+use super::{Drive, OLD_FLOW, RESTLESS};
 use crate::bytes::Bytes;
 use crate::desired::Desired;
 use crate::gateway::Gateway;
@@ -236,14 +236,7 @@ impl Drive {
                     }
                 }
             }
-            let local = self.local(node);
-            let seen = self.nodes[node].listen(&local);
-            self.blank[node] &= !self.nodes[node].ready();
-            for g in 0..GATEWAYS.len() {
-                if let Some(gateway) = self.seats[g].up_mut().filter(|_| self.links[node][g].facts) {
-                    gateway.seen(name, seen.clone());
-                }
-            }
+            self.say_seen(node);
         }
         let wall = self.wall();
         for g in 0..GATEWAYS.len() {
@@ -268,6 +261,19 @@ impl Drive {
             {
                 self.kill(g);
             }
+        }
+    }
+
+    /// A node tells gateways what it sees.
+    fn say_seen(&mut self, node: usize) {
+        let (now, local) = (self.time(), self.local(node));
+        let seen = self.nodes[node].listen(&local);
+        self.blank[node] &= !self.nodes[node].ready();
+        for g in 0..GATEWAYS.len() {
+            if let Some(gateway) = self.seats[g].up_mut().filter(|_| self.links[node][g].facts) {
+                gateway.seen(NODES[node], seen.clone(), now);
+            }
+            self.done(g);
         }
     }
 
@@ -346,12 +352,8 @@ impl Drive {
     /// A gateway's process ends; its kernel goes on. Nobody hears of questions that waited.
     fn kill(&mut self, g: usize) {
         self.go_on(g);
-        let Some(mut core) = self.seats[g].core.take() else { return };
+        let Some(core) = self.seats[g].core.take() else { return };
         self.tell(|| format!("{} ends", GATEWAYS[g].0));
-        for fact in core.untold(self.time()) {
-            let Some(scope) = self.scopes.get(&fact.scope) else { continue };
-            self.orphans.extend(fact.nodes.iter().map(|n| (scope.clone(), node_at(n), fact.ip)));
-        }
         self.seats[g].left = Some((core.kernel, core.journal));
         self.seats[g].leaving = None;
         self.asked.retain(|_, p| p.gateway != g);
@@ -420,7 +422,6 @@ impl Drive {
         self.restart_agent(node);
         self.nodes[node].restart(true);
         self.blank[node] = true;
-        self.orphans.retain(|(_, n, _)| *n != node);
         self.flows.retain(|f| f.node != NODES[node]);
         self.show_flows();
     }
@@ -447,7 +448,10 @@ impl Drive {
             self.each_up(Gateway::spread);
             any |= self.deliver_peers();
             if !any {
-                break;
+                (0..NODES.len()).for_each(|node| self.say_seen(node));
+                if !self.seats.iter().filter_map(|s| s.up()).any(|g| NODES.iter().any(|n| g.has_facts_for(n))) {
+                    break;
+                }
             }
         }
     }

@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use tidegate_ebpf_common::Action;
 use tidegate_policy::{Carry, Proto};
 
 use super::{Drive, Flow, Scope, node_at};
@@ -81,11 +80,7 @@ impl Drive {
             }
             match self.must(f.pod, f.ip, f.to, &f.names, true) {
                 Some(Fate::Carried(c)) => {
-                    let (action, happens) = self.happens(f.pod, f.ip, f.to, false);
-                    if action == Action::Drop && self.is_orphan(&f.scope, node_at(&f.node), f.ip) {
-                        over.push(i);
-                        continue;
-                    }
+                    let (_, happens) = self.happens(f.pod, f.ip, f.to, false);
                     assert_eq!(happens, Some(Fate::Carried(c)), "{f:?} is cut");
                     self.stats.flows += 1;
                 }

@@ -224,3 +224,50 @@ fn a_node_that_is_gone_is_forgotten_and_may_return() {
     let out = s.input(Input::NodeReset { node: NODE });
     assert_eq!(snapshot(&out, NODE).map(|(_, n)| n), Some(1));
 }
+
+#[test]
+fn a_node_that_holds_what_nobody_told_this_ledger_of_hears_what_becomes_of_it() {
+    let mut s = Sim::new();
+    s.learn(NODE, "a.example", &[1], 60);
+    let orphans = |facts: &[u8]| Input::Orphans { node: OTHER, facts: facts.iter().map(|n| (SCOPE, ip(*n))).collect() };
+    let classes = |out: &[Output]| {
+        let said = pushes(out, OTHER).into_iter().flat_map(|(_, f)| f);
+        said.map(|f| (f.ip, f.value.map(|v| v.class))).collect::<Vec<_>>()
+    };
+    // What is known it is told at once, and once.
+    let out = s.input(orphans(&[1, 2]));
+    assert_eq!(classes(&out), [(ip(1), Some(s.rules.of(&["a.example"])))]);
+    assert!(pushes(&out, NODE).is_empty() && locals(&out).is_empty());
+    assert!(!s.bindings().standing(SCOPE, ip(1), OTHER, s.now));
+    s.ack(OTHER, &out);
+    assert!(s.bindings().standing(SCOPE, ip(1), OTHER, s.now));
+    assert!(pushes(&s.input(orphans(&[1, 2])), OTHER).is_empty());
+    // An edit reaches it.
+    s.rules.0.set(1);
+    let out = s.input(Input::Reclassify { scope: Some(SCOPE) });
+    assert_eq!(classes(&out), [(ip(1), Some(s.rules.of(&["a.example"])))]);
+    // What is learnt for another node it hears, too.
+    let (_, out) = s.ask(NODE, "b.example", &[2, 3], 60);
+    assert_eq!(classes(&out), [(ip(2), Some(s.rules.of(&["b.example"])))]);
+    // What it does not name any more counts as before: it holds it, and what is new does not concern it.
+    assert!(s.input(orphans(&[9])).is_empty() && s.input(orphans(&[])).is_empty());
+    let (_, out) = s.ask(NODE, "c.example", &[2, 9], 60);
+    assert_eq!(classes(&out), [(ip(2), Some(s.rules.of(&["b.example", "c.example"])))]);
+    // With its stream what it said is gone.
+    s.input(orphans(&[8]));
+    s.input(Input::NodeDown { node: OTHER });
+    s.input(Input::NodeUp { node: OTHER });
+    let (_, out) = s.ask(NODE, "d.example", &[8], 60);
+    assert!(classes(&out).is_empty() && s.ledger.orphans.is_empty());
+}
+
+#[test]
+fn gateways_tell_each_other_of_nodes_that_hold_what_nobody_knew_of() {
+    let mut s = Sim::with(Config { track: true, ..Config::default() });
+    s.learn(NODE, "a.example", &[1], 60);
+    s.ledger.changes(s.now, |_, _| {});
+    s.input(Input::Orphans { node: OTHER, facts: vec![(SCOPE, ip(1)), (ScopeKey(9), ip(1))] });
+    let mut told = Vec::new();
+    s.ledger.changes(s.now, |r, own| told.push((r.ip, r.nodes, own)));
+    assert_eq!(told, [(ip(1), vec![NODE, OTHER], true)]);
+}
