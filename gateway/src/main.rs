@@ -9,6 +9,7 @@ mod asker;
 mod audit;
 mod cluster;
 mod config;
+mod connectivity;
 mod core;
 mod descriptors;
 mod desired;
@@ -27,6 +28,7 @@ mod peering;
 mod peers;
 mod places;
 mod policy_cmd;
+mod probe;
 mod push;
 mod records;
 mod relay_check;
@@ -35,6 +37,7 @@ mod resolv;
 mod source;
 mod starts;
 mod status;
+mod sysdump;
 mod telemetry;
 mod timed;
 mod watch;
@@ -125,6 +128,41 @@ enum Command {
         /// Wait until it is ready, at most so many seconds.
         #[arg(long, default_value_t = 0, requires = "cluster")]
         wait: u64,
+    },
+    /// Try in a cluster what Tidegate promises, with pods and a policy in a namespace of its own, and leave nothing behind.
+    ///
+    /// Needs leave to make namespaces, pods and EgressPolicies and to run commands in those pods. Exit code 0: every promise is
+    /// kept; 1: one is not, and the table says which, where, and what was seen; 2: the test could not be run.
+    ConnectivityTest {
+        #[command(flatten)]
+        api: Api,
+        #[command(flatten)]
+        options: connectivity::Options,
+    },
+    /// Write one archive for a bug report: configuration, versions, status, maps, rules, events and logs, without secrets.
+    ///
+    /// Exit code 0: everything is in it; 1: something could not be had, which is named there in summary.txt; 2: there is no archive.
+    Sysdump {
+        #[command(flatten)]
+        api: Api,
+        #[command(flatten)]
+        options: sysdump::Options,
+    },
+    /// What a pod of Tidegate knows, for sysdump.
+    #[command(hide = true)]
+    Collect {
+        /// Its configuration file.
+        #[arg(long)]
+        config: PathBuf,
+        /// What of it.
+        #[arg(value_enum)]
+        item: sysdump::collect::Item,
+    },
+    /// One attempt of a client, as JSON, for connectivity-test.
+    #[command(hide = true)]
+    Probe {
+        /// What is tried.
+        attempt: String,
     },
     /// Take Tidegate out of every node and pool of a cluster, before its objects are deleted: the hook of `helm uninstall`.
     Uninstall {
@@ -233,6 +271,10 @@ fn main() -> ExitCode {
             overview::run(api.kubeconfig, api.namespace, output, Duration::from_secs(wait))
         }
         Command::Status { admin, .. } => status::run(admin),
+        Command::ConnectivityTest { api, options } => connectivity::run(api.kubeconfig, api.namespace, &options),
+        Command::Sysdump { api, options } => sysdump::run(api.kubeconfig, api.namespace, &options),
+        Command::Collect { config, item } => sysdump::collect::run(&config, item),
+        Command::Probe { attempt } => probe::run(&attempt),
         Command::Uninstall { api, timeout, secret, trust } => uninstall(api, timeout, &Made { secret, trust }),
     };
     match result {

@@ -174,7 +174,7 @@ fn policy(object: &Value) -> Policy {
 }
 
 /// Columns beside each other, two spaces apart.
-fn table(out: &mut String, rows: &[Vec<String>]) {
+pub fn table(out: &mut String, rows: &[Vec<String>]) {
     let columns = rows.iter().map(Vec::len).max().unwrap_or_default();
     let width = |c: usize| rows.iter().filter_map(|r| r.get(c)).map(|t| t.chars().count()).max().unwrap_or_default();
     let widths: Vec<usize> = (0..columns).map(width).collect();

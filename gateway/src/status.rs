@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 const LIMIT: u64 = 16 << 20;
 
 /// Gets a path of an admin port: the HTTP status code and the body.
-fn get(admin: SocketAddr, path: &str) -> Result<(u16, String)> {
+pub fn get(admin: SocketAddr, path: &str) -> Result<(u16, String)> {
     let mut stream = TcpStream::connect_timeout(&admin, Duration::from_secs(3)).with_context(|| {
         format!(
             "cannot reach the admin port at {admin}: is the component running, and `admin` set in its configuration?"

@@ -12,6 +12,7 @@
 mod attach;
 mod carry;
 mod desired;
+mod dump;
 mod entries;
 mod error;
 mod events;
@@ -33,6 +34,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use attach::{Attached, Place, remove_pins};
+pub use dump::dump;
 pub use error::Error;
 pub use events::{Counter, Events, PacketEvent, hook_name};
 pub use fixed::{Fixed, attach_fixed, detach_fixed, fixed_devices, is_attached};

@@ -10,6 +10,7 @@ pub mod lease;
 pub mod members;
 pub mod objects;
 mod pace;
+pub mod pods;
 pub mod pools;
 pub mod status;
 mod uninstall;

@@ -38,6 +38,15 @@ pub async fn list(connection: &Connection, path: &str, labels: &str) -> Result<V
     }
 }
 
+/// Makes an object in a collection.
+///
+/// # Errors
+/// The API server refused, or is away; 409 where it is there already.
+pub async fn create(connection: &Connection, collection: &str, object: &Value) -> Result<Value, Error> {
+    let request = Request::post(collection).header(http::header::CONTENT_TYPE, "application/json");
+    send(connection, request, object).await
+}
+
 /// Merges a patch into an object (RFC 7386).
 ///
 /// # Errors

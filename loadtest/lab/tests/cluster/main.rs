@@ -5,6 +5,7 @@ mod install;
 mod nodes;
 mod starts;
 mod story;
+mod tools;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -90,6 +91,7 @@ fn the_chart_as_people_install_it() {
     install::leaves_by_a_gateway(&lab);
     starts::first_instruction(&lab);
     story::told(&lab);
+    tools::connectivity(&lab);
     nodes::confined(&lab);
     nodes::evictions(&lab);
     nodes::uninstall(&lab, &nodes);

@@ -1,0 +1,251 @@
+//! What is gathered, in the order of what says most.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use futures_util::{StreamExt, stream};
+use serde_json::{Value, json};
+use tidegate_kubernetes::objects::{get, list};
+use tidegate_kubernetes::pods::{self, Container};
+use tidegate_kubernetes::{Connection, Error};
+
+use super::Options;
+use super::archive::Archive;
+use super::collect::Item;
+use super::redact;
+
+const GROUP: &str = "/apis/tidegate.dev/v1alpha1";
+const PROGRAM: &str = "/usr/local/bin/tidegate";
+/// Pods that are asked at a time.
+const AT_ONCE: usize = 8;
+/// How long one text of a pod may take.
+const TEXT: Duration = Duration::from_secs(15);
+/// Objects of a collection that are kept.
+const OBJECTS: usize = 5_000;
+
+/// Gathers everything. What cannot be had is noted in the archive.
+///
+/// # Errors
+/// The archive cannot be written.
+pub async fn gather(connection: &Connection, options: &Options, archive: &mut Archive) -> Result<()> {
+    let own = &connection.namespace;
+    let (core, apps) = (format!("/api/v1/namespaces/{own}"), format!("/apis/apps/v1/namespaces/{own}"));
+    one(connection, archive, "cluster/version.json", "/version").await?;
+    for (file, path) in [
+        ("objects/egresspools.json", format!("{GROUP}/egresspools")),
+        ("objects/clusteregresspolicies.json", format!("{GROUP}/clusteregresspolicies")),
+        ("objects/egresspolicies.json", format!("{GROUP}/egresspolicies")),
+        ("objects/namespaceegresses.json", format!("{GROUP}/namespaceegresses")),
+        ("install/deployments.json", format!("{apps}/deployments")),
+        ("install/daemonsets.json", format!("{apps}/daemonsets")),
+        ("install/services.json", format!("{core}/services")),
+        ("install/endpointslices.json", format!("/apis/discovery.k8s.io/v1/namespaces/{own}/endpointslices")),
+        ("install/leases.json", format!("/apis/coordination.k8s.io/v1/namespaces/{own}/leases")),
+        ("install/poddisruptionbudgets.json", format!("/apis/policy/v1/namespaces/{own}/poddisruptionbudgets")),
+        ("install/events.json", format!("{core}/events")),
+    ] {
+        many(connection, archive, file, &path, Some).await?;
+    }
+    // By name: whoever else keeps a ConfigMap there may keep in it what he likes.
+    for name in ["tidegate-gateway", "tidegate-agent", "tidegate-trust"] {
+        one(connection, archive, &format!("install/configmap-{name}.json"), &format!("{core}/configmaps/{name}"))
+            .await?;
+    }
+    many(connection, archive, "cluster/events.json", "/api/v1/events", told).await?;
+    many(connection, archive, "cluster/nodes.json", "/api/v1/nodes", |n| Some(node(&n))).await?;
+    many(connection, archive, "cluster/namespaces.json", "/api/v1/namespaces", namespace).await?;
+    let definitions = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
+    many(connection, archive, "cluster/definitions.json", definitions, definition).await?;
+    pods(connection, options, archive).await
+}
+
+fn text(value: &Value) -> String {
+    // A Value always serialises.
+    serde_json::to_string_pretty(value).unwrap_or_default()
+}
+
+async fn one(connection: &Connection, archive: &mut Archive, file: &str, path: &str) -> Result<()> {
+    match get(connection, path).await {
+        Ok(Some(object)) => archive.add(file, &text(&redact::object(object))),
+        Ok(None) => {
+            archive.missing(file, "it is not there");
+            Ok(())
+        }
+        Err(error) => {
+            archive.missing(file, &error.to_string());
+            Ok(())
+        }
+    }
+}
+
+/// A collection, of each object what `keep` leaves of it.
+async fn many(
+    connection: &Connection,
+    archive: &mut Archive,
+    file: &str,
+    path: &str,
+    keep: impl Fn(Value) -> Option<Value>,
+) -> Result<()> {
+    match list(connection, path, "").await {
+        Ok(found) => {
+            let all: Vec<Value> = found.into_iter().filter_map(&keep).map(redact::object).collect();
+            if all.len() > OBJECTS {
+                archive.missing(file, &format!("{} of {} objects", all.len() - OBJECTS, all.len()));
+            }
+            archive.add(file, &text(&json!(all[..all.len().min(OBJECTS)])))
+        }
+        Err(error) => {
+            archive.missing(file, &error.to_string());
+            Ok(())
+        }
+    }
+}
+
+/// Events of Tidegate and about its objects.
+fn told(event: Value) -> Option<Value> {
+    let has = |v: &Value| v.as_str().is_some_and(|s| s.contains("tidegate"));
+    let by = [&event["reportingComponent"], &event["source"]["component"], &event["involvedObject"]["apiVersion"]];
+    let ours = by.into_iter().any(has);
+    ours.then_some(event)
+}
+
+fn node(node: &Value) -> Value {
+    let (metadata, status) = (&node["metadata"], &node["status"]);
+    json!({
+        "name": metadata["name"], "uid": metadata["uid"], "labels": metadata["labels"], "podCIDRs": node["spec"]["podCIDRs"],
+        "taints": node["spec"]["taints"], "unschedulable": node["spec"]["unschedulable"], "addresses": status["addresses"],
+        "nodeInfo": status["nodeInfo"], "conditions": status["conditions"], "allocatable": status["allocatable"],
+    })
+}
+
+/// Namespaces that say something of egress; of the annotations those that do.
+fn namespace(namespace: Value) -> Option<Value> {
+    let metadata = &namespace["metadata"];
+    let ours: serde_json::Map<String, Value> = metadata["annotations"]
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter(|(key, _)| key.starts_with("tidegate.dev/"))
+        .map(|(key, value)| (key.clone(), value.clone()))
+        .collect();
+    Some(json!({
+        "name": metadata["name"], "labels": metadata["labels"], "annotations": ours,
+        "deletionTimestamp": metadata["deletionTimestamp"], "phase": namespace["status"]["phase"],
+    }))
+}
+
+fn definition(definition: Value) -> Option<Value> {
+    let metadata = &definition["metadata"];
+    (definition["spec"]["group"] == "tidegate.dev").then(|| {
+        json!({
+            "name": metadata["name"], "labels": metadata["labels"], "generation": metadata["generation"],
+            "versions": definition["status"]["storedVersions"], "conditions": definition["status"]["conditions"],
+        })
+    })
+}
+
+/// A text of a pod, or why there is none.
+type Text = (String, Result<(String, bool), String>);
+
+async fn pods(connection: &Connection, options: &Options, archive: &mut Archive) -> Result<()> {
+    let path = format!("/api/v1/namespaces/{}/pods", connection.namespace);
+    let found: Result<Vec<Value>, Error> = list(connection, &path, "app.kubernetes.io/name=tidegate").await;
+    let mut all = match found {
+        Ok(found) => found,
+        Err(error) => {
+            archive.missing("pods", &error.to_string());
+            return Ok(());
+        }
+    };
+    archive.add("install/pods.json", &text(&json!(all.iter().cloned().map(redact::object).collect::<Vec<_>>())))?;
+    // Gateways know most; among the rest those that are not ready.
+    all.sort_by_key(|p| (component(p) != "gateway", is_ready(p)));
+    let most = usize::from(options.pods);
+    if all.len() > most {
+        archive.missing("pods", &format!("{} of {} pods were not asked (--pods)", all.len() - most, all.len()));
+        all.truncate(most);
+    }
+    let each = options.each as usize * 1024;
+    let mut told = stream::iter(&all).map(|pod| of_pod(connection, pod, each)).buffer_unordered(AT_ONCE);
+    while let Some(texts) = told.next().await {
+        for (file, text) in texts {
+            match text {
+                Ok((text, cut)) => {
+                    if cut {
+                        archive.missing(&file, "its end was cut off (--each)");
+                    }
+                    archive.add(&file, &text)?;
+                }
+                Err(why) => archive.missing(&file, &why),
+            }
+        }
+    }
+    Ok(())
+}
+
+fn component(pod: &Value) -> &str {
+    pod["metadata"]["labels"]["app.kubernetes.io/component"].as_str().unwrap_or_default()
+}
+
+fn is_ready(pod: &Value) -> bool {
+    let all = pod["status"]["conditions"].as_array();
+    all.is_some_and(|all| all.iter().any(|c| c["type"] == "Ready" && c["status"] == "True"))
+}
+
+async fn of_pod(connection: &Connection, pod: &Value, each: usize) -> Vec<Text> {
+    let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+    let containers = pod["spec"]["containers"].as_array().into_iter().flatten();
+    let first = pod["spec"]["initContainers"].as_array().into_iter().flatten();
+    let mut texts = Vec::new();
+    for container in first.chain(containers) {
+        let container = container["name"].as_str().unwrap_or_default();
+        let at = Container { namespace: &connection.namespace, pod: name, name: container };
+        let log = pods::log(connection, at, false, each, TEXT).await;
+        texts.push((format!("pods/{name}/{container}.log"), log.map(|t| (t, false)).map_err(|e| e.to_string())));
+        if has_restarted(pod, container) {
+            let log = pods::log(connection, at, true, each, TEXT).await;
+            let log = log.map(|t| (t, false)).map_err(|e| e.to_string());
+            texts.push((format!("pods/{name}/{container}.previous.log"), log));
+        }
+    }
+    let component = component(pod);
+    if !["gateway", "agent"].contains(&component) {
+        return texts;
+    }
+    let config = format!("/etc/tidegate/{component}.yaml");
+    let at = Container { namespace: &connection.namespace, pod: name, name: component };
+    for item in Item::ALL {
+        let (word, file) = item.name();
+        let command = [PROGRAM, "collect", "--config", &config, word];
+        let text = match pods::exec(connection, at, &command, each, TEXT).await {
+            Ok(ran) if ran.code == Some(0) || ran.cut => {
+                Ok((String::from_utf8_lossy(&ran.output).into_owned(), ran.cut))
+            }
+            Ok(ran) => Err(ran.said),
+            Err(error) => Err(error.to_string()),
+        };
+        texts.push((format!("pods/{name}/{file}"), text));
+    }
+    texts
+}
+
+fn has_restarted(pod: &Value, container: &str) -> bool {
+    let all = ["containerStatuses", "initContainerStatuses"];
+    let mut all = all.iter().filter_map(|k| pod["status"][*k].as_array()).flatten();
+    all.any(|c| c["name"] == container && c["restartCount"].as_u64().unwrap_or_default() > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_peoples_annotations_and_events_stay_out() {
+        let annotations = json!({"tidegate.dev/allow": "a.example.com", "vault/token": "s.1234"});
+        let seen = namespace(json!({"metadata": {"name": "shop", "annotations": annotations}})).unwrap();
+        assert_eq!(seen["annotations"], json!({"tidegate.dev/allow": "a.example.com"}));
+        assert!(told(json!({"reportingComponent": "kubelet", "message": "x"})).is_none());
+        assert!(told(json!({"reportingComponent": "tidegate.dev/gateway"})).is_some());
+        assert!(told(json!({"involvedObject": {"apiVersion": "tidegate.dev/v1alpha1"}})).is_some());
+    }
+}

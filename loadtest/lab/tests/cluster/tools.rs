@@ -1,0 +1,119 @@
+//! The commands that people run at their workstation, as they do: with a kubeconfig and nothing else.
+
+use std::collections::BTreeSet;
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tidegate_lab::Lab;
+use tidegate_lab::lab::wait_for;
+
+use crate::install::SYSTEM;
+
+/// How long a namespace of the test may take to be there.
+const BEGUN: Duration = Duration::from_secs(60);
+/// How long agents may take to be as their DaemonSet says.
+const ROLLED: &str = "--timeout=90s";
+const OUTSIDE: &[&str] = &["--allow", "api.example.com", "--deny", "other.example.org", "-o", "json"];
+const TEST: &str = "tidegate-connectivity-test";
+
+fn command(lab: &Lab, name: &str, more: &[&str]) -> Command {
+    let mut command = Command::new(lab.tidegate());
+    command.arg(name).args(more).env("KUBECONFIG", lab.host_kubeconfig());
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+fn test(lab: &Lab, more: &[&str]) -> Output {
+    command(lab, "connectivity-test", &[OUTSIDE, more].concat()).output().unwrap()
+}
+
+/// Exit code, what it found, and what it said.
+fn said(out: &Output) -> (Option<i32>, Value, String) {
+    let found = serde_json::from_slice(&out.stdout).unwrap_or_default();
+    (out.status.code(), found, String::from_utf8_lossy(&out.stderr).into_owned())
+}
+
+fn namespaces(lab: &Lab) -> Vec<String> {
+    let all = lab.host_kubectl(&["get", "namespaces", "-o", "name"], "").unwrap();
+    all.lines().filter(|n| n.contains(TEST)).map(str::to_owned).collect()
+}
+
+/// The checks that ended so, as `CHECK NODE`.
+fn ended(found: &Value, outcome: &str) -> BTreeSet<String> {
+    let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+    let all = found["checks"].as_array().unwrap_or_else(|| panic!("{found}"));
+    let these = all.iter().filter(|r| r["outcome"] == outcome);
+    these.map(|r| format!("{} {} {}", text(&r["check"]), text(&r["family"]), text(&r["node"]))).collect()
+}
+
+/// A run that is ended by a signal once its namespaces are there.
+fn ended_by(lab: &Lab, signal: Signal) -> Output {
+    let child = command(lab, "connectivity-test", &[OUTSIDE, &["--nodes", "1"]].concat()).spawn().unwrap();
+    assert!(wait_for(BEGUN, || (namespaces(lab).len() == 2).then_some(())).is_some(), "it does not begin");
+    kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), signal).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+/// Has agents everywhere, or everywhere but on a node.
+fn agents_but(lab: &Lab, node: Option<&str>) {
+    let wanted = node.map(|node| {
+        let field = serde_json::json!({"key": "metadata.name", "operator": "NotIn", "values": [node]});
+        let terms = serde_json::json!({"nodeSelectorTerms": [{"matchFields": [field]}]});
+        serde_json::json!({"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}})
+    });
+    let patch = serde_json::json!({"spec": {"template": {"spec": {"affinity": wanted}}}}).to_string();
+    let agents = "daemonset/tidegate-agent";
+    lab.host_kubectl(&["patch", "-n", SYSTEM, agents, "--type=merge", "-p", &patch], "").unwrap();
+    lab.host_kubectl(&["rollout", "status", "-n", SYSTEM, agents, ROLLED], "").unwrap();
+}
+
+/// The test of a cluster that is in use: it finds what is kept and what is broken, and leaves nothing behind.
+pub fn connectivity(lab: &Lab) {
+    // Nothing is installed there.
+    let (code, _, text) = said(&test(lab, &["--namespace", "default"]));
+    assert!(code == Some(2) && text.contains("there is no Tidegate"), "{code:?} {text}");
+
+    let (code, found, text) = said(&ended_by(lab, Signal::SIGINT));
+    assert_eq!((code, namespaces(lab)), (Some(2), vec![]), "{text}");
+    assert!(found["error"] == "interrupted" && found["kept"] == false, "{found}");
+
+    ended_by(lab, Signal::SIGKILL);
+    assert_eq!(namespaces(lab).len(), 2, "nobody could take them away");
+    let good = ["--pool", "partner-a", "--egress-url", "https://api.example.com/"];
+    let (code, found, text) = said(&test(lab, &good));
+    assert!(code == Some(0) && found["kept"] == true, "{code:?} {text} {found}");
+    assert!(text.contains(&format!("removed the namespace {TEST},")), "{text}");
+    assert_eq!(namespaces(lab), [""; 0]);
+    assert_eq!((ended(&found, "broken"), ended(&found, "skipped")), (BTreeSet::new(), BTreeSet::new()));
+    let kept = ended(&found, "kept");
+    let nodes = &lab.scenario().nodes;
+    for (family, address) in [("V4", "203.0.113.10 "), ("V6", "2001:db8::10 ")] {
+        for node in nodes {
+            for check in
+                ["untouched pod", "allowed name", "denied name", "unresolved address", "wrong SNI", "wrong port"]
+            {
+                assert!(kept.contains(&format!("{check} {family} {}", node.name)), "{check} {family}: {kept:?}");
+            }
+        }
+        let from =
+            found["checks"].as_array().unwrap().iter().find(|r| r["check"] == "egress IP" && r["family"] == family);
+        assert!(from.is_some_and(|r| r["detail"].as_str().unwrap().starts_with(address)), "{family}: {from:?}");
+    }
+    assert!(kept.contains("in-cluster name V4 node-1"), "{kept:?}");
+
+    // An installation that is broken on one node.
+    agents_but(lab, Some("node-2"));
+    let (code, found, text) = said(&test(lab, &["--node", "node-1", "--node", "node-2"]));
+    let broken = ended(&found, "broken");
+    println!("without an agent on node-2: {broken:?}");
+    assert!(code == Some(1) && found["kept"] == false, "{code:?} {text} {found}");
+    assert!(broken.contains("agent  node-2") && broken.contains("allowed name V4 node-2"), "{broken:?}");
+    // The policy waits for it, too.
+    let there = |check: &String| check.ends_with("node-2") || check == "policy programmed  ";
+    assert!(broken.iter().all(there), "{broken:?}");
+    assert_eq!(namespaces(lab), [""; 0]);
+    agents_but(lab, None);
+}
