@@ -1,4 +1,5 @@
-//! Events of `events.k8s.io`: what was denied to a pod, once in a while, and when the audit of a namespace ends.
+//! Events of `events.k8s.io`: what was denied to a pod, once in a while, when the audit of a namespace ends, and that egress
+//! addresses have moved.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -19,6 +20,10 @@ use crate::status::NAME;
 
 /// The reason of denials.
 pub const DENIED: &str = "EgressDenied";
+/// The reason of egress addresses that have moved to another gateway.
+pub const MOVED: &str = "EgressMoved";
+/// Where Events about objects without a namespace are.
+pub const CLUSTER: &str = "default";
 /// The same is said again after so long.
 const ONCE: Duration = Duration::from_secs(600);
 /// The end of an audit is told around it, in little more than an hour: not again in that time, so that others have their turn.
@@ -66,13 +71,22 @@ pub enum About {
         /// When the audit ends, in Unix seconds.
         until: i64,
     },
+    /// Addresses of a pool have another gateway.
+    Moved {
+        /// The pool.
+        pool: String,
+        /// The pair, in letters, digits, `-` and `.` alone.
+        pair: String,
+        /// The epoch since when.
+        epoch: u64,
+    },
 }
 
 impl About {
     /// The same is not said again for so long.
     fn once(&self) -> Duration {
         match self {
-            About::Denied { .. } => ONCE,
+            About::Denied { .. } | About::Moved { .. } => ONCE,
             About::Audit { .. } => AUDITED,
         }
     }
@@ -168,6 +182,10 @@ async fn one(connection: &Connection, n: &News, leading: &Leads) -> Result<(), E
             let api: Api<DynamicObject> = Api::namespaced_with(connection.client.clone(), &n.namespace, &kind);
             within(api.get_metadata_opt(NAME)).await?.map(|p| p.metadata)
         }
+        About::Moved { pool, .. } => {
+            let api: Api<DynamicObject> = Api::all_with(connection.client.clone(), &crate::pools::resource());
+            within(api.get_metadata_opt(pool)).await?.map(|p| p.metadata)
+        }
     };
     let Some(uid) = found.and_then(|m| m.uid) else { return Ok(()) };
     let events: Api<Event> = Api::namespaced(connection.client.clone(), &n.namespace);
@@ -187,7 +205,12 @@ fn event(n: &News, uid: String, reporter: &str, now: Timestamp) -> Event {
             let own = format!("{NAME}.{}.{until}", reason.to_lowercase());
             ("NamespaceEgress", "tidegate.dev/v1alpha1", NAME, "EndAudit", *reason, "Normal", Some(own))
         }
+        About::Moved { pool, pair, epoch } => {
+            let own = format!("{}.{pair}.{}.{epoch}", cut(pool, MAX_PREFIX), MOVED.to_lowercase());
+            ("EgressPool", "tidegate.dev/v1alpha1", pool.as_str(), "Move", MOVED, "Normal", Some(own))
+        }
     };
+    let within = !matches!(n.about, About::Moved { .. });
     let prefix = format!("{}.egress-", cut(name, MAX_PREFIX).trim_end_matches(['.', '-']));
     Event {
         metadata: ObjectMeta {
@@ -207,7 +230,7 @@ fn event(n: &News, uid: String, reporter: &str, now: Timestamp) -> Event {
             api_version: some(version),
             kind: some(kind),
             name: some(name),
-            namespace: Some(n.namespace.clone()),
+            namespace: within.then(|| n.namespace.clone()),
             uid: Some(uid),
             ..ObjectReference::default()
         }),

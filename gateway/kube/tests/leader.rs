@@ -357,6 +357,18 @@ fn objects_come_and_go_and_pods_hear_of_denials() {
     let ends = || test.kubectl(&["events", "-n", "shop", "--for", "namespaceegress/tidegate"], "");
     soon("the audit's end", || ends().matches("AuditEnding").count() == 2);
 
+    // So is a move of egress addresses, of a pool, which is in no namespace.
+    let pool = json!({"apiVersion": "tidegate.dev/v1alpha1", "kind": "EgressPool", "metadata": {"name": "p"},
+        "spec": {"allowedNamespaces": {}, "addressSource": "Static", "static": {"addresses": [{"ipv6": "2001:db8::10"}]}}});
+    test.kubectl(&["apply", "-f", "-"], &pool.to_string());
+    for (epoch, pool) in [(2, "p"), (2, "p"), (3, "p"), (3, "gone")] {
+        let about = events::About::Moved { pool: pool.into(), pair: "2001xdb8xx10".into(), epoch };
+        let news = events::News { namespace: events::CLUSTER.into(), about, note: "It moved.".into() };
+        gateway.denials.blocking_send(news).unwrap();
+    }
+    let moved = || test.kubectl(&["describe", "egresspool", "p"], "");
+    soon("the moves", || moved().matches("EgressMoved").count() == 2);
+
     // A policy that is deleted and made anew is another one.
     test.kubectl(&["delete", "egresspolicy", "-n", "shop", "a"], "");
     let again = test.create_policies(&["a".into()]);

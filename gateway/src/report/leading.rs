@@ -10,6 +10,7 @@ use tidegate_policy::model::UnixSeconds;
 use tokio::sync::{mpsc, watch};
 
 use super::{Reported, Reports, Survey};
+use crate::core::PairStatus;
 use crate::kube::Kube;
 
 /// The Lease of the leader, in the gateways' namespace.
@@ -103,6 +104,11 @@ impl Outlet {
         self.told = told.unwrap_or_else(|| std::mem::take(&mut self.told));
     }
 
+    /// Tells that egress addresses have moved. May be repeated: each is said once, by whoever leads.
+    pub fn moved(&self, moved: &Moved) {
+        let _ = self.events.try_send(news(moved));
+    }
+
     /// Tells the pod's people of a denial, if there is room.
     pub fn tell(&self, denied: &Denied, allow_with: Option<&str>) {
         // Where nobody follows, records and statuses still say it.
@@ -115,6 +121,37 @@ impl Outlet {
 /// An audit that ends is told of so long before, and so long after, in seconds.
 const BEFORE: i64 = 3600;
 const AFTER: i64 = 600;
+
+/// A pair that has another owner.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Moved {
+    /// What it is now.
+    pub now: PairStatus,
+    /// Who owned it before.
+    pub from: String,
+}
+
+/// The pairs that have another owner now than they had, of those that had one.
+pub fn moves(before: &[PairStatus], now: &[PairStatus]) -> Vec<Moved> {
+    let of = |pair: &PairStatus| before.iter().find(|b| b.pair == pair.pair && !b.owner.is_empty());
+    let other = |p: &PairStatus| of(p).filter(|b| b.owner != p.owner && b.epoch < p.epoch).map(|b| b.owner.clone());
+    now.iter().filter_map(|p| Some(Moved { now: p.clone(), from: other(p)? })).collect()
+}
+
+/// The event of it.
+fn news(Moved { now, from }: &Moved) -> events::News {
+    let (pool, addresses) = now.pair.split_once(' ').unwrap_or((&now.pair, ""));
+    let note = format!(
+        "{} moved from the gateway {from} to {}, epoch {}: new connections leave by that one, those by the other one end.",
+        addresses.replace(' ', ", "),
+        now.owner,
+        now.epoch
+    );
+    // An address in the names of objects.
+    let pair = addresses.split(' ').next().unwrap_or_default().replace(':', "x");
+    let about = events::About::Moved { pool: pool.to_owned(), pair, epoch: now.epoch };
+    events::News { namespace: events::CLUSTER.to_owned(), about, note }
+}
 
 /// The event of an audit that ends soon, or has ended.
 fn ending(namespace: &str, until: UnixSeconds, now: UnixSeconds) -> Option<events::News> {
@@ -220,6 +257,27 @@ mod tests {
         assert_eq!(e.note, "The DNS query for a.example was denied: sni-mismatch. A rule denies it");
         let about = events::About::Denied { pod: "web".into(), what: "a.example".into(), code: "sni-mismatch".into() };
         assert_eq!(e.about, about);
+    }
+
+    #[test]
+    fn a_move_is_told_of_pairs_that_had_an_owner() {
+        let pair =
+            |pair: &str, owner: &str, epoch| PairStatus { pair: pair.into(), owner: owner.into(), epoch, held: false };
+        let before =
+            [pair("a 192.0.2.1 2001:db8::1", "x", 1), pair("b 2001:db8::2", "x", 4), pair("c 192.0.2.3", "", 0)];
+        // Anew in the hands of who had it, or what an older word says: no move.
+        let now = [pair("a 192.0.2.1 2001:db8::1", "y", 2), pair("b 2001:db8::2", "x", 5), pair("c 192.0.2.3", "y", 1)];
+        let told = moves(&before, &now);
+        assert_eq!(told, [Moved { now: now[0].clone(), from: "x".into() }]);
+        assert_eq!(moves(&now, &before), []);
+        let said = news(&told[0]);
+        assert!(
+            said.note.starts_with("192.0.2.1, 2001:db8::1 moved from the gateway x to y, epoch 2: "),
+            "{}",
+            said.note
+        );
+        let about = events::About::Moved { pool: "a".into(), pair: "192.0.2.1".into(), epoch: 2 };
+        assert_eq!((said.namespace.as_str(), said.about), ("default", about));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The thread that keeps reports: hears of denials, looks at policy and nodes, and hands on what should be said.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +15,7 @@ use tidegate_policy::{Name, ScopeKey};
 use tidegate_proto::MAX_DENIED;
 
 use super::fair::Fair;
-use super::leading::Outlet;
+use super::leading::{self, Moved, Outlet};
 use super::{Beside, Reporter, Reports, Snapshot, Table};
 use crate::core::{NodeStatus, PairStatus, Shared, Status, ToCore};
 use crate::source::now;
@@ -27,6 +27,11 @@ const QUEUE: usize = 4096;
 const EVERY: Duration = Duration::from_secs(1);
 /// Audits that end are told of so often; each is an event once.
 const AUDITS: Duration = Duration::from_secs(30);
+/// Moves of egress addresses are told again for so long, so often: who led may be who was lost, and the next leader needs its time.
+const MOVED: Duration = Duration::from_secs(60);
+const MOVED_AGAIN: Duration = Duration::from_secs(5);
+/// The most of them that are remembered.
+const MOVES: usize = 128;
 /// The most denials of a round that may become events.
 const EVENTS: usize = 64;
 /// The thread takes at most one part in so many of a processor for reports.
@@ -115,6 +120,9 @@ struct Run {
     reporter: Reporter,
     /// When audits that end were told of last.
     audits: Option<Instant>,
+    /// What has moved lately, and when, and when it was told last.
+    moved: VecDeque<(Instant, Moved)>,
+    told: Option<Instant>,
     seen: Seen,
     last: Option<Arc<Snapshot>>,
 }
@@ -150,6 +158,8 @@ impl Run {
             news: Fair::default(),
             reporter: Reporter::default(),
             audits: None,
+            moved: VecDeque::new(),
+            told: None,
             seen: Seen::default(),
             last: None,
         }
@@ -201,6 +211,22 @@ impl Run {
         self.thread.bindings.names_of(scope, ip).into_iter().map(|(name, _)| name).collect()
     }
 
+    /// Tells of egress addresses that have moved.
+    fn tell_moves(&mut self, pairs: &[PairStatus]) {
+        let Some(outlet) = &self.thread.outlet else { return };
+        let now = Instant::now();
+        let new = leading::moves(&self.seen.1, pairs);
+        let due = !new.is_empty() || self.told.is_none_or(|at| now.duration_since(at) >= MOVED_AGAIN);
+        self.moved.extend(new.into_iter().map(|m| (now, m)));
+        let many = self.moved.len().saturating_sub(MOVES);
+        self.moved.drain(..many);
+        self.moved.retain(|(at, _)| now.duration_since(*at) < MOVED);
+        if due {
+            self.told = Some(now);
+            self.moved.iter().for_each(|(_, m)| outlet.moved(m));
+        }
+    }
+
     fn report(&mut self) {
         let Some(snapshot) = self.thread.snapshot.load_full() else { return };
         let status: Arc<Status> = self.thread.shared.status.load_full();
@@ -216,6 +242,7 @@ impl Run {
             self.audits = Some(Instant::now());
             outlet.audits(&snapshot.survey, now());
         }
+        self.tell_moves(&seen.1);
         // The most frequent case costs what is new.
         let all = !same || self.seen != seen;
         if !all && denied.is_empty() {
