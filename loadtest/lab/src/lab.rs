@@ -553,7 +553,8 @@ impl Lab {
         self.layout.ca().join("internet.crt")
     }
 
-    /// A place by name: `fabric`, `router`, `internet`, `control` with an API server, a node, a gateway, or a pod.
+    /// A place by name: `fabric`, `router`, `internet`, `control` with an API server, a node, a gateway, or a pod; of a pod that a
+    /// kubelet runs, its network as long as its first container lives.
     ///
     /// # Errors
     /// When there is none of this name.
@@ -563,6 +564,9 @@ impl Lab {
         let bare = control || matches!(name, "fabric" | "router" | "internet") || scenario.node(name).is_ok();
         if bare {
             return Ok(Place { lab: self, name: name.into(), netns: self.state.netns(name), resolv: None });
+        }
+        if self.has_kubelets() {
+            return self.kubelets_place(name);
         }
         let pod = scenario.pod(name)?;
         Ok(Place {

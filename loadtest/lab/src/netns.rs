@@ -102,6 +102,13 @@ fn batch(tool: &str, netns: &str, lines: &[String]) -> Result<()> {
         .with_context(|| format!("in namespace {netns}, of\n{text}"))
 }
 
+/// The hardware address of a device.
+pub fn hardware_address(netns: &str, device: &str) -> Result<String> {
+    let text = output(Command::new("ip").args(["-n", netns, "-o", "link", "show", "dev", device]), None)?;
+    let mut words = text.split_whitespace().skip_while(|w| *w != "link/ether");
+    words.nth(1).map(str::to_owned).with_context(|| format!("{device} has no hardware address: {text}"))
+}
+
 /// Loads an nft ruleset.
 pub fn nft(netns: &str, rules: &str) -> Result<()> {
     within(netns, || checked(Command::new("nft").args(["-f", "-"]), Some(rules)))?

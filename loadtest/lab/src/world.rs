@@ -191,6 +191,26 @@ fn elsewhere(scenario: &Scenario, node: &Node) -> Vec<String> {
     nodes.chain(["router".to_owned()]).chain(control).collect()
 }
 
+/// Makes a node's place anew, with the network card that it had: what its kernel knew is gone. For nodes whose pods are not the lab's.
+pub fn renew(state: &mut State, name: &str) -> Result<()> {
+    let scenario = state.scenario.clone();
+    let (netns, on) = (state.netns(name), state.netns("fabric"));
+    let card = netns::hardware_address(&netns, "eth0")?;
+    let port = format!("port{}", number(&scenario, scenario.node(name)?) - 1);
+    netns::ip_batch(&on, &[format!("link del {port}")])?;
+    netns::delete(&netns)?;
+    state.namespaces.retain(|n| n.netns != netns);
+    let netns = state.make_namespace(name)?;
+    let place = node(&scenario, scenario.node(name)?, &|place| state.netns(place))?;
+    netns::sysctls(&netns, &place.before)?;
+    let mut cable = Place::default();
+    cable.plug(&port, &netns, scenario.mtu);
+    netns::ip_batch(&on, &cable.links)?;
+    netns::ip_batch(&netns, &[format!("link set eth0 address {card}")])?;
+    netns::ip_batch(&netns, &place.links)?;
+    place.settle(&netns)
+}
+
 impl Place {
     fn new(scenario: &Scenario, name: &str, forwards: bool) -> Self {
         let mut place = Self { name: name.into(), families: scenario.families.clone(), ..Self::default() };
@@ -239,6 +259,12 @@ impl Place {
     /// A veth pair: this end and the one called `eth0` elsewhere.
     fn pair(&mut self, here: &str, there: &str, mtu: u32) {
         self.link(format!("link add {here} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {there}"));
+    }
+
+    /// A port of the segment, and the network card at its other end.
+    fn plug(&mut self, port: &str, there: &str, mtu: u32) {
+        self.pair(port, there, mtu);
+        self.link(format!("link set {port} master br0 up"));
     }
 
     /// Routes to the pods of all nodes but one.
@@ -342,8 +368,7 @@ fn fabric(scenario: &Scenario, netns: &impl Fn(&str) -> String) -> Place {
     let control = scenario.kubernetes.as_ref().map(|_| kube::PLACE);
     let ports = scenario.nodes.iter().map(|n| n.name.as_str()).chain(["router"]).chain(control);
     for (i, name) in ports.enumerate() {
-        place.pair(&format!("port{i}"), &netns(name), scenario.mtu);
-        place.link(format!("link set port{i} master br0 up"));
+        place.plug(&format!("port{i}"), &netns(name), scenario.mtu);
     }
     if scenario.hosts.cni == Cni::AwsVpc {
         // Not the end of a cable, which would look as if a container were behind it.

@@ -48,11 +48,11 @@ fn servers(lab: &Lab) -> Vec<Servers> {
         .map(|family| Servers {
             family,
             tcp: ("tcp.example.com", named(family, 12, 7000)),
-            udp: ("udp.example.com", named(family, 13, 7001)),
+            udp: Some(("udp.example.com", named(family, 13, 7001))),
             https: "api.example.com",
             denied: named(family, 14, 0).ip(),
             source: egress(family),
-            own: (SocketAddr::new(own(family), 7000), SocketAddr::new(own(family), 7001)),
+            own: Some((SocketAddr::new(own(family), 7000), SocketAddr::new(own(family), 7001))),
         })
         .to_vec()
 }

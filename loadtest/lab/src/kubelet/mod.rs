@@ -6,6 +6,7 @@
 
 pub mod boot;
 mod cgroups;
+mod faults;
 mod files;
 pub mod pods;
 pub mod relay;
@@ -100,6 +101,11 @@ pub fn disk(lab: &str) -> PathBuf {
     Path::new(DISKS).join(lab)
 }
 
+/// Where the archives of images are that every node has.
+fn images(lab: &str) -> PathBuf {
+    disk(lab).join("images")
+}
+
 impl Lab {
     fn kubelets(&self) -> Option<&Kubelets> {
         self.scenario().kubernetes.as_ref()?.kubelets.as_ref()
@@ -179,7 +185,7 @@ impl Lab {
 
     /// Makes the images that every node has.
     fn write_images(&self) -> Result<PathBuf> {
-        let images = disk(self.name()).join("images");
+        let images = images(self.name());
         fs::create_dir_all(&images)?;
         let root = disk(self.name()).join("image");
         let programs = CLIENT_PROGRAMS.iter().filter(|p| Path::new(p).is_file()).map(|p| (*p).to_owned());

@@ -1,12 +1,15 @@
 //! Pods that kubelets run: made with kubectl, and commands in them.
 
-use anyhow::Result;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use tidegate_kube::Tool;
 
-use super::CLIENT_IMAGE;
+use super::{CLIENT_IMAGE, cgroups};
 use crate::lab::Lab;
-use crate::place::Output;
+use crate::place::{Output, Place};
 use crate::probe::Client;
 
 /// The exit status of what could not even be run.
@@ -47,6 +50,53 @@ impl Lab {
     /// A pod by `NAMESPACE/NAME`, in a cluster with kubelets.
     pub fn cluster_pod<'a>(&'a self, key: &'a str) -> Pod<'a> {
         Pod { lab: self, key }
+    }
+
+    /// An object, as the API server has it.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub fn object(&self, get: &[&str]) -> Result<Value> {
+        let text = self.host_kubectl(&[&["get", "-o", "json"], get].concat(), "")?;
+        Ok(serde_json::from_str(&text)?)
+    }
+
+    /// The processes of a pod's containers as this machine sees them, each with its arguments: the pod's first one, which
+    /// holds its network, and those of its containers.
+    ///
+    /// # Errors
+    /// When there is no such pod.
+    pub fn pod_processes(&self, key: &str) -> Result<Vec<(i32, Vec<String>)>> {
+        let (namespace, name) = key.split_once('/').unwrap_or(("default", key));
+        let pod = self.object(&["pod", "--namespace", namespace, name])?;
+        let group = format!("/pod{}/", pod["metadata"]["uid"].as_str().context("a pod without UID")?);
+        let own = format!("{}/", cgroups::parent(self.name()));
+        let mut found = Vec::new();
+        for process in fs::read_dir("/proc")?.flatten().map(|e| e.path()) {
+            let Some(pid) = process.file_name().and_then(|n| n.to_str()?.parse().ok()) else { continue };
+            // Who ends meanwhile is none of it any more.
+            let groups = fs::read_to_string(process.join("cgroup")).unwrap_or_default();
+            if groups.lines().any(|l| l.contains(&own) && l.contains(&group)) {
+                let line = fs::read(process.join("cmdline")).unwrap_or_default();
+                let line = String::from_utf8_lossy(&line);
+                found.push((pid, line.split_terminator('\0').map(str::to_owned).collect()));
+            }
+        }
+        Ok(found)
+    }
+
+    /// The network of a pod, and its own resolv.conf.
+    pub(crate) fn kubelets_place(&self, key: &str) -> Result<Place<'_>> {
+        let mut all: Vec<i32> = self.pod_processes(key)?.into_iter().map(|(pid, _)| pid).collect();
+        all.sort_unstable();
+        // Mounts of other processes cannot be mounted here, so it is read; the process that holds the network may have none.
+        let of = |pid: &i32| Path::new("/proc").join(pid.to_string());
+        let found = all.iter().find_map(|p| Some((of(p), fs::read(of(p).join("root/etc/resolv.conf")).ok()?)));
+        let (process, text) = found.with_context(|| format!("{key} has no process with a resolv.conf"))?;
+        let resolv = self.layout().folder.join("config").join(format!("resolv.{}.conf", key.replace('/', ".")));
+        fs::write(&resolv, text)?;
+        let netns: PathBuf = process.join("ns/net");
+        Ok(Place { lab: self, name: key.to_owned(), netns: netns.display().to_string(), resolv: Some(resolv) })
     }
 
     /// Makes pods with the client's image and the label `app: web`, (`NAMESPACE/NAME`, node) each, and waits until they are ready.

@@ -2,8 +2,8 @@
 //! ownership, and who announces an egress address on the wire.
 #![allow(dead_code, reason = "no file uses all of it")]
 
-use std::io::{BufRead, BufReader, ErrorKind, Read};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::io::{ErrorKind, Read};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -13,8 +13,10 @@ use nix::sys::signal::Signal;
 use socket2::{Domain, Protocol, Socket, Type};
 use tidegate_lab::family::{FAMILIES, Family};
 use tidegate_lab::lab::wait_for;
-use tidegate_lab::netns::{ip_batch, within};
+use tidegate_lab::netns::ip_batch;
 use tidegate_lab::probe::{curl, dig};
+use tidegate_lab::steady::gaps::{Asked, Recorder};
+pub use tidegate_lab::steady::gaps::{Threads, Traffic, connect};
 use tidegate_lab::{Lab, Options, Scenario};
 
 /// Pods of the namespace whose egress pair is looked at, on the nodes without a gateway.
@@ -28,8 +30,6 @@ pub const ADDRESSES: Duration = Duration::from_secs(3);
 pub const CALM: (Duration, Duration) = (Duration::from_millis(700), Duration::from_secs(1));
 /// A pod that is nobody's business: what its traffic notices is the machine's doing.
 const CONTROL: &str = "untouched/app";
-/// So long a gap its traffic may have on a machine that keeps up.
-const STEADY: Duration = Duration::from_millis(200);
 /// The shop's pool.
 pub const POOL: &str = "/apis/tidegate.dev/v1alpha1/egresspools/partner-a";
 /// A gateway must be ready so soon after its start.
@@ -104,185 +104,16 @@ pub fn learn(lab: &Lab, names: &[&str]) {
     }
 }
 
-/// When something worked, by what was tried.
-#[derive(Default)]
-pub struct Log(Mutex<Vec<(Instant, Result<IpAddr, String>)>>);
-
-impl Log {
-    fn note(&self, result: Result<IpAddr, String>) {
-        self.0.lock().unwrap().push((Instant::now(), result));
-    }
-
-    /// The longest time without a success after `since`.
-    pub fn longest(&self, since: Instant) -> Duration {
-        let log = self.0.lock().unwrap();
-        let good: Vec<Instant> = std::iter::once(since)
-            .chain(log.iter().filter(|(at, r)| *at > since && r.is_ok()).map(|(at, _)| *at))
-            .collect();
-        good.windows(2).map(|w| w[1].duration_since(w[0])).max().unwrap_or(Duration::MAX)
-    }
-
-    /// How many tries failed after `since`, of how many.
-    pub fn failures(&self, since: Instant) -> (usize, usize) {
-        let log = self.0.lock().unwrap();
-        let late: Vec<bool> = log.iter().filter(|(at, _)| *at > since).map(|(_, r)| r.is_err()).collect();
-        (late.iter().filter(|failed| **failed).count(), late.len())
-    }
-
-    /// Whom servers saw after `since`, each once.
-    pub fn sources(&self, since: Option<Instant>) -> Vec<IpAddr> {
-        let log = self.0.lock().unwrap();
-        let late = log.iter().filter(|(at, _)| since.is_none_or(|s| *at > s));
-        let mut all: Vec<IpAddr> = late.filter_map(|(_, r)| r.clone().ok()).collect();
-        all.sort_unstable();
-        all.dedup();
-        all
-    }
-}
-
-/// A query for api.example.com.
-fn query(id: u16, family: Family) -> Vec<u8> {
-    let mut q = id.to_be_bytes().to_vec();
-    q.extend_from_slice(&[1, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
-    for label in ["api", "example", "com"] {
-        q.push(label.len() as u8);
-        q.extend_from_slice(label.as_bytes());
-    }
-    q.extend_from_slice(&[0, 0, family.pick(1, 28), 0, 1]);
-    q
-}
-
-/// Asks every 50 ms, each time from a socket of its own and with no second try.
-fn ask(family: Family, log: &Log, end: &AtomicBool) {
-    let mut open: Vec<(Instant, UdpSocket)> = Vec::new();
-    let any: SocketAddr = family.pick((Ipv4Addr::UNSPECIFIED, 0).into(), (Ipv6Addr::UNSPECIFIED, 0).into());
-    let mut id = 0u16;
-    while !end.load(Ordering::Relaxed) {
-        let socket = UdpSocket::bind(any).unwrap();
-        socket.connect(dns(family)).unwrap();
-        socket.set_nonblocking(true).unwrap();
-        id += 1;
-        let _ = socket.send(&query(id, family));
-        open.push((Instant::now(), socket));
-        let next = Instant::now() + Duration::from_millis(50);
-        while Instant::now() < next {
-            open.retain(|(at, s)| {
-                let mut reply = [0; 512];
-                match s.recv(&mut reply) {
-                    // No error and at least one answer.
-                    Ok(n) if n > 12 && reply[3] & 15 == 0 && reply[7] > 0 => {
-                        log.note(Ok(dns(family).ip()));
-                        false
-                    }
-                    Ok(_) => {
-                        log.note(Err("an error".into()));
-                        false
-                    }
-                    Err(_) => at.elapsed() < Duration::from_secs(3),
-                }
-            });
-            std::thread::sleep(Duration::from_millis(2));
-        }
-    }
-}
-
-/// One connection: whom the server saw.
-pub fn connect(to: SocketAddr, limit: Duration) -> Result<IpAddr, String> {
-    let stream = TcpStream::connect_timeout(&to, limit).map_err(|e| e.to_string())?;
-    stream.set_read_timeout(Some(limit)).unwrap();
-    let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line).map_err(|e| e.to_string())?;
-    let seen: serde_json::Value = serde_json::from_str(&line).map_err(|e| e.to_string())?;
-    seen["source"].as_str().and_then(|s| s.parse().ok()).ok_or_else(|| "no source".into())
-}
-
-/// Opens a connection every 100 ms, without any query.
-fn open(to: SocketAddr, log: &Arc<Log>, end: &AtomicBool) {
-    let mut running = Vec::new();
-    while !end.load(Ordering::Relaxed) {
-        let log = Arc::clone(log);
-        running.push(std::thread::spawn(move || {
-            log.note(connect(to, Duration::from_millis(900)));
-        }));
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    running.into_iter().for_each(|t| t.join().unwrap());
-}
-
-/// What one pod saw of one family.
-pub struct Traffic {
-    pub pod: String,
-    pub family: Family,
-    pub names: Arc<Log>,
-    pub flows: Arc<Log>,
-    /// The connections of a pod that is not managed, in the same time.
-    pub control: Arc<Log>,
-}
-
-impl Traffic {
-    /// A limit for the time after `since` on this machine: longer by as much as it kept traffic waiting that Tidegate does
-    /// not touch, twice as long at most.
-    #[track_caller]
-    pub fn limit(&self, limit: Duration, since: Instant) -> Duration {
-        let gap = self.control.longest(since);
-        assert!(gap < Duration::from_secs(30), "the untouched pod does not get through");
-        limit + gap.saturating_sub(STEADY).min(limit)
-    }
-}
-
-/// Threads that end when they are told to, also by a panic of whoever started them.
-pub struct Threads {
-    pub end: Arc<AtomicBool>,
-    all: Vec<JoinHandle<()>>,
-}
-
-impl Threads {
-    pub fn new() -> Self {
-        Self { end: Arc::default(), all: Vec::new() }
-    }
-
-    pub fn start(&mut self, work: impl FnOnce() + Send + 'static) {
-        self.all.push(std::thread::spawn(work));
-    }
-
-    /// Ends them; panics if one of them did.
-    pub fn finish(mut self) {
-        self.end.store(true, Ordering::Relaxed);
-        self.all.drain(..).for_each(|t| t.join().unwrap());
-    }
-}
-
-impl Drop for Threads {
-    fn drop(&mut self) {
-        self.end.store(true, Ordering::Relaxed);
-        self.all.drain(..).for_each(|t| drop(t.join()));
-    }
-}
-
 /// Steady traffic of these pods in both families while `work` goes on.
 pub fn under_traffic<T>(lab: &mut Lab, pods: &[&str], work: impl FnOnce(&mut Lab) -> T) -> (T, Vec<Traffic>) {
-    let mut threads = Threads::new();
-    let mut all = Vec::new();
-    let control = Arc::<Log>::default();
-    let (e, c, netns) = (Arc::clone(&threads.end), Arc::clone(&control), lab.pod(CONTROL).netns().to_owned());
+    let asked = Asked { name: "api.example.com", dns, to: tcp };
+    let pods: Vec<_> = pods.iter().map(|pod| (lab.pod(pod), asked)).collect();
     // To a server that nobody else asks: what goes to the others is watched for other sources.
-    let apart = named(Family::V4, 22, 7000);
-    threads.start(move || within(&netns, || open(apart, &c, &e)).unwrap());
-    for pod in pods {
-        for family in FAMILIES {
-            let (names, flows) = (Arc::<Log>::default(), Arc::<Log>::default());
-            let netns = lab.pod(pod).netns().to_owned();
-            let (e, n, ns) = (Arc::clone(&threads.end), Arc::clone(&names), netns.clone());
-            threads.start(move || within(&ns, || ask(family, &n, &e)).unwrap());
-            let (e, f) = (Arc::clone(&threads.end), Arc::clone(&flows));
-            threads.start(move || within(&netns, || open(tcp(family), &f, &e)).unwrap());
-            all.push(Traffic { pod: (*pod).to_owned(), family, names, flows, control: Arc::clone(&control) });
-        }
-    }
+    let recorder = Recorder::start(&pods, (&lab.pod(CONTROL), named(Family::V4, 22, 7000)));
+    drop(pods);
     std::thread::sleep(Duration::from_secs(1));
     let out = work(lab);
-    threads.finish();
-    (out, all)
+    (out, recorder.finish())
 }
 
 /// The longest gaps of names and of connections since then, which are below these on a machine that keeps up, see

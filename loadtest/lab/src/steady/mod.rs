@@ -1,4 +1,7 @@
 //! Steady traffic of a pod while something else happens: flows that must not be cut, and packets that must not get out.
+//! [`gaps`] has what may be kept waiting for a moment: names, and new connections.
+
+pub mod gaps;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
@@ -49,8 +52,8 @@ pub struct Servers {
     pub family: Family,
     /// Name of a TCP echo server that policy has forwarded, and its address and port.
     pub tcp: (&'static str, SocketAddr),
-    /// The same for UDP.
-    pub udp: (&'static str, SocketAddr),
+    /// The same for UDP, where policy has one.
+    pub udp: Option<(&'static str, SocketAddr)>,
     /// A relayed HTTPS server.
     pub https: &'static str,
     /// A server that nobody may reach.
@@ -58,12 +61,13 @@ pub struct Servers {
     /// The source that servers see.
     pub source: IpAddr,
     /// The pod's own TCP and UDP echo servers, which clients outside ask.
-    pub own: (SocketAddr, SocketAddr),
+    pub own: Option<(SocketAddr, SocketAddr)>,
 }
 
 /// Everything that a thread needs to be somewhere.
 #[derive(Clone, Debug)]
 struct Where {
+    name: String,
     netns: String,
     resolv: Option<PathBuf>,
     ca: PathBuf,
@@ -95,6 +99,7 @@ impl Steady {
         let mut this = Self { end: Arc::default(), flows: Vec::new(), threads: Vec::new() };
         let place = lab.place(pod)?;
         let inside = Where {
+            name: pod.to_owned(),
             netns: place.netns.clone(),
             resolv: place.resolv.clone(),
             ca: lab.internet_ca(),
@@ -104,14 +109,18 @@ impl Steady {
         let outside = Where { netns: lab.place("internet")?.netns.clone(), resolv: None, ..inside.clone() };
         for server in servers {
             let s = *server;
-            for name in [s.tcp.0, s.udp.0] {
+            for name in [Some(s.tcp.0), s.udp.map(|u| u.0)].into_iter().flatten() {
                 let seen = crate::probe::dig(&place, name, s.family.record(), &[]);
                 ensure!(!seen.answers.is_empty(), "{name}: {}", seen.text());
             }
             this.spawn("forwarded TCP", s.family, &inside, move |w, f| talk(w, f, s.tcp.1, Some(s.source)));
-            this.spawn("forwarded UDP", s.family, &inside, move |w, f| chat(w, f, s.udp.1, Some(s.source)));
-            this.spawn("TCP from outside", s.family, &outside, move |w, f| talk(w, f, s.own.0, None));
-            this.spawn("UDP from outside", s.family, &outside, move |w, f| chat(w, f, s.own.1, None));
+            if let Some((_, to)) = s.udp {
+                this.spawn("forwarded UDP", s.family, &inside, move |w, f| chat(w, f, to, Some(s.source)));
+            }
+            if let Some((tcp, udp)) = s.own {
+                this.spawn("TCP from outside", s.family, &outside, move |w, f| talk(w, f, tcp, None));
+                this.spawn("UDP from outside", s.family, &outside, move |w, f| chat(w, f, udp, None));
+            }
             if relayed {
                 this.spawn("TLS stream", s.family, &inside, move |w, f| stream(w, f, s.family, s.https));
                 this.spawn("download", s.family, &inside, move |w, f| download(w, f, s.family, s.https));
@@ -130,7 +139,7 @@ impl Steady {
         work: impl FnOnce(&Where, &Flow) -> Result<()> + Send + 'static,
     ) {
         let flow = Arc::new(Flow {
-            name: format!("{what} over {}", family.pick("IPv4", "IPv6")),
+            name: format!("{what} of {} over {}", place.name, family.pick("IPv4", "IPv6")),
             answers: AtomicU64::new(0),
             cut: Mutex::default(),
         });
@@ -304,6 +313,7 @@ fn pester(place: &Where, flow: &Flow, denied: IpAddr) -> Result<()> {
         let _ = socket.send_to(b"denied\n", SocketAddr::new(denied, 7001));
         ensure!(socket.recv(&mut [0; 64]).is_err(), "{denied} answered a datagram");
         flow.answered();
+        std::thread::sleep(PACE);
     }
     Ok(())
 }
