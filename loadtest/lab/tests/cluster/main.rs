@@ -1,6 +1,8 @@
 //! Clusters with kubelets (`make test-cluster`): the chart as people install it, and what stays of a cluster that is gone.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod faults;
+mod ground;
 mod install;
 mod nodes;
 mod starts;
@@ -97,6 +99,16 @@ fn the_chart_as_people_install_it() {
     nodes::uninstall(&lab, &nodes);
     lab.down().unwrap();
     assert_eq!(left(&name), [""; 0]);
+}
+
+#[test]
+fn upgrades_and_faults_under_steady_traffic() {
+    let mut lab = Lab::up(scenario(), &Options::unique("faults")).unwrap();
+    clients(&lab);
+    faults::install(&lab);
+    story::give(&lab);
+    faults::happen(&mut lab);
+    lab.down().unwrap();
 }
 
 #[test]

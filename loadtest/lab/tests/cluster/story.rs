@@ -246,7 +246,7 @@ pub fn backend(lab: &Lab) {
 }
 
 /// The demo's policies of `shop` and `billing` with their pools, and two namespaces with annotations.
-fn give(lab: &Lab) {
+pub fn give(lab: &Lab) {
     let pool = |name: &str, [ipv4, ipv6]: [&str; 2]| {
         json!({
             "apiVersion": "tidegate.dev/v1alpha1", "kind": "EgressPool", "metadata": {"name": name},

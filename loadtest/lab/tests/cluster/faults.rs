@@ -1,0 +1,102 @@
+//! Upgrades and faults under steady traffic.
+
+use std::time::Duration;
+
+use tidegate_lab::Lab;
+use tidegate_lab::lab::wait_for;
+use tidegate_lab::story::POOL_A;
+
+use crate::ground::{Ground, MOVES, UNNOTICED, owner};
+use crate::install::{SYSTEM, gateways, typed};
+
+/// How long a cluster may take to be as before.
+const BACK: Duration = Duration::from_secs(90);
+/// Installs the chart, with gateways on the nodes that are labelled so.
+pub fn install(lab: &Lab) {
+    typed(
+        lab,
+        &format!(
+            "helm install tidegate helm/tidegate --namespace {SYSTEM} --create-namespace --wait \
+             --set gateway.config.drainSeconds=5 --set-string 'gateway.nodeSelector.tidegate\\.dev/gateway=true'"
+        ),
+    );
+}
+
+/// Everything, one after the other.
+pub fn happen(lab: &mut Lab) {
+    let mut ground = Ground::new(lab);
+    agents_killed(lab, &mut ground);
+    gateway_killed(lab, &mut ground);
+    upgraded(lab, &mut ground);
+    ground.finish();
+}
+
+/// The pod of an agent on a node.
+fn agent(lab: &Lab, node: &str) -> String {
+    let (label, on) = ("app.kubernetes.io/component=agent", format!("spec.nodeName={node},status.phase=Running"));
+    let pods = lab.object(&["pods", "--namespace", SYSTEM, "-l", label, "--field-selector", &on]).unwrap();
+    format!("{SYSTEM}/{}", pods["items"][0]["metadata"]["name"].as_str().unwrap())
+}
+
+/// The gateway that owns the shop's pool, and its node.
+fn busy(lab: &Lab) -> (String, String) {
+    let (gateway, _) = owner(lab, POOL_A).unwrap();
+    let node = gateways(lab)[&gateway].clone();
+    (gateway, node)
+}
+
+/// Waits until everything that the chart makes is there and ready.
+fn ready(lab: &Lab) {
+    for what in ["deployment/tidegate-gateway", "daemonset/tidegate-agent"] {
+        lab.host_kubectl(&["rollout", "status", "--timeout=120s", "--namespace", SYSTEM, what], "").unwrap();
+    }
+}
+
+/// Kills the process of a pod's only container, and waits until it is ready again.
+fn crash(lab: &Lab, pod: &str, argument: &str) {
+    let (namespace, name) = pod.split_once('/').unwrap();
+    let state =
+        || Some(lab.object(&["pod", "--namespace", namespace, name]).ok()?["status"]["containerStatuses"][0].take());
+    let restarts = |state: &serde_json::Value| state["restartCount"].as_u64().unwrap_or_default();
+    let before = restarts(&state().unwrap());
+    lab.kill_in_pod(pod, &[argument]).unwrap();
+    let back = || state().filter(|s| restarts(s) > before && s["ready"] == true);
+    assert!(wait_for(BACK, back).is_some(), "{pod} does not come back: {:?}", state());
+}
+
+/// A worker's is away unnoticed. Without one of its own node a gateway holds no address: after two seconds another one does.
+fn agents_killed(lab: &mut Lab, ground: &mut Ground) {
+    for (at, expected) in [("node-1", UNNOTICED), (&busy(lab).1, MOVES)] {
+        let pod = agent(lab, at);
+        ground.step(lab, &format!("agent of {at} killed"), expected, |lab| crash(lab, &pod, "agent"));
+    }
+}
+
+/// Its container is started again at once: whoever is sooner goes on.
+fn gateway_killed(lab: &mut Lab, ground: &mut Ground) {
+    let pod = format!("{SYSTEM}/{}", busy(lab).0);
+    ground.step(lab, "gateway killed", MOVES, |lab| crash(lab, &pod, "gateway"));
+}
+
+fn upgraded(lab: &mut Lab, ground: &mut Ground) {
+    let upgrade = |lab: &mut Lab, values: &str| {
+        typed(lab, &format!("helm upgrade tidegate helm/tidegate --namespace {SYSTEM} --reuse-values --wait {values}"));
+        ready(lab);
+    };
+    ground.step(lab, "agents upgraded", MOVES, |lab| upgrade(lab, "--set agent.config.fullPassSeconds=20"));
+    let before: Vec<String> = gateways(lab).into_keys().collect();
+    ground.step(lab, "gateways upgraded", MOVES, |lab| upgrade(lab, "--set gateway.config.fullPassSeconds=20"));
+    assert!(gateways(lab).keys().all(|g| !before.contains(g)), "{before:?}");
+    moves_are_told(lab);
+}
+
+/// Whoever looks at the pool sees who left it to whom.
+fn moves_are_told(lab: &Lab) {
+    let now = owner(lab, POOL_A).unwrap();
+    let said = || {
+        let events = lab.object(&["events", "--field-selector", "reason=EgressMoved"]).ok()?;
+        let to = format!("to {}, epoch {}", now.0, now.1);
+        events["items"].as_array()?.iter().any(|e| e["message"].as_str().is_some_and(|m| m.contains(&to))).then_some(())
+    };
+    assert!(wait_for(BACK, said).is_some(), "no event says that {now:?} has the pool");
+}

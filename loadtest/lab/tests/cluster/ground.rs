@@ -1,0 +1,199 @@
+//! Steady traffic of pods on both workers while something happens: what it notices, who is seen outside, what dies, and
+//! whether anything gets past the policy.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use tidegate_lab::Lab;
+use tidegate_lab::family::{FAMILIES, Family};
+use tidegate_lab::lab::wait_for;
+use tidegate_lab::observe::Watch;
+use tidegate_lab::steady::gaps::{Asked, Recorder, Traffic};
+use tidegate_lab::steady::{Servers, Steady};
+use tidegate_lab::story::{POOL_A, POOL_B, bare, named, of};
+
+use crate::install::node;
+
+/// Names are back so soon while a gateway is left, and egress addresses.
+const NAMES: Duration = Duration::from_secs(1);
+const ADDRESSES: Duration = Duration::from_secs(3);
+/// How long what follows a fault is looked at.
+const AFTER: Duration = Duration::from_secs(4);
+/// How long a flow that was not cut may take to go on, and new ones to begin.
+const ON: Duration = Duration::from_secs(30);
+
+/// The label of gateways' nodes.
+pub const LABEL: &str = "tidegate.dev/gateway";
+/// Pods with traffic: of two pools, and of none, on both workers.
+const PODS: [(&str, Option<[&str; 2]>); 3] =
+    [("shop/node-2", Some(POOL_A)), ("billing/client", Some(POOL_B)), ("annotated/client", None)];
+/// Those of them with long connections.
+const LONG: [&str; 2] = ["shop/node-2", "billing/client"];
+
+fn cluster_dns(family: Family) -> SocketAddr {
+    let ip: IpAddr = family.pick("10.96.0.10", "fd00:10:96::a").parse().unwrap();
+    SocketAddr::new(ip, 53)
+}
+
+fn asked(pool: Option<[&str; 2]>) -> Asked {
+    let to = if pool.is_some() { |f| named(f, 12, 7000) } else { |f| bare(f, 40, 7000) };
+    Asked { name: "api.example.com", dns: cluster_dns, to }
+}
+
+/// The pool by which a pod leaves.
+fn pool(pod: &str) -> Option<[&'static str; 2]> {
+    PODS.iter().find(|(p, _)| *p == pod).and_then(|(_, pool)| *pool)
+}
+
+/// The gateway that a pool's status names, and its epoch; `None` while the API server does not answer.
+pub fn owner(lab: &Lab, pool: [&str; 2]) -> Option<(String, u64)> {
+    // kubectl asks a silent one for a long time.
+    lab.process("kube-apiserver").ok().filter(|p| p.is_alive())?;
+    let name = if pool == POOL_A { "partner-a" } else { "partner-b" };
+    let pool = lab.object(&["egresspool", name]).ok()?;
+    let entry = &pool["status"]["addresses"][0];
+    Some((entry["owner"].as_str().unwrap_or_default().to_owned(), entry["epoch"].as_u64().unwrap_or_default()))
+}
+
+/// How long traffic may notice something.
+#[derive(Clone, Copy)]
+pub struct Expected {
+    names: Duration,
+    addresses: Duration,
+    /// Whether egress addresses may move. Only then long connections end, those that leave with them.
+    moves: bool,
+}
+
+/// Nothing moves, and nothing ends.
+pub const UNNOTICED: Expected = Expected { names: NAMES, addresses: NAMES, moves: false };
+/// Egress addresses may move, and are back in time.
+pub const MOVES: Expected = Expected { addresses: ADDRESSES, moves: true, ..UNNOTICED };
+
+pub struct Ground {
+    recorder: Recorder,
+    /// What the router counts that no policy lets out, by what it is.
+    leaks: Vec<(String, Watch)>,
+    long: BTreeMap<&'static str, Steady>,
+    /// What was not as it should be, by step.
+    bad: Vec<String>,
+}
+
+impl Ground {
+    pub fn new(lab: &Lab) -> Self {
+        let mut leaks = Vec::new();
+        for family in FAMILIES {
+            let to = named(family, 14, 0).ip();
+            leaks.push((format!("to {to}"), lab.watch(to, "").unwrap()));
+            let pools = format!("{{ {}, {} }}", of(POOL_A, family), of(POOL_B, family));
+            // Errors that a node sends about answers are its own.
+            let others = format!("{} saddr != {pools} meta l4proto {{ tcp, udp }}", family.pick("ip", "ip6"));
+            for n in [10, 12, 13] {
+                let to = named(family, n, 0).ip();
+                leaks.push((format!("to {to} from nobody's pool"), lab.watch(to, &others).unwrap()));
+            }
+        }
+        let long = LONG.iter().map(|pod| (*pod, long(lab, pod))).collect();
+        Self { recorder: record(lab), leaks, long, bad: Vec::new() }
+    }
+
+    /// Whether all was as it should be.
+    #[track_caller]
+    pub fn finish(self) {
+        assert!(self.bad.is_empty(), "{:#?}", self.bad);
+    }
+
+    /// Something happens. Traffic notices no more than this, and nothing gets past the policy.
+    pub fn step(&mut self, lab: &mut Lab, what: &str, expected: Expected, work: impl FnOnce(&mut Lab)) {
+        let pools = [POOL_A, POOL_B];
+        let before = pools.map(|pool| owner(lab, pool));
+        let since = Instant::now();
+        work(lab);
+        let took = since.elapsed();
+        std::thread::sleep(AFTER);
+        let mut bad = Vec::new();
+        let mut worst = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
+        for t in self.recorder.traffic() {
+            let (dns, flow, control) = (t.names.longest(since), t.flows.longest(since), t.control.longest(since));
+            worst = (worst.0.max(dns), worst.1.max(flow), worst.2.max(control));
+            bad.extend(noticed(lab, t, since, expected));
+        }
+        let after = pools.map(|pool| owner(lab, pool));
+        let moved: Vec<_> = (0..2).filter(|n| before[*n] != after[*n]).map(|n| pools[n]).collect();
+        let mut ended = Vec::new();
+        for (pod, flows) in &self.long {
+            if let Err(e) = flows.goes_on(ON) {
+                ended.push(*pod);
+                println!("  {pod}: {e:#}");
+            }
+        }
+        let past = self.leaks.iter().map(|(what, watch)| (what, watch.packets().unwrap()));
+        let past: Vec<String> = past.filter(|(_, n)| *n > 0).map(|(what, n)| format!("{n} packets {what}")).collect();
+        println!(
+            "{what}, {took:.1?}: DNS gap {:.2?}, egress gap {:.2?} (untouched pod {:.2?}), {} packets past the policy; \
+             long connections of {ended:?} ended; {before:?}, then {after:?}",
+            worst.0,
+            worst.1,
+            worst.2,
+            past.len()
+        );
+        if !moved.is_empty() && !expected.moves {
+            bad.push(format!("{moved:?} moved"));
+        }
+        let spared = ended.iter().filter(|pod| !moved.contains(&pool(pod).unwrap()));
+        bad.extend(spared.map(|pod| format!("connections of {pod} died")));
+        bad.extend(past);
+        bad.iter().for_each(|bad| println!("  FAIL {bad}"));
+        self.bad.extend(bad.iter().map(|bad| format!("{what}: {bad}")));
+        for pod in ended {
+            // The old ones end first.
+            self.long.remove(pod);
+            self.long.insert(pod, long(lab, pod));
+        }
+    }
+}
+
+fn record(lab: &Lab) -> Recorder {
+    let pods: Vec<_> = PODS.iter().map(|(pod, pool)| (lab.pod(pod), asked(*pool))).collect();
+    Recorder::start(&pods, (&lab.pod("untouched/client"), named(Family::V4, 22, 7000)))
+}
+
+/// What of a pod's traffic is not as it should be.
+fn noticed(lab: &Lab, t: &Traffic, since: Instant, expected: Expected) -> Vec<String> {
+    let mut bad = Vec::new();
+    let (dns, flow) = (t.names.longest(since), t.flows.longest(since));
+    let seen = t.flows.sources(Some(since));
+    let (names, addresses) = (t.limit(expected.names, since), t.limit(expected.addresses, since));
+    let silent = t.names.silence().max(t.flows.silence());
+    let own = [t.names.failures(since), t.flows.failures(since)];
+    println!("  {} {:?}: DNS gap {dns:.2?}, egress gap {flow:.2?}, failed {own:?}, seen {seen:?}", t.pod, t.family);
+    if dns > names || flow > addresses || silent > t.limit(NAMES, since) {
+        bad.push(format!("{} {:?}: DNS gap {dns:?}, egress gap {flow:?}, silent {silent:?}", t.pod, t.family));
+    }
+    let gateways = || lab.scenario().nodes.iter().filter(|n| n.labels.contains_key(LABEL));
+    let allowed: Vec<IpAddr> = match pool(&t.pod) {
+        Some(pool) => vec![of(pool, t.family)],
+        None => gateways().map(|n| node(lab, &n.name, t.family)).collect(),
+    };
+    if seen.iter().any(|ip| !allowed.contains(ip)) {
+        bad.push(format!("{} {:?}: seen as {seen:?}, not {allowed:?}", t.pod, t.family));
+    }
+    bad
+}
+
+/// Long connections of a pod, and its tries to get past the policy.
+fn long(lab: &Lab, pod: &str) -> Steady {
+    let pool = pool(pod).unwrap();
+    let servers = FAMILIES.map(|family| Servers {
+        family,
+        tcp: ("tcp.example.com", named(family, 12, 7000)),
+        udp: (pool == POOL_A).then(|| ("udp.example.com", named(family, 13, 7001))),
+        https: "api.example.com",
+        denied: named(family, 14, 0).ip(),
+        source: of(pool, family),
+        own: None,
+    });
+    let mut last = String::new();
+    let begun = wait_for(ON, || Steady::start(lab, pod, &servers, true).map_err(|e| last = format!("{e:#}")).ok());
+    begun.unwrap_or_else(|| panic!("{pod}: {last}"))
+}
