@@ -268,6 +268,7 @@ impl Desired {
         let mut out = self.frame(compiled);
         if matches!(target, Target::Node(_)) {
             out.namespaces = compiled.world.strictest().clone();
+            out.names = compiled.world.names().clone();
         }
         let claims = if matches!(target, Target::Node(_)) { self.said() } else { self.claims() };
         let scopes: BTreeSet<ScopeKey> = endpoints.values().filter_map(|e| Some(e.member?.0)).collect();
@@ -320,6 +321,7 @@ impl Desired {
             node_ports: Some((config.cluster.node_ports.first, config.cluster.node_ports.last)),
             dns: compiled.dns.clone(),
             ping: config.ping,
+            suffixes: config.cluster.suffixes.iter().filter(|s| !s.ends_with(".arpa")).cloned().collect(),
         };
         for (name, n) in compiled.nodes.iter() {
             out.nodes.insert(name.clone(), state::Node { addresses: n.addresses.clone() });

@@ -35,6 +35,8 @@ pub const MAX_FACT_NODES: usize = 1 << 16;
 pub const MAX_NODE_ADDRESSES: usize = 64;
 /// The most endpoints of the cluster's DNS.
 pub const MAX_DNS: usize = 1024;
+/// The most suffixes of the cluster's names.
+pub const MAX_SUFFIXES: usize = 64;
 /// The most prefixes of one set, and of the cluster set.
 pub const MAX_PREFIXES: usize = 1 << 18;
 /// The most entries, facts or grants of one message.

@@ -334,6 +334,22 @@ pub struct StateUpdate {
     /// To delete.
     #[prost(message, repeated, tag = "7")]
     pub delete: ::prost::alloc::vec::Vec<EntryKey>,
+    /// Names of the cluster to set. Apart from entries, of which an agent that does not know the kind takes none.
+    #[prost(message, repeated, tag = "8")]
+    pub names: ::prost::alloc::vec::Vec<ClusterName>,
+    /// Names of the cluster to delete.
+    #[prost(string, repeated, tag = "9")]
+    pub names_gone: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+/// A name that the cluster's DNS serves.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ClusterName {
+    /// Without the cluster's suffix, such as db.shop.svc.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// It leads outside (an ExternalName Service): gateways answer it.
+    #[prost(bool, tag = "2")]
+    pub outside: bool,
 }
 /// One batch of learnt addresses.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -475,6 +491,9 @@ pub struct Cluster {
     /// Whether ICMP echo to allowed destinations passes.
     #[prost(bool, tag = "4")]
     pub ping: bool,
+    /// Suffixes of the cluster's names.
+    #[prost(string, repeated, tag = "5")]
+    pub suffixes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// An inclusive range of ports.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

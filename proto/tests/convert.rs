@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use prost::Message;
 use tidegate_policy::state::{
-    Cluster, Endpoint, Entry, EntryKey, FactUpdate, FactValue, Gateway, Group, Node, NodeState, Scope, Touch,
+    Cluster, Endpoint, Entry, EntryKey, FactUpdate, FactValue, Gateway, Group, Named, Node, NodeState, Scope, Touch,
 };
 use tidegate_policy::{Carry, ClassKey, GroupKey, PortRange, PortSet, PrefixSetKey, Proto, ScopeKey, Via};
 use tidegate_proto::convert::{MAX_ERROR, MAX_ITEMS, MAX_NODE_ADDRESSES, MAX_TTL_MS};
@@ -40,6 +40,7 @@ fn state() -> NodeState {
             node_ports: Some((30000, 32767)),
             dns: vec!["10.244.1.53:53".parse().unwrap(), "[fd00::53]:5353".parse().unwrap()],
             ping: true,
+            suffixes: vec!["cluster.local".into()],
         }),
         Entry::Node(
             "node-1".into(),
@@ -67,6 +68,8 @@ fn state() -> NodeState {
         Entry::Grant(GroupKey(2), ClassKey(3), ports()),
         Entry::Grant(GroupKey(2), ClassKey(4), PortSet::default()),
         Entry::Namespace("shop".into(), Touch::Isolated),
+        Entry::Name("web.shop.svc".into(), Named::Inside),
+        Entry::Name("partner.shop.svc".into(), Named::Outside),
     ] {
         s.set(e);
     }

@@ -5,7 +5,7 @@
 //!   owner; what an older epoch says is dropped. A gateway other than the owner speaks for it only in what the
 //!   owner has not told yet: while the owner is silent others answer for it, and the grants of classes that only they
 //!   know hold beside its own.
-//! - Nodes, gateways and cluster values are the union of all live gateways.
+//! - Nodes, gateways, cluster values and names are the union of all live gateways.
 //! - A gateway that is away keeps its word for the scopes that it still owns. When no gateway is there, the last
 //!   known good of all of them holds.
 
@@ -233,6 +233,18 @@ pub fn merge(sources: &[Source<'_>]) -> NodeState {
             }
         }
     }
+    // A name leads inside only if nobody says otherwise.
+    for (s, _) in sources.iter().zip(&speaks).filter(|(_, speaks)| **speaks) {
+        if out.names.is_empty() {
+            out.names = s.state.names.clone();
+            continue;
+        }
+        for (name, named) in s.state.names.iter() {
+            if out.names.get(name).is_none_or(|known| known < named) {
+                out.names.insert(name.clone(), *named);
+            }
+        }
+    }
     for node in out.nodes.values_mut() {
         node.addresses.sort_unstable();
     }
@@ -295,6 +307,7 @@ fn cluster<'a>(all: impl Iterator<Item = &'a Cluster>) -> Cluster {
         };
         o.prefixes.extend(c.prefixes.iter().copied());
         o.dns.extend(c.dns.iter().copied());
+        o.suffixes.extend(c.suffixes.iter().cloned());
         o.node_ports = match (o.node_ports, c.node_ports) {
             (Some((a, b)), Some((x, y))) => Some((a.min(x), b.max(y))),
             (a, b) => a.or(b),
@@ -306,6 +319,8 @@ fn cluster<'a>(all: impl Iterator<Item = &'a Cluster>) -> Cluster {
     out.prefixes.dedup();
     out.dns.sort_unstable();
     out.dns.dedup();
+    out.suffixes.sort_unstable();
+    out.suffixes.dedup();
     out
 }
 

@@ -1,4 +1,4 @@
-use tidegate_policy::state::{Gateway, Group, Node, Scope};
+use tidegate_policy::state::{Gateway, Group, Named, Node, Scope};
 use tidegate_policy::{Carry, PortRange, Proto, Via};
 
 use super::*;
@@ -61,6 +61,29 @@ fn a_higher_epoch_takes_the_scope_and_an_older_one_is_dropped() {
     let m = merge(&[src("a", true, &a), src("b", false, &b)]);
     assert_eq!(m.scopes[&ScopeKey(1)], scope("b", 6));
     assert_eq!(grant(&m), Some(&ports(80)));
+}
+
+#[test]
+fn a_name_leads_inside_if_nobody_says_otherwise() {
+    let view = |names: &[(&str, Named)]| {
+        let mut s = NodeState::default();
+        for (name, to) in names {
+            s.names.insert((*name).into(), *to);
+        }
+        s
+    };
+    let a = view(&[("db", Named::Inside), ("old", Named::Inside), ("partner", Named::Outside)]);
+    let b = view(&[("db", Named::Inside), ("new", Named::Inside), ("partner", Named::Inside)]);
+    let all = |m: NodeState| {
+        let mut all: Vec<_> = m.names.iter().map(|(n, to)| (n.to_string(), *to == Named::Inside)).collect();
+        all.sort_unstable();
+        all.into_iter().map(|(n, inside)| n + if inside { "" } else { "!" }).collect::<Vec<_>>().join(" ")
+    };
+    for order in [[src("a", true, &a), src("b", true, &b)], [src("b", true, &b), src("a", true, &a)]] {
+        assert_eq!(all(merge(&order)), "db new old partner!");
+    }
+    assert_eq!(all(merge(&[src("a", false, &a), src("b", true, &b)])), "db new partner");
+    assert_eq!(all(merge(&[src("a", false, &a)])), "db old partner!");
 }
 
 #[test]
@@ -158,6 +181,7 @@ fn cluster_values_are_a_union_that_only_narrows_what_must_narrow() {
             node_ports: Some(node_ports),
             dns: vec![],
             ping,
+            suffixes: vec!["cluster.local".into()],
         },
         ..NodeState::default()
     };
@@ -167,6 +191,7 @@ fn cluster_values_are_a_union_that_only_narrows_what_must_narrow() {
     b.gateways.insert("b".into(), Gateway { node: "right".into() });
     let m = merge(&[src("a", true, &a), src("b", true, &b)]);
     assert_eq!(m.cluster.prefixes.len(), 2);
+    assert_eq!(m.cluster.suffixes, ["cluster.local"]);
     assert_eq!(m.cluster.node_ports, Some((30000, 32767)));
     assert!(!m.cluster.ping);
     assert_eq!(m.gateways["b"].node, "right");

@@ -27,7 +27,7 @@ const MAX_STANDING: u64 = 64 << 20;
 /// The most records that are read.
 const MAX_RECORDS: usize = 8_192;
 /// Version of [`Standing`].
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// The agent's socket.
 pub fn socket(folder: &Path) -> PathBuf {
@@ -67,6 +67,8 @@ pub struct Standing {
     prefixes: Vec<IpNet>,
     node_ports: Option<(u16, u16)>,
     dns: Vec<SocketAddr>,
+    suffixes: Vec<String>,
+    names: Vec<String>,
     namespaces: BTreeMap<String, Touch>,
 }
 
@@ -84,6 +86,8 @@ impl Standing {
             prefixes: fixed.prefixes,
             node_ports: fixed.node_ports,
             dns: fixed.dns,
+            suffixes: fixed.suffixes,
+            names: fixed.names,
             namespaces,
         }
     }
@@ -100,6 +104,8 @@ impl Standing {
             prefixes: self.prefixes.clone(),
             node_ports: self.node_ports,
             dns: self.dns.clone(),
+            suffixes: self.suffixes.clone(),
+            names: self.names.clone(),
         }
     }
 

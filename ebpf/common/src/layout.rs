@@ -4,7 +4,7 @@
 use core::net::IpAddr;
 
 /// Version of the layouts; part of the pin path, so that two versions live side by side during an upgrade.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Version of what an upgrade takes over from the maps before it: [`Addr`], [`Endpoint`], [`FactKey`], [`Fact`],
 /// [`FlowKey`], [`Flow`], [`IdKey`], [`Budget`] and the places of counters. A change of one of these is a new one, and
@@ -180,7 +180,7 @@ pub struct Scope {
     pub owner: u32,
     /// Index of the egress pair at the owner; below 256.
     pub pair: u32,
-    /// The gateway that answers its DNS: the owner, or a stand-in while that is silent.
+    /// The gateway that answers its DNS: the owner, or a stand-in while that is silent; 0 while all are.
     pub dns: u32,
 }
 
@@ -336,6 +336,50 @@ pub struct DnsKey {
     pub port: u32,
 }
 
+/// Words of the longest name on the wire (RFC 1035, section 2.3.4: 255 octets).
+pub const NAME_WORDS: usize = 32;
+/// Words of the longest suffix on the wire. They lie inside what precedes a name: Ethernet, IPv4, UDP and DNS.
+pub const SUFFIX_WORDS: usize = 5;
+/// The most suffixes of the cluster.
+pub const SUFFIXES: usize = 4;
+
+/// `NAMING[0]`: how the cluster's names are told from others. The keys of `NAMES` are their hashes, its values
+/// [`crate::names::named`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Naming {
+    /// The key of the hashes; chosen at random, never zero.
+    pub key: [u64; 2],
+    /// The cluster's suffixes.
+    pub suffixes: [Suffix; SUFFIXES],
+}
+
+/// A suffix on the wire, its last octet in the last place; as little-endian words.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Suffix {
+    /// Ones where it has octets; zero if there is none.
+    pub mask: [u64; SUFFIX_WORDS],
+    /// Its octets in lower case.
+    pub text: [u64; SUFFIX_WORDS],
+}
+
+impl Suffix {
+    /// From text; `None` if it is no name or too long.
+    pub fn new(name: &str) -> Option<Self> {
+        let mut octets = [0; 8 * NAME_WORDS];
+        let length = crate::names::wire(name, &mut octets)?;
+        let (mut mask, mut text) = ([0u8; 8 * SUFFIX_WORDS], [0u8; 8 * SUFFIX_WORDS]);
+        let from = mask.len().checked_sub(length)?;
+        mask[from..].fill(0xff);
+        text[from..].copy_from_slice(&octets[..length]);
+        let words = |octets: [u8; 8 * SUFFIX_WORDS]| {
+            core::array::from_fn(|i| u64::from_le_bytes(core::array::from_fn(|j| octets[8 * i + j])))
+        };
+        Some(Self { mask: words(mask), text: words(text) })
+    }
+}
+
 /// Key of `FLOWS`, as seen from the pod.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(C)]
@@ -448,7 +492,7 @@ mod pod {
     }
     pod!(
         Addr, Config, Endpoint, Iface, Group, Scope, Gateway, Node, FactKey, Fact, GrantKey, PortSet, PrefixKey,
-        Prefix, DnsKey, FlowKey, Flow, Budget, IdKey,
+        Prefix, DnsKey, FlowKey, Flow, Budget, IdKey, Naming,
     );
 }
 
@@ -468,6 +512,7 @@ mod tests {
         assert_eq!(size_of::<PrefixKey>(), 20);
         assert_eq!(size_of::<DnsKey>(), 20);
         assert_eq!(size_of::<IdKey>(), 20);
+        assert_eq!(size_of::<Naming>(), 16 + SUFFIXES * 2 * 8 * SUFFIX_WORDS);
     }
 
     #[test]

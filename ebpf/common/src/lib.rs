@@ -8,6 +8,7 @@
 
 pub mod code;
 pub mod layout;
+pub mod names;
 pub mod packet;
 pub mod verdict;
 

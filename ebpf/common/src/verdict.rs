@@ -13,6 +13,7 @@ use crate::layout::{
     Addr, CHAIN, DnsKey, Endpoint, Fact, FactKey, FlowKey, GrantKey, Group, PortSet, Prefix, PrefixKey, Range,
     STALE_NS, Scope, config, endpoint, flow, group, iface, prefix_key, via,
 };
+use crate::names::asks;
 use crate::packet::{Packet, Parsed, mark, proto};
 
 /// What [`verdict`] looks things up in.
@@ -48,6 +49,11 @@ pub trait Tables {
     fn cluster(&self, key: &PrefixKey) -> bool;
     /// Whether this is an endpoint of the cluster DNS.
     fn cluster_dns(&self, key: &DnsKey) -> bool;
+    /// What a datagram asks the cluster's DNS, one of [`asks`]; never asked at a gateway.
+    fn asks(&self, p: &Packet) -> u32 {
+        let _ = p;
+        asks::OTHER
+    }
     /// A fact.
     fn fact(&self, key: &FactKey) -> Option<&Fact>;
     /// Notes that the fact carries a packet (gateways).
@@ -81,6 +87,8 @@ pub enum Action {
     Steer,
     /// Dropped.
     Drop,
+    /// Answered here: the name that it asks for does not exist (NXDOMAIN).
+    NoName,
 }
 
 /// The verdict.
@@ -360,8 +368,22 @@ pub fn verdict<T: Tables>(parsed: Parsed, p: &Packet, ifindex: u32, t: &T, out: 
     }
     // Step 6.
     let transport = matches!(p.proto, proto::TCP | proto::UDP) && !later;
-    if transport && (p.dport == 53 || t.cluster_dns(&DnsKey { addr: p.dst, port: p.dport as u32 })) {
+    let server = transport && t.cluster_dns(&DnsKey { addr: p.dst, port: p.dport as u32 });
+    if server || (transport && p.dport == 53) {
+        // Fragments behind the first one are not looked at.
+        let datagram = p.proto == proto::UDP && !p.has(mark::FIRST_FRAGMENT);
+        let asked = if !T::GATEWAY && server && datagram { t.asks(p) } else { asks::OTHER };
+        if asked == asks::KNOWN {
+            // The cluster's DNS answers it by itself, whether or not a gateway is there.
+            out.cluster = cluster && isolated && !audit;
+            return out.set(Action::Pass, Code::Allowed);
+        }
         out.owner = answers(t, ep.scope);
+        if asked == asks::STRANGE && is_silent(t, ep.scope) && (out.owner != 0 || (isolated && !audit)) {
+            // Clients ask for names of their search domains first, and go on only after an answer. Of the cluster's DNS
+            // nobody knows whether it asks others for this one.
+            return out.set(Action::NoName, Code::NoGateway);
+        }
         if T::GATEWAY || out.owner != 0 {
             out.via = via::DNS;
             return out.set(Action::Steer, Code::Allowed);
@@ -533,6 +555,12 @@ fn answers<T: Tables>(t: &T, scope: u32) -> u32 {
         Some(s) if t.gateway(s.dns) => s.dns,
         _ => owner(t, scope),
     }
+}
+
+/// Whether no gateway answers the scope's DNS now.
+#[inline(always)]
+fn is_silent<T: Tables>(t: &T, scope: u32) -> bool {
+    t.scope(scope).is_none_or(|s| !t.gateway(s.dns))
 }
 
 /// Step 0: everything goes its way but UDP to the tunnel port that a node might take for another node's.

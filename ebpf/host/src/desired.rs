@@ -6,8 +6,8 @@ use ahash::AHashMap;
 use ipnet::IpNet;
 use tidegate_ebpf_common::Addr;
 use tidegate_ebpf_common::layout::{
-    Config, DnsKey, Endpoint, FactKey, Gateway, GrantKey, Group, Iface, Node, Prefix, Scope, config, endpoint, group,
-    iface, node, prefix_bits, prefix_key,
+    Config, DnsKey, Endpoint, FactKey, Gateway, GrantKey, Group, Iface, Naming, Node, Prefix, Scope, config, endpoint,
+    group, iface, node, prefix_bits, prefix_key,
 };
 use tidegate_policy::state::{Entry, EntryKey, NodeState, Touch};
 use tidegate_policy::{ClassKey, GroupKey, PortSet, ScopeKey};
@@ -15,7 +15,7 @@ use tidegate_policy::{ClassKey, GroupKey, PortSet, ScopeKey};
 use crate::ids::Kind;
 use crate::load::{Datapath, is_missing, now_ns, now_secs};
 use crate::table::Lpm;
-use crate::{Applied, Error, Local};
+use crate::{Applied, Error, Local, names};
 
 /// All entries as they should be.
 #[derive(Default)]
@@ -32,6 +32,8 @@ struct Desired {
     prefixes: AHashMap<Lpm, Prefix>,
     cluster: AHashMap<Lpm, u32>,
     cluster_dns: AHashMap<DnsKey, u32>,
+    names: AHashMap<u64, u32>,
+    naming: Naming,
 }
 
 /// The LPM key of a prefix in a set.
@@ -76,6 +78,7 @@ impl Datapath {
         // What is referred to comes first.
         applied.updated += try_all(t.cluster.fill(&want.cluster))
             + try_all(t.cluster_dns.fill(&want.cluster_dns))
+            + try_all(t.names.fill(&want.names))
             + try_all(t.nodes.fill(&want.nodes))
             + try_all(t.outer.fill(&want.outer))
             + try_all(t.gateways.fill(&want.gateways))
@@ -92,6 +95,13 @@ impl Datapath {
             t.config.set(0, want.config, 0).map_err(Error::map("CONFIG"))?;
             applied.updated += 1;
         }
+        let held = t.naming.get(&0, 0).map_err(Error::map("NAMING"))?;
+        if held != want.naming {
+            // Under another key the names are no names.
+            applied.repaired += usize::from(full && held.key != [0; 2] && held.key != want.naming.key);
+            t.naming.set(0, want.naming, 0).map_err(Error::map("NAMING"))?;
+            applied.updated += 1;
+        }
         self.config = Some(want.config);
         // What refers goes first.
         applied.deleted += try_all(t.ifaces.prune(&want.ifaces))
@@ -103,6 +113,7 @@ impl Datapath {
             + try_all(t.gateways.prune(&want.gateways))
             + try_all(t.outer.prune(&want.outer))
             + try_all(t.nodes.prune(&want.nodes))
+            + try_all(t.names.prune(&want.names))
             + try_all(t.cluster_dns.prune(&want.cluster_dns))
             + try_all(t.cluster.prune(&want.cluster));
         self.tried = true;
@@ -262,6 +273,7 @@ impl Datapath {
         let t = &mut self.tables;
         Ok(t.cluster.reload()?
             + t.cluster_dns.reload()?
+            + t.names.reload()?
             + t.nodes.reload()?
             + t.outer.reload()?
             + t.gateways.reload()?
@@ -330,6 +342,10 @@ impl Datapath {
             let key = DnsKey { addr: Addr::from_ip(server.ip()), port: u32::from(server.port()) };
             want.cluster_dns.insert(key, 1);
         }
+        let suffixes = &state.cluster.suffixes;
+        want.naming = names::naming(self.name_key, suffixes);
+        want.names =
+            names::entries(&self.name_key, suffixes, state.names.iter().map(|(name, named)| (&**name, *named)));
         Ok(())
     }
 
@@ -347,7 +363,7 @@ impl Datapath {
             let pair = u32::from(scope.pair);
             let speaks = |g: &&String| !local.silent.contains(*g) && state.gateways.contains_key(*g);
             let answers = std::iter::once(&scope.owner).chain(&scope.standbys).find(speaks);
-            let dns = answers.map_or(Ok(owner), |g| self.ids.named(Kind::Gateway, g))?;
+            let dns = answers.map_or(Ok(0), |g| self.ids.named(Kind::Gateway, g))?;
             want.scopes.insert(self.ids.get(Kind::Scope, key.0)?, Scope { owner, pair, dns });
         }
         let drain = u32::try_from(self.options.drain.as_secs()).unwrap_or(u32::MAX);

@@ -30,6 +30,7 @@ impl Datapath {
             ("PREFIXES", t.prefixes.iter().count()),
             ("CLUSTER", t.cluster.iter().count()),
             ("CLUSTER_DNS", t.cluster_dns.iter().count()),
+            ("NAMES", t.names.iter().count()),
             ("IDS", self.ids.len()),
             ("FACTS", self.facts.keys().flatten().count()),
             ("HEARTBEATS", self.heartbeats.keys().flatten().count()),

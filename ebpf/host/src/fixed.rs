@@ -7,17 +7,18 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use aya::maps::lpm_trie::Key;
-use aya::maps::{HashMap, LpmTrie, Map, MapData, MapError};
+use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError};
 use aya::programs::links::FdLink;
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader, Pod};
 use ipnet::IpNet;
 use tidegate_ebpf_common::Addr;
-use tidegate_ebpf_common::layout::{DnsKey, Endpoint, OVERLAYS, PrefixKey, endpoint, prefix_bits, prefix_key};
+use tidegate_ebpf_common::layout::{DnsKey, Endpoint, Naming, OVERLAYS, PrefixKey, endpoint, prefix_bits, prefix_key};
+use tidegate_policy::state::Named;
 
 use crate::attach::{entries, file_name, link_detach, link_error, remove};
-use crate::{Error, Program, carry};
+use crate::{Error, Program, carry, names};
 
 /// The folder of its pins below that of all pins.
 pub(crate) const FIXED: &str = "static";
@@ -47,8 +48,12 @@ pub struct Fixed {
     pub prefixes: Vec<IpNet>,
     /// Ports on nodes that are none, inclusive.
     pub node_ports: Option<(u16, u16)>,
-    /// Endpoints of the cluster's DNS, which takes questions from gateways alone.
+    /// Endpoints of the cluster's DNS, which takes questions for names of the cluster alone.
     pub dns: Vec<SocketAddr>,
+    /// The cluster's suffixes.
+    pub suffixes: Vec<String>,
+    /// Names of Services that the cluster's DNS answers by itself, without their suffix.
+    pub names: Vec<String>,
 }
 
 fn folder(pins: &Path) -> PathBuf {
@@ -109,6 +114,11 @@ pub fn attach_fixed(pins: &Path, fixed: &Fixed, device: &str, ifindex: u32, pod:
     fill(&mut ebpf, "NODES", fixed.nodes.iter().map(|ip| (Addr::from_ip(*ip), 1u32)))?;
     let dns = |a: &SocketAddr| (DnsKey { addr: Addr::from_ip(a.ip()), port: u32::from(a.port()) }, 1u32);
     fill(&mut ebpf, "CLUSTER_DNS", fixed.dns.iter().map(dns))?;
+    let key = names::key([0; 2])?;
+    let known = names::entries(&key, &fixed.suffixes, fixed.names.iter().map(|n| (n.as_str(), Named::Inside)));
+    fill(&mut ebpf, "NAMES", known.into_iter())?;
+    let mut naming: Array<MapData, Naming> = map(&mut ebpf, "NAMING")?;
+    naming.set(0, names::naming(key, &fixed.suffixes), 0).map_err(Error::map("NAMING"))?;
     let mut cluster: LpmTrie<MapData, PrefixKey, u32> = map(&mut ebpf, "CLUSTER")?;
     for net in &fixed.prefixes {
         let addr = Addr::from_ip(net.network());

@@ -20,6 +20,7 @@ mod fixed;
 mod ids;
 mod incarnation;
 mod load;
+mod names;
 mod own;
 mod ports;
 mod preflight;

@@ -13,7 +13,7 @@ use nix::fcntl::{Flock, FlockArg};
 use tidegate_ebpf_common::code::COUNTERS;
 use tidegate_ebpf_common::layout::{
     Addr, Budget, CARRIED, Config, DnsKey, Endpoint, Fact, FactKey, Flow, FlowKey, Gateway, GrantKey, Group, Iface,
-    Node, OVERLAYS, Prefix, Scope, VERSION,
+    Naming, Node, OVERLAYS, Prefix, Scope, VERSION,
 };
 use tidegate_policy::ScopeKey;
 use tidegate_policy::state::{FactUpdate, NodeState};
@@ -22,6 +22,7 @@ use crate::attach::remove_all;
 use crate::carry::Before;
 use crate::ids::{Ids, Kind};
 use crate::incarnation::Incarnations;
+use crate::names::{self, MAX_NAMES};
 use crate::own::OWN;
 use crate::ports::PortSets;
 use crate::table::{Hashed, Table, Trie};
@@ -81,6 +82,8 @@ fn layouts(c: &Capacities) -> Vec<Layout> {
         trie::<Prefix>("PREFIXES", c.prefixes),
         trie::<u32>("CLUSTER", 65_536),
         hash::<DnsKey, u32>("CLUSTER_DNS", 4_096),
+        hash::<u64, u32>("NAMES", MAX_NAMES),
+        array::<Naming>("NAMING", MapType::Array, 1),
         hash::<Addr, u64>("HELD", 1_024),
         hash::<FlowKey, Flow>("FLOWS", c.flows),
         hash::<Addr, u32>("FLOW_COUNTS", c.endpoints),
@@ -118,6 +121,8 @@ pub(crate) struct Tables {
     pub prefixes: Trie<Prefix>,
     pub cluster: Trie<u32>,
     pub cluster_dns: Hashed<DnsKey, u32>,
+    pub names: Hashed<u64, u32>,
+    pub naming: Array<MapData, Naming>,
 }
 
 /// The kernel side of a node or a gateway.
@@ -131,6 +136,8 @@ pub struct Datapath {
     pub(crate) ids: Ids,
     pub(crate) tables: Tables,
     pub(crate) incarnations: Incarnations,
+    /// The key of the names' hashes.
+    pub(crate) name_key: [u64; 2],
     pub(crate) heartbeats: HashMap<MapData, u32, u64>,
     pub(crate) facts: HashMap<MapData, FactKey, Fact>,
     /// Class and expiry of every fact: nobody tells a fact again as long as it holds, so that one which another
@@ -227,6 +234,8 @@ impl Datapath {
             prefixes,
             cluster: table!("CLUSTER"),
             cluster_dns: table!("CLUSTER_DNS"),
+            names: table!("NAMES"),
+            naming: take(&mut ebpf, "NAMING")?,
         };
         let facts: HashMap<MapData, FactKey, Fact> = take(&mut ebpf, "FACTS")?;
         Ok(Self {
@@ -234,6 +243,7 @@ impl Datapath {
             told: facts.iter().flatten().map(|(k, f): (FactKey, Fact)| (k, (f.class, f.expires))).collect(),
             ids: Ids::new(table!("IDS")),
             incarnations: Incarnations::adopt(tables.endpoints.iter()),
+            name_key: names::key(tables.naming.get(&0, 0).map_err(Error::map("NAMING"))?.key)?,
             tables,
             heartbeats: take(&mut ebpf, "HEARTBEATS")?,
             facts,

@@ -4,16 +4,17 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use aya::maps::{HashMap, Map, MapData};
 use common::Fixture;
 use common::netns::{Ns, join};
-use common::packets::{raw, tcp, udp};
+use common::packets::{raw, tcp, udp, udp_with};
+use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use tidegate_ebpf::{Hook, Interface, Local, Outcome, Plugged, Program, Role, TestPacket, TestResult};
 use tidegate_policy::state::{
-    Cluster, Endpoint, FactUpdate, FactValue, Gateway, Group, Node, NodeState, Prefixes, Scope, Touch,
+    Cluster, Endpoint, FactUpdate, FactValue, Gateway, Group, Named, Node, NodeState, Prefixes, Scope, Touch,
 };
 use tidegate_policy::{Carry, ClassKey, GroupKey, PortRange, PortSet, PrefixSetKey, Proto, Reason, ScopeKey, Via};
 
@@ -51,7 +52,7 @@ fn state() -> NodeState {
             prefixes: vec!["10.244.0.0/16".parse().unwrap(), "fd00:10:244::/56".parse().unwrap()],
             node_ports: Some((30_000, 32_767)),
             dns: vec!["10.244.1.53:5353".parse().unwrap()],
-            ping: false,
+            ..Cluster::default()
         },
         ..NodeState::default()
     };
@@ -867,4 +868,133 @@ async fn events_can_be_awaited() {
     assert_eq!(event.destination, format!("[{}]:443", STRANGER.1).parse().unwrap());
     let audit = event.into_event(None);
     assert_eq!(audit.reason, Reason::NotAllowed);
+}
+
+/// Where a question goes to, and a name that everybody knows.
+const SERVERS: [&str; 2] = ["10.244.1.53", "fd00:10:244::53"];
+const SERVICE: &str = "db.shop.svc.cluster.local";
+const ABSENT: &str = "www.example.com.shop.svc.cluster.local";
+
+fn question(name: &str) -> Vec<u8> {
+    let mut out = vec![0x12, 0x34, 1, 0x10, 0, 1, 0, 0, 0, 0, 0, 0];
+    for label in name.split('.') {
+        out.push(u8::try_from(label.len()).unwrap());
+        out.extend(label.as_bytes());
+    }
+    out.extend([0, 0, 28, 0, 1]);
+    out
+}
+
+/// A world where names are known, and whether its gateway says nothing.
+fn names(silent: bool) -> Fixture {
+    let mut f = Fixture::new(Role::Node);
+    let mut state = state();
+    state.cluster.dns = SERVERS.iter().map(|s| SocketAddr::new(ip(s), 53)).collect();
+    state.cluster.suffixes = vec!["cluster.local".into()];
+    state.names.insert("db.shop.svc".into(), Named::Inside);
+    state.names.insert("partner.shop.svc".into(), Named::Outside);
+    let mut local = local();
+    if silent {
+        local.silent.insert("gw".into());
+    }
+    f.path_mut().apply(&state, &local, false).unwrap();
+    f
+}
+
+#[test]
+fn questions_for_services_pass_and_no_others() {
+    for silent in [false, true] {
+        let f = names(silent);
+        for (i, server) in SERVERS.iter().enumerate() {
+            let pick = |of: (&'static str, &'static str)| if i == 0 { of.0 } else { of.1 };
+            let (pod, guarded) = (pick(ISOLATED), pick(GUARDED));
+            let asks =
+                |from: &str, name: &str| run(&f, Program::PodEgress, &udp_with(from, server, 53, &question(name)));
+            let passed = asks(pod, SERVICE);
+            assert_eq!((passed.code, passed.mark), (NEXT, BY_CLUSTER));
+            let passed = asks(guarded, "DB.Shop.svc.Cluster.local");
+            assert_eq!((passed.code, passed.mark), (NEXT, MARK));
+            for name in ["www.example.com", "partner.shop.svc.cluster.local", "db.shop.svc"] {
+                assert_eq!(asks(pod, name).code, REDIRECT, "{name}");
+            }
+            // To the gateway as it was asked, or back as its answer.
+            let asked = udp_with(pod, server, 53, &question(ABSENT));
+            let back = run(&f, Program::PodEgress, &asked);
+            assert_eq!(back.code, REDIRECT);
+            assert_eq!(back.frame != asked, silent);
+            if silent {
+                is_no_name(&back.frame, &asked);
+            }
+            // To other servers, over TCP: as ever.
+            let elsewhere = udp_with(pod, pick(STRANGER), 53, &question(SERVICE));
+            assert_eq!(egress(&f, &elsewhere), REDIRECT);
+            assert_eq!(egress(&f, &tcp(pod, server, 53, true)), REDIRECT);
+        }
+        assert_eq!(counted(&f, Hook::PodEgress, Outcome::Pass, Reason::NoGateway), 2 * u64::from(silent));
+    }
+}
+
+/// The question, turned around: NXDOMAIN, from whom it was asked, with a right checksum.
+#[track_caller]
+fn is_no_name(frame: &[u8], asked: &[u8]) {
+    assert_eq!((&frame[..6], &frame[6..12]), (&asked[6..12], &asked[..6]));
+    let (old, new) = (SlicedPacket::from_ethernet(asked).unwrap(), SlicedPacket::from_ethernet(frame).unwrap());
+    let ends = |p: &SlicedPacket<'_>| match p.net.as_ref().unwrap() {
+        NetSlice::Ipv4(h) => (IpAddr::from(h.header().source_addr()), IpAddr::from(h.header().destination_addr())),
+        NetSlice::Ipv6(h) => (IpAddr::from(h.header().source_addr()), IpAddr::from(h.header().destination_addr())),
+        _ => panic!("no IP"),
+    };
+    assert_eq!(ends(&new), (ends(&old).1, ends(&old).0));
+    let (Some(TransportSlice::Udp(was)), Some(TransportSlice::Udp(is))) = (&old.transport, &new.transport) else {
+        panic!("no UDP");
+    };
+    assert_eq!((is.source_port(), is.destination_port()), (was.destination_port(), was.source_port()));
+    let mut answer = was.payload().to_vec();
+    answer[2..4].copy_from_slice(&[0x85, 0x93]);
+    assert_eq!(is.payload(), answer, "QR, AA, RD, RA, CD and NXDOMAIN, and nothing else is other");
+    let header = is.to_header();
+    let sum = match new.net.as_ref().unwrap() {
+        NetSlice::Ipv4(h) => header.calc_checksum_ipv4(&h.header().to_header(), is.payload()),
+        NetSlice::Ipv6(h) => header.calc_checksum_ipv6(&h.header().to_header(), is.payload()),
+        _ => panic!("no IP"),
+    };
+    assert_eq!(sum.unwrap(), header.checksum);
+}
+
+#[test]
+fn names_have_the_nodes_own_key_and_outlive_a_restart() {
+    let key = |f: &Fixture| {
+        let map: aya::maps::Array<_, [u64; 42]> =
+            Map::from_map_data(MapData::from_pin(f.pin("NAMING")).unwrap()).unwrap().try_into().unwrap();
+        let naming = map.get(&0, 0).unwrap();
+        [naming[0], naming[1]]
+    };
+    let (mut a, b) = (names(false), names(false));
+    assert_ne!(key(&a), key(&b));
+    let before = key(&a);
+    a.restart();
+    assert_eq!(key(&a), before);
+    let asked = udp_with(ISOLATED.0, SERVERS[0], 53, &question(SERVICE));
+    assert_eq!(egress(&a, &asked), NEXT, "before anybody has spoken");
+    // The names go, and so does what they open.
+    a.path_mut().apply(&state(), &local(), false).unwrap();
+    assert_eq!(egress(&a, &asked), REDIRECT);
+}
+
+#[test]
+fn answers_of_the_clusters_dns_open_nothing() {
+    // A server that is in no prefix of the cluster, such as a cache on the node.
+    let mut f = names(false);
+    let mut state = state();
+    state.cluster.prefixes.clear();
+    state.cluster.dns = vec![SocketAddr::new(ip(SERVERS[0]), 53)];
+    f.path_mut().apply(&state, &local(), false).unwrap();
+    let answer = |from: &str| {
+        let mut frame = udp_with(from, ISOLATED.0, 40_000, b"answer");
+        frame[34..36].copy_from_slice(&53u16.to_be_bytes());
+        run(&f, Program::PodIngress, &frame);
+        egress(&f, &udp_with(ISOLATED.0, from, 53, &question("www.example.com")))
+    };
+    assert_eq!(answer(SERVERS[0]), REDIRECT);
+    assert_eq!(answer(STRANGER.0), NEXT, "what was opened from outside");
 }

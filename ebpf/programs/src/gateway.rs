@@ -14,7 +14,7 @@ use crate::tables::{self, Kernel, count, dropped, get, report};
 pub fn gateway_ingress(ctx: TcContext) -> i32 {
     let skb = Skb::new(&ctx);
     let Some(config) = tables::config() else { return SHOT };
-    let t = Kernel::<true> { config };
+    let t = Kernel::<true>::new(config);
     let mut p = Packet::default();
     let mut d = Decision::default();
     let parsed = skb.parse(&mut p);

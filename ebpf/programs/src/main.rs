@@ -21,6 +21,8 @@ mod globals;
 #[cfg(target_arch = "bpf")]
 mod maps;
 #[cfg(target_arch = "bpf")]
+mod names;
+#[cfg(target_arch = "bpf")]
 mod node;
 #[cfg(target_arch = "bpf")]
 mod object;

@@ -4,8 +4,8 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf};
 use tidegate_ebpf_common::code::COUNTERS as COUNTER_ENTRIES;
 use tidegate_ebpf_common::layout::{
-    Addr, Budget, Config, DnsKey, Endpoint, Fact, FactKey, Flow, FlowKey, Gateway, GrantKey, Group, IdKey, Iface, Node,
-    PortSet, Prefix, PrefixKey, Scope,
+    Addr, Budget, Config, DnsKey, Endpoint, Fact, FactKey, Flow, FlowKey, Gateway, GrantKey, Group, IdKey, Iface,
+    Naming, Node, PortSet, Prefix, PrefixKey, Scope,
 };
 
 use crate::globals::global;
@@ -47,6 +47,11 @@ pub static PREFIXES: LpmTrie<PrefixKey, Prefix> = LpmTrie::with_max_entries(262_
 pub static CLUSTER: LpmTrie<PrefixKey, u32> = LpmTrie::with_max_entries(65_536, NO_PREALLOC);
 #[map]
 pub static CLUSTER_DNS: HashMap<DnsKey, u32> = HashMap::with_max_entries(4_096, NO_PREALLOC);
+/// Names of Services, by their hashes.
+#[map]
+pub static NAMES: HashMap<u64, u32> = HashMap::with_max_entries(65_536, NO_PREALLOC);
+#[map]
+pub static NAMING: Array<Naming> = Array::with_max_entries(1, 0);
 /// Deadlines (coarse nanoseconds) of held egress addresses.
 #[map]
 pub static HELD: HashMap<Addr, u64> = HashMap::with_max_entries(1_024, NO_PREALLOC);

@@ -4,15 +4,16 @@ use aya_ebpf::bindings::bpf_fib_lookup;
 use aya_ebpf::helpers::generated as bpf;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use tidegate_ebpf_common::layout::{Endpoint, VNI_TO_GATEWAY, VNI_TO_POD, config, endpoint, flow, group, iface, node};
+use tidegate_ebpf_common::layout::{
+    DnsKey, Endpoint, VNI_TO_GATEWAY, VNI_TO_POD, config, endpoint, flow, group, iface, node,
+};
 use tidegate_ebpf_common::packet::{self, mark, proto};
 use tidegate_ebpf_common::verdict::{flow_key, in_cluster, is_link_local, seconds};
 use tidegate_ebpf_common::{Action, Addr, Code, Decision, Hook, Outcome, Packet, Parsed, verdict};
 
-use crate::globals;
-use crate::maps;
 use crate::skb::{NEXT, SHOT, Skb};
 use crate::tables::{self, Kernel, count, dropped, get, now_ns, report};
+use crate::{globals, maps, names};
 
 /// What a pod sends.
 #[classifier]
@@ -23,7 +24,7 @@ pub fn pod_egress(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn pod_egress_inner(skb: &Skb) -> i32 {
     let Some(config) = tables::config() else { return SHOT };
-    let t = Kernel::<false> { config };
+    let t = Kernel::<false> { config, ctx: skb.ctx };
     let mut p = Packet::default();
     let mut d = Decision::default();
     let parsed = skb.parse(&mut p);
@@ -46,6 +47,10 @@ fn pod_egress_inner(skb: &Skb) -> i32 {
             SHOT
         }
         Action::Steer => steer(skb, &p, d.owner, config.tunnel),
+        Action::NoName => {
+            count(Hook::PodEgress, Outcome::Pass, d.code);
+            names::no_name(skb, &p)
+        }
     }
 }
 
@@ -108,9 +113,11 @@ fn record(skb: &Skb) {
         _ => return,
     };
     let Some(config) = tables::config() else { return };
-    let t = Kernel::<false> { config };
-    // Answers into the cluster set pass anyway, and need no place in the table.
-    if in_cluster(&t, &p.src, p.proto, p.sport) || forged(skb, &p.src) {
+    let t = Kernel::<false>::new(config);
+    // Answers into the cluster set pass anyway, and need no place in the table. What the cluster's DNS answers makes none
+    // of the next questions one that is not looked at.
+    let dns = p.proto == proto::UDP && get!(CLUSTER_DNS, &DnsKey { addr: p.src, port: u32::from(p.sport) }).is_some();
+    if dns || in_cluster(&t, &p.src, p.proto, p.sport) || forged(skb, &p.src) {
         return;
     }
     core::mem::swap(&mut p.src, &mut p.dst);
@@ -149,7 +156,7 @@ fn guard(skb: &Skb) -> i32 {
         return NEXT;
     }
     let Some(config) = tables::config() else { return NEXT };
-    let t = Kernel::<false> { config };
+    let t = Kernel::<false>::new(config);
     let mut p = Packet::default();
     skb.parse(&mut p);
     if marked == globals::mark_cluster() {

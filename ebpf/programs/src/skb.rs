@@ -58,7 +58,12 @@ macro_rules! field {
 impl Skb {
     #[inline(always)]
     pub fn new(context: &TcContext) -> Self {
-        let ctx = context.skb.skb;
+        Self::of(context.skb.skb)
+    }
+
+    /// The packet of a context.
+    #[inline(always)]
+    pub fn of(ctx: *mut __sk_buff) -> Self {
         // SAFETY: the context is valid for the run of the program.
         Self { ctx, ifindex: unsafe { (*ctx).ifindex } }
     }
@@ -138,6 +143,25 @@ impl Skb {
     pub fn store<const N: usize>(&self, offset: u32, from: &[u8; N]) -> bool {
         // SAFETY: the buffer holds N octets.
         unsafe { bpf::bpf_skb_store_bytes(self.ctx.cast(), offset, from.as_ptr().cast(), N as u32, 0) == 0 }
+    }
+
+    /// Makes the whole frame the kernel's own: the sender may still write into pages that it lent (MSG_ZEROCOPY, packet
+    /// sockets' rings).
+    #[inline(always)]
+    pub fn keep(&self) -> bool {
+        // SAFETY: a valid context.
+        unsafe { bpf::bpf_skb_pull_data(self.ctx, self.len()) == 0 }
+    }
+
+    /// Puts two octets of what a checksum covers in place of others.
+    #[inline(always)]
+    pub fn replace(&self, offset: u32, from: [u8; 2], to: [u8; 2], checksum: u32) -> bool {
+        let word = |o: [u8; 2]| u64::from(u16::from_ne_bytes(o));
+        // A checksum of zero says that there is none.
+        const MANGLED_0: u64 = 0x20;
+        // SAFETY: a valid context.
+        let sum = unsafe { bpf::bpf_l4_csum_replace(self.ctx, checksum, word(from), word(to), MANGLED_0 | 2) };
+        sum == 0 && self.store(offset, &to)
     }
 
     /// Cuts or extends the frame.

@@ -1,18 +1,20 @@
 //! The verdict's tables over the kernel maps; counters and events.
 
-use aya_ebpf::bindings::BPF_NOEXIST;
+use aya_ebpf::bindings::{__sk_buff, BPF_NOEXIST};
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use tidegate_ebpf_common::code::{CODES, COUNTERS as ENTRIES, OUTCOMES};
 use tidegate_ebpf_common::layout::{
     Addr, Config, DnsKey, Endpoint, Event, Fact, FactKey, Flow, FlowKey, GrantKey, Group, PREFIX_BITS, PortSet, Prefix,
     PrefixKey, Scope, WINDOW_BITS, WINDOW_EVENTS, flow,
 };
+use tidegate_ebpf_common::names::asks;
+use tidegate_ebpf_common::packet::ETH;
 use tidegate_ebpf_common::verdict::scan;
 use tidegate_ebpf_common::{Code, Hook, Outcome, Packet, Tables};
 
 use crate::globals;
-use crate::maps;
 use crate::skb::Skb;
+use crate::{maps, names};
 
 /// Looks a hash map up. Values of maps without preallocation are freed after a grace period
 /// only, so that a program never sees another key's value.
@@ -40,6 +42,16 @@ pub fn now_ns() -> u64 {
 /// The kernel's tables; `G` tells a gateway from a node.
 pub struct Kernel<const G: bool> {
     pub config: &'static Config,
+    /// The packet's context, for who asks what it says; else null.
+    pub ctx: *mut __sk_buff,
+}
+
+impl<const G: bool> Kernel<G> {
+    /// For what the tables alone say.
+    #[inline(always)]
+    pub fn new(config: &'static Config) -> Self {
+        Self { config, ctx: core::ptr::null_mut() }
+    }
 }
 
 impl<const G: bool> Tables for Kernel<G> {
@@ -102,6 +114,10 @@ impl<const G: bool> Tables for Kernel<G> {
         get!(CLUSTER_DNS, key).is_some()
     }
     #[inline(always)]
+    fn asks(&self, p: &Packet) -> u32 {
+        asked(self.ctx, p.l4, ETH + p.length)
+    }
+    #[inline(always)]
     fn fact(&self, key: &FactKey) -> Option<&Fact> {
         get!(FACTS, key)
     }
@@ -162,9 +178,17 @@ impl<const G: bool> Tables for Kernel<G> {
 #[inline(never)]
 extern "C" fn scan_ports(set: u32, question: u32) -> u32 {
     match config() {
-        Some(config) => u32::from(scan(&Kernel::<false> { config }, set, question)),
+        Some(config) => u32::from(scan(&Kernel::<false>::new(config), set, question)),
         None => 0,
     }
+}
+
+/// A global function as [`scan_ports`] is.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn asked(ctx: *mut __sk_buff, l4: u32, end: u32) -> u32 {
+    let Some(naming) = maps::NAMING.get(0) else { return asks::OTHER };
+    names::ask(&Skb::of(ctx), l4, end, naming, |hash| get!(NAMES, &hash).copied().unwrap_or(0))
 }
 
 /// Remembers a flow within its endpoint's budget.

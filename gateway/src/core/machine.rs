@@ -227,6 +227,11 @@ impl Uses {
             let named = || name.to_string();
             step.put(old, new, |touch| Entry::Namespace(named(), touch), EntryKey::Namespace(named()));
         }
+        for name in d.changes.names.iter().filter(|_| sight.here.is_some()) {
+            let (old, new) = (held.names.get(name), b.world.names().get(name).copied());
+            let named = || name.to_string();
+            step.put(old, new, |to| Entry::Name(named(), to), EntryKey::Name(named()));
+        }
         let others = std::mem::take(&mut step.told);
         for (key, prefixes) in sets {
             let new = prefixes.filter(|_| self.sets.contains_key(&key));

@@ -55,7 +55,7 @@ pub fn lists(kubernetes: &Kubernetes) -> Vec<List<Feed>> {
                 (path, format!("metadata.name={}", dns.name), String::new())
             }
             Feed::DnsEndpoints => (slices(&dns.namespace), String::new(), of_service(&dns.name)),
-            Feed::ExternalNames => ("/api/v1/services".into(), "spec.type=ExternalName".into(), String::new()),
+            Feed::Services => ("/api/v1/services".into(), String::new(), String::new()),
             Feed::EgressPools => (path("egresspools"), String::new(), String::new()),
             Feed::ClusterEgressPolicies => (path("clusteregresspolicies"), String::new(), String::new()),
             Feed::EgressPolicies => (path("egresspolicies"), String::new(), String::new()),

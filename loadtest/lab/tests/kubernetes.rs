@@ -30,6 +30,7 @@ fn kubernetes() {
     assert_eq!(story::whole(&lab), 0, "surprises");
     story::hold(&lab, 12).unwrap();
     people_are_told(&lab);
+    names_need_no_gateway(&mut lab);
     the_api_server_is_away(&mut lab);
     the_order_of_objects_decides_nothing(&mut lab);
     a_watch_that_hangs_helps_nobody(&lab);
@@ -109,6 +110,93 @@ fn people_are_told(lab: &Lab) {
         lab.kubectl(&["get", "events.v1.events.k8s.io", "-n", "shop", "--field-selector", "reason=EgressDenied"]);
     let events = events.unwrap();
     assert!(events.contains("pod/web"), "{events}");
+}
+
+/// With every gateway gone pods reach Services by name, and find out nothing else.
+fn names_need_no_gateway(lab: &mut Lab) {
+    let service = "backend.untouched.svc.cluster.local";
+    let pods = ["shop/web", "guarded/app", "audited/app"];
+    // The cluster's DNS sees who asks: a gateway never is the pod.
+    let sees = |lab: &Lab, pod: &str, name: &str| {
+        let own: Vec<String> = lab.scenario().pod(pod).unwrap().addresses().iter().map(ToString::to_string).collect();
+        let asked = lab.queries("cluster").unwrap();
+        asked.iter().any(|q| q["name"] == name && own.iter().any(|ip| q["client"] == *ip))
+    };
+    let added =
+        |name: &str| json!({"metadata": {"name": name}, "spec": {"clusterIP": "None", "ports": [{"port": 8080}]}});
+    lab.request("POST", "/api/v1/namespaces/untouched/services", &added("late")).unwrap();
+    soon("the new Service's name at the nodes", || {
+        pods.iter().all(|pod| {
+            dig(&lab.pod(pod), "late.untouched.svc.cluster.local", "A", &[]);
+            sees(lab, pod, "late.untouched.svc.cluster.local")
+        })
+    });
+    let (absent, outside) = ("www.example.com.shop.svc.cluster.local", "www.example.com");
+    assert_eq!(dig(&lab.pod("shop/web"), absent, "A", &[]).status, "NXDOMAIN");
+    for gateway in GATEWAYS {
+        lab.signal(gateway, Signal::SIGKILL, Some(Duration::from_secs(5))).unwrap();
+    }
+    let (before, gone) = (lab.queries("internet").unwrap().len(), Instant::now());
+    let there = |pod: &str, family: Family| {
+        let asked = dig(&lab.pod(pod), service, family.record(), &[]);
+        assert_eq!(asked.answers.len(), 1, "{pod}, {family:?}, {:?}: {}", gone.elapsed(), asked.text());
+    };
+    for pod in pods {
+        FAMILIES.iter().for_each(|f| there(pod, *f));
+    }
+    soon("an answer for what is not there", || {
+        pods.iter().all(|pod| dig(&lab.pod(pod), absent, "A", &["+time=1"]).status == "NXDOMAIN")
+    });
+    let server = |family: Family| {
+        let dns = lab.scenario().cluster_dns_servers();
+        format!("@{}", dns.iter().find(|a| a.is_ipv4() == (family == Family::V4)).unwrap().ip())
+    };
+    for pod in pods {
+        for family in FAMILIES {
+            let at = server(family);
+            let asks = |name: &str, more: &[&str]| dig(&lab.pod(pod), name, "A", &[&[at.as_str()], more].concat());
+            there(pod, family);
+            assert_eq!(asks("BACKEND.Untouched.svc.cluster.LOCAL", &["+bufsize=1232"]).answers.len(), 1);
+            let no = asks(absent, &["+dnssec"]);
+            assert_eq!((no.status.as_str(), no.soa), ("NXDOMAIN", false));
+            for (name, more) in [(outside, &[][..]), (service, &["+tcp"]), ("53.1.244.10.in-addr.arpa", &[])] {
+                assert_eq!(asks(name, &[more, &["+time=1"]].concat()).status, "", "{pod} {name} {more:?}");
+            }
+            // As programs do it, by the search list of resolv.conf.
+            for name in ["backend.untouched", service] {
+                let begun = Instant::now();
+                let seen = curl(&lab.pod(pod), family, &format!("http://{name}:8080/"), &[]).source();
+                assert!(
+                    seen.is_some() && begun.elapsed() < Duration::from_secs(2),
+                    "{pod} {name}: {:?}",
+                    begun.elapsed()
+                );
+            }
+        }
+        assert_eq!(seen(lab, pod, Family::V4, outside), None);
+    }
+    let strangers =
+        ["shop/web", "guarded/app", "audited/app"].map(|pod| sees(lab, pod, absent) || sees(lab, pod, outside));
+    assert_eq!(strangers, [false; 3], "the cluster's DNS might ask others");
+    assert_eq!(lab.queries("internet").unwrap().len(), before);
+    for gateway in GATEWAYS {
+        lab.start(gateway).unwrap();
+    }
+    GATEWAYS.iter().for_each(|g| lab.wait_ready(g, Duration::from_secs(60)).unwrap());
+    soon("what is allowed", || seen(lab, "shop/web", Family::V4, outside) == Some(of(POOL_A, Family::V4)));
+    lab.request("DELETE", "/api/v1/namespaces/untouched/services/late", &Value::Null).unwrap();
+    soon("the end of the name at the nodes", || {
+        let count = |lab: &Lab| {
+            lab.queries("cluster").unwrap().iter().filter(|q| q["name"] == "late.untouched.svc.cluster.local").count()
+        };
+        let own = lab.scenario().pod("shop/web").unwrap().ipv4.unwrap().to_string();
+        let before = count(lab);
+        dig(&lab.pod("shop/web"), "late.untouched.svc.cluster.local", "A", &[]);
+        let asked = lab.queries("cluster").unwrap();
+        let last = asked.iter().filter(|q| q["name"] == "late.untouched.svc.cluster.local").next_back().unwrap();
+        // The gateway keeps the answer of before for a while.
+        count(lab) == before || last["client"] != own
+    });
 }
 
 /// Drops every packet between gateways' nodes and the API server, and says nothing to either side.

@@ -45,7 +45,7 @@ impl Drive {
         let kernel = &self.nodes[node_at(s.node())].kernel;
         let d = kernel.decide(&frame, ifindex(pod));
         match d.action {
-            Action::Drop => return (d.action, Some(Fate::Denied)),
+            Action::Drop | Action::NoName => return (d.action, Some(Fate::Denied)),
             Action::Pass | Action::Ignore => return (d.action, Some(Fate::Passes)),
             Action::Steer => {}
         }

@@ -121,6 +121,8 @@ pub struct Owner {
 pub struct Inside {
     /// The NodePort range.
     pub node_ports: NodePorts,
+    /// Suffixes of the cluster's names.
+    pub suffixes: Vec<String>,
 }
 
 /// A range of ports.
@@ -138,7 +140,7 @@ impl Config {
             node: node.to_owned(),
             gateways: GATEWAYS.iter().map(|(n, at)| replica(n, at)).collect(),
             owners: Vec::new(),
-            cluster: Inside { node_ports: NodePorts { first: NODE_PORTS.0, last: NODE_PORTS.1 } },
+            cluster: Inside { node_ports: NodePorts { first: NODE_PORTS.0, last: NODE_PORTS.1 }, suffixes: Vec::new() },
             ping: false,
             full_pass_seconds: 30,
         }

@@ -9,6 +9,7 @@
 mod cluster;
 mod ending;
 mod json;
+mod names;
 mod nodes;
 mod started;
 
@@ -19,6 +20,7 @@ use std::sync::Arc;
 use serde_json::Value;
 use tidegate_policy::Name;
 use tidegate_policy::model::{Node, Objects, Pair, Settings, Touched};
+use tidegate_policy::state::Named;
 
 use self::cluster::Cluster;
 use self::ending::Endings;
@@ -49,8 +51,8 @@ pub enum Feed {
     DnsService,
     /// Its EndpointSlices.
     DnsEndpoints,
-    /// Services of the type ExternalName.
-    ExternalNames,
+    /// Every Service: its name, and where one of the type ExternalName leads.
+    Services,
     /// Pools.
     EgressPools,
     /// Cluster policies.
@@ -71,7 +73,7 @@ impl Feed {
         Self::ApiEndpoints,
         Self::DnsService,
         Self::DnsEndpoints,
-        Self::ExternalNames,
+        Self::Services,
         Self::EgressPools,
         Self::ClusterEgressPolicies,
         Self::EgressPolicies,
@@ -86,7 +88,7 @@ impl Feed {
             Self::Nodes => ("v1", "Node"),
             Self::ServiceCidrs => ("networking.k8s.io/v1", "ServiceCIDR"),
             Self::ApiEndpoints | Self::DnsEndpoints => ("discovery.k8s.io/v1", "EndpointSlice"),
-            Self::DnsService | Self::ExternalNames => ("v1", "Service"),
+            Self::DnsService | Self::Services => ("v1", "Service"),
             Self::EgressPools => (API_VERSION, "EgressPool"),
             Self::ClusterEgressPolicies => (API_VERSION, "ClusterEgressPolicy"),
             Self::EgressPolicies => (API_VERSION, "EgressPolicy"),
@@ -104,7 +106,7 @@ impl Feed {
             Self::ApiEndpoints => "apiendpoints",
             Self::DnsService => "dnsservice",
             Self::DnsEndpoints => "dnsendpoints",
-            Self::ExternalNames => "externalnames",
+            Self::Services => "services",
             Self::EgressPools => "egresspools",
             Self::ClusterEgressPolicies => "clusteregresspolicies",
             Self::EgressPolicies => "egresspolicies",
@@ -289,6 +291,14 @@ impl Index {
         if let (Feed::Pods, Some(Read::Object(Object::Pod(pod)))) = (feed, &mut read) {
             self.starts.seen(&key, &uid, object, pod);
         }
+        if feed == Feed::Services
+            && !good
+            && names::set(&mut self.objects.names, &names::service(&key), Some(Named::Outside))
+        {
+            // It may lead anywhere.
+            self.changes += 1;
+            self.touched.names = true;
+        }
         let is_policy = matches!(feed, Feed::EgressPolicies | Feed::ClusterEgressPolicies);
         let value = match read {
             Some(value) => Some(Some(value)),
@@ -366,7 +376,7 @@ impl Index {
             Some(Read::Object(Object::ClusterPolicy(v))) => set(&mut o.cluster_policies, name, v),
             Some(Read::Object(Object::Policy(v))) => set(&mut o.policies, key, v),
             Some(Read::Cluster(part)) => self.cluster.set(feed, key, Some(part)),
-            Some(Read::External(target)) => self.external_name(key, target),
+            Some(Read::Service(target)) => self.service(key, Some(target)),
             Some(Read::Assigned(pairs)) => *name == NAMESPACE_EGRESS && self.assign(&key.0, pairs),
             None => match feed {
                 Feed::Namespaces => o.namespaces.remove(name).is_some(),
@@ -375,7 +385,7 @@ impl Index {
                 Feed::EgressPools => o.pools.remove(name).is_some(),
                 Feed::ClusterEgressPolicies => o.cluster_policies.remove(name).is_some(),
                 Feed::EgressPolicies => o.policies.remove(key).is_some(),
-                Feed::ExternalNames => self.external_name(key, None),
+                Feed::Services => self.service(key, None),
                 Feed::NamespaceEgresses if *name == NAMESPACE_EGRESS => self.assign(&key.0, Vec::new()),
                 Feed::NamespaceEgresses => false,
                 Feed::ServiceCidrs | Feed::ApiEndpoints | Feed::DnsService | Feed::DnsEndpoints => {
@@ -396,8 +406,8 @@ impl Index {
             Feed::ClusterEgressPolicies => drop(t.cluster_policies.insert(name.clone())),
             Feed::EgressPools => t.all = true,
             Feed::ServiceCidrs | Feed::ApiEndpoints | Feed::DnsService | Feed::DnsEndpoints => self.settle(),
-            // No rule depends on them: the DNS service asks for them.
-            Feed::ExternalNames => {}
+            // No rule depends on them: the DNS service asks for them, and nodes go by their names.
+            Feed::Services => t.names = true,
         }
     }
 
@@ -434,16 +444,20 @@ impl Index {
         }
     }
 
-    fn external_name(&mut self, key: &Key, target: Option<Name>) -> bool {
-        if self.external.get(key) == target.as_ref() {
-            return false;
+    /// Takes a Service with where it leads outside, if it does, or that it is gone.
+    fn service(&mut self, key: &Key, service: Option<Option<Name>>) -> bool {
+        let named = service.as_ref().map(|target| if target.is_some() { Named::Outside } else { Named::Inside });
+        let mut changed = names::set(&mut self.objects.names, &names::service(key), named);
+        let target = service.flatten();
+        if self.external.get(key) != target.as_ref() {
+            let names = Arc::make_mut(&mut self.external);
+            match target {
+                Some(target) => drop(names.insert(key.clone(), target)),
+                None => drop(names.remove(key)),
+            }
+            changed = true;
         }
-        let names = Arc::make_mut(&mut self.external);
-        match target {
-            Some(target) => drop(names.insert(key.clone(), target)),
-            None => drop(names.remove(key)),
-        }
-        true
+        changed
     }
 
     fn assign(&mut self, namespace: &str, pairs: Vec<(String, Pair)>) -> bool {
@@ -467,7 +481,7 @@ impl Index {
 enum Read {
     Object(Object),
     Cluster(cluster::Part),
-    External(Option<Name>),
+    Service(Option<Name>),
     Assigned(Vec<(String, Pair)>),
 }
 
@@ -485,7 +499,7 @@ fn read(feed: Feed, object: &Value) -> Found {
         Feed::ServiceCidrs | Feed::ApiEndpoints | Feed::DnsService | Feed::DnsEndpoints => {
             cluster::read(feed, object).map(Read::Cluster)
         }
-        Feed::ExternalNames => cluster::external(object).map(Read::External),
+        Feed::Services => cluster::external(object).map(Read::Service),
         Feed::NamespaceEgresses => cluster::assigned(object).map(Read::Assigned),
         _ => {
             let item = manifest::one(&json::tree(feed, object));

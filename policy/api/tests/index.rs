@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tidegate_api::index::{Feed, Index};
 use tidegate_policy::World;
 use tidegate_policy::model::{Action, Ceiling, Objects, PolicyMode, Selector, Settings, Tier, Touched, UnixSeconds};
-use tidegate_policy::state::Touch;
+use tidegate_policy::state::{Named, Touch};
 
 fn index() -> Index {
     Index::new(Settings::default())
@@ -385,15 +385,37 @@ fn external_names_touch_no_policy() {
     let mut i = index();
     let service = |kind: &str, target: &str| json!({"metadata": {"namespace": "shop", "name": "db"}, "spec": {"type": kind, "externalName": target}});
     let target = |i: &Index| i.external_names().values().map(|n| n.as_str().to_owned()).collect::<Vec<_>>();
-    i.apply(Feed::ExternalNames, &service("ExternalName", "DB.example.com"));
+    i.apply(Feed::Services, &service("ExternalName", "DB.example.com"));
     assert_eq!(target(&i), ["db.example.com"]);
     let before = i.external_names().clone();
-    i.apply(Feed::ExternalNames, &service("ExternalName", "db.example.com"));
+    i.apply(Feed::Services, &service("ExternalName", "db.example.com"));
     assert!(std::sync::Arc::ptr_eq(&before, i.external_names()));
-    i.apply(Feed::ExternalNames, &service("ExternalName", "a b"));
+    i.apply(Feed::Services, &service("ExternalName", "a b"));
     assert_eq!(target(&i), ["db.example.com"], "the last good one stays");
-    i.apply(Feed::ExternalNames, &service("ClusterIP", ""));
-    assert!(target(&i).is_empty() && !i.is_touched());
+    i.take_touched();
+    i.apply(Feed::Services, &service("ClusterIP", ""));
+    assert!(target(&i).is_empty());
+    assert_eq!(i.take_touched(), Touched { names: true, ..Touched::default() });
+}
+
+#[test]
+fn names_of_services_are_told_with_where_they_lead() {
+    let mut i = index();
+    let service = |kind: &str, target: &str| json!({"metadata": {"namespace": "shop", "name": "db"}, "spec": {"type": kind, "externalName": target}});
+    let mut says = |event: Option<Value>| {
+        match event {
+            Some(object) => i.apply(Feed::Services, &object),
+            None => i.restarted(Feed::Services, &BTreeSet::new()),
+        }
+        let changed = i.take_touched().names;
+        (i.objects().names.get("db.shop.svc").copied(), changed)
+    };
+    assert_eq!(says(Some(service("ClusterIP", ""))), (Some(Named::Inside), true));
+    assert_eq!(says(Some(service("NodePort", ""))), (Some(Named::Inside), false));
+    assert_eq!(says(Some(service("ExternalName", "a b"))), (Some(Named::Outside), true), "it may lead anywhere");
+    assert_eq!(says(Some(service("ClusterIP", ""))), (Some(Named::Inside), true));
+    assert_eq!(says(Some(service("ExternalName", "db.example.com"))), (Some(Named::Outside), true));
+    assert_eq!(says(None), (None, true));
 }
 
 #[test]

@@ -341,6 +341,7 @@ impl<'a> Compiler<'a> {
             timed,
             flawed,
             strictest,
+            names: self.o.names.clone(),
             issues: OnceLock::new(),
             registry: self.registry,
         }

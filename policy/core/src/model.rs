@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
+use crate::shards::Shards;
+use crate::state::Named;
 use crate::{Name, Proto};
 
 /// Wall-clock time in seconds since 1970 (UTC): the form of `expireTime` and `audit-until`.
@@ -36,6 +38,8 @@ pub struct Objects {
     pub cluster_policies: BTreeMap<String, ClusterPolicy>,
     /// The pairs that scopes were given before, by (namespace, pool): kept as long as the pool has them.
     pub assigned: BTreeMap<(String, String), Pair>,
+    /// Names of the cluster without their suffix: no rule depends on them, but nodes go by them.
+    pub names: Shards<Arc<str>, Named>,
     /// Settings that have no resource.
     pub settings: Settings,
 }
@@ -55,6 +59,8 @@ pub struct Touched {
     pub namespaces: BTreeSet<String>,
     /// Single pods, by (namespace, name): new, changed or gone.
     pub pods: BTreeSet<(String, String)>,
+    /// Names of the cluster are new, changed or gone.
+    pub names: bool,
 }
 
 impl Touched {
@@ -65,6 +71,7 @@ impl Touched {
         cluster_policies: BTreeSet::new(),
         namespaces: BTreeSet::new(),
         pods: BTreeSet::new(),
+        names: true,
     };
 
     /// Adds what else was touched.
@@ -74,6 +81,7 @@ impl Touched {
         self.cluster_policies.extend(more.cluster_policies);
         self.namespaces.extend(more.namespaces);
         self.pods.extend(more.pods);
+        self.names |= more.names;
     }
 }
 

@@ -46,6 +46,17 @@ pub enum EntryKey {
     Grant(GroupKey, ClassKey),
     /// A namespace by name.
     Namespace(String),
+    /// A name of the cluster, without its suffix.
+    Name(String),
+}
+
+/// Where a name of the cluster leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Named {
+    /// To a Service or pod: the cluster's DNS answers it by itself.
+    Inside,
+    /// Outside (an ExternalName Service): it is resolved under policy.
+    Outside,
 }
 
 /// Cluster-wide values.
@@ -59,6 +70,8 @@ pub struct Cluster {
     pub dns: Vec<SocketAddr>,
     /// Whether ICMP echo to destinations that are allowed by a prefix or fact passes.
     pub ping: bool,
+    /// Suffixes of the cluster's names, canonical; without reverse zones.
+    pub suffixes: Vec<String>,
 }
 
 /// A node of the cluster.
@@ -141,6 +154,8 @@ pub enum Entry {
     /// A namespace: the strictest that a new pod of it may be, whatever its labels. What is audited is denied nothing, and
     /// counts as untouched.
     Namespace(String, Touch),
+    /// A name of the cluster without its suffix, such as `db.shop.svc`.
+    Name(String, Named),
 }
 
 impl Entry {
@@ -156,6 +171,7 @@ impl Entry {
             Entry::Prefixes(k, _) => EntryKey::Prefixes(*k),
             Entry::Grant(g, c, _) => EntryKey::Grant(*g, *c),
             Entry::Namespace(n, _) => EntryKey::Namespace(n.clone()),
+            Entry::Name(n, _) => EntryKey::Name(n.clone()),
         }
     }
 }
@@ -181,6 +197,8 @@ pub struct NodeState {
     pub grants: BTreeMap<(GroupKey, ClassKey), PortSet>,
     /// Namespaces with the strictest that a new pod may be. Nodes' states share them with the world.
     pub namespaces: Shards<Arc<str>, Touch>,
+    /// Names of the cluster without their suffix. Nodes' states share them with the world.
+    pub names: Shards<Arc<str>, Named>,
 }
 
 /// What differs between two maps, in the order of their keys.
@@ -208,6 +226,7 @@ impl NodeState {
         out.extend(self.grants.iter().map(|((g, c), v)| Entry::Grant(*g, *c, v.clone())));
         out.extend(self.namespaces.iter().map(|(k, v)| Entry::Namespace(k.to_string(), *v)));
         out.extend(self.endpoints.iter().map(|(k, v)| Entry::Endpoint(*k, v.clone())));
+        out.extend(self.names.iter().map(|(k, v)| Entry::Name(k.to_string(), *v)));
         out
     }
 
@@ -232,6 +251,11 @@ impl NodeState {
             Some(touch) => s.push(Entry::Namespace(name.to_string(), *touch)),
             None => g.push(EntryKey::Namespace(name.to_string())),
         });
+        new.names.compare(&self.names, |name, old, new| match new {
+            new if old == new => {}
+            Some(named) => s.push(Entry::Name(name.to_string(), *named)),
+            None => g.push(EntryKey::Name(name.to_string())),
+        });
         let endpoint = |k: &IpAddr, v: &Endpoint| Entry::Endpoint(*k, v.clone());
         differ(&self.endpoints, &new.endpoints, s, g, endpoint, |k| EntryKey::Endpoint(*k));
         (set, gone)
@@ -249,6 +273,7 @@ impl NodeState {
             Entry::Prefixes(k, v) => drop(self.prefixes.insert(k, v)),
             Entry::Grant(g, c, v) => drop(self.grants.insert((g, c), v)),
             Entry::Namespace(k, v) => drop(self.namespaces.insert(k.into(), v)),
+            Entry::Name(k, v) => drop(self.names.insert(k.into(), v)),
         }
     }
 
@@ -264,6 +289,7 @@ impl NodeState {
             EntryKey::Prefixes(k) => drop(self.prefixes.remove(k)),
             EntryKey::Grant(g, c) => drop(self.grants.remove(&(*g, *c))),
             EntryKey::Namespace(k) => drop(self.namespaces.remove(k.as_str())),
+            EntryKey::Name(k) => drop(self.names.remove(k.as_str())),
         }
     }
 }

@@ -42,7 +42,7 @@ use crate::model::{Objects, Pair, Touched, UnixSeconds};
 use crate::ranges::Ranges;
 use crate::shards::Shards;
 use crate::space::{Space, Window};
-use crate::state::{self, Prefixes, Touch};
+use crate::state::{self, Named, Prefixes, Touch};
 use crate::{ClassKey, GroupKey, PortSet, PrefixSetKey, ScopeKey};
 
 /// What is known of a pod's address.
@@ -154,6 +154,8 @@ pub struct World {
     pub(crate) flawed: Shards<Arc<str>, ()>,
     /// The strictest that a new pod of each namespace may be.
     pub(crate) strictest: Shards<Arc<str>, Touch>,
+    /// Names of the cluster without their suffix.
+    pub(crate) names: Shards<Arc<str>, Named>,
     /// Put together when somebody asks.
     pub(crate) issues: OnceLock<Vec<Issue>>,
     pub(crate) next_change: Option<UnixSeconds>,
@@ -173,6 +175,8 @@ pub struct Changes {
     pub groups: BTreeSet<GroupKey>,
     /// Namespaces that are new, gone, or whose new pods may be treated otherwise.
     pub namespaces: Vec<Arc<str>>,
+    /// Names of the cluster that are new, gone, or lead elsewhere.
+    pub names: Vec<Arc<str>>,
 }
 
 /// A scope as it is pushed; owner and epoch are the pusher's.
@@ -272,6 +276,11 @@ impl World {
         &self.strictest
     }
 
+    /// Names of the cluster without their suffix, and where they lead.
+    pub fn names(&self) -> &Shards<Arc<str>, Named> {
+        &self.names
+    }
+
     /// All scopes that have pods, by key.
     pub fn scopes(&self) -> &Shards<ScopeKey, Arc<Scope>> {
         &self.scopes
@@ -359,6 +368,11 @@ impl World {
         self.strictest.compare(&previous.strictest, |name, old, new| {
             if old != new {
                 out.namespaces.push(name.clone());
+            }
+        });
+        self.names.compare(&previous.names, |name, old, new| {
+            if old != new {
+                out.names.push(name.clone());
             }
         });
         out

@@ -2,13 +2,13 @@
 
 use std::net::IpAddr;
 
-use tidegate_policy::state::{Cluster, Endpoint, Entry, EntryKey, Gateway, Group, Node, Prefixes, Scope, Touch};
+use tidegate_policy::state::{Cluster, Endpoint, Entry, EntryKey, Gateway, Group, Named, Node, Prefixes, Scope, Touch};
 use tidegate_policy::{ClassKey, GroupKey, PortSet, PrefixSetKey, ScopeKey};
 
 use super::{
-    MAX_DNS, MAX_GATEWAYS, MAX_NODE_ADDRESSES, MAX_PREFIXES, Problem, WireError, bounded, ip_from_wire, ip_to_wire,
-    key_from_wire, key_to_wire, name_from_wire, names_from_wire, ports_from_wire, ports_to_wire, prefix_from_wire,
-    prefix_to_wire, socket_from_wire, socket_to_wire, u16_from_wire,
+    MAX_DNS, MAX_GATEWAYS, MAX_NODE_ADDRESSES, MAX_PREFIXES, MAX_SUFFIXES, Problem, WireError, bounded, ip_from_wire,
+    ip_to_wire, key_from_wire, key_to_wire, name_from_wire, names_from_wire, ports_from_wire, ports_to_wire,
+    prefix_from_wire, prefix_to_wire, socket_from_wire, socket_to_wire, u16_from_wire,
 };
 use crate::wire;
 use wire::entry::Kind;
@@ -35,6 +35,7 @@ impl From<&Entry> for wire::Entry {
                 node_ports: c.node_ports.map(|(a, b)| wire::NodePorts { first: a.into(), last: b.into() }),
                 dns: c.dns.iter().copied().map(socket_to_wire).collect(),
                 ping: c.ping,
+                suffixes: c.suffixes.clone(),
             }),
             Entry::Node(name, n) => Kind::Node(wire::Node {
                 name: name.clone(),
@@ -70,6 +71,8 @@ impl From<&Entry> for wire::Entry {
             Entry::Namespace(name, touch) => {
                 Kind::Namespace(wire::Namespace { name: name.clone(), touch: touch_to_wire(*touch).into() })
             }
+            // A field of its own in an update.
+            Entry::Name(..) => return wire::Entry { kind: None },
         };
         wire::Entry { kind: Some(kind) }
     }
@@ -178,7 +181,17 @@ fn cluster_from_wire(c: &wire::Cluster) -> Result<Cluster, WireError> {
         node_ports,
         dns: c.dns.iter().map(|a| socket_from_wire(a, "cluster.dns")).collect::<Result<_, _>>()?,
         ping: c.ping,
+        suffixes: names_from_wire(c.suffixes.clone(), MAX_SUFFIXES, "cluster.suffixes")?,
     })
+}
+
+pub(super) fn name_to_wire(name: &str, to: Named) -> wire::ClusterName {
+    wire::ClusterName { name: name.to_owned(), outside: to == Named::Outside }
+}
+
+pub(super) fn named_from_wire(n: wire::ClusterName) -> Result<Entry, WireError> {
+    let to = if n.outside { Named::Outside } else { Named::Inside };
+    Ok(Entry::Name(name_from_wire(n.name, "cluster_name.name")?, to))
 }
 
 fn endpoint_from_wire(e: wire::Endpoint) -> Result<Entry, WireError> {
@@ -229,6 +242,7 @@ impl From<&EntryKey> for wire::EntryKey {
                 KeyKind::Grant(wire::GrantKey { group: key_to_wire(g.0), class: key_to_wire(c.0) })
             }
             EntryKey::Namespace(n) => KeyKind::Namespace(n.clone()),
+            EntryKey::Name(_) => return wire::EntryKey { kind: None },
         };
         wire::EntryKey { kind: Some(kind) }
     }

@@ -8,12 +8,12 @@ use tidegate_policy::state::{Entry, EntryKey, FactUpdate, FactValue};
 use tidegate_policy::{ClassKey, GroupKey, PortSet, ScopeKey};
 
 use super::denied::denied_from_wire;
-use super::entry::{grant_from_wire, grant_to_wire};
+use super::entry::{grant_from_wire, grant_to_wire, name_to_wire, named_from_wire};
 use super::peer::Seen;
 use super::started::{StartedPod, started_from_wire};
 use super::{
     MAX_ERROR, MAX_ITEMS, MAX_JOINED, MAX_TTL_MS, Problem, WireError, bounded, ip_from_wire, ip_to_wire, key_from_wire,
-    key_to_wire, name_from_wire,
+    key_to_wire, name_from_wire, names_from_wire,
 };
 use crate::wire;
 
@@ -155,11 +155,20 @@ impl StateBatch {
         };
         let mut parts = Parts::new(empty, self.more);
         for e in &self.set {
+            if let Entry::Name(name, to) = e {
+                let name = name_to_wire(name, *to);
+                parts.add(name.encoded_len(), |m| m.names.push(name));
+                continue;
+            }
             let e = wire::Entry::from(e);
             let len = e.encoded_len();
             parts.add(len, |m| m.set.push(e));
         }
         for k in &self.delete {
+            if let EntryKey::Name(name) = k {
+                parts.add(name.len(), |m| m.names_gone.push(name.clone()));
+                continue;
+            }
             let k = wire::EntryKey::from(k);
             let len = k.encoded_len();
             parts.add(len, |m| m.delete.push(k));
@@ -174,14 +183,22 @@ impl TryFrom<wire::StateUpdate> for StateBatch {
     fn try_from(u: wire::StateUpdate) -> Result<Self, WireError> {
         bounded(u.set.len(), MAX_ITEMS, "state_update.set")?;
         bounded(u.delete.len(), MAX_ITEMS, "state_update.delete")?;
+        bounded(u.names.len(), MAX_ITEMS, "state_update.names")?;
+        let mut set: Vec<Entry> = u.set.into_iter().map(Entry::try_from).collect::<Result<_, _>>()?;
+        let mut delete: Vec<EntryKey> = u.delete.into_iter().map(EntryKey::try_from).collect::<Result<_, _>>()?;
+        for name in u.names {
+            set.push(named_from_wire(name)?);
+        }
+        let gone = names_from_wire(u.names_gone, MAX_ITEMS, "state_update.names_gone")?;
+        delete.extend(gone.into_iter().map(EntryKey::Name));
         Ok(Self {
             gateway: name_from_wire(u.gateway, "state_update.gateway")?,
             boot_id: u.boot_id,
             sequence: u.sequence,
             snapshot: u.snapshot,
             more: u.more,
-            set: u.set.into_iter().map(Entry::try_from).collect::<Result<_, _>>()?,
-            delete: u.delete.into_iter().map(EntryKey::try_from).collect::<Result<_, _>>()?,
+            set,
+            delete,
         })
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tidegate_cni::files::{self, Standing};
 use tidegate_cni::wire::{Answer, Ask, Attached};
 use tidegate_ebpf::{Fixed, Program, detach_fixed, fixed_devices};
-use tidegate_policy::state::{NodeState, Touch};
+use tidegate_policy::state::{Named, NodeState, Touch};
 use tidegate_proto::StartedPod;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -134,6 +134,8 @@ impl Node {
                 prefixes: cluster.prefixes.clone(),
                 node_ports: cluster.node_ports,
                 dns: cluster.dns.clone(),
+                suffixes: cluster.suffixes.clone(),
+                names: inside(&self.merged),
             },
             self.merged.namespaces.iter().map(|(name, touch)| (name.to_string(), written(*touch))).collect(),
         );
@@ -149,6 +151,14 @@ impl Node {
             self.retire_fixed();
         }
     }
+}
+
+/// The names that lead inside, in order: equal states are equal files.
+fn inside(state: &NodeState) -> Vec<String> {
+    let mut names: Vec<String> =
+        state.names.iter().filter(|(_, to)| **to == Named::Inside).map(|(name, _)| name.to_string()).collect();
+    names.sort_unstable();
+    names
 }
 
 const fn written(touch: Touch) -> files::Touch {

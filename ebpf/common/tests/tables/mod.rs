@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use etherparse::{IpNumber, PacketBuilder, TcpHeader};
 use tidegate_ebpf_common::layout::*;
 use tidegate_ebpf_common::packet::{self, Packet, Parsed};
-use tidegate_ebpf_common::{Addr, Decision, Tables, verdict};
+use tidegate_ebpf_common::{Addr, Decision, Tables, names, verdict};
 
 /// A second of the coarse clock at which tests start.
 pub const NOW: u32 = 1_000;
@@ -33,6 +33,10 @@ pub struct Memory<const G: bool> {
     pub prefixes: Vec<(u32, IpAddr, u32, Prefix)>,
     pub flows: RefCell<HashMap<FlowKey, Flow>>,
     pub budget: usize,
+    pub naming: Naming,
+    pub names: HashMap<u64, u32>,
+    /// The frame that is being judged.
+    pub frame: RefCell<Vec<u8>>,
 }
 
 fn matches(net: IpAddr, len: u32, addr: &Addr) -> bool {
@@ -87,6 +91,10 @@ impl<const G: bool> Tables for Memory<G> {
     }
     fn cluster_dns(&self, key: &DnsKey) -> bool {
         self.cluster_dns.contains(&(key.addr, key.port))
+    }
+    fn asks(&self, p: &Packet) -> u32 {
+        let known = |hash| self.names.get(&hash).copied().unwrap_or(0);
+        names::ask(&self.frame.borrow().as_slice(), p.l4, packet::ETH + p.length, &self.naming, known)
     }
     fn fact(&self, key: &FactKey) -> Option<&Fact> {
         self.facts.get(&(key.scope, key.addr))
@@ -223,6 +231,7 @@ pub fn ethertype(frame: &[u8]) -> u16 {
 }
 
 pub fn decide<const G: bool>(m: &Memory<G>, frame: &[u8], ifindex: u32) -> Decision {
+    *m.frame.borrow_mut() = frame.to_vec();
     let mut p = Packet::default();
     let parsed: Parsed = packet::parse(&frame, ethertype(frame), &mut p);
     let mut d = Decision::default();

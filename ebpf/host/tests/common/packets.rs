@@ -38,8 +38,12 @@ pub fn tcp_with(source: &str, destination: &str, port: u16, payload: &[u8]) -> V
 }
 
 pub fn udp(source: &str, destination: &str, port: u16) -> Vec<u8> {
+    udp_with(source, destination, port, b"payload")
+}
+
+pub fn udp_with(source: &str, destination: &str, port: u16, payload: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
-    ends(source, destination).udp(40_000, port).write(&mut out, b"payload").unwrap();
+    ends(source, destination).udp(40_000, port).write(&mut out, payload).unwrap();
     out
 }
 

@@ -1,11 +1,14 @@
 //! What a new pod of a namespace that is isolated, or not known, gets while no agent runs: the same verdict over tables that
-//! never change. In-cluster destinations pass, all else is dropped. An object of its own, so that it loads without the
+//! never change. In-cluster destinations pass, as do questions for Services, all else is dropped. An object of its own, so that it loads without the
 //! agent's maps.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
 #[cfg(target_arch = "bpf")]
 #[path = "../globals.rs"]
 mod globals;
+#[cfg(target_arch = "bpf")]
+#[path = "../names.rs"]
+mod names;
 #[cfg(target_arch = "bpf")]
 #[path = "../object.rs"]
 mod object;
@@ -19,17 +22,21 @@ fn main() {}
 
 #[cfg(target_arch = "bpf")]
 mod program {
+    use aya_ebpf::bindings::__sk_buff;
     use aya_ebpf::macros::{classifier, map};
     use aya_ebpf::maps::lpm_trie::Key;
-    use aya_ebpf::maps::{HashMap, LpmTrie};
+    use aya_ebpf::maps::{Array, HashMap, LpmTrie};
     use aya_ebpf::programs::TcContext;
     use tidegate_ebpf_common::layout::{
-        Addr, DnsKey, Endpoint, Fact, FactKey, FlowKey, GrantKey, Group, PREFIX_BITS, PortSet, Prefix, PrefixKey,
-        Scope, iface,
+        Addr, DnsKey, Endpoint, Fact, FactKey, FlowKey, GrantKey, Group, Naming, PREFIX_BITS, PortSet, Prefix,
+        PrefixKey, Scope, iface,
     };
+    use tidegate_ebpf_common::names::asks;
+    use tidegate_ebpf_common::packet::ETH;
     use tidegate_ebpf_common::{Action, Decision, Packet, Tables, verdict};
 
     use crate::globals::{self, global};
+    use crate::names;
     use crate::skb::{NEXT, SHOT, Skb};
 
     /// `BPF_F_NO_PREALLOC`.
@@ -44,6 +51,11 @@ mod program {
     static CLUSTER: LpmTrie<PrefixKey, u32> = LpmTrie::with_max_entries(65_536, NO_PREALLOC);
     #[map]
     static CLUSTER_DNS: HashMap<DnsKey, u32> = HashMap::with_max_entries(4_096, NO_PREALLOC);
+
+    #[map]
+    static NAMES: HashMap<u64, u32> = HashMap::with_max_entries(65_536, NO_PREALLOC);
+    #[map]
+    static NAMING: Array<Naming> = Array::with_max_entries(1, 0);
 
     /// First and last port on node addresses that is outside the cluster set.
     #[unsafe(no_mangle)]
@@ -61,7 +73,16 @@ mod program {
         };
     }
 
-    struct Fixed;
+    /// The tables, with the packet's context.
+    struct Fixed(*mut __sk_buff);
+
+    /// A global function in the kernel's sense: it is verified once.
+    #[unsafe(no_mangle)]
+    #[inline(never)]
+    extern "C" fn asked(ctx: *mut __sk_buff, l4: u32, end: u32) -> u32 {
+        let Some(naming) = NAMING.get(0) else { return asks::OTHER };
+        names::ask(&Skb::of(ctx), l4, end, naming, |hash| get!(NAMES, &hash).copied().unwrap_or(0))
+    }
 
     impl Tables for Fixed {
         const GATEWAY: bool = false;
@@ -123,6 +144,10 @@ mod program {
             get!(CLUSTER_DNS, key).is_some()
         }
         #[inline(always)]
+        fn asks(&self, p: &Packet) -> u32 {
+            asked(self.0, p.l4, ETH + p.length)
+        }
+        #[inline(always)]
         fn fact(&self, _: &FactKey) -> Option<&Fact> {
             None
         }
@@ -165,7 +190,7 @@ mod program {
         let mut p = Packet::default();
         let mut d = Decision::default();
         let parsed = skb.parse(&mut p);
-        verdict(parsed, &p, skb.ifindex(), &Fixed, &mut d);
+        verdict(parsed, &p, skb.ifindex(), &Fixed(skb.ctx), &mut d);
         match d.action {
             Action::Ignore => NEXT,
             Action::Pass => {
@@ -175,6 +200,7 @@ mod program {
             }
             // There is no gateway to steer to.
             Action::Drop | Action::Steer => SHOT,
+            Action::NoName => names::no_name(skb, &p),
         }
     }
 }

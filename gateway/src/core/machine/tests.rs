@@ -6,6 +6,7 @@ use tidegate_policy::model::{
     Pool, Ports, Rule, Selector, Tier, Touched, UnixSeconds,
 };
 use tidegate_policy::pattern::Pattern;
+use tidegate_policy::state::Named;
 use tidegate_policy::{Name, Proto};
 use tidegate_random::Random;
 
@@ -41,7 +42,16 @@ fn app(name: &str) -> Selector {
 fn edit(o: &mut Objects, r: &mut Random, touched: &mut Touched) {
     let space = r.of(&SPACES).to_owned();
     let key = (space.clone(), format!("x{}", r.below(3)));
-    match r.below(12) {
+    match r.below(13) {
+        12 => {
+            let name = format!("x{}.{space}.svc", r.below(3));
+            match r.below(3) {
+                0 => o.names.remove(name.as_str()),
+                1 => o.names.insert(name.into(), Named::Outside),
+                _ => o.names.insert(name.into(), Named::Inside),
+            };
+            touched.names = true;
+        }
         0..6 => {
             let pod = Pod {
                 node: r.of(&["n1", "n2", "n3"]).into(),
