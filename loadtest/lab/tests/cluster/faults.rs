@@ -11,6 +11,8 @@ use crate::install::{SYSTEM, gateways, typed};
 
 /// How long a cluster may take to be as before.
 const BACK: Duration = Duration::from_secs(90);
+/// How long a part of it is away.
+const AWAY: Duration = Duration::from_secs(6);
 /// Installs the chart, with gateways on the nodes that are labelled so.
 pub fn install(lab: &Lab) {
     typed(
@@ -28,6 +30,10 @@ pub fn happen(lab: &mut Lab) {
     agents_killed(lab, &mut ground);
     gateway_killed(lab, &mut ground);
     upgraded(lab, &mut ground);
+    api_server_away(lab, &mut ground);
+    names_of_the_cluster(lab, &mut ground);
+    drained(lab, &mut ground);
+    cut_off(lab, &mut ground);
     ground.finish();
 }
 
@@ -99,4 +105,60 @@ fn moves_are_told(lab: &Lab) {
         events["items"].as_array()?.iter().any(|e| e["message"].as_str().is_some_and(|m| m.contains(&to))).then_some(())
     };
     assert!(wait_for(BACK, said).is_some(), "no event says that {now:?} has the pool");
+}
+
+/// For a minute, in which containerd and kubelet of a worker are killed, too.
+fn api_server_away(lab: &mut Lab, ground: &mut Ground) {
+    let begun = std::time::Instant::now();
+    let minute = Duration::from_secs(60);
+    ground.step(lab, "API server away", UNNOTICED, |lab| {
+        lab.stop_api_server().unwrap();
+        std::thread::sleep(3 * AWAY);
+    });
+    for service in ["containerd", "kubelet"] {
+        ground.step(lab, &format!("{service} restarted meanwhile"), UNNOTICED, |lab| {
+            lab.kill_service("node-1", service).unwrap();
+            std::thread::sleep(AWAY);
+        });
+    }
+    ground.step(lab, "API server back", UNNOTICED, |lab| {
+        std::thread::sleep(minute.saturating_sub(begun.elapsed()));
+        lab.start_api_server().unwrap();
+        ready(lab);
+    });
+}
+
+/// All of CoreDNS ends at the same time.
+fn names_of_the_cluster(lab: &mut Lab, ground: &mut Ground) {
+    let pods = lab.object(&["pods", "--namespace", "kube-system", "-l", "k8s-app=kube-dns"]).unwrap();
+    let pods = pods["items"].as_array().unwrap().clone();
+    ground.step(lab, "CoreDNS restarted", UNNOTICED, |lab| {
+        for pod in &pods {
+            crash(lab, &format!("kube-system/{}", pod["metadata"]["name"].as_str().unwrap()), "/coredns");
+        }
+    });
+}
+
+fn cut_off(lab: &mut Lab, ground: &mut Ground) {
+    let (_, at) = busy(lab);
+    ground.step(lab, &format!("{at} cut off"), MOVES, |lab| {
+        lab.set_link(&at, false).unwrap();
+        std::thread::sleep(AWAY);
+    });
+    ground.step(lab, &format!("{at} back"), UNNOTICED, |lab| {
+        lab.set_link(&at, true).unwrap();
+        std::thread::sleep(AWAY);
+    });
+}
+
+fn drained(lab: &mut Lab, ground: &mut Ground) {
+    let (_, at) = busy(lab);
+    ground.step(lab, &format!("{at} drained"), MOVES, |lab| {
+        let drain = ["drain", &at, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=60s"];
+        lab.host_kubectl(&drain, "").unwrap();
+    });
+    ground.step(lab, &format!("{at} uncordoned"), UNNOTICED, |lab| {
+        lab.host_kubectl(&["uncordon", &at], "").unwrap();
+        ready(lab);
+    });
 }

@@ -18,8 +18,9 @@ use crate::install::node;
 /// Names are back so soon while a gateway is left, and egress addresses.
 const NAMES: Duration = Duration::from_secs(1);
 const ADDRESSES: Duration = Duration::from_secs(3);
-/// How long what follows a fault is looked at.
-const AFTER: Duration = Duration::from_secs(4);
+/// How long a fault with what follows is looked at, and how long after its end, at least.
+const LOOK: Duration = Duration::from_secs(6);
+const AFTER: Duration = Duration::from_secs(2);
 /// How long a flow that was not cut may take to go on, and new ones to begin.
 const ON: Duration = Duration::from_secs(30);
 
@@ -110,7 +111,7 @@ impl Ground {
         let since = Instant::now();
         work(lab);
         let took = since.elapsed();
-        std::thread::sleep(AFTER);
+        std::thread::sleep(LOOK.saturating_sub(took).max(AFTER));
         let mut bad = Vec::new();
         let mut worst = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
         for t in self.recorder.traffic() {
@@ -119,7 +120,8 @@ impl Ground {
             bad.extend(noticed(lab, t, since, expected));
         }
         let after = pools.map(|pool| owner(lab, pool));
-        let moved: Vec<_> = (0..2).filter(|n| before[*n] != after[*n]).map(|n| pools[n]).collect();
+        let other = |n: &usize| before[*n].is_some() && after[*n].is_some() && before[*n] != after[*n];
+        let moved: Vec<_> = (0..2).filter(other).map(|n| pools[n]).collect();
         let mut ended = Vec::new();
         for (pod, flows) in &self.long {
             if let Err(e) = flows.goes_on(ON) {
