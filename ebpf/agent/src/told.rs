@@ -19,6 +19,9 @@ use tidegate_proto::FactsBatch;
 
 type Fact = (ScopeKey, IpAddr);
 
+/// Messages take their time: ends of the same class that lie no further apart are the same.
+const SAME: Duration = Duration::from_secs(1);
+
 /// What a gateway says of a fact.
 #[derive(Clone, Copy, Debug)]
 struct Value {
@@ -28,6 +31,10 @@ struct Value {
 }
 
 impl Value {
+    fn says_as(self, other: Self) -> bool {
+        self.class == other.class && self.until.abs_diff(other.until) <= SAME
+    }
+
     fn update(self, (scope, ip): Fact, now: Duration) -> FactUpdate {
         let ttl = self.until.saturating_sub(now);
         FactUpdate { scope, ip, value: Some(FactValue { class: self.class, ttl }) }
@@ -48,7 +55,7 @@ struct Held {
 #[derive(Debug, Default)]
 pub struct Told {
     held: AHashMap<Fact, Held>,
-    /// What others say, where it is another class.
+    /// What others say that stand by a fact, where it is not what holds.
     aside: AHashMap<(Fact, usize), Value>,
     boots: AHashMap<usize, u64>,
 }
@@ -123,25 +130,40 @@ impl Told {
 
     /// A gateway stands by a fact; says whether its word holds.
     fn say(&mut self, fact: Fact, gateway: usize, value: Value, owner: Option<usize>) -> bool {
-        self.aside.remove(&(fact, gateway));
         let Some(held) = self.held.get_mut(&fact) else {
             self.held.insert(fact, Held { by: bit(gateway), said: gateway, value });
             return true;
         };
         held.by |= bit(gateway);
-        let waits = owner.is_some_and(|o| o != gateway && held.by & bit(o) != 0);
-        let other = held.value.class != value.class;
-        if waits {
-            if other {
+        if owner.is_some_and(|o| o != gateway && held.by & bit(o) != 0) {
+            if value.says_as(held.value) {
+                self.aside.remove(&(fact, gateway));
+            } else {
                 self.aside.insert((fact, gateway), value);
             }
             return false;
         }
-        if held.said != gateway && other && held.by & bit(held.said) != 0 {
-            self.aside.insert((fact, held.said), held.value);
-        }
-        (held.said, held.value) = (gateway, value);
+        self.hold(fact, gateway, value);
         true
+    }
+
+    /// What one of those that stand by a fact says holds from now on; the others say what they said.
+    fn hold(&mut self, fact: Fact, gateway: usize, value: Value) {
+        let Some(held) = self.held.get_mut(&fact) else { return };
+        let was = std::mem::replace(&mut held.value, value);
+        held.said = gateway;
+        self.aside.remove(&(fact, gateway));
+        if was.says_as(value) {
+            return;
+        }
+        for other in (0..64).filter(|g| *g != gateway && held.by & bit(*g) != 0) {
+            let said = self.aside.get(&(fact, other)).copied().unwrap_or(was);
+            if said.says_as(value) {
+                self.aside.remove(&(fact, other));
+            } else {
+                self.aside.insert((fact, other), said);
+            }
+        }
     }
 
     /// A gateway stands by a fact no more.
@@ -153,16 +175,17 @@ impl Told {
             self.held.remove(&fact);
             return Some(FactUpdate { scope: fact.0, ip: fact.1, value: None });
         }
-        if held.said != gateway && owner != Some(gateway) {
+        if held.said != gateway {
             return None;
         }
-        // Who is left says what holds: the owner first. Those that have nothing aside say the same.
+        // Who is left says what holds: the owner first, then who says it for longest. Those that have nothing aside say
+        // the same.
+        let says = |g: usize| self.aside.get(&(fact, g)).copied();
         let left = (0..64).filter(|g| held.by & bit(*g) != 0);
-        let next = left.max_by_key(|g| owner == Some(*g))?;
-        held.said = next;
-        let value = self.aside.remove(&(fact, next))?;
-        held.value = value;
-        Some(value.update(fact, now))
+        let next = left.max_by_key(|g| (owner == Some(*g), says(*g).unwrap_or(held.value).until))?;
+        let (value, held) = (says(next), held.value);
+        self.hold(fact, next, value.unwrap_or(held));
+        Some(value?.update(fact, now))
     }
 }
 
@@ -241,6 +264,29 @@ mod tests {
         // Who is left has it, too.
         assert_eq!(take(&mut t, 0, batch(1, false, vec![gone(1)]), Some(0)), vec![of(1, 3)]);
         assert_eq!(take(&mut t, 1, batch(9, false, vec![gone(1), gone(2)]), Some(0)), vec![gone(1), gone(2)]);
+        assert!(t.len() == 0 && t.aside.is_empty());
+    }
+
+    #[test]
+    fn an_owner_that_says_less_leaves_what_the_others_said() {
+        let lives = |class, secs| {
+            let value = FactValue { class: ClassKey(class), ttl: Duration::from_secs(secs) };
+            FactUpdate { value: Some(value), ..set(1) }
+        };
+        let mut t = Told::default();
+        take(&mut t, 0, batch(1, true, vec![lives(1, 300)]), Some(1));
+        take(&mut t, 2, batch(7, true, vec![lives(1, 300)]), Some(1));
+        // It comes back with what its journal holds: that has expired, then is of another class, and goes.
+        let old = vec![lives(1, 0), lives(2, 0)];
+        assert_eq!(take(&mut t, 1, batch(9, true, old.clone()), Some(1)), old);
+        assert_eq!(take(&mut t, 1, batch(9, false, vec![gone(1)]), Some(1)), vec![lives(1, 300)]);
+        assert!(t.aside.is_empty(), "the others say the same");
+        // Of those that are left, who says it for longest is believed.
+        take(&mut t, 1, batch(9, false, vec![lives(2, 60)]), Some(1));
+        assert_eq!(take(&mut t, 2, batch(7, false, vec![lives(1, 200)]), Some(1)), vec![]);
+        assert_eq!(take(&mut t, 1, batch(9, false, vec![gone(1)]), Some(1)), vec![lives(1, 300)]);
+        assert_eq!(take(&mut t, 0, batch(1, false, vec![gone(1)]), None), vec![lives(1, 200)]);
+        assert_eq!(take(&mut t, 2, batch(7, false, vec![gone(1)]), None), vec![gone(1)]);
         assert!(t.len() == 0 && t.aside.is_empty());
     }
 

@@ -388,6 +388,23 @@ fn step_11_prefixes_admin_first() {
     // A grant that decides the port comes before any prefix; one that does not, falls through.
     is(pod(&m, &tcp(ISOLATED.0, OUTSIDE.0, 443, true)), Action::Steer, Code::Allowed);
     assert_eq!(pod(&m, &tcp(ISOLATED.0, OUTSIDE.0, 8443, true)).via, via::FORWARD);
+    // Of a guarded pod, too: an accepted name stands above a prefix that is denied, and a denied one above an accepted.
+    let (name, prefix) = (OUTSIDE.0, "198.51.100.1".parse().unwrap());
+    let mut named = world::<false>();
+    named.facts.insert((1, addr(name)), Fact { class: 7, expires: NOW + 60, seen: 0 });
+    named.grants.insert((2, 7), 20);
+    for (by_name, by_prefix, action, code) in [
+        (via::PASS, via::DENY, Action::Pass, Code::Allowed),
+        (via::DENY, via::PASS, Action::Drop, Code::DeniedByPolicy),
+    ] {
+        named.portsets.insert(20, set(&[range(6, 443, 443, by_name)]));
+        named.portsets.insert(21, set(&[range(6, 1, 65_535, by_prefix)]));
+        named.prefixes = vec![(1, prefix, 32, Prefix { ports: 21, len: 32 })];
+        is(guarded(&named, &tcp(GUARDED.0, name, 443, true)), action, code);
+        // Where the name decides nothing the prefix does.
+        let other = if by_prefix == via::DENY { Action::Drop } else { Action::Pass };
+        assert_eq!(guarded(&named, &tcp(GUARDED.0, name, 80, true)).action, other);
+    }
     // ::/0 says nothing about IPv4.
     let mut six = world::<false>();
     six.portsets.insert(3, set(&[range(6, 1, 65_535, via::FORWARD)]));

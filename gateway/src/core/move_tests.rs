@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may fail")]
 
 use std::io::Read;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -16,9 +16,9 @@ use tidegate_policy::event::{Emit, Event};
 use tidegate_policy::model::{Objects, Touched, UnixSeconds};
 use tidegate_policy::state::Entry;
 use tidegate_policy::world::World;
-use tidegate_policy::{Reason, ScopeKey};
+use tidegate_policy::{Name, Reason, ScopeKey};
 use tidegate_proto::wire::StateUpdate;
-use tidegate_proto::{Beat, Claim, Pair, PeerMessage, StateBatch};
+use tidegate_proto::{Beat, Claim, FactsBatch, Pair, PeerFact, PeerMessage, Seen, StateBatch};
 use tidegate_sni::{Destination, Relay, RelayConfig};
 use tidegate_sni_core::{Check, Client, Egress, Judgement, Sni};
 use tokio::sync::mpsc;
@@ -329,4 +329,94 @@ fn one_that_knows_less_answers_not_much_longer_although_nobody_takes_its_pairs()
     test.pass(Duration::from_millis(1));
     test.run.decide();
     assert!(!test.answers());
+}
+
+#[test]
+fn a_node_hears_what_becomes_of_an_address_that_only_a_gateway_which_died_knew_to_be_there() {
+    let mut test = Test::new();
+    let (out, mut facts) = mpsc::channel(1 << 10);
+    let mut told = || {
+        let mut all = Vec::new();
+        while let Ok(update) = facts.try_recv() {
+            all.extend(FactsBatch::try_from(update).unwrap().facts);
+        }
+        all.into_iter().map(|f| (f.scope, f.ip, f.value.map(|v| v.class))).collect::<Vec<_>>()
+    };
+    let (scope, node) = (test.scope, || NODE.to_owned());
+    let ip: IpAddr = [192, 0, 2, 7].into();
+    let learns = |test: &mut Test, ip| {
+        let fact = PeerFact {
+            scope,
+            namespace: "team-a".into(),
+            name: Name::parse("n.a.fixed.example").unwrap(),
+            ip,
+            remaining: Duration::from_secs(60),
+            ttl: Duration::from_secs(60),
+            nodes: Vec::new(),
+        };
+        let message = PeerMessage { boot_id: 9, facts: vec![fact], ..PeerMessage::default() };
+        test.run.take(ToCore::Peer { gateway: "gw-b".into(), message });
+    };
+    let sees = |test: &mut Test, orphans: Vec<(ScopeKey, IpAddr)>| {
+        let seen = Seen { gateways: vec!["gw-a".into()], claims: Vec::new(), orphans };
+        test.run.take(ToCore::Seen { node: node(), id: 2, seen });
+    };
+    test.run.take(ToCore::FactsUp { node: node(), id: 2, boot_id: 3, out });
+    learns(&mut test, ip);
+    assert!(told().is_empty(), "the other gateway did not say that the node has it");
+    let (late, foreign) = (IpAddr::from([192, 0, 2, 8]), ScopeKey(99));
+    sees(&mut test, vec![(scope, ip), (scope, late), (foreign, ip)]);
+    let class = test.run.core.ledger.bindings().class_of(scope, ip);
+    assert!(class.is_some());
+    assert_eq!(told(), [(scope, ip, class)]);
+    // What is learnt later it hears as well.
+    learns(&mut test, late);
+    assert_eq!(told(), [(scope, late, class)]);
+    // And so it hears of edits, also when it has said that all is well.
+    sees(&mut test, Vec::new());
+    let base = test.objects.policies.get_mut(&("team-a".to_owned(), "base".to_owned())).unwrap();
+    base.deny = vec![base.egress[0].clone()];
+    test.edit();
+    let other = test.run.core.ledger.bindings().class_of(scope, ip);
+    let mut all = told();
+    all.sort_unstable();
+    assert!(other.is_some() && other != class);
+    assert_eq!(all, [(scope, ip, other), (scope, late, other)]);
+}
+
+#[test]
+fn a_node_hears_of_what_it_holds_of_a_scope_once_it_has_pods_of_it() {
+    let mut test = Test::new();
+    let (out, mut facts) = mpsc::channel(1 << 10);
+    let scope = test.scope;
+    let ip: IpAddr = [192, 0, 2, 7].into();
+    let node = || "new-node".to_owned();
+    test.run.take(ToCore::FactsUp { node: node(), id: 2, boot_id: 3, out });
+    let fact = PeerFact {
+        scope,
+        namespace: "team-a".into(),
+        name: Name::parse("n.a.fixed.example").unwrap(),
+        ip,
+        remaining: Duration::from_secs(60),
+        ttl: Duration::from_secs(60),
+        nodes: Vec::new(),
+    };
+    let message = PeerMessage { boot_id: 9, facts: vec![fact], ..PeerMessage::default() };
+    test.run.take(ToCore::Peer { gateway: "gw-b".into(), message });
+    let seen = Seen { gateways: vec!["gw-a".into()], claims: Vec::new(), orphans: vec![(scope, ip)] };
+    test.run.take(ToCore::Seen { node: node(), id: 2, seen });
+    let mut told = || {
+        let mut n = 0;
+        while let Ok(update) = facts.try_recv() {
+            n += FactsBatch::try_from(update).unwrap().facts.len();
+        }
+        n
+    };
+    assert_eq!(told(), 0, "a node speaks for its own pods");
+    let key = ("team-a".to_owned(), "moved".to_owned());
+    let mut pod = test.objects.pods[&("team-a".to_owned(), "web-1".to_owned())].clone();
+    (pod.node, pod.addresses) = (node(), vec![[10, 244, 9, 9].into()]);
+    test.objects.pods.insert(key, pod);
+    test.edit();
+    assert_eq!(told(), 1);
 }

@@ -314,6 +314,36 @@ fn guarded_pods_feel_denies_only() {
 }
 
 #[test]
+fn an_accepted_name_stands_above_a_denied_prefix_for_guarded_pods() {
+    let at = ip("198.51.100.1");
+    let named = |says, ports: &[&str]| {
+        let rules = vec![
+            (says, rule("name", &["good.paste.com"], ports)),
+            (Action::Deny, rule("net", &["198.51.100.0/24"], &["0-65535"])),
+        ];
+        shop().clustered("c", cluster(Tier::Admin, 1, rules)).group()
+    };
+    let grant = |g: &tidegate_policy::world::Group, names: &[&str], port| {
+        let names: Vec<_> = names.iter().map(|n| name(n)).collect();
+        g.grant(g.scope().class(at, &names)).unwrap().get(Proto::Tcp, port)
+    };
+    let g = named(Action::Accept, &["443"]);
+    assert_eq!((g.touch(), g.to_ip("198.51.100.1", 443).via), (Touch::Guarded, Via::Deny));
+    // What nodes hold and what is said of a connection is the same.
+    let says = |n: &str, port| g.connection(Some(&name(n)), at, Proto::Tcp, port).via;
+    for (n, port, via) in
+        [("good.paste.com", 443, Via::Pass), ("good.paste.com", 80, Via::Deny), ("other.com", 443, Via::Deny)]
+    {
+        assert_eq!((says(n, port), grant(&g, &[n], port)), (via, Some(via)), "{n} {port}");
+    }
+    assert_eq!(grant(&g, &["good.paste.com", "other.com"], 443), Some(Via::Pass), "only the name tells them apart");
+    assert_eq!(grant(&g, &["good.paste.com", "other.com"], 80), Some(Via::Deny));
+    // A name that a policy below is left to stands above it, too; a denied one does not.
+    assert_eq!(grant(&named(Action::Pass, &["443"]), &["good.paste.com"], 443), Some(Via::Pass));
+    assert_eq!(grant(&named(Action::Deny, &["443"]), &["good.paste.com"], 443), Some(Via::Deny));
+}
+
+#[test]
 fn metadata_and_encrypted_dns_are_closed_to_isolated_pods() {
     let wide = rule("wide", &["0.0.0.0/0"], &["0-65535", "0-65535/udp"]);
     let o = shop().own("p", policy(vec![wide.clone()], vec![])).clustered("w", admin(9, Action::Accept, wide));
