@@ -26,8 +26,9 @@ const MAX_RECORD: u64 = 64 << 10;
 const MAX_STANDING: u64 = 64 << 20;
 /// The most records that are read.
 const MAX_RECORDS: usize = 8_192;
-/// Version of [`Standing`].
+/// Version of [`Standing`], and the oldest that is read: an agent that is upgraded has not written yet.
 const VERSION: u32 = 2;
+const OLDEST: u32 = 1;
 
 /// The agent's socket.
 pub fn socket(folder: &Path) -> PathBuf {
@@ -67,7 +68,9 @@ pub struct Standing {
     prefixes: Vec<IpNet>,
     node_ports: Option<(u16, u16)>,
     dns: Vec<SocketAddr>,
+    #[serde(default)]
     suffixes: Vec<String>,
+    #[serde(default)]
     names: Vec<String>,
     namespaces: BTreeMap<String, Touch>,
 }
@@ -120,7 +123,7 @@ impl Standing {
     /// It is not there, or not readable.
     pub fn read(path: &Path) -> io::Result<Self> {
         let standing: Self = serde_json::from_slice(&bounded(path, MAX_STANDING)?)?;
-        if standing.version != VERSION {
+        if !(OLDEST..=VERSION).contains(&standing.version) {
             return Err(io::Error::other(format!("version {}", standing.version)));
         }
         Ok(standing)
@@ -213,4 +216,33 @@ pub fn remove(folder: &Path, standing: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_agent_before_an_upgrade_wrote_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("standing.json");
+        let fixed =
+            Fixed { suffixes: vec!["cluster.local".into()], names: vec!["db.shop.svc".into()], ..Fixed::default() };
+        let new = Standing::new(fixed.clone(), [("shop".to_owned(), Touch::Untouched)].into());
+        new.write(&path).unwrap();
+        assert_eq!(Standing::read(&path).unwrap().fixed(), fixed);
+        let with = |version: u32| {
+            let mut value = serde_json::to_value(&new).unwrap();
+            value["version"] = version.into();
+            for field in ["names", "suffixes"] {
+                value.as_object_mut().unwrap().remove(field);
+            }
+            fs::write(&path, value.to_string()).unwrap();
+            Standing::read(&path)
+        };
+        let old = with(1).unwrap();
+        assert_eq!((old.touch("shop"), old.fixed()), (Touch::Untouched, Fixed::default()));
+        assert!(with(0).is_err() && with(3).is_err());
+    }
 }

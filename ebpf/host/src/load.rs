@@ -380,6 +380,7 @@ impl Datapath {
         context[8..12].copy_from_slice(&packet.mark.to_ne_bytes());
         context[36..40].copy_from_slice(&packet.ingress_ifindex.to_ne_bytes());
         context[40..44].copy_from_slice(&packet.ifindex.to_ne_bytes());
+        context[176..180].copy_from_slice(&packet.gso_size.to_ne_bytes());
         let mut context_out = [0u8; 192];
         let mut frame = vec![0u8; packet.frame.len() + 256];
         let options = TestRunOptions {
@@ -408,6 +409,8 @@ pub struct TestPacket<'a> {
     pub ingress_ifindex: u32,
     /// The mark.
     pub mark: u32,
+    /// Size of the segments that it is to be cut into, 0 if it is not.
+    pub gso_size: u32,
     /// How often it is run; the program sees its own changes. 0 counts as 1.
     pub repeat: u32,
 }

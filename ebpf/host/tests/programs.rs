@@ -127,7 +127,7 @@ fn world(role: Role) -> Fixture {
 }
 
 fn run(f: &Fixture, program: Program, frame: &[u8]) -> TestResult {
-    let packet = TestPacket { frame, ifindex: 1, ingress_ifindex: 0, mark: 0, repeat: 1 };
+    let packet = TestPacket { frame, ifindex: 1, ingress_ifindex: 0, mark: 0, gso_size: 0, repeat: 1 };
     f.path().test_run(program, &packet).unwrap()
 }
 
@@ -291,7 +291,7 @@ fn openings_that_this_nodes_pods_forge_are_not_remembered() {
     let mut f = world(Role::Node);
     let opens = |f: &Fixture, source: &str, pod: &str, from: u32| {
         let frame = udp(source, pod, 40_000);
-        let packet = TestPacket { frame: &frame, ifindex: 1, ingress_ifindex: from, mark: 0, repeat: 1 };
+        let packet = TestPacket { frame: &frame, ifindex: 1, ingress_ifindex: from, mark: 0, gso_size: 0, repeat: 1 };
         assert_eq!(f.path().test_run(Program::PodIngress, &packet).unwrap().code, NEXT);
         egress(f, &udp(pod, source, 40_000)) == NEXT
     };
@@ -322,7 +322,7 @@ fn openings_that_this_nodes_pods_forge_are_not_remembered() {
 }
 
 fn run_from_one(f: &Fixture, frame: &[u8]) {
-    let packet = TestPacket { frame, ifindex: 1, ingress_ifindex: 1, mark: 0, repeat: 1 };
+    let packet = TestPacket { frame, ifindex: 1, ingress_ifindex: 1, mark: 0, gso_size: 0, repeat: 1 };
     f.path().test_run(Program::PodIngress, &packet).unwrap();
 }
 
@@ -470,7 +470,7 @@ fn too_large_packets_are_answered() {
 fn the_guard_drops_what_did_not_come_through_the_verdict() {
     let mut f = world(Role::Node);
     let guard = |f: &Fixture, frame: &[u8], mark: u32, from: u32| {
-        let packet = TestPacket { frame, ifindex: 1, ingress_ifindex: from, mark, repeat: 1 };
+        let packet = TestPacket { frame, ifindex: 1, ingress_ifindex: from, mark, gso_size: 0, repeat: 1 };
         f.path().test_run(Program::NodeGuard, &packet).unwrap().code
     };
     let frame = tcp(ISOLATED.0, STRANGER.0, 443, true);
@@ -521,7 +521,7 @@ fn the_guard_lets_a_node_speak_from_its_own_addresses_only() {
     let sent = |f: &Fixture, from: &str| {
         let to = if from.contains(':') { STRANGER.1 } else { STRANGER.0 };
         let frame = tcp(from, to, 443, true);
-        let packet = TestPacket { frame: &frame, ifindex: up0, ingress_ifindex: 0, mark: 0, repeat: 1 };
+        let packet = TestPacket { frame: &frame, ifindex: up0, ingress_ifindex: 0, mark: 0, gso_size: 0, repeat: 1 };
         ns.enter(|| f.path().test_run(Program::NodeGuard, &packet).unwrap().code)
     };
     let forwarding = |on: &str| {
@@ -587,7 +587,7 @@ fn the_guard_holds_what_passed_to_the_cluster_to_it() {
     let f = world(Role::Node);
     let guard = |to: &str, port: u16, mark: u32, from: u32| {
         let frame = tcp(if to.contains(':') { ISOLATED.1 } else { ISOLATED.0 }, to, port, true);
-        let packet = TestPacket { frame: &frame, ifindex: 1, ingress_ifindex: from, mark, repeat: 1 };
+        let packet = TestPacket { frame: &frame, ifindex: 1, ingress_ifindex: from, mark, gso_size: 0, repeat: 1 };
         f.path().test_run(Program::NodeGuard, &packet).unwrap().code
     };
     for to in ["10.244.9.9", "fd00:10:244::99", "192.0.2.2"] {
@@ -846,7 +846,7 @@ fn events_are_limited_and_counts_are_not() {
     let mut f = world(Role::Node);
     let mut events = f.path_mut().events().unwrap();
     let frame = tcp(ISOLATED.0, STRANGER.0, 443, true);
-    let packet = TestPacket { frame: &frame, ifindex: 1, ingress_ifindex: 0, mark: 0, repeat: 5_000 };
+    let packet = TestPacket { frame: &frame, ifindex: 1, ingress_ifindex: 0, mark: 0, gso_size: 0, repeat: 5_000 };
     assert_eq!(f.path().test_run(Program::PodEgress, &packet).unwrap().code, SHOT);
     let mut seen = 0;
     while events.try_next().is_some() {
@@ -925,6 +925,10 @@ fn questions_for_services_pass_and_no_others() {
             if silent {
                 is_no_name(&back.frame, &asked);
             }
+            // Several datagrams that are sent as one: only the first is seen.
+            let frame = udp_with(pod, server, 53, &question(SERVICE));
+            let all = TestPacket { frame: &frame, ifindex: 1, ingress_ifindex: 0, mark: 0, gso_size: 45, repeat: 1 };
+            assert_eq!(f.path().test_run(Program::PodEgress, &all).unwrap().code, REDIRECT);
             // To other servers, over TCP: as ever.
             let elsewhere = udp_with(pod, pick(STRANGER), 53, &question(SERVICE));
             assert_eq!(egress(&f, &elsewhere), REDIRECT);

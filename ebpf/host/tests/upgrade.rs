@@ -72,7 +72,7 @@ fn world(role: Role) -> Fixture {
 }
 
 fn run(f: &Fixture, program: Program, frame: &[u8]) -> i32 {
-    let packet = TestPacket { frame, ifindex: 1, ingress_ifindex: 0, mark: 0, repeat: 1 };
+    let packet = TestPacket { frame, ifindex: 1, ingress_ifindex: 0, mark: 0, gso_size: 0, repeat: 1 };
     f.path().test_run(program, &packet).unwrap().code
 }
 

@@ -94,7 +94,7 @@ impl Loaded {
     fn run(&mut self, to: Ipv4Addr, repeat: u32) -> Result<f64> {
         let path = self.path()?;
         let frame = syn(to)?;
-        let packet = TestPacket { frame: &frame, ifindex: 1, ingress_ifindex: 0, mark: 0, repeat };
+        let packet = TestPacket { frame: &frame, ifindex: 1, ingress_ifindex: 0, mark: 0, gso_size: 0, repeat };
         let done = path.test_run(Program::PodEgress, &packet)?;
         ensure!(done.code == REDIRECT, "a packet to a fact is steered, not {}", done.code);
         Ok(done.duration.as_nanos() as f64)
