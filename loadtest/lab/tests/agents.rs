@@ -41,22 +41,6 @@ fn egress(family: Family) -> IpAddr {
     family.pick("203.0.113.10", "2001:db8::10").parse().unwrap()
 }
 
-fn servers(lab: &Lab) -> Vec<Servers> {
-    let pod = lab.scenario().pod(POD).unwrap();
-    let own = |f: Family| f.pick(IpAddr::from(pod.ipv4.unwrap()), IpAddr::from(pod.ipv6.unwrap()));
-    FAMILIES
-        .map(|family| Servers {
-            family,
-            tcp: ("tcp.example.com", named(family, 12, 7000)),
-            udp: Some(("udp.example.com", named(family, 13, 7001))),
-            https: "api.example.com",
-            denied: named(family, 14, 0).ip(),
-            source: egress(family),
-            own: Some((SocketAddr::new(own(family), 7000), SocketAddr::new(own(family), 7001))),
-        })
-        .to_vec()
-}
-
 /// Counts, at the router, what no policy lets out, and what goes where policy lets it with any other source.
 fn leaks(lab: &Lab) -> Vec<Watch> {
     let mut all = Vec::new();
@@ -143,7 +127,7 @@ const EMPTY: [(&str, &str); 5] = [
 fn an_agent_is_killed_under_traffic_and_comes_back() {
     let (_one, mut lab) = up("agent");
     let watches = leaks(&lab);
-    let steady = Steady::start(&lab, POD, &servers(&lab), true).unwrap();
+    let steady = Steady::start(&lab, POD, &Servers::of_demo(&lab, POD).unwrap(), true).unwrap();
     new_name(&lab, "before", SOON);
     let held = pins(&lab, "node-1");
     for round in 0..2 {
@@ -184,7 +168,7 @@ fn the_agent_of_a_gateways_node_moves_to_other_maps_and_back_under_traffic() {
 /// Moves a node's agent to other maps and back; each of `devices` has so many programs.
 fn moves(lab: &mut Lab, node: &str, devices: &[(&str, usize)]) {
     let watches = leaks(lab);
-    let steady = Steady::start(lab, POD, &servers(lab), true).unwrap();
+    let steady = Steady::start(lab, POD, &Servers::of_demo(lab, POD).unwrap(), true).unwrap();
     let first = layout(lab, node);
     let config = lay(lab, node, "capacities: {flows: 131072, facts: 65536}");
     for (signal, restore) in [(Signal::SIGTERM, None), (Signal::SIGKILL, Some(&config))] {
@@ -228,7 +212,7 @@ fn a_gateway_moves_to_other_maps_under_traffic() {
     let watches = leaks(&lab);
     // Alone: a peer would take over, which cuts forwarded flows.
     lab.signal("gw-b", Signal::SIGTERM, Some(Duration::from_secs(35))).unwrap();
-    let steady = Steady::start(&lab, POD, &servers(&lab), false).unwrap();
+    let steady = Steady::start(&lab, POD, &Servers::of_demo(&lab, POD).unwrap(), false).unwrap();
     let first = layout(&lab, "gw-a");
     let config = lay(&lab, "gw-a", "capacities: {flows: 131072, facts: 65536}");
     for restore in [None, Some(&config)] {

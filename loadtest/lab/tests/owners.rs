@@ -7,18 +7,20 @@
 #[path = "failover/common.rs"]
 mod common;
 
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use common::{
-    ADDRESSES, CALM, NAMES, PODS, POOL, READY, Traffic, Wire, egress, gaps, kill, learn, node_of, owner,
-    owner_is_cut_off, recorded, status, under_traffic, up_like, wait_owner, wait_recorded,
+    ADDRESSES, CALM, NAMES, PLAIN, PODS, POOL, READY, Traffic, Wire, connect, egress, gaps, kill, learn, node_of,
+    owner, owner_is_cut_off, owner_of, recorded, status, tcp, under_traffic, up_like, wait_owner, wait_recorded,
 };
 use serde_json::{Value, json};
 use tidegate_lab::Lab;
-use tidegate_lab::family::FAMILIES;
+use tidegate_lab::family::{FAMILIES, Family};
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::netns::nft;
 use tidegate_lab::probe::dig;
+use tidegate_lab::steady::{Servers, Steady};
 
 #[test]
 fn owners() {
@@ -33,6 +35,7 @@ fn owners() {
     owner_loses_the_api_server_and_policy_changes(&mut lab, &wire);
     owner_is_cut_off_from_everything(&mut lab, &wire);
     owner_dies_without_an_api_server(&mut lab, &wire);
+    pair_drains_and_goes(&mut lab);
     pool_is_deleted_and_serves_on(&mut lab);
     lab.down().unwrap();
 }
@@ -189,6 +192,145 @@ fn owner_is_cut_off_from_everything(lab: &mut Lab, wire: &Wire) {
     let epoch = owner_is_cut_off(lab, wire);
     assert!(epoch > before);
     assert_eq!(recorded(lab), ("gw-b".into(), epoch));
+}
+
+/// The pair that the shop's pool gets beside the one that drains.
+fn second(family: Family) -> IpAddr {
+    family.pick("203.0.113.11", "2001:db8::11").parse().unwrap()
+}
+
+/// Says which pairs the shop's pool has.
+fn set_pairs(lab: &Lab, pairs: Value) {
+    lab.request("PATCH", POOL, &json!({"spec": {"static": {"addresses": pairs}}})).unwrap();
+}
+
+/// Waits until so many namespaces are counted for the pairs of the shop's pool, in their order.
+#[track_caller]
+fn wait_counted(lab: &Lab, counts: &[u64]) -> Value {
+    let counted = |p: &Value| {
+        let all = p["status"]["addresses"].as_array().into_iter().flatten();
+        all.map(|a| a["namespaces"].as_u64().unwrap()).eq(counts.iter().copied())
+    };
+    lab.wait_object(POOL, Duration::from_secs(30), counted).unwrap()
+}
+
+/// Waits until new connections of a pod leave with this address.
+#[track_caller]
+fn wait_source(lab: &Lab, pod: &str, source: fn(Family) -> IpAddr) {
+    for family in FAMILIES {
+        let seen = || {
+            dig(&lab.pod(pod), "tcp.example.com", family.record(), &[]);
+            lab.pod(pod).within(|| connect(tcp(family), Duration::from_millis(900))).unwrap()
+        };
+        let found = wait_for(Duration::from_secs(20), || (seen() == Ok(source(family))).then_some(()));
+        assert!(found.is_some(), "{pod} {family:?}: {:?}", seen());
+    }
+}
+
+/// New connections of these pods had no gap and no source but this one.
+#[track_caller]
+fn all_leave_with(what: &str, traffic: &[Traffic], pods: &[&str], since: Instant, source: fn(Family) -> IpAddr) {
+    for t in traffic.iter().filter(|t| pods.contains(&t.pod.as_str())) {
+        let (dns, flows) = (t.names.longest(since), t.flows.longest(since));
+        println!("{what}: {} {:?}: longest DNS gap {dns:?}, egress address gap {flows:?}", t.pod, t.family);
+        assert_eq!(t.flows.sources(None), [source(t.family)], "{what}: {}", t.pod);
+        assert!(dns < t.limit(CALM.0, since) && flows < t.limit(CALM.1, since), "{what}: {dns:?} {flows:?}");
+    }
+}
+
+/// A pair that drains keeps the namespace that has it, with its flows and its new ones, and gets no other. Without namespaces it
+/// is taken out and nobody notices; one that is in use is missed for no longer than a failover takes.
+fn pair_drains_and_goes(lab: &mut Lab) {
+    let first = |state: &str| json!({"ipv4": egress(Family::V4), "ipv6": egress(Family::V6), "state": state});
+    let other = json!({"ipv4": second(Family::V4), "ipv6": second(Family::V6)});
+    let (owner, epoch) = recorded(lab);
+    let mut servers = Servers::of_demo(lab, PODS[0]).unwrap();
+    let steady = Steady::start(lab, PODS[0], &servers, true).unwrap();
+    let both = [PODS[0], PODS[1], PLAIN];
+    let (drained, traffic) = under_traffic(lab, &PODS, |lab| {
+        let drained = Instant::now();
+        set_pairs(lab, json!([first("Draining"), other]));
+        // Another namespace comes.
+        lab.kubectl(&["label", "namespace", "annotated", "team=payments"]).unwrap();
+        lab.kubectl(&["annotate", "namespace", "annotated", "tidegate.dev/pool=partner-a"]).unwrap();
+        wait_source(lab, PLAIN, second);
+        drained
+    });
+    gaps("a pair drains", &traffic, drained, CALM.0, CALM.1);
+    let (since, traffic) = under_traffic(lab, &both, |lab| {
+        let since = Instant::now();
+        wait_counted(lab, &[1, 1]);
+        let held = |p: &Value| {
+            let all = p["status"]["conditions"].as_array().into_iter().flatten();
+            all.filter(|c| c["type"] == "Programmed" && c["status"] == "True").any(|c| {
+                [egress(Family::V4), second(Family::V4)].iter().all(|ip| c.to_string().contains(&ip.to_string()))
+            })
+        };
+        lab.wait_object(POOL, Duration::from_secs(20), held).unwrap();
+        let stays = [("shop", egress as fn(Family) -> IpAddr), ("annotated", second)];
+        for (namespace, source) in stays {
+            let path = format!("/apis/tidegate.dev/v1alpha1/namespaces/{namespace}/namespaceegresses/tidegate");
+            let has = |o: &Value| {
+                let all = o["status"]["egress"].as_array().into_iter().flatten();
+                all.filter(|e| e["pool"] == "partner-a").any(|e| e["ipv4"] == source(Family::V4).to_string())
+            };
+            lab.wait_object(&path, Duration::from_secs(20), has).unwrap();
+        }
+        std::thread::sleep(Duration::from_secs(2));
+        since
+    });
+    all_leave_with("beside a pair that drains", &traffic, &PODS, since, egress);
+    all_leave_with("beside a pair that drains", &traffic, &[PLAIN], since, second);
+    assert_eq!(recorded(lab), (owner.clone(), epoch));
+    steady.goes_on(Duration::from_secs(10)).unwrap();
+    drop(steady);
+    // Its namespace goes elsewhere, and comes back: now it is given what does not drain.
+    let files = ["shop.yaml", "shop-revocable.yaml"];
+    let before = files.map(|f| lab.manifest(f).unwrap());
+    for (file, text) in files.iter().zip(&before) {
+        lab.edit_manifest(file, &text.replace("  poolRef: {name: partner-a}\n", "")).unwrap();
+    }
+    wait_counted(lab, &[0, 1]);
+    let gone = |o: &Value| !o["status"]["egress"].to_string().contains("partner-a");
+    let shop = "/apis/tidegate.dev/v1alpha1/namespaces/shop/namespaceegresses/tidegate";
+    lab.wait_object(shop, Duration::from_secs(20), gone).unwrap();
+    for (file, text) in files.iter().zip(&before) {
+        lab.edit_manifest(file, text).unwrap();
+    }
+    PODS.iter().for_each(|pod| wait_source(lab, pod, second));
+    wait_counted(lab, &[0, 2]);
+    // Nobody has it: it is taken out, and no flow notices.
+    servers.iter_mut().for_each(|s| s.source = second(s.family));
+    let steady = Steady::start(lab, PODS[0], &servers, true).unwrap();
+    let (taken, traffic) = under_traffic(lab, &both, |lab| {
+        let taken = Instant::now();
+        set_pairs(lab, json!([other]));
+        let has = |g: &str| !owner_of(lab, g, "203.0.113.10").0.is_empty();
+        let left = wait_for(Duration::from_secs(10), || (!has("gw-a") && !has("gw-b")).then_some(()));
+        assert!(left.is_some(), "{}", status(lab, "gw-a")["core"]["pairs"]);
+        wait_counted(lab, &[2]);
+        std::thread::sleep(Duration::from_secs(2));
+        taken
+    });
+    all_leave_with("the pair is taken out", &traffic, &both, taken, second);
+    steady.goes_on(Duration::from_secs(10)).unwrap();
+    drop(steady);
+    // One that is in use is taken out all the same, and the first is back: new connections leave with it at once.
+    let (swapped, traffic) = under_traffic(lab, &PODS, |lab| {
+        let swapped = Instant::now();
+        set_pairs(lab, json!([first("Active")]));
+        PODS.iter().for_each(|pod| wait_source(lab, pod, egress));
+        std::thread::sleep(Duration::from_secs(1));
+        swapped
+    });
+    for t in &traffic {
+        let gap = t.flows.longest(swapped);
+        println!("a used pair is taken out: {} {:?}: gap {gap:?}", t.pod, t.family);
+        assert!(gap < t.limit(ADDRESSES, swapped), "{gap:?}");
+        assert!(t.flows.sources(Some(swapped + ADDRESSES)).iter().all(|ip| *ip == egress(t.family)));
+    }
+    lab.kubectl(&["annotate", "namespace", "annotated", "tidegate.dev/pool-"]).unwrap();
+    lab.kubectl(&["label", "namespace", "annotated", "team-"]).unwrap();
 }
 
 /// A pool that is deleted while it is used is held, says so, and carries on.

@@ -114,12 +114,13 @@ pub fn with_claims(
     news.then_some(Value::Array(out))
 }
 
-/// The list of addresses with the counts of namespaces of the pairs that `me` owns; `None` if it says so already.
+/// The list of addresses with the counts of namespaces of the pairs that `me` owns, and without pairs that the pool has no more;
+/// `None` if it says so already.
 pub fn with_counts(pool: &DynamicObject, me: &str, counts: &BTreeMap<Address, u32>) -> Option<Value> {
-    let entries = entries(pool);
+    let (entries, pairs) = (entries(pool), pairs(pool));
     let mut out = Vec::new();
-    let mut news = false;
-    for pair in pairs(pool) {
+    let mut news = entries.keys().any(|p| !pairs.contains(p));
+    for pair in pairs {
         let Some(old) = entries.get(&pair).copied() else { continue };
         let owner = owner(old);
         let count = (owner.gateway == me).then(|| counts.get(&pair).copied().unwrap_or_default());

@@ -15,7 +15,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::family::Family;
+use crate::family::{FAMILIES, Family};
 use crate::lab::{Lab, wait_for};
 use crate::netns;
 use crate::probe::source;
@@ -62,6 +62,34 @@ pub struct Servers {
     pub source: IpAddr,
     /// The pod's own TCP and UDP echo servers, which clients outside ask.
     pub own: Option<(SocketAddr, SocketAddr)>,
+}
+
+impl Servers {
+    /// Those of the demo's internet that its shop may ask, for a pod that leaves with the shop's address.
+    ///
+    /// # Errors
+    /// When there is no such pod.
+    pub fn of_demo(lab: &Lab, pod: &str) -> Result<Vec<Self>> {
+        let pod = lab.scenario().pod(pod).with_context(|| format!("there is no pod {pod:?}"))?;
+        let (own4, own6) = pod.ipv4.zip(pod.ipv6).context("the pod has no addresses")?;
+        let all = FAMILIES.map(|family| {
+            let named = |n: u8, port: u16| -> Result<SocketAddr> {
+                let ip: IpAddr = format!("{}{n}", family.pick("198.51.100.", "2001:db8:100::")).parse()?;
+                Ok(SocketAddr::new(ip, port))
+            };
+            let own = family.pick(IpAddr::from(own4), IpAddr::from(own6));
+            Ok(Self {
+                family,
+                tcp: ("tcp.example.com", named(12, 7000)?),
+                udp: Some(("udp.example.com", named(13, 7001)?)),
+                https: "api.example.com",
+                denied: named(14, 0)?.ip(),
+                source: family.pick("203.0.113.10", "2001:db8::10").parse()?,
+                own: Some((SocketAddr::new(own, 7000), SocketAddr::new(own, 7001))),
+            })
+        });
+        all.into_iter().collect()
+    }
 }
 
 /// Everything that a thread needs to be somewhere.
