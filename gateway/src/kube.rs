@@ -52,7 +52,7 @@ impl Kube {
 
     /// Follows everything that policy comes from: the changes, and how that goes.
     pub fn watch(&self, kubernetes: &Kubernetes) -> (mpsc::Receiver<Change<Feed>>, Watched<Feed>) {
-        let (changes, watched, tasks) = watch(&self.connection, lists(kubernetes));
+        let (changes, watched, tasks) = watch(&self.connection.client, lists(kubernetes));
         for task in tasks {
             self.spawn(task);
         }

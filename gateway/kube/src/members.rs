@@ -2,23 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
 
-use futures_util::TryStreamExt;
+use futures_util::future::join_all;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use kube::runtime::watcher;
-use kube::{Api, Client, ResourceExt};
-use tokio::time::sleep;
+use kube::{Client, ResourceExt};
+
+use crate::watch::{Event, List, watch};
 
 /// The Service's port on which gateways listen.
 const PORT: &str = "control";
 /// The most gateways of a cluster.
 const MAX_MEMBERS: usize = 64;
-/// Between two tries of a watch, at least and at most.
-const AGAIN: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(3));
-/// A watch starts anew after so many seconds, so that one whose connection hangs unnoticed does not stay behind.
-const WATCH_SECONDS: u32 = 60;
-
 /// A gateway.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
@@ -34,45 +28,40 @@ pub struct Member {
 
 /// Runs for ever; `tell` is told all gateways by name whenever that has changed. It must not block.
 pub async fn run(client: Client, namespace: &str, service: &str, tell: impl Fn(Vec<Member>)) {
-    let api: Api<EndpointSlice> = Api::namespaced(client, namespace);
-    let selector = format!("kubernetes.io/service-name={service}");
-    let config = watcher::Config::default().labels(&selector).timeout(WATCH_SECONDS);
-    let mut stream = std::pin::pin!(watcher::watcher(api, config));
-    let mut wait = AGAIN.0;
-    let mut slices: BTreeMap<String, EndpointSlice> = BTreeMap::new();
-    let mut listed: BTreeMap<String, EndpointSlice> = BTreeMap::new();
-    let mut told: Option<Vec<Member>> = None;
-    loop {
-        match stream.try_next().await {
-            Ok(Some(event)) => {
-                wait = AGAIN.0;
-                match event {
-                    watcher::Event::Init => {
-                        listed.clear();
-                        continue;
-                    }
-                    watcher::Event::InitApply(s) => {
-                        listed.insert(s.name_any(), s);
-                        continue;
-                    }
-                    watcher::Event::InitDone => slices = std::mem::take(&mut listed),
-                    watcher::Event::Apply(s) => drop(slices.insert(s.name_any(), s)),
-                    watcher::Event::Delete(s) => drop(slices.remove(&s.name_any())),
-                }
-                let now = members(slices.values());
-                if told.as_ref() != Some(&now) {
-                    tell(now.clone());
-                    told = Some(now);
-                }
+    let list = List {
+        feed: (),
+        path: format!("/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"),
+        fields: String::new(),
+        labels: format!("kubernetes.io/service-name={service}"),
+        optional: false,
+    };
+    let (mut changes, _, tasks) = watch(&client, vec![list]);
+    let follow = join_all(tasks);
+    let take = async {
+        let mut slices: BTreeMap<String, EndpointSlice> = BTreeMap::new();
+        let mut told: Option<Vec<Member>> = None;
+        while let Some(change) = changes.recv().await {
+            match change.event {
+                Event::Applied(o) => match serde_json::from_value::<EndpointSlice>(*o) {
+                    Ok(slice) => drop(slices.insert(slice.name_any(), slice)),
+                    Err(error) => tracing::warn!(%error, "an EndpointSlice of the gateways cannot be read"),
+                },
+                Event::Deleted(o) => drop(slices.remove(o["metadata"]["name"].as_str().unwrap_or_default())),
+                Event::Restarted(seen) => slices.retain(|name, _| seen.contains(&(namespace.to_owned(), name.clone()))),
+                Event::Bookmark => {}
             }
-            Ok(None) => return,
-            Err(error) => {
-                tracing::debug!(%error, "the watch of gateways starts anew");
-                sleep(wait).await;
-                wait = (wait * 2).min(AGAIN.1);
+            // In the middle of a list some are missing.
+            if change.reached.is_none() {
+                continue;
+            }
+            let now = members(slices.values());
+            if told.as_ref() != Some(&now) {
+                tell(now.clone());
+                told = Some(now);
             }
         }
-    }
+    };
+    tokio::join!(follow, take);
 }
 
 /// The gateways in these slices. One without a pod, a node or the port is none.

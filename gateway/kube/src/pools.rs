@@ -11,9 +11,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::TryStreamExt;
+use futures_util::future::join_all;
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, Patch, PatchParams};
-use kube::runtime::watcher;
 use kube::{Api, Client, ResourceExt};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -22,6 +21,7 @@ use tokio::time::{Instant, MissedTickBehavior, sleep, sleep_until, timeout};
 pub use object::{Address, Owner, Record};
 
 use crate::FINALIZER;
+use crate::watch::{self as follow, Change, List, Watched};
 
 /// The API server is asked for a sign of life so often. Two seconds of silence count as an outage.
 const PROBE: Duration = Duration::from_millis(500);
@@ -38,10 +38,6 @@ const TEND_AGAIN: Duration = Duration::from_secs(1);
 /// A pool that is deleted is let go when it has been out of use for so long: a pod that moves from one policy to another
 /// may come back.
 const UNUSED: Duration = Duration::from_secs(3);
-/// Between two tries of a watch, at least and at most.
-const AGAIN: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(3));
-/// A watch starts anew after so many seconds, so that one whose connection hangs unnoticed does not stay behind.
-const WATCH_SECONDS: u32 = 60;
 
 /// A claim that is to be written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,15 +95,24 @@ pub async fn run(
     tell: impl Fn(Event) + Send + Sync + 'static,
 ) {
     let pools = Arc::new(Pools {
-        api: Api::all_with(client, &resource()),
+        api: Api::all_with(client.clone(), &resource()),
         me,
         known: parking_lot::Mutex::default(),
         tell: Box::new(tell),
     });
     let (used, in_use) = watch::channel(None);
+    let list = List {
+        feed: (),
+        path: "/apis/tidegate.dev/v1alpha1/egresspools".to_owned(),
+        fields: String::new(),
+        labels: String::new(),
+        optional: false,
+    };
+    let (changes, watched, tasks) = follow::watch(&client, vec![list]);
     tokio::select! {
-        () = pools.watch() => {}
-        () = pools.probe() => {}
+        _ = join_all(tasks) => {}
+        () = pools.take(changes) => {}
+        () = pools.probe(&watched) => {}
         () = pools.tend(in_use, stale) => {}
         () = pools.clone().obey(commands, used) => {}
     }
@@ -130,42 +135,54 @@ enum Tried {
 
 impl Pools {
     /// Tells every change.
-    async fn watch(&self) {
-        let mut wait = AGAIN.0;
-        let mut listed = BTreeSet::new();
-        let config = watcher::Config::default().timeout(WATCH_SECONDS);
-        let mut stream = std::pin::pin!(watcher::watcher(self.api.clone(), config));
-        loop {
-            match stream.try_next().await {
-                Ok(Some(event)) => {
-                    wait = AGAIN.0;
-                    match event {
-                        watcher::Event::Init => listed.clear(),
-                        watcher::Event::InitApply(o) => {
-                            listed.insert(o.name_any());
-                            self.saw(o);
-                        }
-                        watcher::Event::InitDone => {
-                            let gone: Vec<String> =
-                                self.known.lock().keys().filter(|n| !listed.contains(*n)).cloned().collect();
-                            gone.iter().for_each(|n| self.gone(n));
-                        }
-                        watcher::Event::Apply(o) => self.saw(o),
-                        watcher::Event::Delete(o) => self.gone(&o.name_any()),
-                    }
+    async fn take(&self, mut changes: mpsc::Receiver<Change<()>>) {
+        while let Some(change) = changes.recv().await {
+            match change.event {
+                follow::Event::Applied(o) => match serde_json::from_value::<DynamicObject>(*o) {
+                    Ok(o) => self.hear(o).await,
+                    Err(error) => tracing::warn!(%error, "a pool cannot be read"),
+                },
+                follow::Event::Deleted(o) => self.gone(o["metadata"]["name"].as_str().unwrap_or_default()),
+                follow::Event::Restarted(seen) => {
+                    let known: Vec<String> = self.known.lock().keys().cloned().collect();
+                    let gone = known.iter().filter(|n| !seen.contains(&(String::new(), (*n).clone())));
+                    gone.for_each(|n| self.gone(n));
                 }
-                Ok(None) => return,
-                Err(error) => {
-                    tracing::debug!(%error, "the watch of pools starts anew");
-                    sleep(wait).await;
-                    wait = (wait * 2).min(AGAIN.1);
-                }
+                follow::Event::Bookmark => {}
             }
         }
     }
 
+    /// Others say what an object is. One that is older than what is known is either late, or of a cluster that was restored
+    /// from a backup: then what is known is of no history any more.
+    async fn hear(&self, new: DynamicObject) {
+        let name = new.name_any();
+        let known = self.known.lock().get(&name).cloned();
+        let Some(known) = known.filter(|known| object::is_older(&new, known)) else { return self.saw(new) };
+        for _ in 0..TRIES {
+            let Ok(now) = self.within(self.api.get_opt(&name)).await else { continue };
+            match now {
+                Some(now) if object::is_older(&now, &known) => {
+                    // Unless something was written in the meantime.
+                    let version = self.known.lock().get(&name).and_then(ResourceExt::resource_version);
+                    if version == known.resource_version() {
+                        tracing::warn!(
+                            pool = name,
+                            "its versions have gone back: the cluster was restored from a backup"
+                        );
+                        self.known.lock().insert(name, now.clone());
+                        self.tell(&now);
+                    }
+                }
+                Some(now) => self.saw(now),
+                None => self.gone(&name),
+            }
+            return;
+        }
+    }
+
     /// Asks for something that the API server has to read from its storage.
-    async fn probe(&self) {
+    async fn probe(&self, watched: &Watched<()>) {
         let mut tick = tokio::time::interval(PROBE);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut silent = false;
@@ -182,8 +199,13 @@ impl Pools {
             if silent && result.is_ok() {
                 tracing::info!("the API server answers again");
                 // The watch may hang on a dead connection for a while yet.
+                watched.hurry(());
                 match self.within(self.api.list(&Default::default())).await {
-                    Ok(list) => list.items.into_iter().for_each(|o| self.saw(o)),
+                    Ok(list) => {
+                        for pool in list.items {
+                            self.hear(pool).await;
+                        }
+                    }
                     Err(error) => tracing::warn!(error, "cannot list pools"),
                 }
             }

@@ -2,8 +2,9 @@
 //!
 //! A list is read in pages, of the newest state (an API server that is behind must not show an older one). From its
 //! resourceVersion on it is watched. A watch that ends goes on where it was; one that the API server cannot go on with
-//! (410) begins with a list again. The API server is asked to end each after [`WATCH`], and before that sends a bookmark if
-//! there is a newer version: a watch that says nothing for [`SILENT`] is given up for another one, as is one that
+//! (410), or whose version it has not reached, since its storage was restored from a backup, begins with a list again. The
+//! API server is asked to end each after [`WATCH`], and before that sends a bookmark if there is a newer version: a watch
+//! that says nothing for [`SILENT`] is given up for another one, as is one that
 //! [`Watched::hurry`] asks for. What went before stays the truth until there is news, so an outage takes nothing away.
 //!
 //! The queue to whoever takes the changes is bounded. While it is full nothing is read, and the API server keeps what is
@@ -21,7 +22,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use tokio::sync::{Notify, mpsc};
 
-use crate::client::{Connection, Error, within};
+use crate::client::{Error, within};
 
 /// A watch that says nothing for so long has been lost.
 const SILENT: Duration = Duration::from_secs(30);
@@ -164,7 +165,7 @@ impl<F: Ord + Copy> Watched<F> {
 /// Prepares to follow lists: the changes, how they fare, and one task for each, which ends when nobody takes the changes
 /// any more.
 pub fn watch<F>(
-    connection: &Connection,
+    client: &kube::Client,
     lists: Vec<List<F>>,
 ) -> (mpsc::Receiver<Change<F>>, Watched<F>, Vec<impl Future<Output = ()> + Send + 'static + use<F>>)
 where
@@ -175,7 +176,7 @@ where
     let watched = Watched(Arc::new(lists.iter().map(shared).collect()));
     let tasks = lists.into_iter().map(|list| {
         let request = Request::new(list.path.clone());
-        Follow { client: connection.client.clone(), request, list, out: out.clone(), watched: watched.clone() }.run()
+        Follow { client: client.clone(), request, list, out: out.clone(), watched: watched.clone() }.run()
     });
     let tasks = tasks.collect();
     (changes, watched, tasks)
@@ -241,12 +242,13 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
         let Some(shared) = self.watched.0.get(&feed) else { return };
         let mut version: Option<String> = None;
         let mut wait = BACKOFF.0;
-        let mut lived = false;
+        let (mut lived, mut fresh) = (false, false);
         loop {
             let end = match &mut version {
                 None => match self.all(shared).await {
                     Ok(v) => {
                         version = Some(v);
+                        fresh = true;
                         wait = BACKOFF.0;
                         continue;
                     }
@@ -254,7 +256,11 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
                 },
                 Some(v) => {
                     let (before, started) = (v.clone(), Instant::now());
-                    let end = self.changes(shared, v).await;
+                    let known = if std::mem::take(&mut fresh) { Ok(()) } else { self.knows(v).await };
+                    let end = match known {
+                        Ok(()) => self.changes(shared, v).await,
+                        Err(end) => end,
+                    };
                     shared.health().followed = None;
                     lived = started.elapsed() >= LIVED;
                     if *v != before || lived {
@@ -307,23 +313,41 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
         self.out.send(change).await.map_err(|_| End::Left)
     }
 
+    fn parameters(&self, limit: u32) -> ListParams {
+        let selector = |s: &String| (!s.is_empty()).then(|| s.clone());
+        ListParams {
+            field_selector: selector(&self.list.fields),
+            label_selector: selector(&self.list.labels),
+            limit: Some(limit),
+            ..ListParams::default()
+        }
+    }
+
+    async fn page(&self, params: &ListParams) -> Result<Page, End> {
+        let request = self.request.list(params).map_err(|e| End::Failed(kube::Error::BuildRequest(e).into()))?;
+        Ok(within(self.client.request(request)).await?)
+    }
+
+    /// Asks whether the API server has come so far: one whose storage was restored from a backup has not. A watch from a version
+    /// that is not there yet waits for it without a word, and what changes until then is missed.
+    async fn knows(&self, version: &str) -> Result<(), End> {
+        let now = self.page(&self.parameters(1)).await?.metadata.resource_version.unwrap_or_default();
+        match (now.parse::<u64>(), version.parse::<u64>()) {
+            (Ok(now), Ok(version)) if now < version => {
+                Err(End::Anew(format!("its versions have gone back from {version} to {now}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Reads the list; says its version.
     async fn all(&self, shared: &Shared) -> Result<String, End> {
-        let List { feed, fields, labels, .. } = &self.list;
+        let feed = &self.list.feed;
         let mut seen = BTreeSet::new();
-        let mut more: Option<String> = None;
+        let mut params = self.parameters(PAGE);
         loop {
-            let selector = |s: &String| (!s.is_empty()).then(|| s.clone());
-            let params = ListParams {
-                field_selector: selector(fields),
-                label_selector: selector(labels),
-                limit: Some(PAGE),
-                continue_token: more.take(),
-                ..ListParams::default()
-            };
-            let request = self.request.list(&params).map_err(|e| End::Failed(kube::Error::BuildRequest(e).into()))?;
-            let page: Page = match within(self.client.request(request)).await {
-                Err(error) if error.code() == Some(404) && self.list.optional => return Err(End::Absent),
+            let page = match self.page(&params).await {
+                Err(End::Failed(error)) if error.code() == Some(404) && self.list.optional => return Err(End::Absent),
                 answer => answer?,
             };
             heard(shared);
@@ -335,8 +359,8 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
                 self.say(Change { feed: *feed, event, reached: None, newest }).await?;
             }
             let version = page.metadata.resource_version.unwrap_or_default();
-            more = page.metadata.more.filter(|m| !m.is_empty());
-            if more.is_some() {
+            params.continue_token = page.metadata.more.filter(|m| !m.is_empty());
+            if params.continue_token.is_some() {
                 continue;
             }
             let reached = version.parse().ok();

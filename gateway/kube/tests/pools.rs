@@ -1,6 +1,8 @@
 //! Owners of egress pairs against a real API server.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod support;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -292,6 +294,42 @@ async fn an_outage_is_silence_and_the_end_of_it_is_heard() {
     // What nobody has answered is asked again.
     a.send(write("p", 1, by("gw-a", 1), None)).await;
     a.records("p", &[record(1, "gw-a", 1)]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_restored_backup_says_counts() {
+    let cluster = Cluster::start().unwrap();
+    cluster.define().unwrap();
+    make(&cluster, "p", &[1]);
+    let mut a = Gateway::start(&cluster, "gw-a").await;
+    a.send(write("p", 1, by("gw-a", 1), None)).await;
+    a.records("p", &[record(1, "gw-a", 1)]).await;
+    let backup = cluster.back_up().unwrap();
+    support::write_much(&cluster);
+    make(&cluster, "late", &[2]);
+    a.told("late", |e| matches!(e, Event::Pool { records: Some(_), .. })).await;
+    a.send(write("p", 1, by("gw-b", 2), Some(by("gw-a", 1)))).await;
+    a.records("p", &[record(1, "gw-b", 2)]).await;
+    cluster.restore(&backup).unwrap();
+    // It is told of the pool that is not there any more, and of what stands in the other one.
+    let gone = |e: &Event| matches!(e, Event::Pool { records: None, .. });
+    let mut seen = (false, false);
+    let told = async {
+        while seen != (true, true) {
+            match a.events.recv().await.unwrap() {
+                e @ Event::Pool { .. } if gone(&e) => seen.0 = true,
+                Event::Pool { records: Some(r), .. } if r == [record(1, "gw-a", 1)] => seen.1 = true,
+                _ => {}
+            }
+        }
+    };
+    timeout(SOON, told).await.unwrap();
+    // What others write from now on is heard, though its versions were seen before.
+    let mut b = Gateway::start(&cluster, "gw-b").await;
+    b.send(write("p", 1, by("gw-b", 3), Some(by("gw-a", 1)))).await;
+    a.records("p", &[record(1, "gw-b", 3)]).await;
+    a.send(write("p", 1, by("gw-a", 4), Some(by("gw-b", 3)))).await;
+    b.records("p", &[record(1, "gw-a", 4)]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -6,8 +6,9 @@ mod support;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tidegate_kube::Cluster;
+use tidegate_kubernetes::members;
 use tidegate_kubernetes::watch::{Change, Event, List, Watched, watch};
 use tidegate_kubernetes::{Connection, Settings};
 use tokio::sync::mpsc;
@@ -37,7 +38,7 @@ impl Follower {
             labels: "watched=yes".into(),
             optional: false,
         };
-        let (changes, watched, tasks) = watch(&connection, vec![list]);
+        let (changes, watched, tasks) = watch(&connection.client, vec![list]);
         for task in tasks {
             tokio::spawn(task);
         }
@@ -51,6 +52,8 @@ impl Follower {
             Event::Deleted(o) => drop(self.held.remove(&name(&o))),
             Event::Restarted(seen) => {
                 self.lists += 1;
+                // A list may be of a restored backup.
+                self.reached = 0;
                 self.held.retain(|name, _| seen.iter().any(|(_, n)| n == name));
             }
             Event::Bookmark => {}
@@ -240,6 +243,33 @@ async fn a_watch_that_hangs_is_replaced_in_half_a_minute_and_one_that_has_nothin
 }
 
 #[tokio::test]
+async fn a_watch_on_gateways_that_hangs_is_replaced_in_half_a_minute() {
+    let cluster = Cluster::shared().unwrap();
+    made(&cluster, "hung");
+    let proxy = Proxy::start(&cluster);
+    let settings = Settings { kubeconfig: Some(proxy.kubeconfig()), service: "gw".into(), ..Settings::default() };
+    let client = Connection::new(settings).await.unwrap().client;
+    let (tell, mut told) = mpsc::unbounded_channel();
+    let task = tokio::spawn(async move { members::run(client, "hung", "gw", move |m| drop(tell.send(m))).await });
+    assert_eq!(tokio::time::timeout(SOON, told.recv()).await.unwrap().unwrap(), []);
+    proxy.swallow();
+    let slice = json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+        "metadata": {"name": "s", "namespace": "hung", "labels": {"kubernetes.io/service-name": "gw"}},
+        "ports": [{"name": "control", "port": 7443}],
+        "endpoints": [{"addresses": ["192.0.2.1"], "nodeName": "n", "targetRef": {"kind": "Pod", "name": "gw-a"}}],
+    });
+    apply(&cluster, &slice.to_string());
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(told.try_recv().is_err(), "nothing comes through");
+    proxy.forward_new();
+    let found =
+        tokio::time::timeout(Duration::from_secs(33), told.recv()).await.expect("within half a minute").unwrap();
+    assert_eq!(found.iter().map(|m| m.name.as_str()).collect::<Vec<_>>(), ["gw-a"]);
+    task.abort();
+}
+
+#[tokio::test]
 async fn after_an_outage_it_does_not_wait_when_others_are_back() {
     let cluster = Cluster::shared().unwrap();
     made(&cluster, "late");
@@ -289,6 +319,29 @@ async fn a_version_that_is_too_old_leads_to_a_new_list() {
 }
 
 #[tokio::test]
+async fn a_restored_backup_is_read_anew() {
+    let cluster = Cluster::start().unwrap();
+    made(&cluster, "back");
+    apply(&cluster, &(map("back", "a", "1") + &map("back", "b", "1")));
+    let backup = cluster.back_up().unwrap();
+    support::write_much(&cluster);
+    apply(&cluster, &map("back", "a", "2"));
+    delete(&cluster, "back", "b");
+    apply(&cluster, &map("back", "c", "1"));
+    let mut f = Follower::new(cluster.kubeconfig(), "back").await;
+    f.until(SOON, "the list", |f| f.lists == 1 && f.has(&[("a", "2"), ("c", "1")])).await;
+    let before = f.reached;
+    cluster.restore(&backup).unwrap();
+    let took = f.until(SOON, "the backup", |f| f.has(&[("a", "1"), ("b", "1")])).await;
+    println!("what was restored is known {took:?} after the API server answers again");
+    assert!(f.reached < before, "{} {before}", f.reached);
+    // Versions that it has seen before are other changes now.
+    apply(&cluster, &map("back", "a", "x"));
+    let took = f.until(SOON, "the change", |f| f.has(&[("a", "x"), ("b", "1")])).await;
+    assert!(took < Duration::from_secs(2), "{took:?}");
+}
+
+#[tokio::test]
 async fn a_kind_that_is_not_there_is_said_or_taken_for_empty() {
     let cluster = Cluster::shared().unwrap();
     let settings = Settings { kubeconfig: Some(cluster.kubeconfig()), ..Settings::default() };
@@ -301,7 +354,7 @@ async fn a_kind_that_is_not_there_is_said_or_taken_for_empty() {
         labels: String::new(),
         optional,
     };
-    let (mut changes, watched, tasks) = watch(&connection, vec![list("must", false), list("may", true)]);
+    let (mut changes, watched, tasks) = watch(&connection.client, vec![list("must", false), list("may", true)]);
     for task in tasks {
         tokio::spawn(task);
     }

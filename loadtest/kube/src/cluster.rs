@@ -7,6 +7,7 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -36,7 +37,7 @@ pub struct Cluster {
     site: Site,
     // Dropped in this order.
     api_server: Mutex<Option<Server>>,
-    etcd: Server,
+    etcd: Mutex<Option<Server>>,
     folder: Folder,
 }
 
@@ -65,9 +66,8 @@ impl Cluster {
         };
         let site = Site::new(&folder.0, addresses);
         site.write_credentials()?;
-        let mut etcd = Server::start("etcd", site.etcd()?, folder.0.join("etcd.log"))?;
-        wait(&mut etcd, || Ok(TcpStream::connect(site.etcd_endpoint()).map(drop).map_err(|e| e.to_string())))?;
-        let this = Self { site, api_server: Mutex::new(None), etcd, folder };
+        let this = Self { site, api_server: Mutex::new(None), etcd: Mutex::new(None), folder };
+        this.start_etcd()?;
         this.start_api_server()?;
         Ok(this)
     }
@@ -106,7 +106,8 @@ impl Cluster {
     /// Process ids of etcd and, while it runs, the API server.
     pub fn pids(&self) -> Vec<u32> {
         let api_server = self.api_server.lock().unwrap_or_else(PoisonError::into_inner);
-        [self.etcd.pid()].into_iter().chain(api_server.as_ref().map(Server::pid)).collect()
+        let etcd = self.etcd.lock().unwrap_or_else(PoisonError::into_inner);
+        etcd.iter().chain(api_server.as_ref()).map(Server::pid).collect()
     }
 
     /// Puts the committed definitions of Tidegate's kinds into the cluster, and waits until they hold. Again it changes
@@ -155,6 +156,48 @@ impl Cluster {
         Ok(Controllers { _server: server })
     }
 
+    fn start_etcd(&self) -> Result<()> {
+        let mut server = Server::start("etcd", self.site.etcd()?, self.folder.0.join("etcd.log"))?;
+        let address = self.site.etcd_endpoint();
+        wait(&mut server, || Ok(TcpStream::connect(address).map(drop).map_err(|e| e.to_string())))?;
+        *self.etcd.lock().unwrap_or_else(PoisonError::into_inner) = Some(server);
+        Ok(())
+    }
+
+    fn stop_etcd(&self) {
+        drop(self.etcd.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+
+    /// Takes a backup of all that is stored. Both servers are away meanwhile.
+    ///
+    /// # Errors
+    /// When it cannot be copied, or they do not come up again.
+    pub fn back_up(&self) -> Result<Backup> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        self.stop_api_server();
+        self.stop_etcd();
+        let copy = self.folder.0.join(format!("backup-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
+        copy_folder(&self.folder.0.join("etcd"), &copy)?;
+        self.start_etcd()?;
+        self.start_api_server()?;
+        Ok(Backup(copy))
+    }
+
+    /// Puts a backup in the place of what is stored: versions go back, and are given again to other changes. Both servers are
+    /// away meanwhile.
+    ///
+    /// # Errors
+    /// When it cannot be copied, or they do not come up again.
+    pub fn restore(&self, backup: &Backup) -> Result<()> {
+        self.stop_api_server();
+        self.stop_etcd();
+        let data = self.folder.0.join("etcd");
+        fs::remove_dir_all(&data).context("cannot remove what was stored")?;
+        copy_folder(&backup.0, &data)?;
+        self.start_etcd()?;
+        self.start_api_server()
+    }
+
     /// Kills the API server, as an outage does. What it stored stays.
     pub fn stop_api_server(&self) {
         drop(self.api_server.lock().unwrap_or_else(PoisonError::into_inner).take());
@@ -184,6 +227,16 @@ impl Cluster {
         *slot = Some(server);
         Ok(())
     }
+}
+
+/// Of what a cluster stored; goes with it.
+#[derive(Debug)]
+pub struct Backup(PathBuf);
+
+fn copy_folder(from: &Path, to: &Path) -> Result<()> {
+    let said = Command::new("cp").arg("-a").args([from, to]).status().context("cannot run cp")?;
+    anyhow::ensure!(said.success(), "cp of {} ended with {said}", from.display());
+    Ok(())
 }
 
 /// Waits until a server is ready, or has ended, or has had its time.

@@ -11,6 +11,6 @@ mod site;
 mod tools;
 
 pub use api::{Answer, Api};
-pub use cluster::{Cluster, Controllers};
+pub use cluster::{Backup, Cluster, Controllers};
 pub use site::{API_PORT, Addresses, NodeFiles, Output, Site};
 pub use tools::{Tool, tool};

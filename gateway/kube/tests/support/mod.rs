@@ -1,4 +1,4 @@
-//! A proxy that can stop forwarding, and etcd's compaction.
+//! A proxy that can stop forwarding, etcd's compaction, and many versions.
 #![allow(dead_code, reason = "no file uses all of it")]
 
 use std::io::{Read, Write};
@@ -143,6 +143,19 @@ fn carry(state: &State, number: u64, mut from: TcpStream, mut to: TcpStream) {
     }
     let _ = from.shutdown(Shutdown::Both);
     let _ = to.shutdown(Shutdown::Both);
+}
+
+/// Makes versions go up by more than an API server does by itself when it starts.
+pub fn write_much(cluster: &Cluster) {
+    let api = cluster.api().unwrap();
+    let path = "/api/v1/namespaces/default/configmaps";
+    let map = r#"{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "much"}}"#;
+    assert_eq!(api.send("POST", path, &[], map).unwrap().status, 201);
+    for n in 0..600 {
+        let merge = [("Content-Type", "application/merge-patch+json")];
+        let sent = api.send("PATCH", &format!("{path}/much"), &merge, &format!(r#"{{"data": {{"n": "{n}"}}}}"#));
+        assert_eq!(sent.unwrap().status, 200);
+    }
 }
 
 /// Lets etcd forget all versions but the last.
