@@ -30,6 +30,8 @@ const STEP: Duration = Duration::from_millis(200);
 const SAY: Duration = Duration::from_secs(1);
 /// Policies that were deleted age by so much, see [`Index::age`].
 const AGE: Duration = Duration::from_secs(1);
+/// After policies have gone, Namespaces are asked for anew, at most so often. Between two times policies can age.
+const ASK: Duration = Duration::from_secs(3);
 /// The most problems that are logged and shown; every object's own status says its own.
 const MAX_PROBLEMS: usize = 1000;
 
@@ -133,7 +135,9 @@ impl Follower {
         if state.listed.len() < Feed::ALL.len() {
             return Ok(());
         }
-        state.age(Instant::now(), self.watched.followed(Feed::Namespaces));
+        if state.age(Instant::now(), self.watched.followed(Feed::Namespaces)) {
+            self.watched.hurry(Feed::Namespaces);
+        }
         self.names.set(state.index.external_names(), state.index.dns_servers());
         if std::mem::take(&mut state.nodes) {
             self.nodes.tell(Known::of(&state.index));
@@ -183,6 +187,8 @@ struct State {
     nodes: bool,
     /// When the index aged last.
     aged: Instant,
+    /// When Namespaces were last asked for anew, and how many policies had gone by then.
+    asked: Option<(Instant, u64)>,
     /// Which problems were put together last, and when.
     said: Option<(u64, Instant)>,
 }
@@ -196,6 +202,7 @@ impl State {
             moved: false,
             nodes: false,
             aged: Instant::now(),
+            asked: None,
             said: None,
         }
     }
@@ -235,14 +242,23 @@ impl State {
         self.moved |= reached.is_some();
     }
 
-    /// Lets policies that went age, a second at a time. Only while Namespaces were `followed` for the whole of it: else
-    /// the end of their namespace, with which they went, may not have been heard yet.
-    fn age(&mut self, now: Instant, followed: Option<Duration>) {
-        let due = now.saturating_duration_since(self.aged) >= AGE;
-        if due && followed.is_some_and(|d| d >= AGE) {
+    /// Lets policies that went age, a second at a time. Only while Namespaces were `followed` for the whole of it, by a watch
+    /// that began after they went: else the end of their namespace, with which they went, may not have been heard yet, and a
+    /// watch that hangs does not show. Says whether Namespaces are to be asked for anew.
+    fn age(&mut self, now: Instant, followed: Option<Duration>) -> bool {
+        let went = self.index.went();
+        let (asked, known) = self.asked.map_or((None, 0), |(at, known)| (Some(at), known));
+        let since = |at: Instant| now.saturating_duration_since(at);
+        let due = since(self.aged) >= AGE;
+        if due && followed.is_some_and(|d| d >= AGE && asked.is_none_or(|at| d <= since(at))) {
             self.aged = now;
-            self.index.age();
+            self.index.age(known);
         }
+        let ask = went > known && asked.is_none_or(|at| since(at) >= ASK);
+        if ask {
+            self.asked = Some((now, went));
+        }
+        ask
     }
 
     /// What is wrong with objects, in their order.
@@ -289,6 +305,11 @@ pub fn health(watched: &Watched<Feed>) -> Value {
         "lists": lists,
     })
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#[path = "follower_tests.rs"]
+mod follower_tests;
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
@@ -383,9 +404,14 @@ mod tests {
         };
         let second = |n: u64| Duration::from_secs(n);
         let start = state.aged;
-        for n in 1..60 {
-            // Away, and just back: what was missed may be on its way.
-            state.age(start + second(n), if n % 2 == 0 { None } else { Some(AGE / 2) });
+        assert!(
+            state.age(start + second(1), Some(second(90))),
+            "what is said of namespaces may be old: they are asked for"
+        );
+        for n in 2..60 {
+            // It hangs, is away, and is just back: what was missed may be on its way.
+            let followed = [Some(second(90 + n)), None, Some(AGE / 2)][n as usize % 3];
+            assert!(!state.age(start + second(n), followed), "once is enough");
         }
         assert_eq!(touch(&state), Touch::Isolated);
         state.age(start + second(60), Some(AGE));
@@ -393,5 +419,34 @@ mod tests {
         assert_eq!(touch(&state), Touch::Isolated, "half a second is not another one");
         state.age(start + second(61), Some(second(2)));
         assert_eq!(touch(&state), Touch::Untouched);
+    }
+
+    #[test]
+    fn policies_that_keep_going_hold_up_nobody() {
+        let mut state = state();
+        let policy = |name: &str| {
+            json!({"metadata": {"namespace": name, "name": "p", "uid": name, "generation": 1, "resourceVersion": "2"},
+            "spec": {"podSelector": {}}})
+        };
+        let go = |s: &mut State, name: &str| {
+            s.index.apply(Feed::Namespaces, &json!({"metadata": {"name": name, "uid": name, "resourceVersion": "1"}}));
+            s.index.apply(Feed::EgressPolicies, &policy(name));
+            s.index.delete(Feed::EgressPolicies, &policy(name));
+        };
+        let held = |s: &State, name: &str| s.index.objects().policies.keys().any(|(ns, _)| ns == name);
+        let start = state.aged;
+        // One goes every half a second, and namespaces are followed from each time on that they are asked for.
+        let (mut asked, mut times, mut open) = (start, 0, Vec::new());
+        for n in 1..=40u32 {
+            let now = start + AGE / 2 * n;
+            go(&mut state, &format!("n{n}"));
+            if state.age(now, Some(now - asked)) {
+                (asked, times) = (now, times + 1);
+            }
+            let gone: Vec<u32> = (1..=n).filter(|m| !open.contains(m) && !held(&state, &format!("n{m}"))).collect();
+            assert!(gone.iter().all(|m| n - m <= 12), "6 s: {n} {gone:?}");
+            open.extend(gone);
+        }
+        assert!(open.len() >= 28 && times <= 7, "{open:?} {times}");
     }
 }

@@ -71,8 +71,8 @@ fn shop() -> Index {
 
 /// As much as it takes for a policy that went to have no effect.
 fn age(i: &mut Index) {
-    i.age();
-    i.age();
+    i.age(u64::MAX);
+    i.age(u64::MAX);
 }
 
 /// All orders of several feeds' events, each feed's in its own order.
@@ -144,10 +144,10 @@ fn a_policy_that_goes_allows_nothing_at_once_and_isolates_a_little_longer() {
     assert_eq!(pods(&i), held(&["two.example"]));
     i.delete(Feed::EgressPolicies, &policy("two", 12));
     assert_eq!(pods(&i), held(&[]));
-    i.age();
+    i.age(u64::MAX);
     i.take_touched();
     assert_eq!(pods(&i), held(&[]));
-    i.age();
+    i.age(u64::MAX);
     assert!(i.is_touched());
     assert_eq!(pods(&i), Some((Touch::Untouched, vec![])));
     // Its namespace's end is heard only now: it was deleted with it.
@@ -183,7 +183,7 @@ fn a_policy_that_goes_allows_nothing_at_once_and_isolates_a_little_longer() {
     // After two minutes nobody remembers it.
     let mut i = shop();
     i.delete(Feed::EgressPolicies, &policy("one", 11));
-    (0..120).for_each(|_| i.age());
+    (0..120).for_each(|_| i.age(u64::MAX));
     i.apply(Feed::Namespaces, &namespace("u", 10, true));
     assert_eq!(i.objects().policies.len(), 1);
 }

@@ -56,8 +56,8 @@ fn ips(o: &Objects, namespace: &str, name: &str) -> Vec<String> {
 
 /// As much as it takes for a policy that went to have no effect.
 fn age(i: &mut Index) {
-    i.age();
-    i.age();
+    i.age(u64::MAX);
+    i.age(u64::MAX);
 }
 
 #[test]
@@ -245,9 +245,9 @@ fn a_relist_takes_away_what_it_does_not_have() {
     i.restarted(Feed::EgressPolicies, &BTreeSet::new());
     assert!(i.records(Feed::EgressPolicies).next().is_none());
     assert_eq!(i.take_touched(), touched(false, &["shop"], &[]));
-    i.age();
+    i.age(u64::MAX);
     assert!(!i.is_touched());
-    i.age();
+    i.age(u64::MAX);
     assert!(i.objects().policies.is_empty());
     assert_eq!(i.take_touched(), touched(false, &["shop"], &[]));
 }

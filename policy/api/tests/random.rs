@@ -167,7 +167,7 @@ fn edit(s: &mut Server, i: &mut Index, e: &Edit) {
             s.apply(i, Feed::Namespaces, (String::new(), space), json!({"metadata": meta}));
         }
         12 if flag(0) => s.delete(i, Feed::Namespaces, (String::new(), space)),
-        12 => i.age(),
+        12 => i.age(u64::MAX),
         13 => {
             let node = json!({"metadata": {}, "spec": {"podCIDRs": [format!("10.{}.0.0/24", e.how % 3)]},
                 "status": {"addresses": [{"type": "InternalIP", "address": format!("192.0.2.{}", e.how % 4)}]}});

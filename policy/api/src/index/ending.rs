@@ -5,7 +5,7 @@
 //!
 //! - Policies that go with their namespace stay until it and its pods are gone.
 //! - A policy that goes while its namespace seems to stay allows nothing any more, but isolates and denies for two more
-//!   calls of [`Index::age`]: its namespace's end may be heard a moment later. If it is, the policy is back.
+//!   calls of [`Index::age`] that mean it: its namespace's end may be heard a moment later. If it is, the policy is back.
 //! - Of a namespace that was ending when it was first seen nobody knows what held: nothing is allowed to its pods.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -37,6 +37,8 @@ pub(super) struct Endings {
     orphans: BTreeSet<Key>,
     /// Policies that went while their namespaces seemed to stay.
     left: BTreeMap<Key, Left>,
+    /// How many ever were.
+    went: u64,
     /// What policies of blind namespaces say.
     withheld: BTreeMap<Key, Policy>,
 }
@@ -46,6 +48,8 @@ struct Left {
     policy: Policy,
     /// The resourceVersion of its end.
     version: Option<u64>,
+    /// How many went before it.
+    number: u64,
     age: u8,
 }
 
@@ -65,10 +69,19 @@ fn of<V: Clone>(map: &BTreeMap<Key, V>, namespace: &str) -> Vec<(Key, V)> {
 }
 
 impl Index {
-    /// Time passes, about a second. What only waited for that takes effect.
-    pub fn age(&mut self) {
+    /// How many policies have gone so far while their namespaces seemed to stay.
+    pub fn went(&self) -> u64 {
+        self.endings.went
+    }
+
+    /// Time passes, about a second, for the first `known` policies that went: how namespaces fared since is known of those.
+    /// What only waited for that takes effect.
+    pub fn age(&mut self, known: u64) {
         let mut open = Vec::new();
         self.endings.left.retain(|key, left| {
+            if left.number >= known {
+                return true;
+            }
             left.age += 1;
             if left.age == STRICT {
                 open.push(key.clone());
@@ -174,13 +187,15 @@ impl Index {
         }
         let policy = self.objects.policies.get(key).filter(|p| p.mode == PolicyMode::Enforce).cloned();
         self.hold(Feed::EgressPolicies, key, policy.as_ref().map(|p| Read::Object(Object::Policy(strict(p)))));
-        let left = &mut self.endings.left;
+        let Some(policy) = policy else { return };
+        let Endings { left, went: number, .. } = &mut self.endings;
         if left.len() >= MAX_LEFT
             && let Some(old) = left.iter().find(|(_, l)| l.age >= STRICT).map(|(k, _)| k.clone())
         {
             left.remove(&old);
         }
-        left.extend(policy.map(|policy| (key.clone(), Left { policy, version, age: 0 })));
+        left.insert(key.clone(), Left { policy, version, number: *number, age: 0 });
+        *number += 1;
     }
 
     /// A namespace ends: policies that went after `since` went with it. Of those of which that is not known what is strict
