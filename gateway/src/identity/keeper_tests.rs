@@ -335,6 +335,86 @@ async fn a_given_authority_is_used_and_never_written() {
     assert_eq!(SecretKey::new(&connection, "corp", "tls.key").read().await.unwrap().version, version);
 }
 
+/// What the chart has cert-manager make is used, and what cert-manager makes of it when it is renewed: cert-manager's own
+/// controllers, the chart's Certificate, an authority of the company.
+#[tokio::test]
+async fn what_cert_manager_keeps_is_used_and_followed() {
+    let cluster = cluster();
+    let _controllers = cluster.start_cert_manager().unwrap();
+    let kubectl = |args: &[&str], stdin: &str| cluster.kubectl(args, stdin).unwrap().success().unwrap();
+    kubectl(&["apply", "-f", "-"], COMPANY);
+    let values = [
+        "identity.certManager.enabled=true",
+        "identity.certManager.issuerRef.name=corp",
+        "identity.certManager.issuerRef.kind=Issuer",
+    ];
+    let chart = concat!(env!("CARGO_MANIFEST_DIR"), "/../helm/tidegate");
+    let mut helm = std::process::Command::new(tidegate_kube::tool(tidegate_kube::Tool::Helm).unwrap());
+    helm.args(["template", "tidegate", chart, "-n", "tidegate-system", "-s", "templates/identity.yaml"]);
+    for value in values {
+        helm.args(["--set", value]);
+    }
+    let rendered = helm.output().unwrap();
+    assert!(rendered.status.success(), "{}", String::from_utf8_lossy(&rendered.stderr));
+    kubectl(&["apply", "-f", "-"], &String::from_utf8(rendered.stdout).unwrap());
+
+    // The gateway starts before there is anything.
+    let connection = connection(&cluster, "gw-a").await;
+    let settings = config::Identity { given: true, ..config::Identity::default() };
+    let times = Times { certificate: 6, ..DAY };
+    let (keeper, kept) = Keeper::new(&connection, &settings, times, None);
+    let task = tokio::spawn(keeper.run());
+    let own = until("a certificate", || kept.issued.borrow().clone()).await;
+    own.check(Role::Gateway, "gw-a", now()).unwrap();
+    let root = SecretKey::new(&connection, "root", "tls.crt").read().await.unwrap().content.unwrap();
+    let bundle = ConfigMapKey::new(&connection, "tidegate-trust", BUNDLE).read().await.unwrap().content.unwrap();
+    assert_eq!(authorities_from_pem(bundle.as_bytes()).unwrap(), authorities_from_pem(&root).unwrap());
+
+    // As `cmctl renew` does, or the clock: a new key, and the Secret is written anew.
+    let secret = SecretKey::new(&connection, settings.secret.as_str(), "tls.crt");
+    let before = secret.read().await.unwrap();
+    let first = kept.authority.borrow().clone().unwrap();
+    let renew = serde_json::json!({"status": {"conditions": [{"type": "Issuing", "status": "True", "reason": "ManuallyTriggered",
+        "message": "a test", "lastTransitionTime": "2026-01-01T00:00:00Z"}]}});
+    let patch = renew.to_string();
+    let name = settings.secret.as_str();
+    kubectl(
+        &["patch", "certificate", "-n", "tidegate-system", name, "--subresource=status", "--type=merge", "-p", &patch],
+        "",
+    );
+    until("the renewed one's", || kept.authority.borrow().clone().filter(|now| *now != first)).await;
+    let after = secret.read().await.unwrap();
+    assert_ne!(after.content, before.content);
+    let renewed =
+        until("a certificate of it", || kept.issued.borrow().clone().filter(|now| now.chain()[1] != own.chain()[1]))
+            .await;
+    // Whoever trusts the company's root trusts both.
+    for credentials in [own, renewed] {
+        credentials.check(Role::Gateway, "gw-a", now()).unwrap();
+    }
+    let still = ConfigMapKey::new(&connection, "tidegate-trust", BUNDLE).read().await.unwrap().content.unwrap();
+    assert_eq!(still, bundle);
+    task.abort();
+}
+
+/// The company's authority, which signs for those who ask in this namespace.
+const COMPANY: &str = r#"
+apiVersion: cert-manager.io/v1
+kind: Issuer
+metadata: {name: itself, namespace: tidegate-system}
+spec: {selfSigned: {}}
+---
+apiVersion: cert-manager.io/v1
+kind: Certificate
+metadata: {name: root, namespace: tidegate-system}
+spec: {secretName: root, commonName: The Company, isCA: true, issuerRef: {name: itself}, privateKey: {algorithm: ECDSA, size: 256}}
+---
+apiVersion: cert-manager.io/v1
+kind: Issuer
+metadata: {name: corp, namespace: tidegate-system}
+spec: {ca: {secretName: root}}
+"#;
+
 #[test]
 fn what_is_no_authority_is_refused() {
     let (key, other) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());

@@ -18,6 +18,7 @@ use ipnet::{IpNet, Ipv4Net};
 use crate::api::Api;
 use crate::process::Server;
 use crate::site::{API_PORT, Addresses, ETCD_PEER_PORT, ETCD_PORT, Output, Site};
+use crate::tools::{Tool, tool};
 
 /// How long a server may take until it answers. It is ready in 3 s on an idle machine; others may be busy.
 const READY: Duration = Duration::from_secs(120);
@@ -196,6 +197,22 @@ impl Cluster {
         copy_folder(&backup.0, &data)?;
         self.start_etcd()?;
         self.start_api_server()
+    }
+
+    /// Runs cert-manager's controllers of Certificates, and of issuers that sign by themselves or with a given authority. They end
+    /// when the guard is dropped.
+    ///
+    /// # Errors
+    /// When its definitions are not taken, or it does not start.
+    pub fn start_cert_manager(&self) -> Result<Controllers> {
+        let program = tool(Tool::CertManager)?;
+        let definitions = program.with_extension("yaml");
+        let definitions = definitions.to_str().context("the cache's path is not UTF-8")?;
+        self.kubectl(&["apply", "--server-side", "-f", definitions], "")?.success()?;
+        self.kubectl(&["wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"], "")?.success()?;
+        let mut command = Command::new(program);
+        command.arg(self.kubeconfig());
+        Ok(Controllers { _server: Server::start("cert-manager", command, self.folder.0.join("cert-manager.log"))? })
     }
 
     /// Kills the API server, as an outage does. What it stored stays.

@@ -34,6 +34,8 @@ pub enum Tool {
     Loopback,
     /// `host-local`, the network plugins' addresses
     HostLocal,
+    /// `cert-manager`, its controllers of Certificates; beside it lies `cert-manager.yaml` with its definitions
+    CertManager,
     /// `helm`
     Helm,
     /// `kubeconform`
@@ -56,6 +58,7 @@ impl Tool {
             Tool::Bridge => "bridge",
             Tool::Loopback => "loopback",
             Tool::HostLocal => "host-local",
+            Tool::CertManager => "cert-manager",
             Tool::Helm => "helm",
             Tool::Kubeconform => "kubeconform",
         }
