@@ -16,7 +16,7 @@ use tidegate_lab::lab::wait_for;
 use tidegate_lab::netns::ip_batch;
 use tidegate_lab::probe::{curl, dig};
 use tidegate_lab::steady::gaps::{Asked, Recorder};
-pub use tidegate_lab::steady::gaps::{Threads, Traffic, connect};
+pub use tidegate_lab::steady::gaps::{Traffic, connect};
 use tidegate_lab::{Lab, Options, Scenario};
 
 /// Pods of the namespace whose egress pair is looked at, on the nodes without a gateway.
