@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use tidegate_lab::Lab;
+use serde_json::json;
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::story::POOL_A;
+use tidegate_lab::{Lab, kubelet};
 
 use crate::ground::{Ground, MOVES, UNNOTICED, owner};
 use crate::install::{SYSTEM, gateways, typed};
@@ -13,6 +14,19 @@ use crate::install::{SYSTEM, gateways, typed};
 const BACK: Duration = Duration::from_secs(90);
 /// How long a part of it is away.
 const AWAY: Duration = Duration::from_secs(6);
+/// The node that is switched off, and the pods with traffic on it.
+const OFF: (&str, &[&str]) = ("node-2", &["shop/node-2", "annotated/client"]);
+
+/// Tries to get past the policy from its first instruction on.
+const EAGER: &str = r"
+while :; do
+    for to in 198.51.100.14 [2001:db8:100::14]; do
+        echo | socat -t0 - UDP:$to:7001
+        timeout 0.2 socat -u /dev/null TCP:$to:443
+    done
+    sleep 0.2
+done";
+
 /// Installs the chart, with gateways on the nodes that are labelled so.
 pub fn install(lab: &Lab) {
     typed(
@@ -26,15 +40,32 @@ pub fn install(lab: &Lab) {
 
 /// Everything, one after the other.
 pub fn happen(lab: &mut Lab) {
+    eager(lab);
     let mut ground = Ground::new(lab);
     agents_killed(lab, &mut ground);
     gateway_killed(lab, &mut ground);
     upgraded(lab, &mut ground);
     api_server_away(lab, &mut ground);
     names_of_the_cluster(lab, &mut ground);
-    drained(lab, &mut ground);
     cut_off(lab, &mut ground);
+    // Its kubelet takes a while to notice that the API server is there again.
+    rebooted(lab, &mut ground);
+    drained(lab, &mut ground);
     ground.finish();
+}
+
+/// A pod that never ceases to try what is denied, on the node that is switched off.
+fn eager(lab: &Lab) {
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "eager", "namespace": "shop", "labels": {"app": "web"}},
+        "spec": {
+            "nodeName": OFF.0, "terminationGracePeriodSeconds": 0,
+            "containers": [{
+                "name": "eager", "image": kubelet::CLIENT_IMAGE, "imagePullPolicy": "Never", "command": ["sh", "-c", EAGER],
+            }],
+        },
+    });
+    lab.host_kubectl(&["apply", "-f", "-"], &pod.to_string()).unwrap();
 }
 
 /// The pod of an agent on a node.
@@ -161,4 +192,23 @@ fn drained(lab: &mut Lab, ground: &mut Ground) {
         lab.host_kubectl(&["uncordon", &at], "").unwrap();
         ready(lab);
     });
+}
+
+/// Its pods begin again with what the disk has, beside one that tries to get past the policy before there is an agent.
+fn rebooted(lab: &mut Lab, ground: &mut Ground) {
+    let (node, pods) = OFF;
+    ground.step(lab, &format!("{node} rebooted"), UNNOTICED.without(pods), |lab| {
+        let old: Vec<_> = pods.iter().map(|pod| lab.pod_processes(pod).unwrap()).collect();
+        lab.switch_off(node).unwrap();
+        lab.switch_on(node).unwrap();
+        let begun = || {
+            pods.iter()
+                .zip(&old)
+                .all(|(pod, old)| lab.pod_processes(pod).is_ok_and(|now| !now.is_empty() && now != *old))
+        };
+        assert!(wait_for(BACK, || begun().then_some(())).is_some(), "the pods do not come back");
+        ready(lab);
+    });
+    ground.again(lab, pods);
+    ground.step(lab, &format!("{node} is back"), UNNOTICED, |_| {});
 }

@@ -64,12 +64,21 @@ pub struct Expected {
     addresses: Duration,
     /// Whether egress addresses may move. Only then long connections end, those that leave with them.
     moves: bool,
+    /// A node whose pods are gone.
+    gone: Option<&'static [&'static str]>,
 }
 
 /// Nothing moves, and nothing ends.
-pub const UNNOTICED: Expected = Expected { names: NAMES, addresses: NAMES, moves: false };
+pub const UNNOTICED: Expected = Expected { names: NAMES, addresses: NAMES, moves: false, gone: None };
 /// Egress addresses may move, and are back in time.
 pub const MOVES: Expected = Expected { addresses: ADDRESSES, moves: true, ..UNNOTICED };
+
+impl Expected {
+    /// With pods that are gone.
+    pub fn without(self, pods: &'static [&'static str]) -> Self {
+        Self { gone: Some(pods), ..self }
+    }
+}
 
 pub struct Ground {
     recorder: Recorder,
@@ -98,6 +107,12 @@ impl Ground {
         Self { recorder: record(lab), leaks, long, bad: Vec::new() }
     }
 
+    /// Begins again with pods that were gone.
+    pub fn again(&mut self, lab: &Lab, pods: &[&str]) {
+        self.recorder = record(lab);
+        self.long.extend(LONG.iter().filter(|pod| pods.contains(pod)).map(|pod| (*pod, long(lab, pod))));
+    }
+
     /// Whether all was as it should be.
     #[track_caller]
     pub fn finish(self) {
@@ -108,13 +123,16 @@ impl Ground {
     pub fn step(&mut self, lab: &mut Lab, what: &str, expected: Expected, work: impl FnOnce(&mut Lab)) {
         let pools = [POOL_A, POOL_B];
         let before = pools.map(|pool| owner(lab, pool));
+        let is_gone = |pod: &str| expected.gone.is_some_and(|gone| gone.contains(&pod));
+        // Without a network they would end late.
+        self.long.retain(|pod, _| !is_gone(pod));
         let since = Instant::now();
         work(lab);
         let took = since.elapsed();
         std::thread::sleep(LOOK.saturating_sub(took).max(AFTER));
         let mut bad = Vec::new();
         let mut worst = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
-        for t in self.recorder.traffic() {
+        for t in self.recorder.traffic().iter().filter(|t| !is_gone(&t.pod)) {
             let (dns, flow, control) = (t.names.longest(since), t.flows.longest(since), t.control.longest(since));
             worst = (worst.0.max(dns), worst.1.max(flow), worst.2.max(control));
             bad.extend(noticed(lab, t, since, expected));
