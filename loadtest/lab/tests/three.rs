@@ -12,14 +12,15 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{
-    ADDRESSES, CALM, NAMES, PLAIN, PODS, POOL, READY, Threads, Traffic, Wire, egress, gaps, kill, learn, owner,
-    owner_of, pod_network, recorded, start, status, under_traffic, wait_recorded,
+    ADDRESSES, CALM, NAMES, PLAIN, PODS, POOL, READY, Traffic, Wire, egress, gaps, kill, learn, owner, owner_of,
+    pod_network, recorded, start, status, under_traffic, wait_recorded,
 };
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tidegate_lab::Lab;
 use tidegate_lab::family::FAMILIES;
 use tidegate_lab::lab::wait_for;
+use tidegate_lab::steady::gaps::Threads;
 
 /// Those whose traffic is looked at: by the pool's address, and by the nodes'.
 const ALL: [&str; 3] = [PODS[0], PODS[1], PLAIN];
