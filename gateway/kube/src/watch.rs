@@ -198,7 +198,8 @@ enum End {
 
 impl From<Error> for End {
     fn from(error: Error) -> Self {
-        // 410: the version is too old. 504: it is one that the API server does not have yet, as after a restored backup.
+        // 410: the version is too old. 504, of a watch: it is one that the API server does not have yet, as after a
+        // restored backup.
         match error.code() {
             Some(410 | 504) => End::Anew(error.to_string()),
             _ => End::Failed(error),
@@ -325,7 +326,11 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
 
     async fn page(&self, params: &ListParams) -> Result<Page, End> {
         let request = self.request.list(params).map_err(|e| End::Failed(kube::Error::BuildRequest(e).into()))?;
-        Ok(within(self.client.request(request)).await?)
+        // To a list 504 says that the API server is slow: to read all anew would make it slower.
+        within(self.client.request(request)).await.map_err(|error| match error.code() {
+            Some(504) => End::Failed(error),
+            _ => error.into(),
+        })
     }
 
     /// Asks whether the API server has come so far: one whose storage was restored from a backup has not. A watch from a version
