@@ -109,24 +109,35 @@ pub async fn log(
     limit: Duration,
 ) -> Result<String, Error> {
     let pods: Api<Pod> = Api::namespaced(connection.client.clone(), at.namespace);
-    // By lines first: octets count from the beginning, and the end says most.
-    let lines = i64::try_from(most / LINE).unwrap_or(i64::MAX);
+    // By lines: octets count from the beginning, and the end says most.
+    let lines = i64::try_from((most / LINE).max(1)).unwrap_or(i64::MAX);
     let params = LogParams {
         container: Some(at.name.to_owned()),
         previous,
         tail_lines: Some(lines),
-        limit_bytes: Some(i64::try_from(most).unwrap_or(i64::MAX)),
+        limit_bytes: Some(i64::try_from(most.saturating_mul(LONGER)).unwrap_or(i64::MAX)),
         timestamps: true,
         ..LogParams::default()
     };
     match tokio::time::timeout(limit, pods.logs(at.pod, &params)).await {
-        Ok(text) => Ok(text?),
+        Ok(text) => Ok(end(text?, most)),
         Err(_) => Err(Error::Broken(format!("no log within {} s", limit.as_secs()))),
     }
 }
 
-/// The usual octets of a line of a log.
-const LINE: usize = 256;
+/// The usual octets of a line of a log, and how much longer all of them may be before the last ones are lost.
+const LINE: usize = 512;
+const LONGER: usize = 4;
+
+/// The last lines of a text, of so many octets together at most.
+fn end(text: String, most: usize) -> String {
+    let Some(mut from) = text.len().checked_sub(most).filter(|n| *n > 0) else { return text };
+    while !text.is_char_boundary(from) {
+        from += 1;
+    }
+    let rest = &text[from..];
+    rest.split_once('\n').map_or(rest, |(_, whole)| whole).to_owned()
+}
 
 #[cfg(test)]
 mod tests {
@@ -140,6 +151,12 @@ mod tests {
         let details = json!({"causes": [{"reason": "ExitCode", "message": "7"}]});
         assert_eq!(of(json!({"status": "Failure", "reason": "NonZeroExitCode", "details": details})), Some(7));
         assert_eq!(of(json!({"status": "Failure", "message": "no such file"})), None);
+    }
+
+    #[test]
+    fn of_a_log_the_end_is_kept() {
+        assert_eq!(end("a\nb\nc\n".into(), 6), "a\nb\nc\n");
+        assert_eq!(end("aé\nbb\nc\n".into(), 7), "bb\nc\n");
     }
 
     #[tokio::test]

@@ -5,6 +5,7 @@ mod faults;
 mod ground;
 mod install;
 mod nodes;
+mod resources;
 mod starts;
 mod story;
 mod tools;
@@ -93,6 +94,8 @@ fn the_chart_as_people_install_it() {
     install::leaves_by_a_gateway(&lab);
     starts::first_instruction(&lab);
     story::told(&lab);
+    // Before agents come and go.
+    tools::sysdump(&lab);
     tools::connectivity(&lab);
     nodes::confined(&lab);
     nodes::evictions(&lab);

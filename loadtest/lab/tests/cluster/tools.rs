@@ -1,14 +1,19 @@
 //! The commands that people run at their workstation, as they do: with a kubeconfig and nothing else.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use tidegate_lab::Lab;
 use tidegate_lab::lab::wait_for;
+use tidegate_lab::traces::tree;
 
 use crate::install::SYSTEM;
 
@@ -116,4 +121,112 @@ pub fn connectivity(lab: &Lab) {
     assert!(broken.iter().all(there), "{broken:?}");
     assert_eq!(namespaces(lab), [""; 0]);
     agents_but(lab, None);
+}
+
+/// An archive's files, and how the command that made it ended.
+fn dumped(lab: &Lab, more: &[&str]) -> (BTreeMap<String, Vec<u8>>, Option<i32>, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("dump.tar.gz");
+    let out = command(lab, "sysdump", &[&["--file", file.to_str().unwrap()], more].concat()).output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    let unpack = Command::new("tar").arg("-xzf").arg(&file).arg("-C").arg(folder.path()).status().unwrap();
+    assert!(unpack.success(), "{said}");
+    fs::remove_file(&file).unwrap();
+    let files = tree(folder.path()).into_iter().filter(|f| f.is_file());
+    let inner = |f: &Path| f.strip_prefix(folder.path()).unwrap().components().skip(1).collect::<std::path::PathBuf>();
+    let files = files.map(|f| (inner(&f).display().to_string(), fs::read(&f).unwrap())).collect();
+    (files, out.status.code(), said)
+}
+
+fn text(files: &BTreeMap<String, Vec<u8>>, file: &str) -> String {
+    let found = files.get(file).unwrap_or_else(|| panic!("{file} is not among {:?}", files.keys()));
+    String::from_utf8_lossy(found).into_owned()
+}
+
+/// What must not be in an archive, by what it is: what Secrets hold, as it is and in base64, and every token of a pod. Certificates
+/// are not secret.
+fn secrets(lab: &Lab) -> Vec<(String, Vec<u8>)> {
+    let all: Value =
+        serde_json::from_str(&lab.host_kubectl(&["get", "secrets", "-A", "-o", "json"], "").unwrap()).unwrap();
+    let mut found = Vec::new();
+    for secret in all["items"].as_array().unwrap() {
+        for (key, value) in secret["data"].as_object().into_iter().flatten() {
+            let (name, value) = (format!("{} {key}", secret["metadata"]["name"]), value.as_str().unwrap());
+            let bytes = BASE64_STANDARD.decode(value).unwrap();
+            if bytes.starts_with(b"-----BEGIN CERTIFICATE") {
+                continue;
+            }
+            found.push((name.clone(), value.as_bytes().to_vec()));
+            // The authority's is a document; its parts are secret, too.
+            let mut parts = Vec::new();
+            strings(&serde_json::from_slice(&bytes).unwrap_or_default(), &mut parts);
+            let secret = |p: &String| p.len() >= 24 && !p.starts_with("-----BEGIN CERTIFICATE");
+            found.extend(parts.into_iter().filter(secret).map(|p| (name.clone(), p.into_bytes())));
+            found.push((name, bytes));
+        }
+    }
+    for node in &lab.scenario().nodes {
+        // Kubelets keep them in memory.
+        let pods = lab.node_root(&node.name).unwrap().join("var/lib/kubelet/pods");
+        for file in tree(&pods).into_iter().filter(|f| f.ends_with("token") && f.is_file()) {
+            found.push((file.display().to_string(), fs::read(&file).unwrap().trim_ascii().to_vec()));
+        }
+    }
+    found
+}
+
+/// Every text in a document.
+fn strings(value: &Value, found: &mut Vec<String>) {
+    match value {
+        Value::String(text) => found.push(text.clone()),
+        Value::Array(all) => all.iter().for_each(|v| strings(v, found)),
+        Value::Object(all) => all.values().for_each(|v| strings(v, found)),
+        _ => {}
+    }
+}
+
+fn without_secrets(files: &BTreeMap<String, Vec<u8>>, secrets: &[(String, Vec<u8>)]) {
+    let texts: Vec<_> = files.iter().map(|(file, data)| (file, String::from_utf8_lossy(data))).collect();
+    for (what, secret) in secrets {
+        assert!(secret.len() >= 8, "{what} is found everywhere");
+        let secret = String::from_utf8_lossy(secret);
+        for (file, text) in &texts {
+            assert!(!text.contains(&*secret), "{file} has {what}");
+        }
+    }
+}
+
+/// One archive has all that a bug report needs and no secret.
+pub fn sysdump(lab: &Lab) {
+    let secret =
+        ["create", "secret", "generic", "-n", SYSTEM, "planted", "--from-literal=password=correct-horse-battery"];
+    lab.host_kubectl(&secret, "").unwrap();
+    lab.host_kubectl(&["annotate", "namespace", "shop", "vault/token=correct-horse-battery"], "").unwrap();
+    let secrets = secrets(lab);
+    assert!(
+        secrets.iter().any(|(what, _)| what.contains("authority.json"))
+            && secrets.iter().any(|(what, _)| what.ends_with("/token"))
+    );
+
+    let (files, code, said) = dumped(lab, &[]);
+    assert_eq!(code, Some(0), "{said}");
+    without_secrets(&files, &secrets);
+    assert!(text(&files, "summary.txt").contains("nothing is missing"));
+    assert!(text(&files, "objects/egresspools.json").contains("partner-a"));
+    let pods: Value = serde_json::from_slice(&files["install/pods.json"]).unwrap();
+    let pods = pods.as_array().unwrap();
+    assert_eq!(pods.len(), 2 + lab.scenario().nodes.len());
+    for pod in pods {
+        let name = pod["metadata"]["name"].as_str().unwrap();
+        let component = pod["metadata"]["labels"]["app.kubernetes.io/component"].as_str().unwrap();
+        let of = |file: &str| text(&files, &format!("pods/{name}/{file}"));
+        for file in ["config.json", "status.json"] {
+            assert!(serde_json::from_str::<Value>(&of(file)).unwrap().is_object(), "{name} {file}");
+        }
+        assert!(of("metrics.txt").contains("tidegate_build_info"), "{name}");
+        assert!(of("nftables.txt").contains("tidegate"), "{name}");
+        assert!(of("machine.txt").contains("MemTotal"), "{name}");
+        assert!(of("maps.txt").contains("/maps/FACTS: id ") && of("maps.txt").contains(" entries"), "{name}");
+        assert!(of(&format!("{component}.log")).contains("tidegate"), "{name}");
+    }
 }
