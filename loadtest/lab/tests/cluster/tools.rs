@@ -196,7 +196,7 @@ fn without_secrets(files: &BTreeMap<String, Vec<u8>>, secrets: &[(String, Vec<u8
     }
 }
 
-/// One archive has all that a bug report needs and no secret.
+/// One archive has all that a bug report needs and no secret, also when some of it cannot be had.
 pub fn sysdump(lab: &Lab) {
     let secret =
         ["create", "secret", "generic", "-n", SYSTEM, "planted", "--from-literal=password=correct-horse-battery"];
@@ -229,4 +229,29 @@ pub fn sysdump(lab: &Lab) {
         assert!(of("maps.txt").contains("/maps/FACTS: id ") && of("maps.txt").contains(" entries"), "{name}");
         assert!(of(&format!("{component}.log")).contains("tidegate"), "{name}");
     }
+
+    // A pod that never ran, and room for little.
+    let metadata = serde_json::json!({
+        "name": "broken", "namespace": SYSTEM,
+        "labels": {"app.kubernetes.io/name": "tidegate", "app.kubernetes.io/component": "agent"},
+    });
+    let container = serde_json::json!({"name": "agent", "image": "localhost/nobody:1", "imagePullPolicy": "Never"});
+    let pod = serde_json::json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": metadata,
+        "spec": {"nodeName": "node-1", "terminationGracePeriodSeconds": 0, "containers": [container]},
+    });
+    lab.host_kubectl(&["create", "-f", "-"], &pod.to_string()).unwrap();
+    let (files, code, said) = dumped(lab, &["--pods", "3", "--each", "4"]);
+    lab.host_kubectl(&["delete", "pod", "-n", SYSTEM, "broken"], "").unwrap();
+    let summary = text(&files, "summary.txt");
+    assert!(code == Some(1) && said.contains("pods/broken/agent.log: "), "{code:?} {said}");
+    let asked = files.keys().filter(|f| f.starts_with("pods/") && f.ends_with("/metrics.txt")).count();
+    assert!(asked == 2 && summary.contains("pods were not asked (--pods)"), "gateways come first: {summary}");
+    assert!(summary.contains("/metrics.txt: its end was cut off (--each)"), "{summary}");
+    for line in ["pods/broken/status.json: ", "pods/broken/maps.txt: "] {
+        assert!(summary.contains(line), "those that are not ready come next: {summary}");
+    }
+    let longest = files.iter().filter(|(name, _)| name.starts_with("pods/")).map(|(_, data)| data.len()).max();
+    assert!(longest.is_some_and(|n| n <= 4 << 10), "{longest:?}");
+    without_secrets(&files, &secrets);
 }
