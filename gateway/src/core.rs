@@ -478,6 +478,7 @@ impl Run {
             ToCore::PeerUp { gateway, out } => self.peer_up(gateway, out),
             ToCore::Denied(denied) => self.tell_denied(denied),
             ToCore::Peer { gateway, message } => self.peer(&gateway, message),
+            ToCore::PeerRefused { gateway } => self.core.ownership.refused(&gateway),
             ToCore::Stop => {}
         }
     }

@@ -6,7 +6,8 @@
 //!   takes nothing.
 //! - A gateway is dead when nothing came from it for 2 s and most of the connected agents do not see it either. While
 //!   only one of the two holds, nothing moves: two gateways that cannot see each other are not two owners. An agent that
-//!   does not see this gateway yet, to which it speaks, says of nobody that he is dead.
+//!   does not see this gateway yet, to which it speaks, says of nobody that he is dead. Where the other one was and nothing
+//!   listens any more, its process has ended: 1 s is enough, in which one that is started again at once takes up what it had.
 //! - A pair that no live gateway holds goes to the first candidate that lives and is able, with the highest epoch that
 //!   anybody knows plus one.
 //! - A gateway that has lost its peers and most of its agents lets go: whoever is with the agents takes over. When some
@@ -35,6 +36,8 @@ use crate::records::{MAX_STEP, Records, Write, credible};
 
 /// Silence that is taken for death.
 pub const SILENCE: Duration = Duration::from_secs(2);
+/// The same of one whose machine says that nothing listens there any more.
+pub const ENDED: Duration = Duration::from_secs(1);
 /// How long everybody waits at most until what a new owner needs is in place.
 pub const PLACE: Duration = Duration::from_secs(1);
 /// How long a candidate that lives may take until it is able, when nobody ever held the pair: gateways start
@@ -58,6 +61,8 @@ struct Peer {
     terminating: bool,
     /// When its last beat came; absent if never.
     heard: Option<Duration>,
+    /// Whether nothing has listened at its addresses since.
+    refused: bool,
     /// Since when it lives without being able.
     unable: Option<Duration>,
     /// Whether it says that it is about to end.
@@ -75,6 +80,7 @@ impl Peer {
             listed: true,
             terminating: false,
             heard: None,
+            refused: false,
             unable: None,
             leaving: false,
             holds: BTreeMap::new(),
@@ -89,7 +95,8 @@ impl Peer {
 
     /// Whether nothing has come from it for so long that it may be dead. One that was never heard has as long to speak.
     fn silent(&self, now: Duration) -> bool {
-        now.saturating_sub(self.heard.unwrap_or(self.since)) >= SILENCE
+        let Some(heard) = self.heard else { return now.saturating_sub(self.since) >= SILENCE };
+        now.saturating_sub(heard) >= if self.refused { ENDED } else { SILENCE }
     }
 }
 
@@ -303,7 +310,7 @@ impl Ownership {
     /// A beat of another gateway came.
     pub fn beat(&mut self, peer: &str, beat: &Beat, now: Duration) {
         let Some(p) = self.peers.get_mut(peer) else { return };
-        p.heard = Some(now);
+        (p.heard, p.refused) = (Some(now), false);
         self.lost.retain(|_, l| l.owner != peer);
         p.unable = if beat.able { None } else { p.unable.or(Some(now)) };
         p.leaving = beat.leaving;
@@ -312,6 +319,13 @@ impl Ownership {
             let claim = Known { owner: c.owner.clone(), epoch: c.epoch };
             // Of what others own it says only what is in place.
             self.hear(c.pair.clone(), claim, beat.placing && c.held && c.owner == peer, now);
+        }
+    }
+
+    /// Nothing listens at any address of another gateway.
+    pub fn refused(&mut self, peer: &str) {
+        if let Some(p) = self.peers.get_mut(peer) {
+            p.refused = true;
         }
     }
 
@@ -546,7 +560,7 @@ impl Ownership {
     /// Whether another gateway could take over now.
     fn has_heir(&self, now: Duration) -> bool {
         let able = |p: &Peer| !p.leaves() && p.unable.is_none();
-        self.peers.values().any(|p| able(p) && p.heard.is_some_and(|at| now.saturating_sub(at) < SILENCE))
+        self.peers.values().any(|p| able(p) && p.heard.is_some() && !p.silent(now))
     }
 
     /// Whether this gateway is among others, and has been for long enough to know what they claim.

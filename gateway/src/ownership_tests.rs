@@ -16,6 +16,8 @@ struct Sim {
     cut: BTreeSet<(String, String)>,
     /// Agents that do not hear a gateway.
     deaf: BTreeSet<(String, String)>,
+    /// Who finds that nothing listens where whom was: that one's process has ended, or somebody between them says so.
+    refusing: BTreeSet<(String, String)>,
     /// What nodes follow: the highest epoch, of equal ones the smaller name.
     follows: BTreeMap<(String, Pair), Known>,
     /// How long it takes until what a gateway claims is in place.
@@ -86,6 +88,7 @@ impl Sim {
             pairs,
             cut: BTreeSet::new(),
             deaf: BTreeSet::new(),
+            refusing: BTreeSet::new(),
             follows: BTreeMap::new(),
             place: Duration::ZERO,
             stale: BTreeSet::new(),
@@ -111,6 +114,14 @@ impl Sim {
         o.set_pairs(self.pairs.clone());
         o.set_able(true);
         self.gateways.insert(name.to_owned(), o);
+        self.refusing.retain(|(_, whom)| whom != name);
+    }
+
+    /// A process ends, and its machine says so to the others.
+    fn kill(&mut self, name: &str) -> Option<Ownership> {
+        let dead = self.gateways.remove(name);
+        self.refusing.extend(self.gateways.keys().map(|other| (other.clone(), name.to_owned())));
+        dead
     }
 
     fn local(&self, gateway: &str) -> Duration {
@@ -128,6 +139,11 @@ impl Sim {
         self.now += Duration::from_millis(100);
         let names: Vec<String> = self.gateways.keys().cloned().collect();
         let beats: Vec<(String, Beat)> = self.gateways.iter().map(|(n, o)| (n.clone(), self.beat(o))).collect();
+        for (who, whom) in &self.refusing {
+            if let Some(o) = self.gateways.get_mut(who) {
+                o.refused(whom);
+            }
+        }
         for (from, beat) in &beats {
             for to in names.iter().filter(|t| *t != from && !self.cut.contains(&((*t).clone(), from.clone()))) {
                 let now = self.local(to);
@@ -264,10 +280,41 @@ fn a_quick_restart_takes_its_pairs_back_with_a_higher_epoch() {
 }
 
 #[test]
+fn one_whose_process_has_ended_is_followed_after_a_second() {
+    let mut s = two();
+    s.pass(1.0);
+    s.kill("a");
+    s.pass(0.8);
+    assert!(s.holders(&pair(1)).is_empty());
+    s.pass(0.3);
+    assert_eq!((s.holders(&pair(1)), s.epoch("b", &pair(1))), (vec!["b"], 2));
+    s.start("a", &["a", "b"], Vec::new());
+    s.pass(5.0);
+    assert_eq!(s.holders(&pair(1)), ["b"]);
+}
+
+#[test]
+fn one_that_is_started_again_within_the_second_goes_on_and_has_to_be_refused_anew() {
+    let mut s = two();
+    s.pass(1.0);
+    s.kill("a");
+    s.pass(0.8);
+    s.start("a", &["a", "b"], Vec::new());
+    s.pass(0.5);
+    assert_eq!((s.holders(&pair(1)), s.epoch("a", &pair(1))), (vec!["a"], 2));
+    // Now it hangs.
+    s.gateways.remove("a");
+    s.pass(1.8);
+    assert!(s.holders(&pair(1)).is_empty());
+}
+
+#[test]
 fn nothing_moves_while_the_agents_see_the_owner() {
     let mut s = two();
     s.pass(1.0);
     s.cut = [("a", "b"), ("b", "a")].map(|(x, y)| (x.to_owned(), y.to_owned())).into();
+    // Whoever cuts may refuse, too.
+    s.refusing = s.cut.clone();
     s.pass(10.0);
     assert_eq!((s.holders(&pair(1)), s.holders(&pair(2))), (vec!["a"], vec!["b"]));
 }
@@ -711,7 +758,8 @@ fn random_faults(seed: u64, api: Option<bool>) -> (u32, u32) {
         let node = NODES[noise(&mut seed) as usize % 4];
         match noise(&mut seed) % if api == Some(true) { 12 } else { 8 } {
             0 => {
-                if let Some(o) = s.gateways.remove(name) {
+                let hears = noise(&mut seed).is_multiple_of(2);
+                if let Some(o) = if hears { s.kill(name) } else { s.gateways.remove(name) } {
                     journals.insert(name.to_owned(), o.claims());
                 }
             }
@@ -724,8 +772,16 @@ fn random_faults(seed: u64, api: Option<bool>) -> (u32, u32) {
                 *lives.entry(name.to_owned()).or_default() += 1;
                 s.start(name, &all, claims);
             }
-            3 => drop(s.cut.insert((name.to_owned(), other.to_owned()))),
-            4 => s.cut.clear(),
+            3 => {
+                s.cut.insert((name.to_owned(), other.to_owned()));
+                if noise(&mut seed).is_multiple_of(2) {
+                    s.refusing.insert((name.to_owned(), other.to_owned()));
+                }
+            }
+            4 => {
+                s.cut.clear();
+                s.refusing.retain(|(_, whom)| !s.gateways.contains_key(whom));
+            }
             5 => drop(s.deaf.insert((node.to_owned(), name.to_owned()))),
             6 => s.deaf.clear(),
             8 => s.api().down = true,
@@ -765,6 +821,7 @@ fn random_faults(seed: u64, api: Option<bool>) -> (u32, u32) {
     }
     assert!(clash.values().all(|steps| *steps <= 2), "{clash:?}");
     s.cut.clear();
+    s.refusing.retain(|(_, whom)| !s.gateways.contains_key(whom));
     s.deaf.clear();
     for name in all {
         if !s.gateways.contains_key(name) {

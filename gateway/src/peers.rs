@@ -1,6 +1,7 @@
 //! The client of every other gateway: one stream each way, over mutual TLS. What comes is checked here and handed to
-//! the core; that nothing comes is for the core to judge.
+//! the core; that nothing comes, or that nobody listens there any more, is for the core to judge.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -20,6 +21,11 @@ const SILENCE: Duration = Duration::from_millis(1500);
 /// Time between two tries. Peers are few, and a failover waits for the first word.
 const AGAIN: Duration = Duration::from_millis(200);
 
+/// Whether the other side's kernel said that no process listens. Who hangs, is overloaded or cannot be reached refuses nothing.
+fn is_refused(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(tidegate_identity::Error::Connect(e)) if e.kind() == ErrorKind::ConnectionRefused)
+}
+
 /// A client of one gateway.
 #[derive(Clone, Debug)]
 pub struct Client {
@@ -37,7 +43,7 @@ impl Client {
     /// Keeps the stream as long as the other one is a gateway, and after that until it breaks.
     pub async fn run(self, core: Sender<ToCore>) {
         let mut said = String::new();
-        let mut turn = 0;
+        let (mut turn, mut refused) = (0, 0);
         loop {
             let all = self.addresses.borrow().clone();
             if all.is_empty() {
@@ -46,6 +52,11 @@ impl Client {
             let mut spoke = false;
             let Err(error) = self.once(all[turn % all.len()], &core, &mut spoke).await;
             turn += usize::from(!spoke);
+            refused = if is_refused(&error) { refused + 1 } else { 0 };
+            if refused >= all.len() {
+                // Said again with every try: one that a busy core has no room for is not missed.
+                let _ = core.try_send(ToCore::PeerRefused { gateway: self.peer.clone() });
+            }
             let text = format!("{error:#}");
             // The same failure again and again is one line.
             if spoke || text != said {
@@ -78,5 +89,28 @@ impl Client {
                 bail!("this gateway is overloaded");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tidegate_identity::Error;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn only_a_kernel_that_refuses_says_that_nobody_listens() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let own = || anyhow::Error::from(Error::Slow(Duration::from_secs(1)));
+        drop(listener);
+        let refused = tokio::net::TcpStream::connect(address).await.unwrap_err();
+        assert!(is_refused(&Error::Connect(refused).into()));
+        for kind in [ErrorKind::ConnectionReset, ErrorKind::HostUnreachable, ErrorKind::InvalidData] {
+            assert!(!is_refused(&Error::Connect(kind.into()).into()), "{kind}");
+        }
+        assert!(!is_refused(&own()) && !is_refused(&anyhow::anyhow!("it closed the stream")));
     }
 }

@@ -136,6 +136,11 @@ pub enum ToCore {
         /// Told how it went.
         reply: Sender<Result<(), String>>,
     },
+    /// Nothing listens where another gateway did, at any of its addresses.
+    PeerRefused {
+        /// The other gateway.
+        gateway: String,
+    },
     /// The node's agent is gone: nothing is held there any more.
     Unplugged,
     /// This gateway is about to end: others take over what it holds.
