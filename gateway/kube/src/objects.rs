@@ -24,16 +24,26 @@ pub async fn get(connection: &Connection, path: &str) -> Result<Option<Value>, E
 /// # Errors
 /// The API server refused, or is away.
 pub async fn list(connection: &Connection, path: &str, labels: &str) -> Result<Vec<Value>, Error> {
-    let (mut all, mut next) = (Vec::new(), String::new());
+    let mut all = Vec::new();
+    each(connection, path, labels, |object| all.push(object)).await?;
+    Ok(all)
+}
+
+/// Hands on every object of a collection as it comes, a page at a time; `path` has no query.
+///
+/// # Errors
+/// The API server refused, or is away: there are more than were handed on.
+pub async fn each(connection: &Connection, path: &str, labels: &str, mut take: impl FnMut(Value)) -> Result<(), Error> {
+    let mut next = String::new();
     loop {
         let query = format!("limit={PAGE}&labelSelector={}&continue={}", escape(labels), escape(&next));
         let mut page = send(connection, Request::get(format!("{path}?{query}")), &Value::Null).await?;
         if let Some(Value::Array(items)) = page.get_mut("items").map(Value::take) {
-            all.extend(items);
+            items.into_iter().for_each(&mut take);
         }
         page["metadata"]["continue"].as_str().unwrap_or_default().clone_into(&mut next);
         if next.is_empty() {
-            return Ok(all);
+            return Ok(());
         }
     }
 }
@@ -63,6 +73,19 @@ pub async fn merge(connection: &Connection, path: &str, patch: &Value) -> Result
 pub async fn delete(connection: &Connection, path: &str) -> Result<(), Error> {
     match send(connection, Request::delete(path), &json!({})).await {
         Err(error) if error.code() != Some(404) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Deletes an object if it still is the one with this UID. That it is not, or not there, is no error.
+///
+/// # Errors
+/// The API server refused, or is away.
+pub async fn delete_one(connection: &Connection, path: &str, uid: &str) -> Result<(), Error> {
+    let options = json!({"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}});
+    let request = Request::delete(path).header(http::header::CONTENT_TYPE, "application/json");
+    match send(connection, request, &options).await {
+        Err(error) if !matches!(error.code(), Some(404 | 409)) => Err(error),
         _ => Ok(()),
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
-use tidegate_kubernetes::objects::{create, delete, get, list, merge};
+use tidegate_kubernetes::objects::{create, delete_one, get, list, merge};
 use tidegate_kubernetes::pods::{self, Container, Ran};
 use tidegate_kubernetes::{Connection, Error};
 use tokio::time::sleep;
@@ -14,8 +14,10 @@ use tokio::time::sleep;
 use super::{GROUP, Names, Options};
 use crate::probe::{Attempt, Seen};
 
-/// Who made an object.
+/// What made an object.
 const MADE: (&str, &str) = ("app.kubernetes.io/managed-by", "tidegate-connectivity-test");
+/// The annotation of a namespace that says which run made it.
+const RUN: &str = "tidegate.dev/connectivity-test-run";
 /// The object that a running test changes all the time, so that others see that it runs.
 const LEASE: &str = "connectivity-test";
 const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces";
@@ -60,6 +62,8 @@ pub struct Client {
 pub struct Stage<'a> {
     connection: &'a Connection,
     names: Names,
+    /// No other run has it.
+    run: String,
     beat: Option<tokio::task::JoinHandle<()>>,
 }
 
@@ -69,11 +73,11 @@ fn namespace_path(name: &str) -> String {
 
 /// What a run that did not end left behind is removed, and named. Who else is at work there is an error.
 pub async fn sweep(connection: &Connection, names: &Names) -> Result<Vec<String>> {
-    let (mut removed, mut looked) = (Vec::new(), false);
+    let (mut left, mut looked) = (Vec::new(), false);
     for name in names.both() {
         let Some(found) = get(connection, &namespace_path(name)).await? else { continue };
         ensure!(
-            found["metadata"]["labels"][MADE.0] == MADE.1,
+            found["metadata"]["labels"][MADE.0] == MADE.1 && found["metadata"]["annotations"][RUN].is_string(),
             "the namespace {name} is somebody else's: choose another one with --test-namespace"
         );
         if found["metadata"]["deletionTimestamp"].is_null() && !looked {
@@ -84,10 +88,22 @@ pub async fn sweep(connection: &Connection, names: &Names) -> Result<Vec<String>
                 "another connectivity test is at work in the namespace {name}: wait for its end, or use --test-namespace"
             );
         }
-        removed.push(name.to_owned());
+        left.push(Made::new(name, &found));
     }
-    remove(connection, &removed).await?;
-    Ok(removed)
+    remove(connection, &left).await?;
+    Ok(left.into_iter().map(|made| made.name).collect())
+}
+
+/// A namespace as it was seen: one that is made anew by that name is another one.
+struct Made {
+    name: String,
+    uid: String,
+}
+
+impl Made {
+    fn new(name: &str, found: &Value) -> Self {
+        Self { name: name.to_owned(), uid: found["metadata"]["uid"].as_str().unwrap_or_default().to_owned() }
+    }
 }
 
 /// Whether somebody changes the lease.
@@ -109,15 +125,15 @@ async fn is_at_work(connection: &Connection, namespace: &str) -> Result<bool, Er
 }
 
 /// Deletes namespaces and waits until they are gone.
-async fn remove(connection: &Connection, names: &[String]) -> Result<()> {
-    for name in names {
-        delete(connection, &namespace_path(name))
+async fn remove(connection: &Connection, all: &[Made]) -> Result<()> {
+    for Made { name, uid } in all {
+        delete_one(connection, &namespace_path(name), uid)
             .await
             .with_context(|| format!("cannot delete the namespace {name}"))?;
     }
     let deadline = Instant::now() + GONE;
-    for name in names {
-        while get(connection, &namespace_path(name)).await?.is_some() {
+    for Made { name, uid } in all {
+        while get(connection, &namespace_path(name)).await?.is_some_and(|n| n["metadata"]["uid"] == **uid) {
             ensure!(
                 Instant::now() < deadline,
                 "the namespace {name} is deleted, but not gone after {} s",
@@ -131,13 +147,13 @@ async fn remove(connection: &Connection, names: &[String]) -> Result<()> {
 
 impl<'a> Stage<'a> {
     pub fn new(connection: &'a Connection, names: Names) -> Self {
-        Self { connection, names, beat: None }
+        Self { connection, names, run: format!("{:032x}", rand::random::<u128>()), beat: None }
     }
 
     /// Makes the namespaces, and shows from then on that somebody is at work in them.
     pub async fn make(&mut self, labels: &[(&str, &str)]) -> Result<()> {
         let name = self.names.managed.clone();
-        let managed = namespace(&name, labels);
+        let managed = self.namespace(&name, labels);
         create(self.connection, "/api/v1/namespaces", &managed).await.context("cannot make a namespace")?;
         let lease = json!({
             "apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
@@ -152,9 +168,16 @@ impl<'a> Stage<'a> {
                 let _ = merge(&connection, &path, &json!({"spec": {"leaseTransitions": n}})).await;
             }
         }));
-        let free = namespace(&self.names.free, labels);
+        let free = self.namespace(&self.names.free, labels);
         create(self.connection, "/api/v1/namespaces", &free).await.context("cannot make a namespace")?;
         Ok(())
+    }
+
+    fn namespace(&self, name: &str, labels: &[(&str, &str)]) -> Value {
+        let own = [MADE, ("pod-security.kubernetes.io/enforce", "restricted")];
+        let labels: BTreeMap<&str, &str> = labels.iter().copied().chain(own).collect();
+        let metadata = json!({"name": name, "labels": labels, "annotations": {RUN: self.run}});
+        json!({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
     }
 
     /// Makes the policy of the managed namespace.
@@ -249,17 +272,17 @@ impl<'a> Stage<'a> {
             .with_context(|| format!("what the probe on {} says cannot be read", client.node))
     }
 
-    /// Takes everything away.
+    /// Takes everything away that this run has made.
     pub async fn clear(&mut self) -> Result<()> {
         if let Some(beat) = self.beat.take() {
             beat.abort();
         }
         let mut there = Vec::new();
         for name in self.names.both() {
-            // What was made by somebody else meanwhile is not ours.
-            let found = get(self.connection, &namespace_path(name)).await?;
-            if found.is_some_and(|n| n["metadata"]["labels"][MADE.0] == MADE.1) {
-                there.push(name.to_owned());
+            // By what it says, not by what was answered when it was made: that answer may not have come.
+            let found = get(self.connection, &namespace_path(name)).await?.unwrap_or_default();
+            if found["metadata"]["annotations"][RUN] == *self.run {
+                there.push(Made::new(name, &found));
             }
         }
         remove(self.connection, &there).await
@@ -290,12 +313,6 @@ pub struct Image {
     pub name: String,
     /// When nodes fetch it.
     pub pull_policy: Value,
-}
-
-fn namespace(name: &str, labels: &[(&str, &str)]) -> Value {
-    let own = [MADE, ("pod-security.kubernetes.io/enforce", "restricted")];
-    let labels: BTreeMap<&str, &str> = labels.iter().copied().chain(own).collect();
-    json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
 }
 
 fn pod(name: &str, node: &str, image: &Image, pull_secret: &[String]) -> Value {
@@ -349,5 +366,40 @@ mod tests {
         assert!(!state(&none).0);
         assert_eq!(state(&policy(2, "False", "True")), (false, "not accepted: bad\\nname".into()));
         assert!(!state(&json!({"metadata": {"generation": 1}})).0);
+    }
+
+    /// Against a real API server.
+    #[tokio::test]
+    async fn nobody_takes_away_what_others_made() {
+        let cluster = tidegate_kube::Cluster::shared().unwrap();
+        let controllers = cluster.start_controllers(&["namespace-controller"]).unwrap();
+        let settings = tidegate_kubernetes::Settings { kubeconfig: Some(cluster.kubeconfig()), ..Default::default() };
+        let connection = Connection::new(settings).await.unwrap();
+        let names = Names::new("stage").unwrap();
+        let uid = async |name: &str| {
+            get(&connection, &namespace_path(name)).await.unwrap().map(|n| n["metadata"]["uid"].clone())
+        };
+
+        // A user's, with the label that says what made it.
+        let labels = json!({MADE.0: MADE.1});
+        let theirs =
+            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": names.free, "labels": labels}});
+        create(&connection, "/api/v1/namespaces", &theirs).await.unwrap();
+        assert!(sweep(&connection, &names).await.unwrap_err().to_string().contains("somebody else's"));
+        // Two that begin at the same time: the second one fails, and leaves the first one's alone.
+        let (mut one, mut two) = (Stage::new(&connection, names.clone()), Stage::new(&connection, names.clone()));
+        assert!(one.make(&[]).await.is_err(), "the user's is in the way");
+        let there = uid(&names.managed).await;
+        assert!(there.is_some() && two.make(&[]).await.is_err());
+        two.clear().await.unwrap();
+        assert_eq!(uid(&names.managed).await, there);
+        // A namespace by that name that is not the one that was seen.
+        remove(&connection, &[Made { name: names.managed.clone(), uid: "another".into() }]).await.unwrap();
+        assert_eq!(uid(&names.managed).await, there);
+        one.clear().await.unwrap();
+        assert_eq!(uid(&names.managed).await, None);
+        let free = get(&connection, &namespace_path(&names.free)).await.unwrap().unwrap();
+        assert!(free["metadata"]["deletionTimestamp"].is_null(), "the user's is gone");
+        drop(controllers);
     }
 }

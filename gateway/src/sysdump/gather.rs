@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
-use tidegate_kubernetes::objects::{get, list};
+use tidegate_kubernetes::objects::{each, get, list};
 use tidegate_kubernetes::pods::{self, Container};
 use tidegate_kubernetes::{Connection, Error};
 
@@ -20,8 +20,12 @@ const PROGRAM: &str = "/usr/local/bin/tidegate";
 const AT_ONCE: usize = 8;
 /// How long one text of a pod may take.
 const TEXT: Duration = Duration::from_secs(15);
-/// Objects of a collection that are kept.
+/// Objects of a collection that are kept: the newest.
 const OBJECTS: usize = 5_000;
+/// How long one collection may take. Of what comes until then the rest is kept.
+const COLLECTION: Duration = Duration::from_secs(20);
+/// What the chart makes, its pods and the gateways' Lease: by this label, and where others make it for them, as its name begins.
+const OURS: (&str, &str) = ("app.kubernetes.io/name=tidegate", "tidegate-");
 
 /// Gathers everything. What cannot be had is noted in the archive.
 ///
@@ -31,31 +35,37 @@ pub async fn gather(connection: &Connection, options: &Options, archive: &mut Ar
     let own = &connection.namespace;
     let (core, apps) = (format!("/api/v1/namespaces/{own}"), format!("/apis/apps/v1/namespaces/{own}"));
     one(connection, archive, "cluster/version.json", "/version").await?;
+    for kind in ["egresspools", "clusteregresspolicies", "egresspolicies", "namespaceegresses"] {
+        many(connection, archive, &format!("objects/{kind}.json"), (&format!("{GROUP}/{kind}"), ""), Some).await?;
+    }
+    // Other things may run in this namespace, too.
+    for (kind, path) in [
+        ("deployments", &apps),
+        ("daemonsets", &apps),
+        ("services", &core),
+        ("poddisruptionbudgets", &format!("/apis/policy/v1/namespaces/{own}")),
+    ] {
+        many(connection, archive, &format!("install/{kind}.json"), (&format!("{path}/{kind}"), OURS.0), Some).await?;
+    }
     for (file, path) in [
-        ("objects/egresspools.json", format!("{GROUP}/egresspools")),
-        ("objects/clusteregresspolicies.json", format!("{GROUP}/clusteregresspolicies")),
-        ("objects/egresspolicies.json", format!("{GROUP}/egresspolicies")),
-        ("objects/namespaceegresses.json", format!("{GROUP}/namespaceegresses")),
-        ("install/deployments.json", format!("{apps}/deployments")),
-        ("install/daemonsets.json", format!("{apps}/daemonsets")),
-        ("install/services.json", format!("{core}/services")),
         ("install/endpointslices.json", format!("/apis/discovery.k8s.io/v1/namespaces/{own}/endpointslices")),
         ("install/leases.json", format!("/apis/coordination.k8s.io/v1/namespaces/{own}/leases")),
-        ("install/poddisruptionbudgets.json", format!("/apis/policy/v1/namespaces/{own}/poddisruptionbudgets")),
-        ("install/events.json", format!("{core}/events")),
     ] {
-        many(connection, archive, file, &path, Some).await?;
+        many(connection, archive, file, (&path, ""), |o| is_ours(&o["metadata"]["name"]).then_some(o)).await?;
     }
+    let of_install = |e: Value| (is_ours(&e["involvedObject"]["name"]) || is_told(&e)).then_some(e);
+    many(connection, archive, "install/events.json", (&format!("{core}/events"), ""), of_install).await?;
     // By name: whoever else keeps a ConfigMap there may keep in it what he likes.
     for name in ["tidegate-gateway", "tidegate-agent", "tidegate-trust"] {
         one(connection, archive, &format!("install/configmap-{name}.json"), &format!("{core}/configmaps/{name}"))
             .await?;
     }
-    many(connection, archive, "cluster/events.json", "/api/v1/events", told).await?;
-    many(connection, archive, "cluster/nodes.json", "/api/v1/nodes", |n| Some(node(&n))).await?;
-    many(connection, archive, "cluster/namespaces.json", "/api/v1/namespaces", namespace).await?;
+    let told = |e: Value| is_told(&e).then_some(e);
+    many(connection, archive, "cluster/events.json", ("/api/v1/events", ""), told).await?;
+    many(connection, archive, "cluster/nodes.json", ("/api/v1/nodes", ""), |n| Some(node(&n))).await?;
+    many(connection, archive, "cluster/namespaces.json", ("/api/v1/namespaces", ""), |n| Some(namespace(&n))).await?;
     let definitions = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
-    many(connection, archive, "cluster/definitions.json", definitions, definition).await?;
+    many(connection, archive, "cluster/definitions.json", (definitions, ""), definition).await?;
     pods(connection, options, archive).await
 }
 
@@ -78,35 +88,84 @@ async fn one(connection: &Connection, archive: &mut Archive, file: &str, path: &
     }
 }
 
-/// A collection, of each object what `keep` leaves of it.
-async fn many(
-    connection: &Connection,
-    archive: &mut Archive,
-    file: &str,
-    path: &str,
-    keep: impl Fn(Value) -> Option<Value>,
-) -> Result<()> {
-    match list(connection, path, "").await {
-        Ok(found) => {
-            let all: Vec<Value> = found.into_iter().filter_map(&keep).map(redact::object).collect();
-            if all.len() > OBJECTS {
-                archive.missing(file, &format!("{} of {} objects", all.len() - OBJECTS, all.len()));
-            }
-            archive.add(file, &text(&json!(all[..all.len().min(OBJECTS)])))
+/// What is kept of a collection.
+#[derive(Default)]
+struct Kept {
+    objects: Vec<Value>,
+    left_out: usize,
+}
+
+impl Kept {
+    fn push(&mut self, object: Value) {
+        self.objects.push(object);
+        // Not at each one: the rest is sorted.
+        if self.objects.len() > 2 * OBJECTS {
+            self.cut();
         }
-        Err(error) => {
-            archive.missing(file, &error.to_string());
-            Ok(())
+    }
+
+    /// Leaves the newest.
+    fn cut(&mut self) {
+        if self.objects.len() > OBJECTS {
+            self.objects.sort_by(|a, b| time(b).cmp(time(a)));
+            self.left_out += self.objects.len() - OBJECTS;
+            self.objects.truncate(OBJECTS);
         }
     }
 }
 
-/// Events of Tidegate and about its objects.
-fn told(event: Value) -> Option<Value> {
+/// When it was seen last, or made.
+fn time(object: &Value) -> &str {
+    let times = [
+        &object["series"]["lastObservedTime"],
+        &object["lastTimestamp"],
+        &object["eventTime"],
+        &object["metadata"]["creationTimestamp"],
+    ];
+    times.into_iter().find_map(Value::as_str).unwrap_or_default()
+}
+
+/// A collection by its path and labels, of each object what `keep` leaves of it.
+async fn many(
+    connection: &Connection,
+    archive: &mut Archive,
+    file: &str,
+    (path, labels): (&str, &str),
+    keep: impl Fn(Value) -> Option<Value>,
+) -> Result<()> {
+    let mut kept = Kept::default();
+    let all = each(connection, path, labels, |object| {
+        if let Some(object) = keep(object) {
+            kept.push(redact::object(object));
+        }
+    });
+    let broken = match tokio::time::timeout(COLLECTION, all).await {
+        Ok(Ok(())) => None,
+        Ok(Err(error)) => Some(error.to_string()),
+        Err(_) => Some(format!("not all within {} s", COLLECTION.as_secs())),
+    };
+    if let Some(why) = &broken {
+        archive.missing(file, why);
+    }
+    kept.cut();
+    if kept.left_out > 0 {
+        archive.missing(file, &format!("the oldest {} objects", kept.left_out));
+    }
+    if broken.is_some() && kept.objects.is_empty() {
+        return Ok(());
+    }
+    archive.add(file, &text(&json!(kept.objects)))
+}
+
+fn is_ours(name: &Value) -> bool {
+    name.as_str().is_some_and(|n| n.starts_with(OURS.1))
+}
+
+/// Whether an Event is Tidegate's, or about its objects.
+fn is_told(event: &Value) -> bool {
     let has = |v: &Value| v.as_str().is_some_and(|s| s.contains("tidegate"));
     let by = [&event["reportingComponent"], &event["source"]["component"], &event["involvedObject"]["apiVersion"]];
-    let ours = by.into_iter().any(has);
-    ours.then_some(event)
+    by.into_iter().any(has)
 }
 
 fn node(node: &Value) -> Value {
@@ -118,20 +177,12 @@ fn node(node: &Value) -> Value {
     })
 }
 
-/// Namespaces that say something of egress; of the annotations those that do.
-fn namespace(namespace: Value) -> Option<Value> {
+fn namespace(namespace: &Value) -> Value {
     let metadata = &namespace["metadata"];
-    let ours: serde_json::Map<String, Value> = metadata["annotations"]
-        .as_object()
-        .into_iter()
-        .flatten()
-        .filter(|(key, _)| key.starts_with("tidegate.dev/"))
-        .map(|(key, value)| (key.clone(), value.clone()))
-        .collect();
-    Some(json!({
-        "name": metadata["name"], "labels": metadata["labels"], "annotations": ours,
+    json!({
+        "name": metadata["name"], "labels": metadata["labels"], "annotations": metadata["annotations"],
         "deletionTimestamp": metadata["deletionTimestamp"], "phase": namespace["status"]["phase"],
-    }))
+    })
 }
 
 fn definition(definition: Value) -> Option<Value> {
@@ -149,7 +200,7 @@ type Text = (String, Result<(String, bool), String>);
 
 async fn pods(connection: &Connection, options: &Options, archive: &mut Archive) -> Result<()> {
     let path = format!("/api/v1/namespaces/{}/pods", connection.namespace);
-    let found: Result<Vec<Value>, Error> = list(connection, &path, "app.kubernetes.io/name=tidegate").await;
+    let found: Result<Vec<Value>, Error> = list(connection, &path, OURS.0).await;
     let mut all = match found {
         Ok(found) => found,
         Err(error) => {
@@ -242,10 +293,24 @@ mod tests {
     #[test]
     fn other_peoples_annotations_and_events_stay_out() {
         let annotations = json!({"tidegate.dev/allow": "a.example.com", "vault/token": "s.1234"});
-        let seen = namespace(json!({"metadata": {"name": "shop", "annotations": annotations}})).unwrap();
+        let seen = redact::object(namespace(&json!({"metadata": {"name": "shop", "annotations": annotations}})));
         assert_eq!(seen["annotations"], json!({"tidegate.dev/allow": "a.example.com"}));
-        assert!(told(json!({"reportingComponent": "kubelet", "message": "x"})).is_none());
-        assert!(told(json!({"reportingComponent": "tidegate.dev/gateway"})).is_some());
-        assert!(told(json!({"involvedObject": {"apiVersion": "tidegate.dev/v1alpha1"}})).is_some());
+        assert!(!is_told(&json!({"reportingComponent": "kubelet", "message": "x"})));
+        assert!(is_told(&json!({"reportingComponent": "tidegate.dev/gateway"})));
+        assert!(is_told(&json!({"involvedObject": {"apiVersion": "tidegate.dev/v1alpha1"}})));
+    }
+
+    #[test]
+    fn of_many_the_newest_are_kept() {
+        let mut kept = Kept::default();
+        // The newest one comes first, the oldest one last.
+        for n in (0..5 * OBJECTS).rev() {
+            let at = format!("2027-01-01T{:02}:{:02}:{:02}Z", n / 3600, n / 60 % 60, n % 60);
+            kept.push(json!({"n": n, "lastTimestamp": at, "metadata": {"creationTimestamp": "2027-01-02T00:00:00Z"}}));
+            assert!(kept.objects.len() <= 2 * OBJECTS);
+        }
+        kept.cut();
+        assert_eq!((kept.objects.len(), kept.left_out), (OBJECTS, 4 * OBJECTS));
+        assert!(kept.objects.iter().all(|o| o["n"].as_u64() >= Some(4 * OBJECTS as u64)));
     }
 }
