@@ -1,6 +1,6 @@
 //! `tidegate agent`: the node agent's process around the agent library.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -129,8 +129,9 @@ async fn follow(mut seen: watch::Receiver<Status>, readiness: Readiness, waiting
     }
 }
 
-/// Removes everything of Tidegate from this node, and what gateways that have ended pinned in their folder.
-pub fn cleanup(path: &Path, gateways: Option<&Path>) -> Result<()> {
+/// Removes everything of Tidegate from this node, what gateways that have ended pinned in their folder, and folders that have nothing
+/// but empty ones in them.
+pub fn cleanup(path: &Path, gateways: Option<&Path>, folders: &[PathBuf]) -> Result<()> {
     let config = load(path)?;
     tidegate_agent::cleanup(&config).context("cannot clean up")?;
     if let Some(folder) = gateways {
@@ -139,6 +140,15 @@ pub fn cleanup(path: &Path, gateways: Option<&Path>) -> Result<()> {
         }
         // Fails if somebody else keeps something there, and then it shall.
         let _ = std::fs::remove_dir(folder);
+    }
+    for folder in folders {
+        let below = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path());
+        for empty in below.chain([folder.clone()]) {
+            match std::fs::remove_dir(&empty) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => eprintln!("{} stays: {e}", empty.display()),
+                _ => {}
+            }
+        }
     }
     println!("removed Tidegate's programs, maps, rules and devices from node {}", config.node);
     Ok(())

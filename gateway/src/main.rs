@@ -91,6 +91,9 @@ enum Command {
         /// The folder in which gateways of this node keep their pins: remove those, too. No gateway may run.
         #[arg(long, requires = "cleanup")]
         gateways: Option<PathBuf>,
+        /// Remove this folder at the end if nothing but empty folders is in it; may be repeated.
+        #[arg(long, requires = "cleanup")]
+        folder: Vec<PathBuf>,
         /// Only read the configuration file, and print what it means with every default.
         #[arg(long, conflicts_with = "cleanup")]
         check: bool,
@@ -258,8 +261,8 @@ fn main() -> ExitCode {
         Command::Gateway { config, cleanup: true, .. } => appliance::cleanup(&config).map(|()| 0),
         Command::Agent { config, check: true, .. } => agent_cmd::check(&config).map(|()| 0),
         Command::Agent { config, cleanup: false, .. } => agent_cmd::run(&config).map(|()| 0),
-        Command::Agent { config, cleanup: true, gateways, .. } => {
-            agent_cmd::cleanup(&config, gateways.as_deref()).map(|()| 0)
+        Command::Agent { config, cleanup: true, gateways, folder, .. } => {
+            agent_cmd::cleanup(&config, gateways.as_deref(), &folder).map(|()| 0)
         }
         Command::Policy { command } => {
             let (mut input, mut out, mut err) = (std::io::stdin(), std::io::stdout(), std::io::stderr());

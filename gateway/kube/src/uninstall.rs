@@ -3,7 +3,7 @@
 //! 1. The agents' DaemonSet becomes one whose pods remove everything from their node and then sleep. Pods take the network
 //!    plugin's way from then on.
 //! 2. The gateways end, which by now carry nothing, so that nobody puts finalizers back. What they pinned on their nodes
-//!    outlives them: the agents' pods clean up once more.
+//!    outlives them, and kubelets have made folders for both: the agents' pods clean up once more.
 //! 3. The pools' finalizer and the objects that Tidegate itself made go: what it told of namespaces, the Lease, and what agents
 //!    and gateways know each other by.
 
@@ -75,10 +75,10 @@ pub async fn uninstall(connection: &Connection, made: &Made, limit: Duration) ->
         }
         tokio::time::sleep(LOOK).await;
     }
-    if let (Some(pinned), true) = (pinned, removed.gateways_ended)
+    if removed.gateways_ended
         && let Some(found) = get(connection, &agents).await?
     {
-        merge(connection, &agents, &cleaning_after_gateways(&found, &pinned)).await?;
+        merge(connection, &agents, &cleaning_the_rest(&found, pinned.as_deref())).await?;
         (removed.nodes, removed.clean) = all_clean(connection, &agents, deadline).await?;
     }
     removed.pools = let_go(connection).await?;
@@ -121,16 +121,38 @@ fn pins(gateways: &Value) -> Option<&str> {
     volumes.iter().find(|v| v["name"] == "bpf")?["hostPath"]["path"].as_str()
 }
 
-/// What makes the pods that have cleaned up do so again, with what gateways pinned.
-fn cleaning_after_gateways(agents: &Value, pinned: &str) -> Value {
-    let mut containers = agents["spec"]["template"]["spec"]["initContainers"].clone();
-    let more = [json!("--gateways"), json!(pinned)];
-    match containers[0]["args"].as_array_mut() {
-        // The hook may be repeated.
-        Some(args) if !args.contains(&more[0]) => args.extend(more),
-        _ => return json!({}),
+/// What makes the pods that have cleaned up do so again, with what gateways pinned, and with the folders that kubelets have made for
+/// these pods. A pod cannot remove what is mounted into it: it sees the folder above, too.
+fn cleaning_the_rest(agents: &Value, pinned: Option<&str>) -> Value {
+    const FOLDER: &str = "--folder";
+    let pod = &agents["spec"]["template"]["spec"];
+    let (mut containers, mut volumes) = (pod["initContainers"].clone(), pod["volumes"].clone());
+    let (Some(clean_up), Some(volumes)) = (containers.get_mut(0), volumes.as_array_mut()) else { return json!({}) };
+    // The hook may be repeated.
+    if clean_up["args"].as_array().is_none_or(|args| args.iter().any(|a| a == FOLDER)) {
+        return json!({});
     }
-    json!({"spec": {"template": {"spec": {"initContainers": containers}}}})
+    let (mut args, mut mounts) = (Vec::new(), Vec::new());
+    if let Some(pinned) = pinned {
+        args.extend(["--gateways".to_owned(), pinned.to_owned()]);
+    }
+    for n in 0..volumes.len() {
+        let host = &volumes[n]["hostPath"];
+        let Some(path) = host["path"].as_str().filter(|_| host["type"] == "DirectoryOrCreate") else { continue };
+        let path = path.trim_end_matches('/');
+        // Folders of others are made where they are not there, too: only ours are removed.
+        let Some((above, "tidegate")) = path.rsplit_once('/').filter(|(above, _)| !above.is_empty()) else { continue };
+        let (name, at) = (format!("above-{n}"), format!("/above/{n}"));
+        args.extend([FOLDER.to_owned(), format!("{at}/tidegate")]);
+        mounts.push(json!({"name": name, "mountPath": at}));
+        volumes.push(json!({"name": name, "hostPath": {"path": above, "type": "Directory"}}));
+    }
+    for (key, more) in [("args", json!(args)), ("volumeMounts", json!(mounts))] {
+        if let (Some(all), Value::Array(more)) = (clean_up[key].as_array_mut(), more) {
+            all.extend(more);
+        }
+    }
+    json!({"spec": {"template": {"spec": {"initContainers": containers, "volumes": volumes}}}})
 }
 
 /// Whether gateways made an object, and not somebody who gave it to them.
@@ -256,14 +278,28 @@ mod tests {
         // The second time there is nothing to do.
         assert_eq!(cleaning(&patch), json!({}));
 
-        // Once the gateways have ended.
+        // Once the gateways have ended. In the cluster the patch is merged into the rest.
+        let mut patch = patch;
+        patch["spec"]["template"]["spec"]["volumes"] = json!([
+            {"name": "run", "hostPath": {"path": "/run/tidegate", "type": "DirectoryOrCreate"}},
+            {"name": "cni", "hostPath": {"path": "/opt/cni/bin", "type": "DirectoryOrCreate"}},
+            {"name": "bpf", "hostPath": {"path": "/sys/fs/bpf", "type": "Directory"}},
+        ]);
         let gateways = json!({"spec": {"template": {"spec": {"volumes": [
             {"name": "run", "hostPath": {"path": "/r"}}, {"name": "bpf", "hostPath": {"path": "/b"}},
         ]}}}});
-        let again = cleaning_after_gateways(&patch, pins(&gateways).unwrap());
-        let args = &again["spec"]["template"]["spec"]["initContainers"][0]["args"];
-        assert_eq!(*args, json!(["agent", "--config", "/c", "--cleanup", "--gateways", "/b"]));
-        assert_eq!(cleaning_after_gateways(&again, "/b"), json!({}));
+        let again = cleaning_the_rest(&patch, pins(&gateways));
+        let spec = &again["spec"]["template"]["spec"];
+        let first = &spec["initContainers"][0];
+        let own = ["agent", "--config", "/c", "--cleanup"];
+        let more = ["--gateways", "/b", "--folder", "/above/0/tidegate"];
+        assert_eq!(first["args"], json!([own.as_slice(), &more].concat()));
+        assert_eq!(first["volumeMounts"], json!([{"name": "bpf"}, {"name": "above-0", "mountPath": "/above/0"}]));
+        let all = spec["volumes"].as_array().unwrap();
+        assert_eq!((all.len(), &all[3]["hostPath"]), (4, &json!({"path": "/run", "type": "Directory"})));
+        assert_eq!(cleaning_the_rest(&again, Some("/b")), json!({}));
+        let without = cleaning_the_rest(&patch, None);
+        assert_eq!(without["spec"]["template"]["spec"]["initContainers"][0]["args"][4], "--folder");
     }
 
     #[test]

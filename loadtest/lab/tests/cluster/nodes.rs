@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -23,12 +23,15 @@ pub struct Before {
     files: BTreeMap<String, BTreeSet<PathBuf>>,
 }
 
-/// Files, below the node's root. Empty folders that a kubelet made for a mount are its own.
+/// Files, below the node's root, and folders of Tidegate's. Other empty folders that a kubelet made for a mount are its own.
 fn files(lab: &Lab, node: &str) -> BTreeSet<PathBuf> {
     let top = lab.node_root(node).unwrap();
     let folders = ["sys/fs/bpf", "run/tidegate", "opt/cni/bin", "etc/cni/net.d", "var/lib/tidegate"];
     let all = folders.iter().flat_map(|folder| traces::tree(&top.join(folder)));
-    all.filter(|f| f.is_file() || f.starts_with(top.join("sys")))
+    let ours = ["run/tidegate", "var/lib/tidegate"].map(|folder| top.join(folder));
+    let own = ours.clone().into_iter().filter(|f| f.exists());
+    all.filter(|f| f.is_file() || f.starts_with(top.join("sys")) || ours.iter().any(|o| f.starts_with(o)))
+        .chain(own)
         .map(|f| f.strip_prefix(&top).unwrap().to_owned())
         .collect()
 }
@@ -101,6 +104,9 @@ pub fn uninstall(lab: &Lab, before: &Before) {
         for what in ["links", "nftables", "programs"] {
             assert_ne!(now[what], before.traces[&name][what], "{name}: {what}: the look sees what Tidegate does");
         }
+        for folder in ["run/tidegate", "var/lib/tidegate"] {
+            assert!(files(lab, &name).contains(Path::new(folder)), "{name}: the look sees {folder}");
+        }
     }
     typed(lab, "helm uninstall tidegate --namespace tidegate-system --wait");
     // The kernel frees programs after a grace period, kubelets pods a moment after they are gone from the API.
@@ -109,7 +115,9 @@ pub fn uninstall(lab: &Lab, before: &Before) {
         for name in nodes(lab) {
             let found = traces::differences(&before.traces[&name], &traces::of(&lab.place(&name).unwrap()).unwrap());
             left.extend(found.into_iter().map(|what| format!("{name}: {what}")));
-            left.extend(files(lab, &name).difference(&before.files[&name]).map(|f| format!("{name}: {}", f.display())));
+            let files = files(lab, &name);
+            left.extend(files.difference(&before.files[&name]).map(|f| format!("{name}: more: {}", f.display())));
+            left.extend(before.files[&name].difference(&files).map(|f| format!("{name}: less: {}", f.display())));
         }
         let loaded = traces::loaded(&maps, &programs);
         if loaded > 0 {
