@@ -333,4 +333,5 @@ pub(super) fn take_news(state: &mut NodeState, set: &[Entry], delete: &[EntryKey
 }
 
 #[cfg(test)]
+#[path = "machine/tests.rs"]
 mod tests;

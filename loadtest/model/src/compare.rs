@@ -324,8 +324,7 @@ impl Drive {
                     Some(_) => vec![owner],
                     None => (0..GATEWAYS.len()).map(class_at).filter(Option::is_some).collect(),
                 };
-                let placed = |(k, n): &(_, std::sync::Arc<str>)| *k == key && **n == *NODES[i];
-                let needed = self.seats[0].up().is_some_and(|g| g.placed.iter().any(placed));
+                let needed = self.seats[0].up().is_some_and(|g| g.placement.has(key, NODES[i]));
                 if right.contains(&Some(class)) && needed {
                     continue;
                 }

@@ -9,19 +9,21 @@ use std::time::Duration;
 use prost::Message;
 use tidegate_ledger::{Answer, Classify, Config as Limits, Input, Ledger, NodeId, Output};
 use tidegate_policy::model::{Objects, Touched, UnixSeconds};
-use tidegate_policy::state::{Entry, FactUpdate, NodeState};
+use tidegate_policy::state::NodeState;
 use tidegate_policy::world::World;
 use tidegate_policy::{ClassKey, Name, ScopeKey};
-use tidegate_proto::{FactsBatch, GrantEntry, Pair, PeerFact, Seen};
+use tidegate_proto::{Pair, PeerFact, Seen};
 
 use crate::classes::Classes;
-use crate::desired::{self, Compiled, Desired, Order, Target};
+use crate::desired::{self, Compiled, Desired, Order};
 use crate::egress::nft::HeldPair;
 use crate::kernel::Kernel;
+use crate::machine::{Delta, Uses};
 use crate::objects::{Config, GATEWAYS, NODES};
 use crate::ownership::{Known, Ownership, PLACE};
 use crate::peers::Journal;
-use crate::pushes::{self, Push};
+use crate::placement::Placement;
+use crate::pushes;
 use crate::sent::Sent;
 use crate::settling::Settling;
 
@@ -49,16 +51,35 @@ impl Classify for Shared {
     }
 }
 
+/// What the API server's events would touch that lead from one to the other, as `policy/api/src/index.rs` notes it.
+fn touched(old: &Objects, new: &Objects) -> Touched {
+    fn differ<K: Ord + Clone, V: PartialEq>(old: &BTreeMap<K, V>, new: &BTreeMap<K, V>) -> BTreeSet<K> {
+        old.keys().chain(new.keys()).filter(|k| old.get(*k) != new.get(*k)).cloned().collect()
+    }
+    let mut namespaces = differ(&old.namespaces, &new.namespaces);
+    namespaces.extend(differ(&old.policies, &new.policies).into_iter().map(|(namespace, _)| namespace));
+    Touched {
+        all: old.settings != new.settings || old.pools != new.pools || old.assigned != new.assigned,
+        nodes: old.nodes != new.nodes,
+        cluster_policies: differ(&old.cluster_policies, &new.cluster_policies),
+        namespaces,
+        pods: differ(&old.pods, &new.pods),
+        names: old.names != new.names,
+    }
+}
+
 /// What the core knows of a node.
 #[derive(Default)]
 pub struct Node {
-    state: bool,
-    facts: bool,
+    pub(crate) state: bool,
+    pub(crate) facts: bool,
     agent: Option<u64>,
     pub seen: Option<Seen>,
-    sent: Sent,
-    state_out: VecDeque<Vec<u8>>,
-    facts_out: VecDeque<Vec<u8>>,
+    pub(crate) sent: Sent,
+    /// What of the state that it was sent refers to what.
+    pub(crate) uses: Uses,
+    pub(crate) state_out: VecDeque<Vec<u8>>,
+    pub(crate) facts_out: VecDeque<Vec<u8>>,
 }
 
 /// What has happened since it was last taken, in this order.
@@ -88,10 +109,14 @@ pub struct Gateway {
     pub(crate) desired: Desired,
     pub(crate) ownership: Ownership,
     pub(crate) ledger: Ledger<Shared>,
-    classes: Classes,
-    pub(crate) placed: BTreeSet<(ScopeKey, Arc<str>)>,
+    pub(crate) classes: Classes,
+    pub(crate) placement: Placement,
     pub(crate) nodes: BTreeMap<&'static str, Node>,
-    own: NodeState,
+    /// What its own kernel holds, and what of that refers to what.
+    pub(crate) own: NodeState,
+    pub(crate) own_uses: Uses,
+    /// What all machines hold alike.
+    frame: NodeState,
     pub(crate) boot: u64,
     /// Its own kernel.
     pub kernel: Kernel<true>,
@@ -109,7 +134,7 @@ pub struct Gateway {
     pub(crate) peers: BTreeMap<&'static str, VecDeque<Vec<u8>>>,
     pub(crate) moved: Option<Duration>,
     /// What nodes were told of owners.
-    told: Arc<BTreeMap<Pair, desired::Ownership>>,
+    pub(crate) told: Arc<BTreeMap<Pair, desired::Ownership>>,
     pairs: Vec<HeldPair>,
     applied: Vec<HeldPair>,
     /// How long it takes until addresses and rules are in place, and when what changed last is.
@@ -122,16 +147,11 @@ pub struct Gateway {
     pub(crate) next_ticket: u64,
 }
 
-/// Which nodes have a pod of which scope.
-fn placed(world: &World) -> BTreeSet<(ScopeKey, Arc<str>)> {
-    world.endpoints().filter_map(|(_, e)| Some((e.member?.scope, e.who.node.clone()))).collect()
-}
-
 pub(crate) fn node_id(name: &str) -> NodeId {
     NodeId(NODES.iter().position(|n| *n == name).unwrap_or(NODES.len()) as u32)
 }
 
-fn to_wire<M: Message>(messages: Vec<M>, out: &mut VecDeque<Vec<u8>>) {
+pub(crate) fn to_wire<M: Message>(messages: Vec<M>, out: &mut VecDeque<Vec<u8>>) {
     out.extend(messages.iter().map(Message::encode_to_vec));
 }
 
@@ -153,9 +173,11 @@ impl Gateway {
             desired: Desired::new(Arc::new(Config::new(node))),
             ownership,
             classes: Classes::default(),
-            placed: BTreeSet::new(),
+            placement: Placement::default(),
             nodes: BTreeMap::new(),
             own: NodeState::default(),
+            own_uses: Uses::default(),
+            frame: NodeState::default(),
             boot,
             kernel,
             cleared: false,
@@ -219,42 +241,58 @@ impl Gateway {
         }
     }
 
-    /// As the core takes it: classes first, then grants and facts.
+    /// As the policy thread compiles it, and as the core takes it: classes first, then grants and facts.
     fn put_in_force(&mut self, objects: &Objects, wall: UnixSeconds, now: Duration) {
-        let world = Arc::new(World::compile(objects, wall, Some((&*self.world(), Touched::ALL))));
-        let compiled = Arc::new(Compiled::new(world.clone(), objects, 0));
+        let old = self.world();
+        let compiled = match &self.version {
+            Some((before, _)) => {
+                let touched = touched(before, objects);
+                let world = Arc::new(World::compile(objects, wall, Some((&*old, &touched))));
+                self.compiled.next(world, objects, &touched)
+            }
+            None => Compiled::new(Arc::new(World::compile(objects, wall, None)), objects, 1),
+        };
         self.version = Some((objects.clone(), wall));
-        let old = self.shared.set(world.clone());
+        let world = compiled.world.clone();
+        self.shared.set(world.clone());
+        let changes = world.changes(&old);
         let pairs = self.desired.pairs(&compiled).into_iter().map(|(p, o)| (p, o.candidates));
         self.ownership.set_pairs(pairs.collect());
-        NODES.iter().for_each(|n| self.heed(n));
+        if !changes.scopes.is_empty() {
+            NODES.iter().for_each(|n| self.heed(n));
+        }
         self.ownership.set_nodes(|n| compiled.nodes.contains_key(n));
         if self.ownership.tick(now) {
             self.moved.get_or_insert(now);
         }
-        self.compiled = compiled;
+        self.compiled = Arc::new(compiled);
         self.set_claims(now);
         self.events.push(Event::World);
-        for scope in old.scopes().keys().filter(|k| world.scope(**k).is_none()) {
+        for scope in changes.scopes.iter().filter(|k| world.scope(**k).is_none()) {
             self.feed(Input::ScopeGone { scope: *scope }, now);
         }
-        let placed = placed(&world);
-        let left: Vec<_> = self.placed.difference(&placed).cloned().collect();
-        self.placed = placed;
-        for (scope, node) in left {
+        for (scope, node) in self.placement.follow(&old, &world, &changes.endpoints) {
             self.feed(Input::ScopeLeft { scope, node: node_id(&node) }, now);
         }
         NODES.iter().for_each(|n| self.adopt(n, now));
-        for scope in world.changed_scopes(&old) {
-            self.feed(Input::Reclassify { scope: Some(scope) }, now);
+        for scope in &changes.classes {
+            self.feed(Input::Reclassify { scope: Some(*scope) }, now);
         }
         self.import_pending(now);
-        self.apply_own();
+        let frame = self.desired.frame(&self.compiled);
+        let whole = std::mem::replace(&mut self.frame, frame) != self.frame
+            || self.moved.is_some()
+            || self.owners_changed(&old, &world)
+            || !self.cleared;
+        let delta = Delta::new(&old, &world, changes, self.classes.news(now));
+        if whole {
+            self.apply_own();
+        }
         if !std::mem::replace(&mut self.cleared, true) {
             let bindings = self.ledger.bindings();
             self.kernel.retain_facts(|scope, ip| bindings.class_of(scope, ip).is_some());
         }
-        self.send_states();
+        if whole { self.send_states() } else { self.follow(&delta) }
     }
 
     /// Decides who owns what, and ends the start when its time has come.
@@ -334,53 +372,6 @@ impl Gateway {
         let epochs = seen.claims.iter().filter_map(|c| Some((Desired::pair(world.scope(c.scope)?)?, c.epoch)));
         let epochs: Vec<_> = epochs.collect();
         self.ownership.seen(node, seen.gateways.iter().cloned().collect(), epochs);
-    }
-
-    /// The pass that comes every half a minute.
-    pub fn full_pass(&mut self) {
-        if self.version.is_none() {
-            return;
-        }
-        self.apply_own();
-        self.send_states();
-        self.world().retain_classes(&self.classes.active(self.kernel.now).map(|(_, c)| c).collect());
-    }
-
-    fn send_states(&mut self) {
-        NODES.iter().for_each(|n| self.send_state(n));
-        self.told = self.desired.said();
-    }
-
-    fn apply_own(&mut self) {
-        self.own = self.state(Target::Own);
-        self.kernel.apply(&self.own, self.node, &BTreeSet::new(), &BTreeSet::new());
-    }
-
-    /// With the grants of classes that facts have, and of those that the next facts will have.
-    fn state(&self, target: Target<'_>) -> NodeState {
-        let active: BTreeSet<(ScopeKey, ClassKey)> = self.classes.active(self.kernel.now).collect();
-        let of = |scope| active.range((scope, ClassKey(0))..=(scope, ClassKey(u128::MAX))).map(|(_, class)| *class);
-        let ahead = |scope| self.compiled.world.scope(scope).into_iter().flat_map(|s| s.single_rule_classes());
-        self.desired.state(&self.compiled, target, |scope| of(scope).chain(ahead(scope)))
-    }
-
-    /// What it would tell a node that knows nothing.
-    pub fn fresh(&self, node: &str) -> NodeState {
-        self.state(Target::Node(node))
-    }
-
-    fn send_state(&mut self, node: &'static str) {
-        if self.nodes.get(node).is_none_or(|n| !n.state) {
-            return;
-        }
-        let wanted = self.state(Target::Node(node));
-        let Some(n) = self.nodes.get_mut(node) else { return };
-        let Some(batch) = n.sent.state(self.name, self.boot, wanted) else { return };
-        if !batch.snapshot && n.facts {
-            let pod = |e: &Entry| if let Entry::Endpoint(ip, _) = e { Some(*ip) } else { None };
-            self.settling.sent(node_id(node), batch.sequence, batch.set.iter().filter_map(pod));
-        }
-        to_wire(batch.into_messages(), &mut n.state_out);
     }
 
     /// A node's `State` stream is up.
@@ -470,7 +461,7 @@ impl Gateway {
     /// A node holds facts that nobody who lives told it of.
     fn adopt(&mut self, node: &str, now: Duration) {
         let Some(seen) = self.nodes.get(node).and_then(|n| n.seen.as_ref()) else { return };
-        let placed = |(scope, _): &&(ScopeKey, _)| self.placed.contains(&(*scope, node.into()));
+        let placed = |(scope, _): &&(ScopeKey, _)| self.placement.has(*scope, node);
         let facts = seen.orphans.iter().filter(placed).copied().collect();
         self.feed(Input::Orphans { node: node_id(node), facts }, now);
     }
@@ -504,7 +495,7 @@ impl Gateway {
 
     fn bind_settled(&mut self, answer: Answer, now: Duration) {
         let node = NODES[answer.node.0 as usize];
-        if !self.placed.contains(&(answer.scope, node.into())) {
+        if !self.placement.has(answer.scope, node) {
             self.events.push(Event::Failed(answer.ticket));
             return;
         }
@@ -533,47 +524,6 @@ impl Gateway {
         for (scope, ip) in idle {
             self.events.push(Event::Idle(scope, ip));
             self.feed(Input::Idle { scope, ip }, now);
-        }
-    }
-
-    fn local(&mut self, updates: &[FactUpdate]) {
-        let world = self.world();
-        let mut new = Vec::new();
-        for u in updates {
-            let class = u.value.map(|v| v.class);
-            let first = self.classes.note(u.scope, u.ip, class, self.kernel.now);
-            let Some(class) = class.filter(|_| first) else { continue };
-            if world.scope(u.scope).is_none_or(|s| self.desired.way_out(s).is_none()) {
-                continue;
-            }
-            let missing = |(g, ports): &(_, _)| self.own.grants.get(&(*g, class)) != Some(ports);
-            let grants = self.compiled.grants(u.scope, class).into_iter().filter(missing);
-            new.extend(grants.map(|(g, ports)| (g, class, ports)));
-        }
-        self.kernel.grants(&new);
-        for (g, c, ports) in new {
-            self.own.set(Entry::Grant(g, c, ports));
-        }
-        self.kernel.facts(updates);
-    }
-
-    fn push(&mut self, node: NodeId, push: Push) {
-        let Push { seq, snapshot, facts } = push;
-        let name = NODES[node.0 as usize];
-        let Some(n) = self.nodes.get_mut(name) else { return };
-        let classes: BTreeSet<(ScopeKey, ClassKey)> =
-            facts.iter().filter_map(|f| Some((f.scope, f.value.as_ref()?.class))).collect();
-        let needed = classes.into_iter().flat_map(|(scope, class)| {
-            let grants = self.compiled.grants(scope, class).into_iter();
-            grants.map(move |(group, ports)| GrantEntry { group, class, ports })
-        });
-        let grants = n.sent.missing(n.state, needed);
-        if let Some(named) = n.sent.name(self.name, self.boot, &grants).filter(|_| n.state) {
-            to_wire(named.into_messages(), &mut n.state_out);
-        }
-        let batch = FactsBatch { boot_id: self.boot, sequence: seq, snapshot, more: false, grants, facts };
-        if n.facts {
-            to_wire(batch.into_messages(), &mut n.facts_out);
         }
     }
 

@@ -29,6 +29,7 @@ mod compare;
 mod drive;
 mod gateway;
 mod kernel;
+mod machines;
 mod node;
 mod objects;
 mod peers;
@@ -42,6 +43,8 @@ mod classes;
 #[path = "../../../gateway/src/desired.rs"]
 #[allow(dead_code, reason = "the core's own")]
 mod desired;
+#[path = "../../../gateway/src/core/machine.rs"]
+mod machine;
 #[path = "../../../gateway/src/members.rs"]
 #[allow(dead_code, reason = "the core's own")]
 mod members;
@@ -50,6 +53,9 @@ mod orphans;
 #[path = "../../../gateway/src/ownership.rs"]
 #[allow(dead_code, reason = "the core's own")]
 mod ownership;
+#[path = "../../../gateway/src/core/placement.rs"]
+#[allow(dead_code, reason = "the core's own")]
+mod placement;
 #[path = "../../../gateway/src/core/pushes.rs"]
 mod pushes;
 #[path = "../../../gateway/src/records.rs"]

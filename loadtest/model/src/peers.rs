@@ -162,9 +162,9 @@ impl Gateway {
             return;
         }
         self.events.push(Event::Imported(known.clone()));
-        let placed = &self.placed;
+        let placement = &self.placement;
         let records = known.into_iter().map(|f| {
-            let nodes = f.nodes.iter().filter(|n| placed.contains(&(f.scope, n.as_str().into())));
+            let nodes = f.nodes.iter().filter(|n| placement.has(f.scope, n));
             FactRecord {
                 scope: f.scope,
                 owner: OwnerId(0),
