@@ -16,13 +16,13 @@ use tidegate_ebpf_common::layout::{
     Naming, Node, OVERLAYS, Prefix, Scope, VERSION,
 };
 use tidegate_policy::ScopeKey;
-use tidegate_policy::state::{FactUpdate, NodeState};
+use tidegate_policy::state::{FactUpdate, MAX_NAMES, NodeState};
 
 use crate::attach::remove_all;
 use crate::carry::Before;
 use crate::ids::{Ids, Kind};
 use crate::incarnation::Incarnations;
-use crate::names::{self, MAX_NAMES};
+use crate::names;
 use crate::own::OWN;
 use crate::ports::PortSets;
 use crate::table::{Hashed, Table, Trie};
@@ -82,7 +82,7 @@ fn layouts(c: &Capacities) -> Vec<Layout> {
         trie::<Prefix>("PREFIXES", c.prefixes),
         trie::<u32>("CLUSTER", 65_536),
         hash::<DnsKey, u32>("CLUSTER_DNS", 4_096),
-        hash::<u64, u32>("NAMES", MAX_NAMES),
+        hash::<u64, u32>("NAMES", MAX_NAMES as u32),
         array::<Naming>("NAMING", MapType::Array, 1),
         hash::<Addr, u64>("HELD", 1_024),
         hash::<FlowKey, Flow>("FLOWS", c.flows),

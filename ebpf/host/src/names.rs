@@ -6,12 +6,9 @@ use std::io::Read;
 use ahash::AHashMap;
 use tidegate_ebpf_common::layout::{Naming, SUFFIXES, Suffix};
 use tidegate_ebpf_common::names::{hash, named};
-use tidegate_policy::state::Named;
+use tidegate_policy::state::{MAX_NAMES, Named};
 
 use crate::Error;
-
-/// The most names with their suffixes. Of more the rest is answered by gateways alone.
-pub const MAX_NAMES: u32 = 65_536;
 
 /// A key as it was, or a new one.
 ///
@@ -51,7 +48,7 @@ pub(crate) fn entries<'a>(
             Named::Outside => named::OUTSIDE,
         };
         for suffix in suffixes {
-            if out.len() >= MAX_NAMES as usize {
+            if out.len() >= MAX_NAMES {
                 return out;
             }
             if let Some(hash) = hash(key, &format!("{name}.{suffix}")) {

@@ -153,6 +153,7 @@ pub struct Index {
     records: BTreeMap<Feed, BTreeMap<Key, Record>>,
     cluster: Cluster,
     external: Arc<ExternalNames>,
+    waiting: names::Waiting,
     nodes: Claims,
     contested: BTreeMap<String, Vec<String>>,
     /// The pairs that each namespace was assigned.
@@ -178,6 +179,7 @@ impl Index {
             records: BTreeMap::new(),
             cluster: Cluster::default(),
             external: Arc::default(),
+            waiting: names::Waiting::default(),
             nodes: Claims::default(),
             contested: BTreeMap::new(),
             assigned: BTreeMap::new(),
@@ -293,7 +295,7 @@ impl Index {
         }
         if feed == Feed::Services
             && !good
-            && names::set(&mut self.objects.names, &names::service(&key), Some(Named::Outside))
+            && self.waiting.set(&mut self.objects.names, &names::service(&key), Some(Named::Outside))
         {
             // It may lead anywhere.
             self.changes += 1;
@@ -444,20 +446,21 @@ impl Index {
         }
     }
 
-    /// Takes a Service with where it leads outside, if it does, or that it is gone.
+    /// Takes a Service with where it leads outside, if it does, or that it is gone. Says whether that decides something.
     fn service(&mut self, key: &Key, service: Option<Option<Name>>) -> bool {
         let named = service.as_ref().map(|target| if target.is_some() { Named::Outside } else { Named::Inside });
-        let mut changed = names::set(&mut self.objects.names, &names::service(key), named);
+        // Of a Service inside nodes are told, and nothing is decided by it: a gateway that has not heard of it yet is not stale.
+        self.touched.names |= self.waiting.set(&mut self.objects.names, &names::service(key), named);
         let target = service.flatten();
-        if self.external.get(key) != target.as_ref() {
-            let names = Arc::make_mut(&mut self.external);
-            match target {
-                Some(target) => drop(names.insert(key.clone(), target)),
-                None => drop(names.remove(key)),
-            }
-            changed = true;
+        if self.external.get(key) == target.as_ref() {
+            return false;
         }
-        changed
+        let external = Arc::make_mut(&mut self.external);
+        match target {
+            Some(target) => drop(external.insert(key.clone(), target)),
+            None => drop(external.remove(key)),
+        }
+        true
     }
 
     fn assign(&mut self, namespace: &str, pairs: Vec<(String, Pair)>) -> bool {

@@ -416,6 +416,21 @@ fn names_of_services_are_told_with_where_they_lead() {
     assert_eq!(says(Some(service("ClusterIP", ""))), (Some(Named::Inside), true));
     assert_eq!(says(Some(service("ExternalName", "db.example.com"))), (Some(Named::Outside), true));
     assert_eq!(says(None), (None, true));
+
+    // Only where one leads outside decides something.
+    let mut deciding = |event: Option<Value>| {
+        let before = i.changes();
+        match event {
+            Some(object) => i.apply(Feed::Services, &object),
+            None => i.restarted(Feed::Services, &BTreeSet::new()),
+        }
+        (i.take_touched().names, i.changes() != before)
+    };
+    assert_eq!(deciding(Some(service("ClusterIP", ""))), (true, false));
+    assert_eq!(deciding(None), (true, false));
+    assert_eq!(deciding(Some(service("ExternalName", "db.example.com"))), (true, true));
+    assert_eq!(deciding(Some(service("ExternalName", "dc.example.com"))), (true, true));
+    assert_eq!(deciding(Some(service("ClusterIP", ""))), (true, true));
 }
 
 #[test]

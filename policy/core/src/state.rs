@@ -50,6 +50,10 @@ pub enum EntryKey {
     Name(String),
 }
 
+/// The most names of the cluster that gateways tell of, and, with their suffixes, that a node's kernel knows. Of more the
+/// rest is answered by gateways alone.
+pub const MAX_NAMES: usize = 65_536;
+
 /// Where a name of the cluster leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Named {
