@@ -337,8 +337,14 @@ async fn lifecycle(w: &World) {
     tokio::time::sleep(Duration::from_millis(500)).await;
     send(&w.isolated, &format!("{OUTSIDE}:5002"));
     assert!(steered(&tunnel, 5002), "a miss is the gateway's to judge until the facts are here");
-    agent.facts.say(facts(1, 5001)).await;
+    // The gateway knows nothing, as its next one might: it hears what the kernel holds all the same, until it stands by it.
+    agent.facts.say(FactsBatch { boot_id: BOOT, sequence: 1, snapshot: true, ..FactsBatch::default() }).await;
     assert_eq!(agent.facts.acked(1).await, None);
+    let seen = agent.facts.seen.clone();
+    eventually("the fact that an earlier agent wrote", || seen.borrow().orphans == [(SCOPE, ip(OUTSIDE))]).await;
+    agent.facts.say(facts(2, 5001)).await;
+    assert_eq!(agent.facts.acked(2).await, None);
+    eventually("the gateway stands by it", || seen.borrow().orphans.is_empty()).await;
     eventually("misses are dropped", || {
         drain(&tunnel);
         send(&w.isolated, &format!("{OUTSIDE}:5002"));

@@ -10,8 +10,8 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair}
 use tidegate_agent::config::Tls;
 use tidegate_proto::wire::control_server::{Control, ControlServer};
 use tidegate_proto::wire::{FactsAck, FactsUpdate, PeerHello, PeerUpdate, StateAck, StateUpdate};
-use tidegate_proto::{FactsBatch, StateBatch, Up};
-use tokio::sync::mpsc;
+use tidegate_proto::{FactsBatch, FactsUp, Seen, StateBatch, Up};
+use tokio::sync::{mpsc, watch};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
@@ -20,6 +20,8 @@ use tonic::{Request, Response, Status, Streaming};
 /// A stream that an agent has opened: what it says, and how to answer. Dropping `down` ends it.
 pub struct Session<M> {
     pub up: mpsc::Receiver<Up>,
+    /// What the agent last said that it sees of gateways.
+    pub seen: watch::Receiver<Seen>,
     pub down: mpsc::Sender<Result<M, Status>>,
 }
 
@@ -32,26 +34,29 @@ struct Service(mpsc::Sender<Opened>);
 
 type Down<M> = Pin<Box<dyn Stream<Item = Result<M, Status>> + Send>>;
 
-fn session<A, M>(request: Request<Streaming<A>>) -> (Session<M>, Down<M>)
+fn session<A, M>(request: Request<Streaming<A>>, read: fn(A) -> Option<FactsUp>) -> (Session<M>, Down<M>)
 where
     A: Send + 'static,
     M: Send + 'static,
-    Up: TryFrom<A>,
-    <Up as TryFrom<A>>::Error: std::fmt::Debug,
 {
     let (up_tx, up) = mpsc::channel(64);
+    let (seen_tx, seen) = watch::channel(Seen::default());
     let (down, down_rx) = mpsc::channel(64);
     let mut inbound = request.into_inner();
     tokio::spawn(async move {
         while let Some(Ok(message)) = inbound.next().await {
-            // What the node sees of gateways is not of interest here.
-            let Ok(up) = Up::try_from(message) else { continue };
-            if up_tx.send(up).await.is_err() {
-                return;
+            match read(message) {
+                Some(FactsUp::Up(up)) => {
+                    if up_tx.send(up).await.is_err() {
+                        return;
+                    }
+                }
+                Some(FactsUp::Seen(seen)) => drop(seen_tx.send_replace(seen)),
+                _ => {}
             }
         }
     });
-    (Session { up, down }, Box::pin(ReceiverStream::new(down_rx)))
+    (Session { up, seen, down }, Box::pin(ReceiverStream::new(down_rx)))
 }
 
 #[tonic::async_trait]
@@ -65,13 +70,13 @@ impl Control for Service {
     }
 
     async fn state(&self, request: Request<Streaming<StateAck>>) -> Result<Response<Self::StateStream>, Status> {
-        let (session, down) = session(request);
+        let (session, down) = session(request, |ack| Up::try_from(ack).ok().map(FactsUp::Up));
         self.0.send(Opened::State(session)).await.map_err(|_| Status::unavailable("over"))?;
         Ok(Response::new(down))
     }
 
     async fn facts(&self, request: Request<Streaming<FactsAck>>) -> Result<Response<Self::FactsStream>, Status> {
-        let (session, down) = session(request);
+        let (session, down) = session(request, |ack| FactsUp::try_from(ack).ok());
         self.0.send(Opened::Facts(session)).await.map_err(|_| Status::unavailable("over"))?;
         Ok(Response::new(down))
     }
