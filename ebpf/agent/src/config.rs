@@ -97,6 +97,10 @@ pub struct Discover {
     /// The port of the gateways' control endpoints.
     #[serde(default = "default_control_port")]
     pub port: u16,
+    /// A DNS name that leads to any one of them, at the same port: a Service with an address of its own. Tried while none is
+    /// connected, since DNS servers remember for a while that a headless Service had no addresses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entrance: Option<String>,
 }
 
 /// What the agent has to do with the CNI plugin.
@@ -273,6 +277,9 @@ impl Config {
                 return refuse("discover.service", format!("{:?} is not a DNS name", d.service));
             }
             Some(Discover { port: 0, .. }) => return refuse("discover.port", "must not be 0"),
+            Some(Discover { entrance: Some(name), .. }) if !is_name(name.strip_suffix('.').unwrap_or(name)) => {
+                return refuse("discover.entrance", format!("{name:?} is not a DNS name"));
+            }
             _ => {}
         }
         match (&self.tls, &self.join) {
@@ -377,7 +384,10 @@ mod tests {
     fn gateways_can_be_found_and_give_the_identity() {
         let c = parse(serde_json::json!({
             "node": "node-1",
-            "discover": {"service": "tidegate-gateway.tidegate-system.svc.cluster.local"},
+            "discover": {
+                "service": "tidegate-gateway.tidegate-system.svc.cluster.local",
+                "entrance": "tidegate-entrance.tidegate-system.svc.cluster.local",
+            },
             "join": {"token": "/var/run/secrets/tidegate/token", "ca": "/etc/tidegate/ca.crt"},
         }));
         c.validate().unwrap();
@@ -428,14 +438,18 @@ mod tests {
         let cases: &[Case] = &[
             ("node", |c| c.node = "a b".into()),
             ("gateways", |c| c.gateways.clear()),
-            ("discover", |c| c.discover = Some(Discover { service: "gw".into(), port: 1 })),
+            ("discover", |c| c.discover = Some(Discover { service: "gw".into(), port: 1, entrance: None })),
             ("discover.service", |c| {
                 c.gateways.clear();
-                c.discover = Some(Discover { service: "a b".into(), port: 1 });
+                c.discover = Some(Discover { service: "a b".into(), port: 1, entrance: None });
             }),
             ("discover.port", |c| {
                 c.gateways.clear();
-                c.discover = Some(Discover { service: "gw.svc.cluster.local.".into(), port: 0 });
+                c.discover = Some(Discover { service: "gw.svc.cluster.local.".into(), port: 0, entrance: None });
+            }),
+            ("discover.entrance", |c| {
+                c.gateways.clear();
+                c.discover = Some(Discover { service: "gw".into(), port: 1, entrance: Some("a b".into()) });
             }),
             ("tls", |c| c.tls = None),
             ("join", |c| c.join = Some(join())),

@@ -2,6 +2,10 @@
 //!
 //! An address that is new gets its streams at once. One that the name lost keeps them while they are up: a gateway that
 //! ends says so itself. While the name cannot be resolved the known ones stay.
+//!
+//! A DNS server remembers for half a minute that a Service without pods has no addresses, or the addresses of pods that are
+//! gone. While no gateway is connected the agent therefore tries an entrance, too: one address behind which any of them
+//! answers.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::future::Future;
@@ -13,7 +17,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 /// The most gateways.
 pub const MAX: usize = 64;
@@ -25,6 +29,8 @@ const ANSWER: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(500);
 /// After so long it is asked again who is there.
 const LOOKS: u32 = 120;
+/// The entrance is left after so long at the latest: DNS servers have forgotten what they knew before.
+const ENTERED: Duration = Duration::from_secs(60);
 
 /// At which address each gateway is connected. A gateway with an IPv4 and an IPv6 address is one gateway: its streams go
 /// to the address that was first. Cheap to clone.
@@ -69,6 +75,11 @@ impl Names {
         }
     }
 
+    /// Whether no gateway is connected.
+    fn nobody(&self) -> bool {
+        self.0.by.lock().is_empty()
+    }
+
     fn connected(&self, address: SocketAddr) -> bool {
         self.0.by.lock().values().any(|(at, _)| *at == address)
     }
@@ -95,22 +106,36 @@ pub async fn resolve(service: String, port: u16) -> io::Result<Vec<SocketAddr>> 
     Ok(tokio::net::lookup_host((service, port)).await?.collect())
 }
 
+/// The entrance while nobody is connected.
+struct Entrance {
+    addresses: BTreeSet<SocketAddr>,
+    /// What the name said when it was begun with.
+    known: BTreeSet<SocketAddr>,
+    since: Instant,
+}
+
 /// Keeps a task of `streams` for each address, forever. The name is resolved so often, and when a connection ends after a
-/// fifth of that. The known addresses go to `targets`.
-pub async fn find<R, S>(
+/// fifth of that; `entrance` is asked for when it says nothing and nobody is connected, or when nobody is for half of that.
+/// The known addresses go to `targets`.
+pub async fn find<R, E, S>(
     every: Duration,
     mut resolve: impl FnMut() -> R,
+    mut entrance: impl FnMut() -> E,
     names: Names,
     targets: watch::Sender<Vec<SocketAddr>>,
     mut streams: impl FnMut(SocketAddr) -> S,
 ) where
     R: Future<Output = io::Result<Vec<SocketAddr>>>,
+    E: Future<Output = io::Result<Vec<SocketAddr>>>,
     S: Future<Output = ()> + Send + 'static,
 {
     let (wanted_tx, wanted) = watch::channel(BTreeSet::new());
     let mut tasks = JoinSet::new();
     let mut running = BTreeMap::new();
     let mut failing = false;
+    let mut known = BTreeSet::new();
+    let mut alone = None;
+    let mut entered: Option<Entrance> = None;
     loop {
         let answer = timeout(ANSWER, resolve()).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
         while let Some(ended) = tasks.try_join_next_with_id() {
@@ -122,13 +147,7 @@ pub async fn find<R, S>(
             // No address is no answer: the gateways that were there may still be.
             Ok(all) if !all.is_empty() => {
                 failing = false;
-                let now: BTreeSet<SocketAddr> =
-                    all.into_iter().collect::<BTreeSet<_>>().into_iter().take(MAX).collect();
-                if *wanted_tx.borrow() != now {
-                    tracing::info!(addresses = ?now, "gateways found");
-                    targets.send_replace(now.iter().copied().collect());
-                    wanted_tx.send_replace(now);
-                }
+                known = first(all);
             }
             answer => {
                 if !std::mem::replace(&mut failing, true) {
@@ -137,13 +156,30 @@ pub async fn find<R, S>(
                 }
             }
         }
+        let now = Instant::now();
+        alone = if names.nobody() { alone.or(Some(now)) } else { None };
+        // The name knows better by now: each of them is found where it is, with both of its streams.
+        entered = entered.filter(|e| e.known == known && now.duration_since(e.since) < ENTERED);
+        if entered.is_none() && alone.is_some_and(|since| failing || now.duration_since(since) >= every / 2) {
+            let found = timeout(ANSWER, entrance()).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+            let addresses = first(found.unwrap_or_default());
+            entered = (!addresses.is_empty()).then(|| Entrance { addresses, known: known.clone(), since: now });
+        }
+        let through = entered.as_ref().map(|e| e.addresses.clone()).unwrap_or_default();
+        let all: BTreeSet<SocketAddr> = known.union(&through).copied().collect();
+        if *wanted_tx.borrow() != all {
+            tracing::info!(addresses = ?known, entrance = ?through, "gateways found");
+            targets.send_replace(all.iter().copied().collect());
+            wanted_tx.send_replace(all);
+        }
         let new: Vec<SocketAddr> = wanted.borrow().iter().filter(|a| !running.contains_key(*a)).copied().collect();
         for address in new {
             // Those that the name lost and that are still connected count too.
             if running.len() >= 2 * MAX {
                 break;
             }
-            let (work, over) = (streams(address), abandoned(address, wanted.clone(), names.clone()));
+            let stays = (!through.contains(&address)).then(|| names.clone());
+            let (work, over) = (streams(address), abandoned(address, wanted.clone(), stays));
             let task = tasks.spawn(async move {
                 tokio::select! {
                     () = work => {}
@@ -162,8 +198,14 @@ pub async fn find<R, S>(
     }
 }
 
-/// Waits until nobody wants the address any more and nothing is connected to it.
-async fn abandoned(address: SocketAddr, mut wanted: watch::Receiver<BTreeSet<SocketAddr>>, names: Names) {
+/// The first of these that count.
+fn first(all: Vec<SocketAddr>) -> BTreeSet<SocketAddr> {
+    all.into_iter().collect::<BTreeSet<_>>().into_iter().take(MAX).collect()
+}
+
+/// Waits until nobody wants the address any more and, if it stays that long, nothing is connected to it.
+async fn abandoned(address: SocketAddr, mut wanted: watch::Receiver<BTreeSet<SocketAddr>>, stays: Option<Names>) {
+    let names = stays.clone().unwrap_or_default();
     let mut changed = names.0.changed.subscribe();
     loop {
         if !wanted.borrow_and_update().contains(&address) && !names.connected(address) {
@@ -186,7 +228,13 @@ mod tests {
         SocketAddr::from(([192, 0, 2, last], 7443))
     }
 
+    const ENTRANCE: u8 = 200;
+
     type Answer = Result<Vec<SocketAddr>, ()>;
+
+    async fn nowhere() -> io::Result<Vec<SocketAddr>> {
+        Err(io::ErrorKind::NotFound.into())
+    }
 
     /// Runs `find` with answers that the test sets; the second value says which addresses have streams.
     struct Test {
@@ -207,6 +255,12 @@ mod tests {
 
     impl Test {
         fn new() -> Self {
+            Self::with(nowhere)
+        }
+
+        fn with<E: Future<Output = io::Result<Vec<SocketAddr>>> + Send + 'static>(
+            entrance: impl Fn() -> E + Send + 'static,
+        ) -> Self {
             let (answer, now) = watch::channel(Ok(vec![]));
             let live = Arc::new(Mutex::new(BTreeSet::new()));
             let names = Names::default();
@@ -225,7 +279,7 @@ mod tests {
                     std::future::pending::<()>().await;
                 }
             };
-            let task = tokio::spawn(find(SHORT, resolve, names.clone(), targets_tx, streams));
+            let task = tokio::spawn(find(SHORT, resolve, entrance, names.clone(), targets_tx, streams));
             Self { answer, live, names, targets, task }
         }
 
@@ -269,6 +323,35 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_entrance_is_tried_while_nobody_is_connected_and_left_when_the_name_knows_better() {
+        let t = Test::with(|| async { Ok(vec![at(ENTRANCE)]) });
+        // Nobody had the time to connect yet, and the name is fine.
+        let _ = t.answer.send_replace(Ok(vec![at(1), at(2)]));
+        sleep(SHORT / 4).await;
+        assert_eq!(*t.live.lock(), [at(1), at(2)].into());
+        let (a, b): (Arc<str>, Arc<str>) = ("gw-a".into(), "gw-b".into());
+        let held = [t.names.hold(&a, at(1)).unwrap(), t.names.hold(&b, at(2)).unwrap()];
+        sleep(SHORT * 3).await;
+        assert_eq!(*t.live.lock(), [at(1), at(2)].into());
+        assert_eq!(t.after(Err(())).await, [at(1), at(2)], "they are connected");
+        drop(held);
+        sleep(SHORT / 2).await;
+        assert_eq!(*t.live.lock(), [at(1), at(2), at(ENTRANCE)].into());
+        assert_eq!(*t.targets.borrow(), [at(1), at(2), at(ENTRANCE)]);
+        // Whoever answers there stays connected as long as the name is silent, or says what it said.
+        let through = t.names.hold(&a, at(ENTRANCE)).unwrap();
+        for said in [Err(()), Ok(vec![at(1), at(2)]), Err(())] {
+            assert_eq!(t.after(said).await, [at(1), at(2), at(ENTRANCE)]);
+        }
+        assert_eq!(t.after(Ok(vec![at(3), at(4)])).await, [at(3), at(4)], "also those that are connected through it");
+        drop(through);
+        // A name that says the same for too long may be wrong.
+        sleep(SHORT * 2).await;
+        assert_eq!(*t.live.lock(), [at(3), at(4), at(ENTRANCE)].into());
+        t.task.abort();
+    }
+
+    #[tokio::test]
     async fn the_name_is_asked_again_when_a_connection_ends() {
         let asked = Arc::new(Mutex::new(0));
         let resolve = {
@@ -280,7 +363,7 @@ mod tests {
         };
         let (names, (targets, _known)) = (Names::default(), watch::channel(vec![]));
         let long = Duration::from_secs(1);
-        let task = tokio::spawn(find(long, resolve, names.clone(), targets, |_| std::future::pending()));
+        let task = tokio::spawn(find(long, resolve, nowhere, names.clone(), targets, |_| std::future::pending()));
         sleep(Duration::from_millis(100)).await;
         let held = names.hold(&"gw-a".into(), at(1));
         sleep(Duration::from_millis(100)).await;

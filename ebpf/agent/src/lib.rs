@@ -193,7 +193,7 @@ pub async fn run(
                 tasks.spawn(client.facts(facts_tx.clone()));
             }
         }
-        Some(config::Discover { service, port }) => {
+        Some(config::Discover { service, port, entrance }) => {
             let (state_tx, facts_tx) = (state_tx.clone(), facts_tx.clone());
             let streams = move |address| {
                 let client = client(address, None);
@@ -202,7 +202,17 @@ pub async fn run(
                     tokio::join!(state, facts);
                 }
             };
-            tasks.spawn(find::find(find::EVERY, move || find::resolve(service.clone(), port), names, targets, streams));
+            let resolve = move || find::resolve(service.clone(), port);
+            let entrance = move || {
+                let name = entrance.clone();
+                async move {
+                    match name {
+                        Some(name) => find::resolve(name, port).await,
+                        None => Ok(Vec::new()),
+                    }
+                }
+            };
+            tasks.spawn(find::find(find::EVERY, resolve, entrance, names, targets, streams));
         }
     }
     drop((state_tx, facts_tx));

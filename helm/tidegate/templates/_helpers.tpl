@@ -73,7 +73,9 @@ seccompProfile: {type: RuntimeDefault}
 {{- define "tidegate.agent.config" -}}
 {{- $config := deepCopy .Values.agent.config }}
 {{- $domain := first .Values.gateway.config.cluster.suffixes }}
-{{- $_ := set $config "discover" (dict "service" (printf "tidegate-gateway.%s.svc.%s" .Release.Namespace $domain) "port" 7443) }}
+{{- $discover := dict "service" (printf "tidegate-gateway.%s.svc.%s" .Release.Namespace $domain) "port" 7443 }}
+{{- $_ := set $discover "entrance" (printf "tidegate-entrance.%s.svc.%s" .Release.Namespace $domain) }}
+{{- $_ := set $config "discover" $discover }}
 {{- $_ := set $config "join" (dict "token" "/var/run/secrets/tidegate/token" "ca" "/etc/tidegate-trust/ca.crt") }}
 {{- $_ := set $config "socket" "/run/tidegate/plug/agent.sock" }}
 {{- $_ := set $config "pins" "/sys/fs/bpf/tidegate" }}

@@ -47,6 +47,12 @@ impl Log {
         good.windows(2).map(|w| w[1].duration_since(w[0])).max().unwrap_or(Duration::MAX)
     }
 
+    /// How long it took from `since` to the first success.
+    pub fn back(&self, since: Instant) -> Duration {
+        let log = self.entries();
+        log.iter().find(|(at, r)| *at > since && r.is_ok()).map_or(Duration::MAX, |(at, _)| at.duration_since(since))
+    }
+
     /// How long ago the last success was.
     pub fn silence(&self) -> Duration {
         self.entries().iter().rev().find(|(_, r)| r.is_ok()).map_or(Duration::MAX, |(at, _)| at.elapsed())

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use serde_json::json;
+use tidegate_lab::family::Family;
 use tidegate_lab::lab::wait_for;
+use tidegate_lab::probe::curl;
 use tidegate_lab::story::POOL_A;
 use tidegate_lab::{Lab, kubelet};
 
@@ -51,6 +53,7 @@ pub fn happen(lab: &mut Lab) {
     // Its kubelet takes a while to notice that the API server is there again.
     rebooted(lab, &mut ground);
     drained(lab, &mut ground);
+    all_gateways_away(lab, &mut ground);
     ground.finish();
 }
 
@@ -192,6 +195,40 @@ fn drained(lab: &mut Lab, ground: &mut Ground) {
         lab.host_kubectl(&["uncordon", &at], "").unwrap();
         ready(lab);
     });
+}
+
+/// All of them are killed at once; then there is none for so long that DNS servers know it, and there are new ones.
+fn all_gateways_away(lab: &mut Lab, ground: &mut Ground) {
+    let some_ready = |lab: &Lab| {
+        let get = ["deployment", "--namespace", SYSTEM, "tidegate-gateway"];
+        let ready = || (lab.object(&get).ok()?["status"]["readyReplicas"].as_u64()? > 0).then_some(());
+        assert!(wait_for(BACK, ready).is_some(), "no gateway is ready");
+    };
+    ground.outage(lab, "all gateways killed", |lab| {
+        for gateway in gateways(lab).keys() {
+            lab.kill_in_pod(&format!("{SYSTEM}/{gateway}"), &["gateway"]).unwrap();
+        }
+        // Until kubelets have noticed.
+        std::thread::sleep(Duration::from_secs(2));
+        some_ready(lab);
+    });
+    ready(lab);
+    let scale = |lab: &Lab, replicas: &str| {
+        let scale = ["scale", "--namespace", SYSTEM, "deployment/tidegate-gateway", "--replicas", replicas];
+        lab.host_kubectl(&scale, "").unwrap();
+    };
+    ground.outage(lab, "all gateways gone and back", |lab| {
+        scale(lab, "0");
+        assert!(wait_for(BACK, || gateways(lab).is_empty().then_some(())).is_some(), "{:?}", gateways(lab));
+        std::thread::sleep(AWAY);
+        for pod in ["shop/node-2", "annotated/client", "untouched/client"] {
+            let seen = curl(&lab.cluster_pod(pod), Family::V4, "https://kubernetes.default/version", &["--insecure"]);
+            assert!(seen.body["gitVersion"].is_string(), "{pod} does not reach a Service by its name: {}", seen.text());
+        }
+        scale(lab, "2");
+        some_ready(lab);
+    });
+    ready(lab);
 }
 
 /// Its pods begin again with what the disk has, beside one that tries to get past the policy before there is an agent.

@@ -9,7 +9,8 @@ use tidegate_lab::Lab;
 use tidegate_lab::family::{FAMILIES, Family};
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::observe::Watch;
-use tidegate_lab::steady::gaps::{Asked, Recorder, Traffic};
+use tidegate_lab::probe::dig;
+use tidegate_lab::steady::gaps::{Asked, Recorder, Traffic, connect};
 use tidegate_lab::steady::{Servers, Steady};
 use tidegate_lab::story::{POOL_A, POOL_B, bare, named, of};
 
@@ -23,6 +24,9 @@ const LOOK: Duration = Duration::from_secs(6);
 const AFTER: Duration = Duration::from_secs(2);
 /// How long a flow that was not cut may take to go on, and new ones to begin.
 const ON: Duration = Duration::from_secs(30);
+
+/// How long a connection is tried.
+const TRY: Duration = Duration::from_millis(300);
 
 /// The label of gateways' nodes.
 pub const LABEL: &str = "tidegate.dev/gateway";
@@ -147,8 +151,7 @@ impl Ground {
                 println!("  {pod}: {e:#}");
             }
         }
-        let past = self.leaks.iter().map(|(what, watch)| (what, watch.packets().unwrap()));
-        let past: Vec<String> = past.filter(|(_, n)| *n > 0).map(|(what, n)| format!("{n} packets {what}")).collect();
+        let past = self.past();
         println!(
             "{what}, {took:.1?}: DNS gap {:.2?}, egress gap {:.2?} (untouched pod {:.2?}), {} packets past the policy; \
              long connections of {ended:?} ended; {before:?}, then {after:?}",
@@ -165,7 +168,67 @@ impl Ground {
         bad.extend(past);
         bad.iter().for_each(|bad| println!("  FAIL {bad}"));
         self.bad.extend(bad.iter().map(|bad| format!("{what}: {bad}")));
-        for pod in ended {
+        self.renew(lab, &ended);
+    }
+
+    /// Every gateway is away for a while: `work` ends when one is ready again. Then names and egress addresses are back in time, for
+    /// whoever asks for the name of what it wants. Nothing gets past the policy meanwhile.
+    pub fn outage(&mut self, lab: &mut Lab, what: &str, work: impl FnOnce(&mut Lab)) {
+        let since = Instant::now();
+        work(lab);
+        let (took, ready) = (since.elapsed(), Instant::now());
+        let mut bad = Vec::new();
+        let mut worst = (Duration::ZERO, Duration::ZERO);
+        for (pod, pool) in PODS.iter().filter_map(|(pod, pool)| Some((*pod, (*pool)?))) {
+            let place = lab.pod(pod);
+            for family in FAMILIES {
+                let reached = || {
+                    dig(&place, "tcp.example.com", family.record(), &["+time=1"]);
+                    let seen = place.within(|| connect(named(family, 12, 7000), TRY)).unwrap();
+                    (seen == Ok(of(pool, family))).then_some(())
+                };
+                if wait_for(ON, reached).is_none() {
+                    bad.push(format!("{pod} {family:?}: the egress address does not come back"));
+                }
+                worst.1 = worst.1.max(ready.elapsed());
+            }
+        }
+        std::thread::sleep(AFTER);
+        let mut slack = Duration::ZERO;
+        for t in self.recorder.traffic() {
+            let (names, flows) = (t.names.back(ready), t.flows.back(ready));
+            println!("  {} {:?}: names back after {names:.2?}, connections after {flows:.2?}", t.pod, t.family);
+            worst.0 = worst.0.max(names);
+            slack = slack.max(t.limit(ADDRESSES, ready) - ADDRESSES);
+        }
+        let ended: Vec<_> =
+            self.long.iter().filter(|(_, flows)| flows.goes_on(ON).is_err()).map(|(pod, _)| *pod).collect();
+        let past = self.past();
+        println!(
+            "{what}, {took:.1?}: from the first gateway that is ready names are back after {:.2?}, egress addresses after \
+             {:.2?}, {} packets past the policy; long connections of {ended:?} ended",
+            worst.0,
+            worst.1,
+            past.len()
+        );
+        if worst.0 > ADDRESSES + slack || worst.1 > ADDRESSES + slack {
+            bad.push(format!("names back after {:?}, egress addresses after {:?}", worst.0, worst.1));
+        }
+        bad.extend(past);
+        bad.iter().for_each(|bad| println!("  FAIL {bad}"));
+        self.bad.extend(bad.iter().map(|bad| format!("{what}: {bad}")));
+        self.renew(lab, &ended);
+    }
+
+    /// What got past the policy since the beginning.
+    fn past(&self) -> Vec<String> {
+        let past = self.leaks.iter().map(|(what, watch)| (what, watch.packets().unwrap()));
+        past.filter(|(_, n)| *n > 0).map(|(what, n)| format!("{n} packets {what}")).collect()
+    }
+
+    /// Long connections of these pods begin anew.
+    fn renew(&mut self, lab: &Lab, pods: &[&'static str]) {
+        for pod in pods {
             // The old ones end first.
             self.long.remove(pod);
             self.long.insert(pod, long(lab, pod));
