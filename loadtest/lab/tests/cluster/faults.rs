@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 use tidegate_lab::family::Family;
 use tidegate_lab::lab::wait_for;
-use tidegate_lab::probe::curl;
+use tidegate_lab::probe::{curl, dig};
 use tidegate_lab::story::POOL_A;
 use tidegate_lab::{Lab, kubelet};
 
@@ -220,7 +220,10 @@ fn all_gateways_away(lab: &mut Lab, ground: &mut Ground) {
     ground.outage(lab, "all gateways gone and back", |lab| {
         scale(lab, "0");
         assert!(wait_for(BACK, || gateways(lab).is_empty().then_some(())).is_some(), "{:?}", gateways(lab));
-        std::thread::sleep(AWAY);
+        // Of two DNS servers each has forgotten the old addresses, and remembers that there are none.
+        let name = format!("tidegate-gateway.{SYSTEM}.svc.cluster.local");
+        let knows = || dig(&lab.pod("untouched/client"), &name, "A", &[]).answers.is_empty();
+        assert!(wait_for(BACK, || (0..8).all(|_| knows()).then_some(())).is_some(), "{name} has addresses");
         for pod in ["shop/node-2", "annotated/client", "untouched/client"] {
             let seen = curl(&lab.cluster_pod(pod), Family::V4, "https://kubernetes.default/version", &["--insecure"]);
             assert!(seen.body["gitVersion"].is_string(), "{pod} does not reach a Service by its name: {}", seen.text());
