@@ -2,13 +2,14 @@
 # Missing packages are installed by scripts/setup.
 export PATH := $(PATH):$(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin
 
-.PHONY: help demo demo-kubernetes test test-cluster soak lint bench build image setup clean-lab
+.PHONY: help demo demo-kubernetes test test-cluster test-cluster-variants soak lint bench build image setup clean-lab
 
 help:
 	@echo "make demo       builds everything, brings up the lab and plays the story"
 	@echo "make demo-kubernetes  the same with a real API server, changed with kubectl"
 	@echo "make test       runs every test, the lab's included"
 	@echo "make test-cluster  the chart in a cluster with kubelets, on this machine"
+	@echo "make test-cluster-variants  the same in clusters that are set up in other ways"
 	@echo "make soak       lets a week of simulated time pass, then the lab's processes work for 20 minutes; over an hour"
 	@echo "make image      makes target/tidegate-image.tar, which container engines load"
 	@echo "make lint       checks formatting and lints"
@@ -35,12 +36,18 @@ demo-kubernetes: build
 test: setup
 	@scripts/test
 
-# Kubelets, containerd and CoreDNS are built or installed on first use, and cached.
-test-cluster:
+# Kubelets, containerd and CoreDNS are built or installed on first use, and cached. Two of the variants are part of test-cluster.
+test-cluster: clusters
+	cargo test --locked -p tidegate-lab --test cluster -- --test-threads=1 --nocapture
+
+test-cluster-variants: clusters
+	cargo test --locked -p tidegate-lab --test cluster -- --test-threads=1 --nocapture --include-ignored variants::
+
+.PHONY: clusters
+clusters:
 	@scripts/setup cluster
 	@scripts/kube-tools kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy etcd kubectl helm coredns ptp bridge loopback host-local >/dev/null
 	cargo build --locked -p tidegate -p tidegate-lab --bins
-	cargo test --locked -p tidegate-lab --test cluster -- --test-threads=1 --nocapture
 
 # What lasts too long for `make test`: both compare what is held after a while with what is held at the end.
 # TIDEGATE_SOAK_MINUTES says how long the second one works.

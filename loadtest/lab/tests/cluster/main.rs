@@ -9,6 +9,7 @@ mod resources;
 mod starts;
 mod story;
 mod tools;
+mod variants;
 
 use std::fs;
 use std::path::{Path, PathBuf};
