@@ -88,6 +88,8 @@ codes! {
         TooBig,
         /// The endpoint's flow budget is used up.
         Quota,
+        /// A checksum is yet to be written into what was judged.
+        Checksum,
     }
 }
 
@@ -122,6 +124,6 @@ mod tests {
             }
         }
         assert_eq!(Code::from_u8(Code::Quota as u8), Some(Code::Quota));
-        assert_eq!(Code::from_u8(15), None);
+        assert_eq!(Code::from_u8(16), None);
     }
 }

@@ -70,6 +70,20 @@ impl From<IpAddr> for Addr {
     }
 }
 
+/// Offsets in this kernel's `struct sk_buff`, in octets; a global of the programs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct SkbOffsets {
+    /// The octet that holds `ip_summed`.
+    pub summed: u32,
+    /// The lower of its two bits.
+    pub summed_shift: u32,
+    /// `csum_start`; `csum_offset` follows.
+    pub csum: u32,
+    /// `head`; `data` follows.
+    pub head: u32,
+}
+
 /// `CONFIG[0]`: what the whole machine shares.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
@@ -492,7 +506,7 @@ mod pod {
     }
     pod!(
         Addr, Config, Endpoint, Iface, Group, Scope, Gateway, Node, FactKey, Fact, GrantKey, PortSet, PrefixKey,
-        Prefix, DnsKey, FlowKey, Flow, Budget, IdKey, Naming,
+        Prefix, DnsKey, FlowKey, Flow, Budget, IdKey, Naming, SkbOffsets,
     );
 }
 

@@ -6,6 +6,7 @@
 #![no_std]
 #![deny(unsafe_code)]
 
+pub mod checksum;
 pub mod code;
 pub mod layout;
 pub mod names;

@@ -170,7 +170,7 @@ fn word<B: Bytes>(bytes: &B, at: u32, whole: &mut bool) -> u64 {
 /// What the datagram asks whose UDP header lies at `l4` of a frame and whose IP packet ends at `end`: one of [`asks`].
 /// `known` says what is known of a hash.
 ///
-/// It must be one ordinary query (RFC 1035, section 4.1) of the class IN, with at most one record behind it (EDNS), in a
+/// It must be one ordinary query (RFC 1035, section 4.1) of the class IN, with at most EDNS behind it ([`is_edns`]), in a
 /// packet that holds nothing else.
 #[inline(always)]
 pub fn ask<B: Bytes>(bytes: &B, l4: u32, end: u32, naming: &Naming, known: impl Fn(u64) -> u32) -> u32 {
@@ -206,11 +206,38 @@ pub fn ask<B: Bytes>(bytes: &B, l4: u32, end: u32, naming: &Naming, known: impl 
     if !ended || at + 4 > end || !bytes.load(at, &mut tail) || u16::from_be_bytes([tail[2], tail[3]]) != 1 {
         return asks::OTHER;
     }
+    if !(if be16(18) == 0 { at + 4 == end } else { is_edns(bytes, at + 4, end) }) {
+        return asks::OTHER;
+    }
     match known(sip.finish()) {
         0 if is_below(bytes, at, naming) => asks::STRANGE,
         named::INSIDE if TYPES.contains(&u16::from_be_bytes([tail[0], tail[1]])) => asks::KNOWN,
         _ => asks::OTHER,
     }
+}
+
+/// Whether an OPT record (RFC 6891, section 6.1.2) of version 0 and nothing else lies between `at` and `end`, with no
+/// option but a cookie (RFC 7873, section 4), which some clients send with every query.
+#[inline(always)]
+fn is_edns<B: Bytes>(bytes: &B, at: u32, end: u32) -> bool {
+    let mut opt = [0u8; 11];
+    if at + 11 > end || !bytes.load(at, &mut opt) {
+        return false;
+    }
+    // Of the flags DO alone; the two octets of the class are a size.
+    if [opt[0], opt[1], opt[2]] != [0, 0, 41] || [opt[5], opt[6], opt[7] & 0x7f, opt[8]] != [0; 4] {
+        return false;
+    }
+    let length = u32::from(u16::from_be_bytes([opt[9], opt[10]]));
+    if at + 11 + length != end {
+        return false;
+    }
+    if length == 0 {
+        return true;
+    }
+    // The kernel's stack is small: the same octets once more, so that the last four are the option's.
+    let cookie = matches!(length, 12 | 20..=44) && bytes.load(at + 4, &mut opt);
+    cookie && [opt[7], opt[8], opt[9], opt[10]] == [0, 10, 0, length as u8 - 4]
 }
 
 /// Whether what ends at `end` ends with one of the cluster's suffixes.

@@ -73,6 +73,8 @@ pub mod mark {
     /// Headers that could send it elsewhere than the destination says: IPv4 options
     /// (RFC 7126), an IPv6 routing header (RFC 8200, section 4.4).
     pub const DETOUR: u8 = 8;
+    /// Something inside its payload is yet to be written ([`crate::checksum`]).
+    pub const INNER: u8 = 16;
 }
 
 /// What was read of a frame.

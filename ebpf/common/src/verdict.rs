@@ -121,8 +121,9 @@ impl Decision {
         self.report = matches!(action, Action::Drop);
     }
 
+    /// Drops the packet.
     #[inline(always)]
-    fn drop(&mut self, code: Code) {
+    pub fn drop(&mut self, code: Code) {
         self.set(Action::Drop, code);
     }
 }
@@ -370,8 +371,8 @@ pub fn verdict<T: Tables>(parsed: Parsed, p: &Packet, ifindex: u32, t: &T, out: 
     let transport = matches!(p.proto, proto::TCP | proto::UDP) && !later;
     let server = transport && t.cluster_dns(&DnsKey { addr: p.dst, port: p.dport as u32 });
     if server || (transport && p.dport == 53) {
-        // Fragments behind the first one are not looked at.
-        let datagram = p.proto == proto::UDP && !p.has(mark::FIRST_FRAGMENT);
+        // Fragments behind the first one are not looked at, and what is yet to change is not what is asked.
+        let datagram = p.proto == proto::UDP && !p.has(mark::FIRST_FRAGMENT | mark::INNER);
         let asked = if !T::GATEWAY && server && datagram { t.asks(p) } else { asks::OTHER };
         if asked == asks::KNOWN {
             // The cluster's DNS answers it by itself, whether or not a gateway is there.

@@ -11,8 +11,8 @@ use proptest::prelude::*;
 use tables::{AUDITED, GUARDED, ISOLATED, addr, decide, ends, ethertype, world};
 use tidegate_ebpf_common::layout::{Naming, Scope, Suffix, endpoint};
 use tidegate_ebpf_common::names::{ask, asks, hash, named, wire};
-use tidegate_ebpf_common::packet::{Packet, parse};
-use tidegate_ebpf_common::{Action, Code};
+use tidegate_ebpf_common::packet::{Packet, mark, parse};
+use tidegate_ebpf_common::{Action, Code, Decision, verdict};
 
 const KEY: [u64; 2] = [7, 11];
 /// The cluster's DNS in the world of the tests.
@@ -142,6 +142,45 @@ fn only_one_ordinary_question_counts() {
 }
 
 #[test]
+fn nothing_rides_behind_a_question() {
+    let name = octets("db.shop.svc.cluster.local");
+    let with = |additional: u16, more: &[u8]| asked(&message([1, 0x0100, 1, 0, 0, additional], &name, 1, 1, more));
+    assert_eq!((with(0, &[]), with(1, &OPT)), (asks::KNOWN, asks::KNOWN));
+    let changed = |at: usize, to: u8| {
+        let mut opt = OPT;
+        opt[at] = to;
+        opt
+    };
+    // Records that are announced and not there, there and not announced, and what follows them.
+    let evil = [6, b's', b'e', b'c', b'r', b'e', b't', 4, b'e', b'v', b'i', b'l', 0, 0, 1, 0, 1];
+    for (additional, more) in [(0, &OPT[..]), (0, &[0]), (0, &evil), (1, &[]), (1, &OPT[..10]), (1, &evil)] {
+        assert_eq!(with(additional, more), asks::OTHER, "{additional} {more:?}");
+    }
+    assert_eq!(with(1, &[&OPT[..], &evil].concat()), asks::OTHER);
+    // Another owner, type, extended code, version, flag; a length that is not there.
+    for (at, to) in [(0, 1), (1, 1), (2, 1), (5, 1), (6, 1), (7, 1), (8, 1), (9, 1), (10, 1)] {
+        assert_eq!(with(1, &changed(at, to)), asks::OTHER, "{at}");
+    }
+    for (at, to) in [(3, 255), (4, 255), (7, 0x80)] {
+        assert_eq!(with(1, &changed(at, to)), asks::KNOWN, "{at}");
+    }
+    let option = |code: u8, length: u8, data: usize| {
+        let option = [vec![0, code, 0, length], vec![7; data]].concat();
+        let mut opt = OPT.to_vec();
+        opt[10] = option.len() as u8;
+        opt.extend(option);
+        with(1, &opt)
+    };
+    for length in [8, 16, 24, 40] {
+        assert_eq!(option(10, length, usize::from(length)), asks::KNOWN, "a cookie of {length}");
+    }
+    for (code, length, data) in [(8, 8, 8), (10, 7, 7), (10, 9, 9), (10, 41, 41), (10, 8, 16), (10, 16, 8), (10, 0, 0)]
+    {
+        assert_eq!(option(code, length, data), asks::OTHER, "{code} {length} {data}");
+    }
+}
+
+#[test]
 fn octets_that_only_look_like_a_name_are_none() {
     // One label with dots inside it, a pointer, a label that holds the zero of the root.
     let mut one = vec![25];
@@ -217,6 +256,16 @@ fn the_verdict_steers_what_is_not_a_services_name() {
     assert_eq!((said(ISOLATED, &other).action, said(ISOLATED, &other).code), (Action::Drop, Code::NoGateway as u8));
     assert_eq!(said(GUARDED, &strange).action, Action::Pass);
     assert!(w.endpoints.values().all(|e| e.flags & endpoint::TOUCHED != 0));
+    // Something inside is yet to be written.
+    let question = frame(ISOLATED.0, DNS.0, DNS.1, &service);
+    let (mut p, mut d) = (Packet::default(), Decision::default());
+    let parsed = parse(&question.as_slice(), ethertype(&question), &mut p);
+    *w.frame.borrow_mut() = question;
+    for (marks, said) in [(0, (Action::Pass, Code::Allowed)), (mark::INNER, (Action::Drop, Code::NoGateway))] {
+        p.marks |= marks;
+        verdict(parsed, &p, ISOLATED.2, &w, &mut d);
+        assert_eq!((d.action, d.code), (said.0, said.1 as u8));
+    }
     // Fragments are not read.
     let mut first = frame(ISOLATED.0, DNS.0, DNS.1, &service);
     first[20] |= 0x20;

@@ -41,6 +41,9 @@ pub enum Error {
         /// What differs.
         what: String,
     },
+    /// The kernel does not tell where it has something, or has it elsewhere than it should.
+    #[error("the kernel's types: {0}")]
+    Types(&'static str),
     /// Another process holds the pins.
     #[error("another process works with the pins in {0}")]
     Busy(PathBuf),

@@ -47,6 +47,7 @@ pub const fn reason(code: Code) -> Reason {
         Code::NoGateway => Reason::NoGateway,
         Code::TooBig => Reason::TooBig,
         Code::Quota => Reason::Quota,
+        Code::Checksum => Reason::Checksum,
     }
 }
 

@@ -18,7 +18,7 @@ use tidegate_ebpf_common::layout::{DnsKey, Endpoint, Naming, OVERLAYS, PrefixKey
 use tidegate_policy::state::Named;
 
 use crate::attach::{entries, file_name, link_detach, link_error, remove};
-use crate::{Error, Program, carry, names};
+use crate::{Error, Program, carry, kernel, names};
 
 /// The folder of its pins below that of all pins.
 pub(crate) const FIXED: &str = "static";
@@ -98,6 +98,7 @@ pub fn attach_fixed(pins: &Path, fixed: &Fixed, device: &str, ifindex: u32, pod:
     let mut ebpf = EbpfLoader::new()
         // It relocates nothing, and reading the kernel's types takes longer than all the rest.
         .btf(None)
+        .override_global("SKB", &kernel::skb()?, true)
         .override_global("TUNNEL_PORT", &fixed.tunnel_port, true)
         .override_global("OVERLAY", &overlay, true)
         .override_global("MARK", &fixed.mark, true)

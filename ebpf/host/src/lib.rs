@@ -19,6 +19,7 @@ mod events;
 mod fixed;
 mod ids;
 mod incarnation;
+mod kernel;
 mod load;
 mod names;
 mod own;

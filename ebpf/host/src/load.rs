@@ -26,7 +26,7 @@ use crate::names;
 use crate::own::OWN;
 use crate::ports::PortSets;
 use crate::table::{Hashed, Table, Trie};
-use crate::{Capacities, Error, Local, Options, Program, Role, carry};
+use crate::{Capacities, Error, Local, Options, Program, Role, carry, kernel};
 
 /// The object, aligned as its parser needs it.
 #[repr(C, align(8))]
@@ -459,6 +459,7 @@ pub(crate) fn load_object(options: &Options, root: &Path) -> Result<Ebpf, Error>
         loader.map_pin_path(layout.name, root.join("maps").join(layout.name));
     }
     let mut ebpf = loader
+        .override_global("SKB", &kernel::skb()?, true)
         .override_global("TUNNEL_PORT", &options.tunnel_port, true)
         .override_global("MARK", &options.mark, true)
         .override_global("OVERLAY", &overlay, true)

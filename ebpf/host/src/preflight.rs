@@ -5,6 +5,7 @@ use std::path::Path;
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
+const LOCKDOWN: &str = "/sys/kernel/security/lockdown";
 const BPFFS: &str = "/sys/fs/bpf";
 
 /// Checks what the kernel programs need, and mounts the bpffs if it is not mounted.
@@ -20,9 +21,13 @@ pub fn preflight() -> Result<(), String> {
     if !Path::new("/sys/kernel/btf/vmlinux").exists() {
         return Err("the kernel has no BTF: it must be built with CONFIG_DEBUG_INFO_BTF".into());
     }
+    // Where there is no such file, loading the programs says it.
+    if std::fs::read_to_string(LOCKDOWN).is_ok_and(|modes| modes.contains("[confidentiality]")) {
+        return Err("the kernel is locked down to confidentiality: programs cannot read its packet buffers".into());
+    }
     mount_bpffs()?;
     // Creating a map needs CAP_BPF, loading classifiers CAP_NET_ADMIN; without CAP_PERFMON the verifier refuses code that
-    // reuses stack slots of pointers, as compilers make it.
+    // reuses stack slots of pointers, as compilers make it, and reads of the kernel's memory.
     for (bit, name) in [(39, "CAP_BPF"), (12, "CAP_NET_ADMIN"), (38, "CAP_PERFMON")] {
         if !has_capability(bit) {
             return Err(format!("{name} is missing: run as root or grant it"));

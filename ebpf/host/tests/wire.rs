@@ -13,6 +13,7 @@ use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
+use common::forge::{Frame, addressed};
 use common::netns::{Ns, join};
 use common::{Fixture, packets};
 use tidegate_ebpf::{Attached, Hook, Interface, Local, Outcome, Place, Plugged, Program, Role};
@@ -244,6 +245,27 @@ fn steered_packets_come_back_from_both_nodes() {
         // Its namespace lives on in its socket; the read timeout ends it if this does not.
         drop(server);
     }
+}
+
+/// As it comes over a veth, or from a neighbour's virtual machine, whose node has not looked at it.
+#[test]
+fn a_gateway_judges_nothing_that_is_yet_to_change() {
+    let w = World::new();
+    let server = w.gateway.enter(|| UdpSocket::bind(DNS).unwrap());
+    server.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
+    let pod = "10.244.1.5";
+    let (to, _) = DNS.split_once(':').unwrap();
+    let frame = addressed(packets::udp(pod, to, 53), w.gateway.device("tgp").1, w.a.ns.device("tgq").1);
+    let count = || {
+        let all = w.gateway_path.path().counters().unwrap();
+        let of = (Hook::GatewayIngress, Outcome::Drop, Reason::Checksum);
+        all.iter().find(|c| (c.hook, c.outcome, c.reason) == of).map_or(0, |c| c.packets)
+    };
+    Frame::forged(frame.clone(), 36, 5_353u16.to_be_bytes(), 42, pod, to).send(&w.a.ns, "tgq");
+    assert_eq!(count(), 1);
+    Frame::own(frame, pod, to).send(&w.a.ns, "tgq");
+    assert_eq!(server.recv(&mut [0; 64]).unwrap(), b"payload".len());
+    assert_eq!(count(), 1);
 }
 
 #[test]

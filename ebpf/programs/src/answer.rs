@@ -1,6 +1,7 @@
 //! Packets that the programs answer in place: ICMP for packets that are too large, ARP and
 //! neighbour advertisements for held addresses.
 
+use aya_ebpf::bindings::__sk_buff;
 use tidegate_ebpf_common::Bytes;
 use tidegate_ebpf_common::packet::ETH;
 
@@ -34,10 +35,12 @@ fn swap_macs(skb: &Skb) -> bool {
 }
 
 /// Answers Frag-Needed (RFC 1191) or Packet-Too-Big (RFC 4443, section 3.2) to the sender, from
-/// the original destination.
-#[inline(always)]
-pub fn too_big(skb: &Skb, v6: bool) -> i32 {
-    let done = if v6 { too_big_v6(skb) } else { too_big_v4(skb) };
+/// the original destination. A global function in the kernel's sense: it has a stack of its own.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn too_big(ctx: *mut __sk_buff, v6: u32) -> i32 {
+    let skb = &Skb::of(ctx);
+    let done = if v6 != 0 { too_big_v6(skb) } else { too_big_v4(skb) };
     if done && swap_macs(skb) { skb.redirect(skb.ifindex()) } else { SHOT }
 }
 

@@ -17,8 +17,11 @@ pub fn gateway_ingress(ctx: TcContext) -> i32 {
     let t = Kernel::<true>::new(config);
     let mut p = Packet::default();
     let mut d = Decision::default();
-    let parsed = skb.parse(&mut p);
-    verdict(parsed, &p, skb.ifindex(), &t, &mut d);
+    // Between virtual machines, and over a veth, it may come as the pod sent it.
+    match skb.parse_lasting(&mut p) {
+        Some(parsed) => verdict(parsed, &p, skb.ifindex(), &t, &mut d),
+        None => d.drop(Code::Checksum),
+    }
     if d.action != Action::Steer {
         count(Hook::GatewayIngress, Outcome::Drop, d.code);
         if d.report {

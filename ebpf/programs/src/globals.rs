@@ -1,6 +1,6 @@
 //! What the loader tells both objects: it rewrites these in the object.
 
-use tidegate_ebpf_common::layout::OVERLAYS;
+use tidegate_ebpf_common::layout::{OVERLAYS, SkbOffsets};
 
 /// UDP port of the tunnel.
 #[unsafe(no_mangle)]
@@ -8,6 +8,9 @@ static TUNNEL_PORT: u16 = 8475;
 /// UDP ports at which nodes unpack the network plugin's overlay; 0 is none.
 #[unsafe(no_mangle)]
 static OVERLAY: [u16; OVERLAYS] = [0; OVERLAYS];
+/// Where the kernel has what no helper tells of a packet.
+#[unsafe(no_mangle)]
+static SKB: SkbOffsets = SkbOffsets { summed: 0, summed_shift: 0, csum: 0, head: 0 };
 /// The mark of packets that passed the verdict.
 #[unsafe(no_mangle)]
 static MARK: u32 = 0x0020_0000;
@@ -31,6 +34,7 @@ macro_rules! global {
 pub(crate) use global;
 
 global!(tunnel_port, TUNNEL_PORT, u16);
+global!(skb, SKB, SkbOffsets);
 global!(mark, MARK, u32);
 global!(mark_cluster, MARK_CLUSTER, u32);
 global!(mark_mask, MARK_MASK, u32);

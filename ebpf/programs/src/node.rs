@@ -27,8 +27,10 @@ fn pod_egress_inner(skb: &Skb) -> i32 {
     let t = Kernel::<false> { config, ctx: skb.ctx };
     let mut p = Packet::default();
     let mut d = Decision::default();
-    let parsed = skb.parse(&mut p);
-    verdict(parsed, &p, skb.ifindex(), &t, &mut d);
+    match skb.parse_lasting(&mut p) {
+        Some(parsed) => verdict(parsed, &p, skb.ifindex(), &t, &mut d),
+        None => d.drop(Code::Checksum),
+    }
     match d.action {
         Action::Ignore => NEXT,
         Action::Pass => {
@@ -69,7 +71,7 @@ fn steer(skb: &Skb, p: &Packet, owner: u32, tunnel: u32) -> i32 {
     if p.has(mark::DONT_FRAGMENT) && too_large(skb, p) {
         count(Hook::PodEgress, Outcome::Drop, Code::TooBig as u8);
         report(skb, Hook::PodEgress, Outcome::Drop, Code::TooBig as u8, p);
-        return crate::answer::too_big(skb, p.is_v6());
+        return crate::answer::too_big(skb.ctx, u32::from(p.is_v6()));
     }
     let Some(remote) = get!(OUTER, &node) else {
         return dropped(skb, Hook::PodEgress, Code::NoGateway, p);

@@ -3,9 +3,12 @@
 use aya_ebpf::bindings::{__sk_buff, bpf_tunnel_key};
 use aya_ebpf::helpers::generated as bpf;
 use aya_ebpf::programs::TcContext;
+use tidegate_ebpf_common::checksum;
 use tidegate_ebpf_common::layout::Addr;
 use tidegate_ebpf_common::packet::parse;
 use tidegate_ebpf_common::{Bytes, Packet, Parsed};
+
+use crate::globals;
 
 /// `TCX_NEXT`: the next program of the chain decides.
 pub const NEXT: i32 = -1;
@@ -42,6 +45,54 @@ pub struct Skb {
     pub ctx: *mut __sk_buff,
     /// Read once: a pointer into the context that the compiler keeps for a second read is refused.
     ifindex: u32,
+}
+
+/// Reads the frame's headers: a [`Parsed`], 4 if what was read will be something else when the frame leaves. A global function
+/// in the kernel's sense: it is verified once, has a stack of its own, and what it wrote is unknown to who calls it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn parse_lasting(ctx: *mut __sk_buff, to: *mut Packet) -> u32 {
+    // SAFETY: the verifier lets no other pass than null and a whole packet.
+    let Some(p) = (unsafe { to.as_mut() }) else { return 4 };
+    let skb = Skb::of(ctx);
+    let parsed = parse(&skb, skb.ethertype(), p);
+    if checksum::stays(parsed, p, unwritten(ctx)) { parsed as u32 } else { 4 }
+}
+
+/// `CHECKSUM_PARTIAL` of `ip_summed`.
+const PARTIAL: u8 = 3;
+
+/// The checksum that a device is yet to write, as [`checksum::pending`] says it. A global function in the kernel's sense: it
+/// is verified once.
+///
+/// No helper tells, so the kernel's own structure is read: a classifier's context is the address of its `sk_buff`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn unwritten(ctx: *mut __sk_buff) -> u64 {
+    // Nothing can be judged whose octet 0 is yet to be written.
+    const UNKNOWN: u64 = checksum::pending(0, 0);
+    let at = globals::skb();
+    let skb = ctx.cast::<u8>();
+    let (mut summed, mut sum, mut ends) = (0u8, [0u16; 2], [0u64; 2]);
+    if !read(skb.wrapping_add(at.summed as usize), &mut summed) {
+        return UNKNOWN;
+    }
+    if summed >> (at.summed_shift & 7) & 3 != PARTIAL {
+        return checksum::NONE;
+    }
+    if !read(skb.wrapping_add(at.csum as usize), &mut sum) || !read(skb.wrapping_add(at.head as usize), &mut ends) {
+        return UNKNOWN;
+    }
+    // It counts from the buffer's beginning, we from the frame's.
+    let start = ends[0].wrapping_add(u64::from(sum[0])).wrapping_sub(ends[1]);
+    if start > u64::from(u16::MAX) { UNKNOWN } else { checksum::pending(start as u16, sum[1]) }
+}
+
+/// Reads the kernel's memory.
+#[inline(always)]
+fn read<T: Copy>(from: *const u8, to: &mut T) -> bool {
+    // SAFETY: integers of the size told; the helper refuses what is no memory.
+    unsafe { bpf::bpf_probe_read_kernel((&raw mut *to).cast(), size_of::<T>() as u32, from.cast()) == 0 }
 }
 
 macro_rules! field {
@@ -114,6 +165,18 @@ impl Skb {
         p.src.0 = [s[0] ^ veil, s[1] ^ veil, s[2] ^ veil, s[3] ^ veil];
         p.dst.0 = [d[0] ^ veil, d[1] ^ veil, d[2] ^ veil, d[3] ^ veil];
         parsed
+    }
+
+    /// Reads the frame's headers. `None` if what was read will be something else when the frame leaves.
+    #[inline(always)]
+    pub fn parse_lasting(&self, p: &mut Packet) -> Option<Parsed> {
+        match parse_lasting(self.ctx, p) {
+            0 => Some(Parsed::Ip),
+            1 => Some(Parsed::Arp),
+            2 => Some(Parsed::NotIp),
+            3 => Some(Parsed::Malformed),
+            _ => None,
+        }
     }
 
     /// The EtherType; a tagged frame has none that we speak.

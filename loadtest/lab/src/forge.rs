@@ -3,7 +3,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::place::Place;
@@ -77,6 +77,63 @@ pub fn tcp(src: SocketAddr, dst: SocketAddr, flags: u8, seq: u32, ack: u32, payl
     ip(src.ip(), dst.ip(), 6, &sealed(src.ip(), dst.ip(), 6, body, 16))
 }
 
+/// A packet that the device by which it leaves the last kernel is to finish: it puts a checksum over what begins at `start`
+/// of the packet there, `offset` octets behind that.
+pub struct Unfinished {
+    /// The IP packet.
+    pub packet: Vec<u8>,
+    /// Where the sum begins.
+    pub start: u16,
+    /// Where it goes.
+    pub offset: u16,
+}
+
+/// A UDP datagram that will have the port `to` in place of its destination's; `None` leaves its own checksum to be written,
+/// as every kernel does.
+pub fn unfinished(src: SocketAddr, dst: SocketAddr, to: Option<u16>) -> Unfinished {
+    let mut packet = udp(src, dst, b"to be tuned!");
+    let start: u16 = if src.is_ipv4() { 20 } else { 40 };
+    let l4 = usize::from(start);
+    let sum = |parts: &[&[u8]]| !u16::from_be_bytes(checksum(parts));
+    if let Some(port) = to {
+        packet[l4 + 6..l4 + 10].fill(0);
+        let tuned = sum(&[&(!port).to_be_bytes(), &checksum(&[&packet[l4..]])]);
+        packet[l4 + 8..l4 + 10].copy_from_slice(&tuned.to_be_bytes());
+        return Unfinished { packet, start, offset: 2 };
+    }
+    let length = u32::try_from(packet.len() - l4).unwrap_or(u32::MAX).to_be_bytes();
+    let pseudo = sum(&[&octets(src.ip()), &octets(dst.ip()), &length, &[0, 0, 0, 17]]);
+    packet[l4 + 6..l4 + 8].copy_from_slice(&pseudo.to_be_bytes());
+    Unfinished { packet, start, offset: 6 }
+}
+
+/// Sends such a packet from a pod, to the next hop that it knows.
+///
+/// # Errors
+/// When the pod knows none, or its kernel refuses.
+pub fn send_unfinished(from: &Place<'_>, unfinished: &Unfinished) -> Result<()> {
+    /// A packet socket with `PACKET_VNET_HDR`.
+    const SEND: &str = "import socket, sys
+s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+s.setsockopt(263, 15, 1)
+s.bind(('eth0', int(sys.argv[1])))
+s.send(bytes.fromhex(sys.argv[2]))";
+    let v4 = unfinished.packet.first().is_some_and(|b| b >> 4 == 4);
+    let (family, kind) = if v4 { ("-4", 0x0800u16) } else { ("-6", 0x86dd) };
+    let known = from.run(&["ip", family, "neigh", "show", "dev", "eth0"]).stdout;
+    let hop = known.split_whitespace().skip_while(|w| *w != "lladdr").nth(1);
+    let hop = hop.with_context(|| format!("{} knows no next hop", from.name()))?.replace(':', "");
+    // VIRTIO_NET_HDR_F_NEEDS_CSUM; no segments.
+    let mut head = vec![1, 0, 0, 0, 0, 0];
+    head.extend((unfinished.start + 14).to_ne_bytes());
+    head.extend(unfinished.offset.to_ne_bytes());
+    let hex = |octets: &[u8]| octets.iter().map(|b| format!("{b:02x}")).collect::<String>();
+    let frame = format!("{}{hop}020000000005{kind:04x}{}", hex(&head), hex(&unfinished.packet));
+    let out = from.run(&["python3", "-c", SEND, &kind.to_string(), &frame]);
+    ensure!(out.status == 0, "{}: {}", from.name(), out.stderr);
+    Ok(())
+}
+
 /// A UDP datagram.
 pub fn udp(src: SocketAddr, dst: SocketAddr, payload: &[u8]) -> Vec<u8> {
     let mut body = [src.port().to_be_bytes(), dst.port().to_be_bytes()].concat();
@@ -136,6 +193,24 @@ fn destination(packet: &[u8]) -> Option<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_checksum_becomes_a_port() {
+        for (src, dst) in [("192.0.2.1:5", "192.0.2.2:6"), ("[2001:db8::1]:5", "[2001:db8::2]:6")] {
+            let (src, dst) = (src.parse().unwrap(), dst.parse().unwrap());
+            for (to, becomes) in [(Some(853), 853u16.to_be_bytes()), (None, [0, 0])] {
+                let mut u = unfinished(src, dst, to);
+                let (start, at) = (usize::from(u.start), usize::from(u.start + u.offset));
+                let written = checksum(&[&u.packet[start..]]);
+                if to.is_some() {
+                    assert_eq!(written, becomes);
+                    continue;
+                }
+                u.packet[at..at + 2].copy_from_slice(&written);
+                assert_eq!(u.packet, udp(src, dst, b"to be tuned!"));
+            }
+        }
+    }
 
     #[test]
     fn checksums_add_up() {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use socket2::{Domain, Protocol, Socket, Type};
-use support::{PASSES, address, named, run, translate};
+use support::{PASSES, address, named, run, sees, translate};
 use tidegate_lab::forge;
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::probe::{self, FAMILIES, Family};
@@ -53,6 +53,7 @@ fn hostile_tenants() {
     services_that_lead_outside(&lab);
     tunnels_of_the_network_plugin(&lab);
     openings_that_nobody_sent(&lab);
+    ports_that_devices_write(&lab);
 }
 
 /// On a bridge a pod's interface is found by what its neighbours say of themselves: one that takes another's address by
@@ -175,5 +176,33 @@ fn openings_that_nobody_sent(lab: &Lab) {
         socket.send_to(b"secret", outside).unwrap();
         std::thread::sleep(Duration::from_millis(300));
         assert_eq!(watch.packets().unwrap(), 0, "{family:?}");
+    }
+}
+
+/// A datagram whose port is another one when a device has written its checksum.
+fn ports_that_devices_write(lab: &Lab) {
+    // On a worker, on a gateway's node.
+    for (pod, node) in [("shop/web", "node-1"), ("shop/local", "gw-node-a")] {
+        for family in FAMILIES {
+            let to = named(family, 13, 7001);
+            assert!(!probe::dig(&lab.pod(pod), "udp.example.com", family.record(), &[]).answers.is_empty(), "{pod}");
+            assert!(answers(lab, pod, to), "{pod} {family:?}");
+            let refused =
+                || lab.metric(node, "tidegate_packets_total", &["hook=\"pod_egress\"", "reason=\"checksum\""]).unwrap();
+            let (watch, before) = (lab.watch(to.ip(), "meta l4proto udp").unwrap(), refused());
+            let from = SocketAddr::new(address(lab, pod, family), 6_444);
+            let ports = [53, 853, 8475, 8472];
+            for port in ports {
+                forge::send_unfinished(&lab.pod(pod), &forge::unfinished(from, to, Some(port))).unwrap();
+            }
+            let seen = wait_for(Duration::from_secs(5), || (refused() >= before + 4.0).then_some(()));
+            assert!(seen.is_some(), "{pod} {family:?}: {}", refused() - before);
+            std::thread::sleep(PASSES);
+            assert_eq!(watch.packets().unwrap(), 0, "{pod} {family:?}");
+            // As the pod's own kernel sends it.
+            forge::send_unfinished(&lab.pod(pod), &forge::unfinished(from, to, None)).unwrap();
+            assert!(sees(&watch, 1), "{pod} {family:?}");
+            assert_eq!(refused(), before + 4.0);
+        }
     }
 }

@@ -55,6 +55,7 @@ impl Denied {
                 | Reason::Revoked
                 | Reason::DnsUpstream
                 | Reason::SpoofedSource
+                | Reason::Checksum
         ) {
             return None;
         }

@@ -92,6 +92,8 @@ reasons! {
     Fragment = "fragment",
     /// A packet whose headers cannot be parsed.
     Malformed = "malformed",
+    /// A packet whose sender has a device write a checksum into what was judged.
+    Checksum = "checksum",
     /// No gateway serves this scope now.
     NoGateway = "no-gateway",
     /// The pool has no egress address of this IP family.

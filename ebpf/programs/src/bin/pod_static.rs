@@ -33,7 +33,7 @@ mod program {
     };
     use tidegate_ebpf_common::names::asks;
     use tidegate_ebpf_common::packet::ETH;
-    use tidegate_ebpf_common::{Action, Decision, Packet, Tables, verdict};
+    use tidegate_ebpf_common::{Action, Code, Decision, Packet, Tables, verdict};
 
     use crate::globals::{self, global};
     use crate::names;
@@ -189,8 +189,10 @@ mod program {
     fn judge(skb: &Skb) -> i32 {
         let mut p = Packet::default();
         let mut d = Decision::default();
-        let parsed = skb.parse(&mut p);
-        verdict(parsed, &p, skb.ifindex(), &Fixed(skb.ctx), &mut d);
+        match skb.parse_lasting(&mut p) {
+            Some(parsed) => verdict(parsed, &p, skb.ifindex(), &Fixed(skb.ctx), &mut d),
+            None => d.drop(Code::Checksum),
+        }
         match d.action {
             Action::Ignore => NEXT,
             Action::Pass => {
