@@ -131,12 +131,10 @@ pub fn in_cluster(s: &mut Story<'_>) -> Result<()> {
     Ok(())
 }
 
-/// 13: ways round.
-pub fn ways_round(s: &mut Story<'_>) -> Result<()> {
-    let fragmented = vec![b'.'; s.lab.scenario().mtu as usize + 2500];
+/// 13: sources that are not the pod's.
+pub fn forged(s: &mut Story<'_>) -> Result<()> {
     for family in s.families() {
         s.resolve("shop/worker", family, "tcp.example.com")?;
-        s.resolve("shop/worker", family, "udp.example.com")?;
         let watch = s.lab.watch(named(family, 12, 0).ip(), "")?;
         // An address of its own making, one of another pod of its node that may do the same, and one of a pod
         // elsewhere; the pod has root in its namespace.
@@ -156,7 +154,18 @@ pub fn ways_round(s: &mut Story<'_>) -> Result<()> {
             s.check_why("shop/worker", &format!("curl --interface {forged} {url}"), "no answer", text, good, &why);
             s.place("shop/worker")?.run(&["ip", "addr", "del", &format!("{forged}/{length}"), "dev", "lo"]);
         }
+    }
+    Ok(())
+}
 
+/// 13: what could carry anything.
+pub fn carriers(s: &mut Story<'_>) -> Result<()> {
+    let fragmented = vec![b'.'; s.lab.scenario().mtu as usize + 2500];
+    for family in s.families() {
+        for name in ["tcp.example.com", "udp.example.com"] {
+            s.resolve("shop/worker", family, name)?;
+        }
+        let watch = s.lab.watch(named(family, 12, 0).ip(), "")?;
         // GRE by hand: the node must not let protocols out that nobody checks.
         let to = named(family, 12, 0).ip();
         let why = s.at_node("shop/worker", &["protocol"], to.to_string())?;
@@ -168,11 +177,17 @@ pub fn ways_round(s: &mut Story<'_>) -> Result<()> {
         let node = s.node_address("shop/web", family)?;
         s.udp_dropped("shop/worker", SocketAddr::new(node, 8475), b"vxlan", &["tunnel-port"])?;
         s.udp_dropped("shop/worker", named(family, 13, 7001), &fragmented, &["fragment"])?;
+    }
+    Ok(())
+}
+
+/// 13: names that nobody sees, and the cloud's metadata.
+pub fn encrypted_dns(s: &mut Story<'_>) -> Result<()> {
+    for family in s.families() {
+        s.resolve("shop/worker", family, "tcp.example.com")?;
         s.dropped("shop/worker", named(family, 12, 853), &["encrypted-dns"])?;
         // DNS over QUIC.
         s.udp_dropped("shop/worker", named(family, 12, 853), b"quic", &["encrypted-dns"])?;
-    }
-    for family in s.families() {
         let to = SocketAddr::new(ip(family.pick(METADATA, METADATA6)), 80);
         s.dropped("shop/worker", to, &["metadata"])?;
     }
