@@ -38,6 +38,8 @@ const OWN_BURST: u32 = 10;
 const OWN_SPACING: Duration = Duration::from_secs(6);
 /// The longest note, by the API.
 const MAX_NOTE: usize = 1024;
+/// The longest name of an object.
+const MAX_NAME: usize = 253;
 /// The longest name before the API server's own suffix.
 const MAX_PREFIX: usize = 200;
 
@@ -116,6 +118,8 @@ pub struct Sieve {
     /// Of those that have said nothing lately, so that nobody holds up what they begin with; and of the others.
     quiet: Bucket,
     loud: Bucket,
+    /// Of moves of addresses, which nobody brings about by what he sends.
+    moves: Bucket,
 }
 
 impl Sieve {
@@ -126,6 +130,15 @@ impl Sieve {
         let known = |(_, about): &(String, About), at: &Duration| now.saturating_sub(*at) < about.once();
         if self.said.get(&key).is_some_and(|at| known(&key, at)) {
             return false;
+        }
+        if matches!(n.about, About::Moved { .. }) {
+            let lets = self.moves.has(BURST, SPACING, now);
+            if lets {
+                self.moves.take(SPACING, now);
+                self.said.retain(|key, at| known(key, at));
+                self.said.insert(key, now);
+            }
+            return lets;
         }
         let lately = self.of.get(&n.namespace).copied().filter(|(_, at)| old(at));
         let mut own = lately.unwrap_or_default().0;
@@ -206,7 +219,8 @@ fn event(n: &News, uid: String, reporter: &str, now: Timestamp) -> Event {
             ("NamespaceEgress", "tidegate.dev/v1alpha1", NAME, "EndAudit", *reason, "Normal", Some(own))
         }
         About::Moved { pool, pair, epoch } => {
-            let own = format!("{}.{pair}.{}.{epoch}", cut(pool, MAX_PREFIX), MOVED.to_lowercase());
+            let end = format!(".{pair}.{}.{epoch}", MOVED.to_lowercase());
+            let own = cut(pool, MAX_NAME.saturating_sub(end.len())).trim_end_matches(['.', '-']).to_owned() + &end;
             ("EgressPool", "tidegate.dev/v1alpha1", pool.as_str(), "Move", MOVED, "Normal", Some(own))
         }
     };
@@ -300,6 +314,43 @@ mod tests {
             f.lets(&denial(&format!("n{}", i % 7), "c", &i.to_string(), "c"), s(at));
         }
         assert!(f.said.len() <= REMEMBERED && f.of.len() <= REMEMBERED);
+    }
+
+    fn moved(pool: &str, epoch: u64) -> News {
+        let about = About::Moved { pool: pool.into(), pair: "203.0.113.10-2001.db8..10".into(), epoch };
+        News { namespace: CLUSTER.into(), about, note: "n".into() }
+    }
+
+    #[test]
+    fn no_flood_of_denials_swallows_a_move() {
+        let mut f = Sieve::default();
+        for at in 0..120 {
+            for n in 0..100 {
+                f.lets(&denial(&format!("loud-{n}"), "p", &at.to_string(), "c"), s(at));
+                f.lets(&denial(CLUSTER, "p", &format!("{at}-{n}"), "c"), s(at));
+            }
+            for n in 0..100 {
+                f.lets(&denial(&format!("new-{at}-{n}"), "p", "x", "c"), s(at));
+            }
+        }
+        let told = (0..100).filter(|n| f.lets(&moved("p", *n), s(119))).count();
+        assert_eq!(told, BURST as usize, "and of moves there is an end, too");
+        assert!(!f.lets(&moved("p", 0), s(140)) && f.lets(&moved("p", 100), s(140)));
+        // Nor the other way round.
+        assert!(f.lets(&denial("quiet", "p", "x", "c"), s(140)));
+    }
+
+    #[test]
+    fn names_of_events_are_short_enough_and_differ() {
+        let name =
+            |pool: &str, epoch| event(&moved(pool, epoch), "u".into(), "gw", Timestamp::now()).metadata.name.unwrap();
+        for length in 180..=253 {
+            let pool = format!("{}.p", "p".repeat(length - 2));
+            let [one, two] = [1, u64::MAX].map(|epoch| name(&pool, epoch));
+            assert!(one.len() <= 253 && two.len() <= 253 && one != two);
+            assert!(one.split('.').all(|l| !l.starts_with('-') && !l.ends_with('-')), "{one}");
+        }
+        assert!(name("partner-a", 7).starts_with("partner-a.203.0.113.10-"));
     }
 
     #[test]
