@@ -257,10 +257,11 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
                 },
                 Some(v) => {
                     let (before, started) = (v.clone(), Instant::now());
-                    let known = if std::mem::take(&mut fresh) { Ok(()) } else { self.knows(v).await };
-                    let end = match known {
-                        Ok(()) => self.changes(shared, v).await,
-                        Err(end) => end,
+                    let fresh = std::mem::take(&mut fresh);
+                    // What has been said is said with its version, so that nothing is lost where the watch is given up.
+                    let end = tokio::select! {
+                        end = self.changes(shared, v) => end,
+                        end = self.forgets(&before), if !fresh => end,
                     };
                     shared.health().followed = None;
                     lived = started.elapsed() >= LIVED;
@@ -333,15 +334,29 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
         })
     }
 
-    /// Asks whether the API server has come so far: one whose storage was restored from a backup has not. A watch from a version
+    /// Ends when the API server has not come so far: one whose storage was restored from a backup has not. A watch from a version
     /// that is not there yet waits for it without a word, and what changes until then is missed.
-    async fn knows(&self, version: &str) -> Result<(), End> {
-        let now = self.page(&self.parameters(1)).await?.metadata.resource_version.unwrap_or_default();
-        match (now.parse::<u64>(), version.parse::<u64>()) {
-            (Ok(now), Ok(version)) if now < version => {
-                Err(End::Anew(format!("its versions have gone back from {version} to {now}")))
+    async fn forgets(&self, version: &str) -> End {
+        // Objects that a selector leaves out would be searched through for one that it takes. By name it may be all that is allowed.
+        let by_name = Some(&self.list.fields).filter(|f| f.starts_with("metadata.name="));
+        let params = ListParams { field_selector: by_name.cloned(), limit: Some(1), ..ListParams::default() };
+        let mut wait = BACKOFF.0;
+        loop {
+            let now = match self.page(&params).await {
+                Ok(page) => page.metadata.resource_version.unwrap_or_default(),
+                Err(End::Failed(_)) => {
+                    // The watch says what that means for it.
+                    tokio::time::sleep(next(&mut wait)).await;
+                    continue;
+                }
+                Err(end) => return end,
+            };
+            match (now.parse::<u64>(), version.parse::<u64>()) {
+                (Ok(now), Ok(version)) if now < version => {
+                    return End::Anew(format!("its versions have gone back from {version} to {now}"));
+                }
+                _ => return std::future::pending().await,
             }
-            _ => Ok(()),
         }
     }
 
@@ -413,7 +428,7 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
             let read = tokio::select! {
                 read = tokio::time::timeout(SILENT, limited.read_until(b'\n', &mut line)) => read,
                 () = shared.hurry.notified() => {
-                    tracing::warn!(list = ?feed, "the watch is behind: another one takes its place");
+                    tracing::info!(list = ?feed, "another watch takes the place of this one, which may be behind");
                     return End::Again;
                 }
             };
