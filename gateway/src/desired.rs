@@ -215,12 +215,34 @@ impl Desired {
         Some(Pair { pool: scope.pool().to_string(), ipv4, ipv6 })
     }
 
-    /// Every pair that a scope has now, with those of the gateways that may hold it, in order, and all of them.
+    /// The pairs of pools of which one drains, and whether it is that one. All of them have an owner, also without a scope: with
+    /// one that drains flows may live that scopes have left behind, and scopes leave it only for one at the same gateway.
+    fn beside_drains(world: &World) -> BTreeMap<Pair, model::Pair> {
+        let mut out = BTreeMap::new();
+        for (scope, _) in world.ways() {
+            let AddressSource::Static { pairs, .. } = scope.source() else { continue };
+            if pairs.iter().any(|p| p.draining) {
+                let named = |p: &model::Pair| Pair { pool: scope.pool().to_string(), ipv4: p.ipv4, ipv6: p.ipv6 };
+                out.extend(pairs.iter().map(|p| (named(p), *p)));
+            }
+        }
+        out
+    }
+
+    /// Every pair that needs an owner now, with those of the gateways that may hold it, in order, and all of them. One that
+    /// nobody holds goes where another one of its pool drains: its scopes can follow.
     pub fn pairs(&self, compiled: &Compiled) -> BTreeMap<Pair, Order> {
-        let (members, owners) = (self.members.load(), &self.config.owners);
-        let pairs: BTreeSet<Pair> = compiled.world.ways().filter_map(|(s, _)| Self::pair(s)).collect();
+        let (members, owners, claims) = (self.members.load(), &self.config.owners, self.claims.load());
+        let beside = Self::beside_drains(&compiled.world);
+        let mut pairs: BTreeSet<Pair> = compiled.world.ways().filter_map(|(s, _)| Self::pair(s)).collect();
+        pairs.extend(beside.keys().cloned());
+        let drains = beside.iter().filter(|(_, p)| p.draining);
+        let from: BTreeSet<(&str, &str)> =
+            drains.filter_map(|(p, _)| Some((p.pool.as_str(), claims.get(p)?.owner.as_str()))).collect();
         let order = |pair: Pair| {
-            let all = members::order(&members.listed, owners, &pair);
+            let drains = beside.get(&pair).is_some_and(|p| p.draining);
+            let near = |gateway: &str| !drains && from.contains(&(pair.pool.as_str(), gateway));
+            let all = members::order(&members.listed, owners, &pair, near);
             let candidates = members::candidates(&all, owners, &pair, |node| compiled.takes(&pair.pool, node));
             let reachable = all.iter().filter(|m| !m.addresses.is_empty());
             let others = reachable.map(|m| m.name.clone()).filter(|n| !candidates.contains(n)).collect();
@@ -240,10 +262,14 @@ impl Desired {
         }
     }
 
-    /// The pairs that this gateway holds: of every scope that it owns, sorted by index.
+    /// The pairs that this gateway holds, those of scopes and those beside one that drains, sorted by index.
     pub fn held(&self, world: &World) -> Vec<HeldPair> {
         let ways = world.ways().filter_map(|(s, _)| self.way_out(s));
-        let pairs = ways.filter_map(|w| w.pair.map(|p| HeldPair { index: w.index, ipv4: p.ipv4, ipv6: p.ipv6 }));
+        let used = ways.filter_map(|w| Some((w.index, w.pair?)));
+        let (claims, beside) = (self.claims.load(), Self::beside_drains(world));
+        let beside = beside.iter().filter(|(p, _)| claims.get(*p).is_some_and(|c| c.held));
+        let beside = beside.filter_map(|(named, p)| Some((self.index(&named.pool, p)?, *p)));
+        let pairs = used.chain(beside).map(|(index, p)| HeldPair { index, ipv4: p.ipv4, ipv6: p.ipv6 });
         pairs.collect::<BTreeSet<_>>().into_iter().collect()
     }
 

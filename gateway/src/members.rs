@@ -34,9 +34,9 @@ pub fn configured(config: &Config) -> Vec<Member> {
     config.gateways.iter().map(member).collect()
 }
 
-/// All gateways in the order in which a pair falls to them: the one that it is pinned to, then rendezvous order (the
-/// highest hash of gateway, pool and pair first).
-pub fn order<'m>(members: &'m [Member], owners: &[Owner], pair: &Pair) -> Vec<&'m Member> {
+/// All gateways in the order in which a pair falls to them: the one that it is pinned to, then those that are `near`, else
+/// rendezvous order (the highest hash of gateway, pool and pair first).
+pub fn order<'m>(members: &'m [Member], owners: &[Owner], pair: &Pair, near: impl Fn(&str) -> bool) -> Vec<&'m Member> {
     let pinned = pinned(owners, pair);
     let text = format!("{:?}/{:?}", pair.ipv4.map(IpAddr::from), pair.ipv6.map(IpAddr::from));
     let rank = |m: &Member| {
@@ -45,7 +45,7 @@ pub fn order<'m>(members: &'m [Member], owners: &[Owner], pair: &Pair) -> Vec<&'
             .field(pair.pool.as_bytes())
             .field(text.as_bytes())
             .finish();
-        (pinned == Some(&m.name), hash)
+        (pinned == Some(&m.name), near(&m.name), hash)
     };
     let mut all: Vec<&Member> = members.iter().collect();
     all.sort_by_key(|m| std::cmp::Reverse(rank(m)));
@@ -91,7 +91,7 @@ mod tests {
     }
 
     fn names(members: &[Member], owners: &[Owner], last: u8, takes: impl Fn(&str) -> bool) -> Vec<String> {
-        candidates(&order(members, owners, &pair(last)), owners, &pair(last), takes)
+        candidates(&order(members, owners, &pair(last), |_| false), owners, &pair(last), takes)
     }
 
     #[test]
@@ -128,7 +128,7 @@ mod tests {
     #[test]
     fn without_addresses_nobody_takes_over() {
         let alone = ["gw-a", "gw-b"].map(|n| member(n, false));
-        let first = order(&alone, &[], &pair(1))[0].name.clone();
+        let first = order(&alone, &[], &pair(1), |_| false)[0].name.clone();
         assert_eq!(names(&alone, &[], 1, |_| true), std::slice::from_ref(&first));
         let mixed = ["gw-a", "gw-b"].map(|n| member(n, n == first));
         assert_eq!(names(&mixed, &[], 1, |_| true), [first]);

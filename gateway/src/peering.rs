@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::core::ToCore;
+use crate::egress::live;
 use crate::kube::Kube;
 use crate::peers::Client;
 
@@ -67,7 +68,7 @@ pub fn record(kube: &Kube, core: Sender<ToCore>, stale: watch::Receiver<bool>) -
     let Connection { client, name, .. } = kube.connection();
     let teller = Arc::new(Teller { core, kept: Mutex::default() });
     let tell = teller.clone();
-    let run = pools::run(client, name, rx, stale, move |event| tell.tell(event));
+    let run = pools::run(client, name, rx, stale, Arc::new(live::addresses), move |event| tell.tell(event));
     kube.spawn(async move {
         let again = async {
             loop {

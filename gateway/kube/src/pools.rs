@@ -8,6 +8,7 @@
 mod object;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -85,6 +86,9 @@ pub fn resource() -> ApiResource {
     ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk("tidegate.dev", "v1alpha1", "EgressPool"), "egresspools")
 }
 
+/// The addresses that flows leave with which live, asked for while a pair drains. It may block for seconds.
+pub type Live = dyn Fn() -> std::io::Result<BTreeSet<IpAddr>> + Send + Sync;
+
 /// Runs for the gateway `me` until the commands end. While it is `stale` what it says of the use of pools is old, and none
 /// is held or let go. `tell` must not block.
 pub async fn run(
@@ -92,12 +96,14 @@ pub async fn run(
     me: String,
     commands: mpsc::Receiver<Command>,
     stale: watch::Receiver<bool>,
+    live: Arc<Live>,
     tell: impl Fn(Event) + Send + Sync + 'static,
 ) {
     let pools = Arc::new(Pools {
         api: Api::all_with(client.clone(), &resource()),
         me,
         known: parking_lot::Mutex::default(),
+        live,
         tell: Box::new(tell),
     });
     let (used, in_use) = watch::channel(None);
@@ -123,6 +129,7 @@ struct Pools {
     me: String,
     /// The newest object of each pool that was seen.
     known: parking_lot::Mutex<BTreeMap<String, DynamicObject>>,
+    live: Arc<Live>,
     tell: Box<dyn Fn(Event) + Send + Sync>,
 }
 
@@ -164,13 +171,20 @@ impl Pools {
             match now {
                 Some(now) if object::is_older(&now, &known) => {
                     // Unless something was written in the meantime.
-                    let version = self.known.lock().get(&name).and_then(ResourceExt::resource_version);
-                    if version == known.resource_version() {
+                    let same = |k: &DynamicObject| k.resource_version() == known.resource_version();
+                    let back = {
+                        let mut all = self.known.lock();
+                        let back = all.get(&name).is_some_and(same);
+                        if back {
+                            all.insert(name.clone(), now.clone());
+                        }
+                        back
+                    };
+                    if back {
                         tracing::warn!(
                             pool = name,
                             "its versions have gone back: the cluster was restored from a backup"
                         );
-                        self.known.lock().insert(name, now.clone());
                         self.tell(&now);
                     }
                 }
@@ -371,10 +385,19 @@ impl Pools {
                     let all = pool.finalizers().iter().cloned().chain([FINALIZER.to_owned()]).collect();
                     self.patch_finalizers(&pool, all).await
                 }
-                Some(counts) => match object::with_counts(&pool, &self.me, counts) {
-                    Some(addresses) => self.patch_addresses(&pool, addresses).await,
-                    None => continue,
-                },
+                Some(counts) => {
+                    let live = match self.live(&pool).await {
+                        Ok(live) => live,
+                        Err(error) => {
+                            tracing::warn!(pool = name, %error, "flows cannot be counted: it is not known what has drained");
+                            continue;
+                        }
+                    };
+                    match object::with_counts(&pool, &self.me, counts, &live) {
+                        Some(addresses) => self.patch_addresses(&pool, addresses).await,
+                        None => continue,
+                    }
+                }
                 None if held
                     && deleted
                     && unused.entry(name.clone()).or_insert_with(Instant::now).elapsed() >= UNUSED =>
@@ -388,6 +411,15 @@ impl Pools {
                 tracing::warn!(pool = name, error, "cannot look after a pool; trying again");
             }
         }
+    }
+
+    /// The addresses that living flows leave with, if that matters: one of the pool's pairs, and ours, drains.
+    async fn live(&self, pool: &DynamicObject) -> std::io::Result<BTreeSet<IpAddr>> {
+        if !object::drains(pool, &self.me) {
+            return Ok(BTreeSet::new());
+        }
+        let live = self.live.clone();
+        tokio::task::spawn_blocking(move || live()).await.map_err(std::io::Error::other)?
     }
 
     async fn within<T>(&self, request: impl Future<Output = kube::Result<T>>) -> Result<T, String> {

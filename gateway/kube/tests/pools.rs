@@ -3,8 +3,9 @@
 
 mod support;
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -15,6 +16,8 @@ use tidegate_kubernetes::{Connection, FINALIZER, Settings};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
+
+use self::support::Proxy;
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -49,17 +52,26 @@ fn write(pool: &str, last: u8, claim: Owner, over: Option<Owner>) -> Command {
 struct Gateway {
     commands: mpsc::Sender<Command>,
     stale: watch::Sender<bool>,
+    /// The addresses that flows leave with.
+    live: Arc<Mutex<BTreeSet<IpAddr>>>,
     events: mpsc::UnboundedReceiver<Event>,
     task: JoinHandle<()>,
 }
 
 impl Gateway {
     async fn start(cluster: &Cluster, name: &str) -> Self {
+        Self::with(connect(cluster).await, name)
+    }
+
+    fn with(client: kube::Client, name: &str) -> Self {
         let (commands, rx) = mpsc::channel(64);
         let (tell, events) = mpsc::unbounded_channel();
         let (stale, is_stale) = watch::channel(false);
-        let run = pools::run(connect(cluster).await, name.into(), rx, is_stale, move |e| drop(tell.send(e)));
-        Self { commands, stale, events, task: tokio::spawn(run) }
+        let live = Arc::<Mutex<BTreeSet<IpAddr>>>::default();
+        let lives = live.clone();
+        let lives = Arc::new(move || Ok(lives.lock().unwrap().clone()));
+        let run = pools::run(client, name.into(), rx, is_stale, lives, move |e| drop(tell.send(e)));
+        Self { commands, stale, live, events, task: tokio::spawn(run) }
     }
 
     async fn send(&self, command: Command) {
@@ -69,6 +81,23 @@ impl Gateway {
     /// Waits until a pool's records are these.
     async fn records(&mut self, pool: &str, wanted: &[Record]) {
         self.told(pool, |e| matches!(e, Event::Pool { records: Some(r), .. } if r == wanted)).await;
+    }
+
+    /// Sends until a pool's records are these: what the API server did not answer in time is asked for again, as by the core.
+    async fn recorded(&mut self, all: &[Command], pool: &str, wanted: &[Record]) {
+        let commands = self.commands.clone();
+        let asks = async {
+            loop {
+                for c in all {
+                    commands.send(c.clone()).await.unwrap();
+                }
+                tokio::time::sleep(Duration::from_secs(2)).await;
+            }
+        };
+        tokio::select! {
+            () = self.records(pool, wanted) => {}
+            () = asks => {}
+        }
     }
 
     async fn told(&mut self, pool: &str, mut is: impl FnMut(&Event) -> bool) {
@@ -109,6 +138,14 @@ fn apply(cluster: &Cluster, name: &str, spec: &Value) {
         .unwrap()
         .success()
         .unwrap();
+}
+
+/// Says who owns the first pair of a pool, as another gateway does.
+fn set_owner(cluster: &Cluster, name: &str, gateway: &str, epoch: u64) {
+    let addresses = json!([{"ipv4": "203.0.113.1", "owner": gateway, "epoch": epoch, "namespaces": 0}]);
+    let patch = json!({"status": {"addresses": addresses}}).to_string();
+    let args = ["patch", "egresspool", name, "--subresource=status", "--type=merge", "-p", &patch];
+    cluster.kubectl(&args, "").unwrap().success().unwrap();
 }
 
 fn get(cluster: &Cluster, name: &str) -> Value {
@@ -218,9 +255,8 @@ async fn a_pool_in_use_is_held_and_counted() {
     let cluster = cluster();
     make(&cluster, "used", &[1, 2]);
     let mut a = Gateway::start(&cluster, "gw-a").await;
-    a.send(write("used", 1, by("gw-a", 1), None)).await;
-    a.send(write("used", 2, by("gw-b", 1), None)).await;
-    a.records("used", &[record(1, "gw-a", 1), record(2, "gw-b", 1)]).await;
+    let claims = [write("used", 1, by("gw-a", 1), None), write("used", 2, by("gw-b", 1), None)];
+    a.recorded(&claims, "used", &[record(1, "gw-a", 1), record(2, "gw-b", 1)]).await;
     let used = |n: u32| Used::from([("used".to_owned(), BTreeMap::from([(pair(1), n), (pair(2), 9)]))]);
     a.send(Command::Used(used(3))).await;
     let until = |what: &dyn Fn(&Value) -> bool| {
@@ -240,8 +276,8 @@ async fn a_pool_in_use_is_held_and_counted() {
     cluster.kubectl(&["delete", "egresspool", "used", "--wait=false"], "").unwrap().success().unwrap();
     a.told("used", |e| matches!(e, Event::Pool { deleted: true, records: Some(_), .. })).await;
     // It goes on serving: claims are recorded.
-    a.send(write("used", 1, by("gw-a", 2), Some(by("gw-a", 1)))).await;
-    a.records("used", &[record(1, "gw-a", 2), record(2, "gw-b", 1)]).await;
+    let claims = [write("used", 1, by("gw-a", 2), Some(by("gw-a", 1)))];
+    a.recorded(&claims, "used", &[record(1, "gw-a", 2), record(2, "gw-b", 1)]).await;
     std::thread::sleep(Duration::from_secs(7));
     assert!(get(&cluster, "used")["metadata"]["deletionTimestamp"].is_string(), "held as long as it is in use");
     // Who knows less than others may not know that it is used again.
@@ -251,6 +287,44 @@ async fn a_pool_in_use_is_held_and_counted() {
     assert!(get(&cluster, "used")["metadata"]["deletionTimestamp"].is_string(), "a stale gateway lets nothing go");
     a.stale.send_replace(false);
     a.told("used", |e| matches!(e, Event::Pool { records: None, .. })).await;
+}
+
+/// One that drains has drained when no namespace and no living flow leaves with it; of others nothing is said.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pair_that_drains_says_when_it_has() {
+    let cluster = cluster();
+    let addresses = json!([{"ipv4": "203.0.113.1", "state": "Draining"}, {"ipv4": "203.0.113.2"}]);
+    apply(&cluster, "drains", &json!({"addressSource": "Static", "static": {"addresses": addresses}}));
+    let mut a = Gateway::start(&cluster, "gw-a").await;
+    let claims = [write("drains", 1, by("gw-a", 1), None), write("drains", 2, by("gw-a", 1), None)];
+    a.recorded(&claims, "drains", &[record(1, "gw-a", 1), record(2, "gw-a", 1)]).await;
+    let until = |what: Value| {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let now = get(&cluster, "drains")["status"]["addresses"].clone();
+            let said = json!([now[0]["drained"], now[1]["drained"]]);
+            if said == what {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{now}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    };
+    let used = |n: &[(u8, u32)]| {
+        let counts = n.iter().map(|(last, n)| (pair(*last), *n)).collect();
+        Command::Used(Used::from([("drains".to_owned(), counts)]))
+    };
+    a.live.lock().unwrap().extend(["203.0.113.1", "203.0.113.2"].map(|a| a.parse::<IpAddr>().unwrap()));
+    a.send(used(&[(1, 1), (2, 1)])).await;
+    until(json!([false, null]));
+    a.send(used(&[(2, 2)])).await;
+    std::thread::sleep(Duration::from_secs(3));
+    until(json!([false, null]));
+    a.live.lock().unwrap().remove(&"203.0.113.1".parse::<IpAddr>().unwrap());
+    until(json!([true, null]));
+    // It is given to namespaces again.
+    apply(&cluster, "drains", &json!({"addressSource": "Static", "static": {"addresses": [{"ipv4": "203.0.113.1"}]}}));
+    until(json!([null, null]));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -294,6 +368,33 @@ async fn an_outage_is_silence_and_the_end_of_it_is_heard() {
     // What nobody has answered is asked again.
     a.send(write("p", 1, by("gw-a", 1), None)).await;
     a.records("p", &[record(1, "gw-a", 1)]).await;
+    // What others write comes in as soon as of any other kind.
+    let started = Instant::now();
+    set_owner(&cluster, "p", "gw-b", 2);
+    a.records("p", &[record(1, "gw-b", 2)]).await;
+    assert!(started.elapsed() < Duration::from_secs(6), "{:?}", started.elapsed());
+}
+
+/// The connection of the watch hangs and no other one: what others write is heard in seconds all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_that_hangs_alone_is_replaced() {
+    let cluster = cluster();
+    make(&cluster, "hangs", &[1]);
+    let proxy = Proxy::start(&cluster);
+    let settings = Settings { kubeconfig: Some(proxy.kubeconfig()), ..Settings::default() };
+    let mut a = Gateway::with(Connection::new(settings).await.unwrap().client, "gw-a");
+    a.records("hangs", &[]).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    proxy.swallow();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    proxy.forward_new();
+    let started = Instant::now();
+    set_owner(&cluster, "hangs", "gw-b", 2);
+    a.records("hangs", &[record(1, "gw-b", 2)]).await;
+    let took = started.elapsed();
+    set_owner(&cluster, "hangs", "gw-b", 3);
+    a.records("hangs", &[record(1, "gw-b", 3)]).await;
+    assert!(took < Duration::from_secs(9), "{took:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -4,6 +4,8 @@
 //! in the periodic full pass; only what is ours is touched: our nftables table,
 //! rules with our priorities, routes in our tables, addresses of `tga`.
 
+pub mod live;
+mod netfilter;
 pub mod nft;
 pub mod refused;
 mod routes;

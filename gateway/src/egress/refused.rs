@@ -3,17 +3,13 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use nix::sys::socket::sockopt::ReceiveTimeout;
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, setsockopt, socket,
-};
-use nix::sys::time::{TimeVal, TimeValLike};
 use tidegate_policy::Reason;
 use tidegate_policy::event::{Event, Verdict, What, Who};
 
+use super::netfilter::{self, NLA_F_NESTED, NLM_F_ACK, NLM_F_DUMP, attribute, attributes, open, put};
 use super::nft::{REFUSED, RefusedSet, TABLE};
 
 /// Packets that were refused since the last look.
@@ -92,19 +88,7 @@ fn parse(set: &RefusedSet, key: &[u8], packets: u64) -> Option<Refused> {
     Some(Refused { source, destination, protocol, packets })
 }
 
-fn open() -> io::Result<OwnedFd> {
-    let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)?;
-    // The kernel answers at once; the thread that asks renews leases, and must not hang whatever happens.
-    setsockopt(&socket, ReceiveTimeout, &TimeVal::milliseconds(200))?;
-    Ok(socket)
-}
-
-// linux/netlink.h, linux/netfilter/nf_tables.h.
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
-const NLM_F_REQUEST: u16 = 1;
-const NLM_F_ACK: u16 = 4;
-const NLM_F_DUMP: u16 = 0x300;
+// linux/netfilter/nf_tables.h.
 const NFT_MSG_GETSETELEM: u16 = 10 << 8 | 13;
 /// Linux 6.5. The kernel sets counters to zero as it reads them. In a dump it does so too with the element that finds no
 /// room in a message any more, whose count is lost: only for elements that are named.
@@ -112,7 +96,6 @@ const NFT_MSG_GETSETELEM_RESET: u16 = 10 << 8 | 33;
 /// Elements named in one request. The kernel answers each with a message, all of which must find room in the socket.
 const AT_ONCE: usize = 32;
 const NFPROTO_INET: u8 = 1;
-const NLA_F_NESTED: u16 = 0x8000;
 const LIST_TABLE: u16 = 1;
 const LIST_SET: u16 = 2;
 const LIST_ELEMENTS: u16 = 3;
@@ -123,21 +106,6 @@ const DATA_VALUE: u16 = 1;
 const EXPR_NAME: u16 = 1;
 const EXPR_DATA: u16 = 2;
 const COUNTER_PACKETS: u16 = 2;
-
-/// Attributes of a netlink message, one after the other, with the flags of their types taken off.
-fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let [a, b, c, d, ..] = *bytes else { return None };
-        let length = usize::from(u16::from_ne_bytes([a, b]));
-        let body = bytes.get(4..length)?;
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((u16::from_ne_bytes([c, d]) & 0x3fff, body))
-    })
-}
-
-fn attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
-    attributes(bytes).find(|(k, _)| *k == kind).map(|(_, body)| body)
-}
 
 /// The key of an element and the packets that its counter has seen.
 fn counted(element: &[u8]) -> Option<(&[u8], u64)> {
@@ -150,19 +118,9 @@ fn counted(element: &[u8]) -> Option<(&[u8], u64)> {
     Some((key, u64::from_be_bytes(packets.try_into().ok()?)))
 }
 
-/// Adds an attribute to a netlink message. Ours are short.
-fn put(message: &mut Vec<u8>, kind: u16, body: &[u8]) {
-    let length = 4 + body.len();
-    message.extend((length as u16).to_ne_bytes());
-    message.extend(kind.to_ne_bytes());
-    message.extend(body);
-    message.resize(message.len() + length.next_multiple_of(4) - length, 0);
-}
-
 /// Asks for these elements of a set of our table, or for all if there are none.
 fn ask(socket: &OwnedFd, what: u16, set: &str, keys: &[Vec<u8>], mut each: impl FnMut(&[u8], u64)) -> io::Result<()> {
-    let mut request = vec![0; 16];
-    request.extend([NFPROTO_INET, 0, 0, 0]);
+    let mut request = Vec::new();
     for (kind, text) in [(LIST_TABLE, TABLE), (LIST_SET, set)] {
         put(&mut request, kind, format!("{text}\0").as_bytes());
     }
@@ -176,35 +134,11 @@ fn ask(socket: &OwnedFd, what: u16, set: &str, keys: &[Vec<u8>], mut each: impl 
     if !keys.is_empty() {
         put(&mut request, LIST_ELEMENTS | NLA_F_NESTED, &elements);
     }
-    let flags = NLM_F_REQUEST | if keys.is_empty() { NLM_F_DUMP } else { NLM_F_ACK };
-    let length = request.len() as u32;
-    request[..4].copy_from_slice(&length.to_ne_bytes());
-    request[4..6].copy_from_slice(&what.to_ne_bytes());
-    request[6..8].copy_from_slice(&flags.to_ne_bytes());
-    sendto(socket.as_raw_fd(), &request, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
-    // The kernel's dumps come in messages of at most 32 KiB.
-    let mut buffer = vec![0; 1 << 16];
-    loop {
-        let n = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-        let mut rest = &buffer[..n];
-        while let Some(header) = rest.get(..16) {
-            let length = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
-            let Some(body) = rest.get(16..length) else { break };
-            match u16::from_ne_bytes([header[4], header[5]]) {
-                NLMSG_DONE => return Ok(()),
-                NLMSG_ERROR => {
-                    let code = body.get(..4).and_then(|c| c.try_into().ok()).map_or(0, i32::from_ne_bytes);
-                    // 0 confirms that all was done.
-                    return if code == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(-code)) };
-                }
-                _ => {
-                    let elements = body.get(4..).and_then(|b| attribute(b, LIST_ELEMENTS)).unwrap_or_default();
-                    attributes(elements).filter_map(|(_, e)| counted(e)).for_each(|(key, packets)| each(key, packets));
-                }
-            }
-            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        }
-    }
+    let flags = if keys.is_empty() { NLM_F_DUMP } else { NLM_F_ACK };
+    netfilter::ask(socket, what, flags, NFPROTO_INET, &request, |message| {
+        let elements = attribute(message, LIST_ELEMENTS).unwrap_or_default();
+        attributes(elements).filter_map(|(_, e)| counted(e)).for_each(|(key, packets)| each(key, packets));
+    })
 }
 
 #[cfg(test)]

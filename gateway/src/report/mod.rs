@@ -38,6 +38,7 @@ use tidegate_policy::denied::Denied;
 use tidegate_policy::model::{Objects, Touched, UnixSeconds};
 use tidegate_policy::world::{Issue, PolicyRef, World};
 use tidegate_policy::{Name, ScopeKey};
+use tidegate_proto::Pair;
 
 pub use self::denials::Table;
 use self::namespace::{Subject, issues_of};
@@ -221,6 +222,7 @@ impl Reporter {
             issues: issues_of(snapshot.world.issues(), ns),
             scopes: self.scopes.get(ns).map(Vec::as_slice).unwrap_or_default(),
             nodes: &beside.status.nodes,
+            owner: &|pair| owner(&beside.status.pairs, pair),
             denials: beside.denials,
             names: beside.names,
             now: beside.now,
@@ -236,6 +238,13 @@ fn of_policy<'a>(issues: &'a [Issue], who: &PolicyRef) -> &'a [Issue] {
     &issues[start..end]
 }
 
+/// Who holds a pair.
+fn owner<'a>(claims: &'a [PairStatus], pair: &Pair) -> Option<&'a str> {
+    let text = pair.to_string();
+    let claim = claims.iter().find(|c| c.pair == text)?;
+    Some(claim.owner.as_str()).filter(|o| !o.is_empty())
+}
+
 /// The pairs that scopes use, by pool, with who holds them.
 fn used<'a>(world: &'a World, claims: &'a [PairStatus]) -> BTreeMap<&'a str, Used<'a>> {
     let owners: HashMap<&str, &str> = claims.iter().map(|c| (c.pair.as_str(), c.owner.as_str())).collect();
@@ -249,6 +258,11 @@ fn used<'a>(world: &'a World, claims: &'a [PairStatus]) -> BTreeMap<&'a str, Use
         let full = pair.to_string();
         let text = full.split_once(' ').map_or("the pod network", |(_, addresses)| addresses);
         let owner = owners.get(full.as_str()).copied().filter(|o| !o.is_empty());
+        if scope.pair().is_some_and(|p| p.draining)
+            && namespace::elsewhere(scope, &|p| self::owner(claims, p)).is_none()
+        {
+            *of.stay.entry(text.to_owned()).or_default() += 1;
+        }
         of.pairs.insert(text.to_owned(), owner);
     }
     out

@@ -8,9 +8,10 @@ use tidegate_api::resource::{
     Cause, Denial, HostNetworkPods, Isolation, NamespaceEgressStatus, NamespaceMode, ScopePair, Verdict,
 };
 use tidegate_policy::denied::Denied;
-use tidegate_policy::model::{ClusterDefault, UnixSeconds};
-use tidegate_policy::world::{Group, Issue, World};
+use tidegate_policy::model::{self, ClusterDefault, UnixSeconds};
+use tidegate_policy::world::{Group, Issue, Scope, World};
 use tidegate_policy::{Name, ScopeKey};
+use tidegate_proto::Pair;
 
 use super::condition::{condition, conflicted, cut, refused, refused_items};
 use super::denials::{Entry, Table};
@@ -18,6 +19,7 @@ use super::rollout::{Count, Population, reference};
 use super::suggest::{cause, for_pod};
 use super::survey::{CLUSTER_POLICY, POLICY, Place, Survey};
 use crate::core::NodeStatus;
+use crate::desired::Desired;
 
 /// The most causes, egress pairs and denials of a status, by the API.
 const MAX_CAUSES: usize = 32;
@@ -42,6 +44,8 @@ pub struct Subject<'a> {
     pub scopes: &'a [ScopeKey],
     /// The nodes.
     pub nodes: &'a BTreeMap<String, NodeStatus>,
+    /// Which gateway holds a pair.
+    pub owner: &'a dyn Fn(&Pair) -> Option<&'a str>,
     /// Denials of all namespaces.
     pub denials: &'a Table,
     /// The names that a scope was told for an address.
@@ -118,7 +122,8 @@ impl Subject<'_> {
         if audited { NamespaceMode::Audit } else { NamespaceMode::Enforce }
     }
 
-    /// The pairs of its scopes. One that was given once stays while the pool has it and something still asks for the pool.
+    /// The pairs of its scopes. One that was given once stays while the pool has it and something still asks for the pool. A scope
+    /// whose pair drains leaves it for another one of the same gateway: what its packets reach must know the flows that live.
     fn egress(&self) -> Vec<ScopePair> {
         let mut out: BTreeMap<&str, ScopePair> = BTreeMap::new();
         let pair = |pool: &str, ipv4: Option<std::net::Ipv4Addr>, ipv6: Option<std::net::Ipv6Addr>| ScopePair {
@@ -128,7 +133,8 @@ impl Subject<'_> {
         };
         for key in self.scopes {
             let Some(scope) = self.world.scope(*key) else { continue };
-            let (ipv4, ipv6) = scope.pair().map_or((None, None), |p| (p.ipv4, p.ipv6));
+            let pair_of = elsewhere(scope, self.owner).or(scope.pair());
+            let (ipv4, ipv6) = pair_of.map_or((None, None), |p| (p.ipv4, p.ipv6));
             out.insert(scope.pool(), pair(scope.pool(), ipv4, ipv6));
         }
         let place = self.place;
@@ -137,7 +143,7 @@ impl Subject<'_> {
             pool == "default" || place.annotations.pool.as_deref() == Some(pool) || policies.any(|p| p == pool)
         };
         for (pool, old) in place.assigned.iter().filter(|(pool, _)| asks(pool)) {
-            let has = |p: &&tidegate_policy::model::Pair| (p.ipv4, p.ipv6) == (old.ipv4, old.ipv6);
+            let has = |p: &&model::Pair| !p.draining && (p.ipv4, p.ipv6) == (old.ipv4, old.ipv6);
             let stays = self.survey.pools.get(pool).is_some_and(|b| b.pairs.iter().any(|p| has(&p)));
             if stays && !out.contains_key(pool.as_str()) {
                 out.insert(pool, pair(pool, old.ipv4, old.ipv6));
@@ -218,6 +224,13 @@ impl Subject<'_> {
             host_network_pods: (count > 0).then_some(HostNetworkPods { count, names }),
         })
     }
+}
+
+/// The pair that a scope leaves with from now on, if its own one drains and the gateway that holds it has another one.
+pub fn elsewhere<'a>(scope: &Scope, owner: &dyn Fn(&Pair) -> Option<&'a str>) -> Option<model::Pair> {
+    let now = owner(&Desired::pair(scope)?)?;
+    let named = |p: &model::Pair| Pair { pool: scope.pool().to_string(), ipv4: p.ipv4, ipv6: p.ipv6 };
+    scope.elsewhere(|p| owner(&named(p)) == Some(now))
 }
 
 /// Where a pod wanted to go, in one word: `api.example.com`, `203.0.113.9:443`, `[2001:db8::1]:443`.

@@ -74,6 +74,8 @@ fn programmed(written: &Written, exempt: bool, count: &Count) -> (Condition, Cou
 pub struct Used<'a> {
     /// By what people read of a pair.
     pub pairs: BTreeMap<String, Option<&'a str>>,
+    /// Pairs that drain, with the number of namespaces that can go to no other one.
+    pub stay: BTreeMap<String, u32>,
     /// Namespaces without a pair.
     pub without: u32,
 }
@@ -97,6 +99,12 @@ pub fn pool(basin: &Basin, used: Option<&Used<'_>>) -> EgressPoolStatus {
         (false, "NoGateway", format!("no gateway holds {}", missing.join(", ")))
     } else if held.is_empty() {
         (true, "Unused", "no namespace uses it now".to_owned())
+    } else if !used.stay.is_empty() {
+        let stay = used.stay.iter().map(|(p, n)| {
+            let namespaces = if *n == 1 { "namespace goes" } else { "namespaces go" };
+            format!("{n} {namespaces} on leaving with {p}, which drains: its gateway has no other pair of the pool for new connections")
+        });
+        (true, "Draining", format!("{}; held: {}", stay.collect::<Vec<_>>().join("; "), held.join(", ")))
     } else {
         (true, "Programmed", format!("held: {}", held.join(", ")))
     };

@@ -438,6 +438,57 @@ fn a_pair_that_was_given_stays_recorded_while_no_pod_uses_it() {
     assert_eq!(read(&(namespace("shop", "tidegate.dev/managed: 'true'") + pool), "203.0.113.1"), []);
 }
 
+/// Scopes leave a pair that drains for one that the same gateway holds, and that lacks no family; where there is none they stay,
+/// and the pool says so.
+#[test]
+fn scopes_leave_a_pair_that_drains_for_one_of_the_same_gateway() {
+    let mut c = Cluster::new("");
+    let mut read = |pairs: &str, owners: &[(&str, &str)]| {
+        let pool = format!(
+            "---\napiVersion: tidegate.dev/v1alpha1\nkind: EgressPool\nmetadata: {{name: p}}\nspec: {{allowedNamespaces: {{}}, addressSource: Static, static: {{addresses: [{pairs}]}}}}\n"
+        );
+        let asks = policy("pay", "podSelector: {}, poolRef: {name: p}");
+        let text = namespace("shop", "") + &pool + &asks + &pod("shop", "web", "n1", "10.1.0.1");
+        std::fs::write(c.folder.path().join("all.yaml"), text).unwrap();
+        let mut objects = Reader::new(c.folder.path()).reload().objects;
+        let pair = tidegate_policy::model::Pair { ipv4: Some([203, 0, 113, 1].into()), ipv6: None, draining: false };
+        objects.assigned.insert(("shop".into(), "p".into()), pair);
+        let claim = |(last, owner): &(&str, &str)| crate::core::PairStatus {
+            pair: format!("p 203.0.113.{last}"),
+            owner: (*owner).into(),
+            epoch: 1,
+            held: true,
+        };
+        c.status.pairs = owners.iter().map(claim).collect();
+        let records = records_of(&objects, &[]);
+        c.compile(&objects, &records);
+        let egress = c.namespace("shop").unwrap().egress[0].ipv4.clone().unwrap();
+        let programmed = c.pool("p").conditions.into_iter().find(|c| c.kind == "Programmed").unwrap();
+        (egress.rsplit_once('.').unwrap().1.to_owned(), programmed.reason, programmed.message)
+    };
+    let (one, two, three) = ("{ipv4: 203.0.113.1, state: Draining}", "{ipv4: 203.0.113.2}", "{ipv4: 203.0.113.3}");
+    let all = format!("{one}, {two}, {three}");
+    let (egress, reason, _) = read(&all, &[("1", "a"), ("2", "b"), ("3", "a")]);
+    assert_eq!((&*egress, &*reason), ("3", "Programmed"));
+    let (egress, ..) = read(&all, &[("1", "b"), ("2", "b"), ("3", "a")]);
+    assert_eq!(egress, "2");
+    // Nobody holds the others, or somebody else does; or they drain, too.
+    let drains = format!("{one}, {}", "{ipv4: 203.0.113.2, state: Draining}");
+    let held = [("1", "a"), ("2", "b"), ("3", "b")];
+    for (pairs, owners) in
+        [(&all, &held[..1]), (&all, &held[..]), (&drains, &[("1", "a"), ("2", "a")]), (&one.into(), &held)]
+    {
+        let (egress, reason, message) = read(pairs, owners);
+        assert_eq!((&*egress, &*reason), ("1", "Draining"), "{pairs}");
+        assert!(message.starts_with("1 namespace goes on leaving with 203.0.113.1, which drains: "), "{message}");
+    }
+    // One that does not drain is left by nobody.
+    assert_eq!(read("{ipv4: 203.0.113.1}, {ipv4: 203.0.113.3}", &held).0, "1");
+    // One that has IPv6 is not left for one without.
+    let both = "{ipv4: 203.0.113.1, ipv6: \"2001:db8::1\", state: Draining}, {ipv4: 203.0.113.3}";
+    assert_eq!(read(both, &[("1 2001:db8::1", "a"), ("3", "a")]).0, "1");
+}
+
 fn denied(name: Option<&str>, address: Option<&str>, port: Option<u16>, reason: Reason) -> Denied {
     let who = Arc::new(Who { namespace: "shop".into(), pod: "web".into(), node: "n1".into() });
     Denied {

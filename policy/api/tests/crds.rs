@@ -40,6 +40,7 @@ fn every_field_is_described_and_bounded() {
         let there = |key: &str| !schema[key].is_null();
         match schema["type"].as_str() {
             Some("string") => assert!(there("enum") || there("maxLength"), "{path} has no maxLength"),
+            Some("boolean") => {}
             Some("integer") => assert!(there("minimum"), "{path} has no minimum"),
             Some("array") => {
                 assert!(there("maxItems") && there("x-kubernetes-list-type"), "{path} has no maxItems or list type");

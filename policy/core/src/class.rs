@@ -119,6 +119,15 @@ impl Scope {
         self.pair
     }
 
+    /// Where it leaves from now on if its pair drains: of the pairs that do not, lack no family that it has now, and `may` take
+    /// it, the one with the highest score.
+    pub fn elsewhere(&self, may: impl Fn(&Pair) -> bool) -> Option<Pair> {
+        let (AddressSource::Static { pairs, .. }, Some(now)) = (&self.source, self.pair) else { return None };
+        let lacks = |p: &Pair| now.ipv4.is_some() && p.ipv4.is_none() || now.ipv6.is_some() && p.ipv6.is_none();
+        let able = pairs.iter().filter(|p| now.draining && !p.draining && !lacks(p) && may(p));
+        able.max_by_key(|p| score(self.key, p)).copied()
+    }
+
     /// Whether the pool has a way out for IPv4 and for IPv6. PodNetwork is taken to have both.
     pub fn families(&self) -> (bool, bool) {
         match (&self.source, self.pair) {

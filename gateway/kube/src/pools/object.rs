@@ -1,7 +1,7 @@
 //! What stands in a pool, and what it becomes. Pure.
 
-use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use kube::ResourceExt;
 use kube::api::DynamicObject;
@@ -19,6 +19,13 @@ pub struct Address {
     pub ipv4: Option<Ipv4Addr>,
     /// IPv6 address.
     pub ipv6: Option<Ipv6Addr>,
+}
+
+impl Address {
+    /// The addresses.
+    pub fn ips(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        self.ipv4.map(IpAddr::from).into_iter().chain(self.ipv6.map(IpAddr::from))
+    }
 }
 
 /// Who owns a pair.
@@ -114,9 +121,28 @@ pub fn with_claims(
     news.then_some(Value::Array(out))
 }
 
-/// The list of addresses with the counts of namespaces of the pairs that `me` owns, and without pairs that the pool has no more;
-/// `None` if it says so already.
-pub fn with_counts(pool: &DynamicObject, me: &str, counts: &BTreeMap<Address, u32>) -> Option<Value> {
+/// The pairs of the pool that drain.
+fn draining(pool: &DynamicObject) -> BTreeSet<Address> {
+    let all = pool.data.pointer("/spec/static/addresses").and_then(Value::as_array);
+    let drains = all.into_iter().flatten().take(MAX_PAIRS).filter(|a| a["state"] == "Draining");
+    drains.filter_map(address).collect()
+}
+
+/// Whether a pair of the pool that `me` owns drains.
+pub fn drains(pool: &DynamicObject, me: &str) -> bool {
+    let entries = entries(pool);
+    draining(pool).iter().any(|p| entries.get(p).is_some_and(|e| owner(e).gateway == me))
+}
+
+/// The list of addresses with the counts of namespaces of the pairs that `me` owns, whether those of them that drain have drained,
+/// and without pairs that the pool has no more; `None` if it says so already. `live`: the addresses that living flows leave with.
+pub fn with_counts(
+    pool: &DynamicObject,
+    me: &str,
+    counts: &BTreeMap<Address, u32>,
+    live: &BTreeSet<IpAddr>,
+) -> Option<Value> {
+    let draining = draining(pool);
     let (entries, pairs) = (entries(pool), pairs(pool));
     let mut out = Vec::new();
     let mut news = entries.keys().any(|p| !pairs.contains(p));
@@ -124,8 +150,16 @@ pub fn with_counts(pool: &DynamicObject, me: &str, counts: &BTreeMap<Address, u3
         let Some(old) = entries.get(&pair).copied() else { continue };
         let owner = owner(old);
         let count = (owner.gateway == me).then(|| counts.get(&pair).copied().unwrap_or_default());
-        news |= count.is_some_and(|c| old.get("namespaces").and_then(Value::as_u64) != Some(c.into()));
-        out.push(entry(Some(old), &pair, &owner, count));
+        let mut new = entry(Some(old), &pair, &owner, count);
+        if let (Some(count), Some(fields)) = (count, new.as_object_mut()) {
+            let lives = pair.ips().any(|ip| live.contains(&ip));
+            match draining.contains(&pair) {
+                true => drop(fields.insert("drained".into(), json!(count == 0 && !lives))),
+                false => drop(fields.remove("drained")),
+            }
+        }
+        news |= new != *old;
+        out.push(new);
     }
     news.then_some(Value::Array(out))
 }

@@ -245,6 +245,7 @@ fn the_api_server_holds_every_field_of_status_that_tidegate_writes() {
     let pool = EgressPoolStatus {
         conditions: conditions.clone(),
         addresses: vec![HeldPair {
+            drained: Some(false),
             ipv4: ipv4.clone(),
             ipv6: ipv6.clone(),
             owner: Some("gw-a".into()),

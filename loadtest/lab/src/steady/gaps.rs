@@ -74,6 +74,13 @@ impl Log {
         all.dedup();
         all
     }
+
+    /// How many times servers saw this one, of how many times they saw anybody.
+    pub fn seen(&self, source: IpAddr) -> (usize, usize) {
+        let log = self.entries();
+        let good = log.iter().filter_map(|(_, r)| r.as_ref().ok());
+        (good.clone().filter(|ip| **ip == source).count(), good.count())
+    }
 }
 
 /// A query for a name.

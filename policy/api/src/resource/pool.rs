@@ -120,7 +120,7 @@ pub enum PairState {
     /// It is.
     #[default]
     Active,
-    /// Namespaces that it was given to keep it, new ones are given another pair. Remove it when status says that no
-    /// namespace leaves with it: those that still do are given another one then, and their connections end.
+    /// It takes no new connections: namespaces are given another pair that its gateway holds, and those that have none go on
+    /// with it. Connections that live go on. Remove it when status says that it has drained: what still leaves with it ends then.
     Draining,
 }

@@ -128,6 +128,10 @@ pub struct HeldPair {
     /// How many namespaces leave with the pair.
     #[schemars(extend("format" = "int32"), range(min = 0))]
     pub namespaces: u32,
+    /// Of a pair that drains: whether it can be removed from the pool without harm, since no namespace leaves with it and no
+    /// connection that does is alive.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drained: Option<bool>,
 }
 
 /// What Tidegate does with a namespace, and what it denied lately.
