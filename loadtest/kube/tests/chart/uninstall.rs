@@ -238,12 +238,25 @@ fn uninstall_cleans_nodes_ends_gateways_and_lets_pools_go() {
     let spec = &send(&api, "GET", &agents, &Value::Null)["spec"]["template"]["spec"];
     let clean_up = &spec["initContainers"][0];
     let pins = "/sys/fs/bpf/tidegate-gateway";
-    let once_more = json!(["agent", "--config", "/etc/tidegate/agent.yaml", "--cleanup", "--gateways", pins]);
-    assert_eq!(clean_up["args"], once_more, "after the gateways have ended");
+    let args: Vec<&str> = clean_up["args"].as_array().unwrap().iter().map(|a| a.as_str().unwrap()).collect();
+    let once_more = ["agent", "--config", "/etc/tidegate/agent.yaml", "--cleanup", "--gateways", pins];
+    assert_eq!(args[..6], once_more, "after the gateways have ended");
+    // What kubelets have made for the pods is seen from the folder above.
+    let volumes = spec["volumes"].as_array().unwrap();
+    let folders: Vec<String> = args[6..]
+        .chunks(2)
+        .map(|folder| {
+            let (at, name) = folder[1].rsplit_once('/').unwrap();
+            let mount = clean_up["volumeMounts"].as_array().unwrap().iter().find(|m| m["mountPath"] == at).unwrap();
+            let volume = volumes.iter().find(|v| v["name"] == mount["name"]).unwrap();
+            assert_eq!(folder[0], "--folder");
+            format!("{}/{name}", volume["hostPath"]["path"].as_str().unwrap())
+        })
+        .collect();
+    assert_eq!(folders, ["/run/tidegate", "/var/lib/tidegate"]);
     assert_eq!(clean_up["securityContext"]["privileged"], true);
     assert_eq!(spec["containers"][0]["args"], json!(["infinity"]));
     // The program knows what it is told.
-    let args = clean_up["args"].as_array().unwrap().iter().map(|a| a.as_str().unwrap());
     assert!(run(Command::new(tidegate()).args(args).arg("--help"), "").ok);
     let gateways =
         send(&api, "GET", &format!("/apis/apps/v1/namespaces/{NAMESPACE}/deployments/tidegate-gateway"), &Value::Null);
