@@ -104,8 +104,8 @@ pub(crate) struct Pods {
     /// Whose an address is: the last that was added.
     places: BTreeMap<IpAddr, Attachment>,
     pub waiting: Vec<Waiting>,
-    /// What was written for the time without an agent.
-    pub standing: Option<Standing>,
+    /// What was written for the time without an agent, of what, and when.
+    pub standing: Option<(Standing, NodeState, Instant)>,
 }
 
 impl Pods {

@@ -11,9 +11,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use tidegate_policy::state::{Cluster, Endpoint, Entry, EntryKey, NodeState, Touch};
+use tidegate_policy::shards::Shards;
+use tidegate_policy::state::{Cluster, Endpoint, Entry, EntryKey, Named, NodeState, Touch};
 use tidegate_policy::{ClassKey, GroupKey, PortSet, ScopeKey};
 
 /// How long a grant that came with a fact outlives a snapshot that lacks it: the two streams race, and the next
@@ -177,10 +179,80 @@ pub struct Source<'a> {
 /// How much a view of an endpoint counts: it is current, it is the owner's, it is the stricter.
 type Rank = (bool, bool, bool);
 
+/// What gateways say of something by name, put together at the cost of what has changed. Of what several say the greatest holds.
+#[derive(Debug)]
+struct Union<V> {
+    said: Vec<(String, Shards<Arc<str>, V>)>,
+    all: Shards<Arc<str>, V>,
+}
+
+impl<V> Default for Union<V> {
+    fn default() -> Self {
+        Self { said: Vec::new(), all: Shards::default() }
+    }
+}
+
+impl<V: Copy + Ord> Union<V> {
+    /// Follows these gateways to what they say now.
+    fn follow<'a>(&mut self, now: impl Iterator<Item = (&'a str, &'a Shards<Arc<str>, V>)> + Clone)
+    where
+        V: 'a,
+    {
+        if !self.said.iter().map(|(name, _)| name.as_str()).eq(now.clone().map(|(name, _)| name)) {
+            self.said = now.clone().map(|(name, _)| (name.to_owned(), Shards::default())).collect();
+            self.all = Shards::default();
+            // Mostly they say the same.
+            if let (Some((_, said)), Some((_, all))) = (self.said.first_mut(), now.clone().next()) {
+                *said = all.clone();
+                self.all = all.clone();
+            }
+        }
+        let mut changed: Vec<Arc<str>> = Vec::new();
+        for ((_, said), (_, now)) in self.said.iter_mut().zip(now) {
+            now.compare(said, |name, old, new| changed.extend((old != new).then(|| name.clone())));
+            *said = now.clone();
+        }
+        for name in changed {
+            match self.said.iter().filter_map(|(_, s)| s.get(&name).copied()).max() {
+                Some(value) if self.all.get(&name) == Some(&value) => {}
+                Some(value) => drop(self.all.insert(name, value)),
+                None => drop(self.all.remove(&name)),
+            }
+        }
+    }
+}
+
+/// Merges again and again: what a cluster has many of costs what has changed since the last time.
+#[derive(Debug, Default)]
+pub struct Merger {
+    /// Of a namespace's new pods the strictest that anybody says.
+    namespaces: Union<Touch>,
+    /// A name leads inside only if nobody says otherwise.
+    names: Union<Named>,
+}
+
+impl Merger {
+    /// Merges what the gateways say. The order of `sources` does not matter.
+    pub fn merge(&mut self, sources: &[Source<'_>]) -> NodeState {
+        let mut sources = sources.to_vec();
+        sources.sort_by_key(|s| s.name);
+        let mut out = merge_policy(&sources);
+        let any_live = sources.iter().any(|s| s.live);
+        let speaks = sources.iter().filter(|s| s.live || !any_live);
+        self.namespaces.follow(speaks.clone().map(|s| (s.name, &s.state.namespaces)));
+        self.names.follow(speaks.map(|s| (s.name, &s.state.names)));
+        (out.namespaces, out.names) = (self.namespaces.all.clone(), self.names.all.clone());
+        out
+    }
+}
+
 /// Merges what the gateways say. The order of `sources` does not matter.
 pub fn merge(sources: &[Source<'_>]) -> NodeState {
-    let mut sources = sources.to_vec();
-    sources.sort_by_key(|s| s.name);
+    Merger::default().merge(sources)
+}
+
+/// All but what is by name, of sources in order.
+fn merge_policy(sources: &[Source<'_>]) -> NodeState {
     let any_live = sources.iter().any(|s| s.live);
     let mut out = NodeState::default();
 
@@ -218,30 +290,6 @@ pub fn merge(sources: &[Source<'_>]) -> NodeState {
             // A gateway's own word about itself is the best.
             if name == s.name || !out.gateways.contains_key(name) {
                 out.gateways.insert(name.clone(), gateway.clone());
-            }
-        }
-    }
-    // Of a namespace's new pods the strictest that anybody says.
-    for (s, _) in sources.iter().zip(&speaks).filter(|(_, speaks)| **speaks) {
-        if out.namespaces.is_empty() {
-            out.namespaces = s.state.namespaces.clone();
-            continue;
-        }
-        for (name, touch) in s.state.namespaces.iter() {
-            if out.namespaces.get(name).is_none_or(|known| known < touch) {
-                out.namespaces.insert(name.clone(), *touch);
-            }
-        }
-    }
-    // A name leads inside only if nobody says otherwise.
-    for (s, _) in sources.iter().zip(&speaks).filter(|(_, speaks)| **speaks) {
-        if out.names.is_empty() {
-            out.names = s.state.names.clone();
-            continue;
-        }
-        for (name, named) in s.state.names.iter() {
-            if out.names.get(name).is_none_or(|known| known < named) {
-                out.names.insert(name.clone(), *named);
             }
         }
     }

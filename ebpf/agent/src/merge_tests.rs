@@ -87,6 +87,36 @@ fn a_name_leads_inside_if_nobody_says_otherwise() {
 }
 
 #[test]
+fn names_follow_what_gateways_say_one_by_one() {
+    let mut random = tidegate_random::Random(7);
+    let mut below = |n: u64| random.next() % n;
+    let (mut states, mut merger) =
+        ([NodeState::default(), NodeState::default(), NodeState::default()], Merger::default());
+    for _ in 0..2_000 {
+        let state = &mut states[below(3) as usize];
+        let name = format!("s{}", below(40));
+        match below(3) {
+            0 => drop(state.names.remove(name.as_str())),
+            to => drop(state.names.insert(name.into(), if to == 1 { Named::Inside } else { Named::Outside })),
+        }
+        let (space, touch) = (format!("n{}", below(9)), [Touch::Untouched, Touch::Guarded, Touch::Isolated]);
+        states[below(3) as usize].namespaces.insert(space.into(), touch[below(3) as usize]);
+        let lives = below(8) + 7 * below(2);
+        let all: Vec<_> = ["a", "b", "c"].into_iter().zip(&states).enumerate().collect();
+        let sources: Vec<_> = all.into_iter().map(|(i, (name, s))| src(name, lives >> i & 1 == 1, s)).collect();
+        let (merged, mut names) = (merger.merge(&sources), BTreeMap::new());
+        for s in sources.iter().filter(|s| s.live || lives & 7 == 0) {
+            for (name, to) in s.state.names.iter() {
+                let said = names.entry(name.clone()).or_insert(*to);
+                *said = (*said).max(*to);
+            }
+        }
+        assert!(merged.names.len() == names.len() && names.iter().all(|(n, to)| merged.names.get(n) == Some(to)));
+        assert_eq!(merged, merge(&sources));
+    }
+}
+
+#[test]
 fn the_last_known_good_stays_while_gateways_are_away() {
     let mut a = view("a", 5, 443);
     a.nodes.insert("n1".into(), Node { addresses: vec![ip(9)] });

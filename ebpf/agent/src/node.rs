@@ -30,7 +30,7 @@ use crate::events::{self, People};
 use crate::guard::{self, Keeper, Settings};
 use crate::held::{LEASE, Leases};
 use crate::links::{self, Netlink, Topology};
-use crate::merge::{self, Model, Source};
+use crate::merge::{self, Merger, Model, Source};
 use crate::orphans::Orphans;
 use crate::places::Places;
 use crate::plug::{Hello, Request};
@@ -120,6 +120,7 @@ struct Node {
     status: watch::Sender<Status>,
 
     gateways: Gateways,
+    merger: Merger,
     merged: NodeState,
     told: Told,
     orphans: Orphans,
@@ -221,6 +222,7 @@ impl Node {
             people,
             status,
             gateways,
+            merger: Merger::default(),
             merged: NodeState::default(),
             told: Told::default(),
             orphans: Orphans::default(),
@@ -262,7 +264,7 @@ impl Node {
         loop {
             tokio::select! {
                 biased;
-                _ = &mut inputs.stop => return,
+                _ = &mut inputs.stop => return self.write_standing(Duration::ZERO),
                 Some(facts) = inputs.facts.recv() => self.facts(facts),
                 Some(request) = inputs.plugs.recv() => self.plug(request).await,
                 Some(first) = inputs.cni.recv() => {
@@ -576,7 +578,7 @@ impl Node {
                 Source { name: &g.name, live: g.model.live(), silent, state: g.model.state() }
             })
             .collect();
-        self.merged = merge::merge(&sources);
+        self.merged = self.merger.merge(&sources);
         self.pods.overlay(&mut self.merged, &self.config.node);
         let owner = owners(&self.gateways, &self.merged, &self.silent);
         let moved = self.told.follow(self.epoch.elapsed(), owner);

@@ -32,7 +32,6 @@ struct Desired {
     prefixes: AHashMap<Lpm, Prefix>,
     cluster: AHashMap<Lpm, u32>,
     cluster_dns: AHashMap<DnsKey, u32>,
-    names: AHashMap<u64, u32>,
     naming: Naming,
 }
 
@@ -61,9 +60,12 @@ impl Datapath {
             pins = self.restore_pins(&mut applied.pinned);
             applied.repaired = self.reload()?;
         }
-        self.last = None;
+        // After an error nobody knows what the kernel holds of them.
+        let before = self.last.take().filter(|_| !full);
+        let step = before.and_then(|(old, _)| names::step(&self.name_key, &old, state));
         self.tables.portsets.begin();
         let want = self.desired(state, local)?;
+        let named = if step.is_none() { names::entries(&self.name_key, state) } else { AHashMap::new() };
         let t = &mut self.tables;
         // A table that is full or refused must not keep the others from being right: one tenant's prefixes would freeze
         // everybody's policy. What fails is tried again with the next call.
@@ -78,7 +80,10 @@ impl Datapath {
         // What is referred to comes first.
         applied.updated += try_all(t.cluster.fill(&want.cluster))
             + try_all(t.cluster_dns.fill(&want.cluster_dns))
-            + try_all(t.names.fill(&want.names))
+            + try_all(match &step {
+                Some(step) => t.names.follow(step),
+                None => t.names.fill(&named),
+            })
             + try_all(t.nodes.fill(&want.nodes))
             + try_all(t.outer.fill(&want.outer))
             + try_all(t.gateways.fill(&want.gateways))
@@ -113,7 +118,7 @@ impl Datapath {
             + try_all(t.gateways.prune(&want.gateways))
             + try_all(t.outer.prune(&want.outer))
             + try_all(t.nodes.prune(&want.nodes))
-            + try_all(t.names.prune(&want.names))
+            + try_all(if step.is_none() { t.names.prune(&named) } else { Ok(0) })
             + try_all(t.cluster_dns.prune(&want.cluster_dns))
             + try_all(t.cluster.prune(&want.cluster));
         self.tried = true;
@@ -132,8 +137,11 @@ impl Datapath {
     /// # Errors
     /// What the kernel refused; the next [`Datapath::apply`] puts all right.
     pub fn change(&mut self, set: &[Entry], delete: &[EntryKey]) -> Result<bool, Error> {
-        let all_alike = |e: &Entry| matches!(e, Entry::Cluster(_) | Entry::Node(..) | Entry::Gateway(..));
-        let all_gone = |k: &EntryKey| matches!(k, EntryKey::Cluster | EntryKey::Node(_) | EntryKey::Gateway(_));
+        let all_alike =
+            |e: &Entry| matches!(e, Entry::Cluster(_) | Entry::Node(..) | Entry::Gateway(..) | Entry::Name(..));
+        let all_gone = |k: &EntryKey| {
+            matches!(k, EntryKey::Cluster | EntryKey::Node(_) | EntryKey::Gateway(_) | EntryKey::Name(_))
+        };
         if set.iter().any(all_alike)
             || delete.iter().any(all_gone)
             || self.last.as_ref().is_none_or(|(_, local)| !local.interfaces.is_empty())
@@ -342,10 +350,7 @@ impl Datapath {
             let key = DnsKey { addr: Addr::from_ip(server.ip()), port: u32::from(server.port()) };
             want.cluster_dns.insert(key, 1);
         }
-        let suffixes = &state.cluster.suffixes;
-        want.naming = names::naming(self.name_key, suffixes);
-        want.names =
-            names::entries(&self.name_key, suffixes, state.names.iter().map(|(name, named)| (&**name, *named)));
+        want.naming = names::naming(self.name_key, &state.cluster.suffixes);
         Ok(())
     }
 

@@ -15,7 +15,7 @@ use aya::{Ebpf, EbpfLoader, Pod};
 use ipnet::IpNet;
 use tidegate_ebpf_common::Addr;
 use tidegate_ebpf_common::layout::{DnsKey, Endpoint, Naming, OVERLAYS, PrefixKey, endpoint, prefix_bits, prefix_key};
-use tidegate_policy::state::Named;
+use tidegate_policy::state::{Named, NodeState};
 
 use crate::attach::{entries, file_name, link_detach, link_error, remove};
 use crate::{Error, Program, carry, kernel, names};
@@ -116,8 +116,12 @@ pub fn attach_fixed(pins: &Path, fixed: &Fixed, device: &str, ifindex: u32, pod:
     let dns = |a: &SocketAddr| (DnsKey { addr: Addr::from_ip(a.ip()), port: u32::from(a.port()) }, 1u32);
     fill(&mut ebpf, "CLUSTER_DNS", fixed.dns.iter().map(dns))?;
     let key = names::key([0; 2])?;
-    let known = names::entries(&key, &fixed.suffixes, fixed.names.iter().map(|n| (n.as_str(), Named::Inside)));
-    fill(&mut ebpf, "NAMES", known.into_iter())?;
+    let mut known = NodeState::default();
+    known.cluster.suffixes = fixed.suffixes.clone();
+    for name in &fixed.names {
+        known.names.insert(name.as_str().into(), Named::Inside);
+    }
+    fill(&mut ebpf, "NAMES", names::entries(&key, &known).into_iter())?;
     let mut naming: Array<MapData, Naming> = map(&mut ebpf, "NAMING")?;
     naming.set(0, names::naming(key, &fixed.suffixes), 0).map_err(Error::map("NAMING"))?;
     let mut cluster: LpmTrie<MapData, PrefixKey, u32> = map(&mut ebpf, "CLUSTER")?;

@@ -119,6 +119,18 @@ impl<K: Copy + Eq + Hash, V: Copy + PartialEq, S: Store<K, V>> Table<K, V, S> {
         Ok(n)
     }
 
+    /// Writes or deletes these entries; returns how many differed.
+    pub fn follow(&mut self, step: &[(K, Option<V>)]) -> Result<usize, Error> {
+        let mut n = 0;
+        for (key, value) in step {
+            n += usize::from(match value {
+                Some(value) => self.set(*key, *value)?,
+                None => self.delete(key)?,
+            });
+        }
+        Ok(n)
+    }
+
     /// Deletes what the kernel has and `want` has not.
     pub fn prune(&mut self, want: &AHashMap<K, V>) -> Result<usize, Error> {
         let gone: Vec<K> = self.shadow.keys().filter(|k| !want.contains_key(k)).copied().collect();

@@ -885,19 +885,24 @@ fn question(name: &str) -> Vec<u8> {
     out
 }
 
-/// A world where names are known, and whether its gateway says nothing.
-fn names(silent: bool) -> Fixture {
-    let mut f = Fixture::new(Role::Node);
+/// A world where names are known.
+fn named() -> NodeState {
     let mut state = state();
     state.cluster.dns = SERVERS.iter().map(|s| SocketAddr::new(ip(s), 53)).collect();
     state.cluster.suffixes = vec!["cluster.local".into()];
     state.names.insert("db.shop.svc".into(), Named::Inside);
     state.names.insert("partner.shop.svc".into(), Named::Outside);
+    state
+}
+
+/// That world, and whether its gateway says nothing.
+fn names(silent: bool) -> Fixture {
+    let mut f = Fixture::new(Role::Node);
     let mut local = local();
     if silent {
         local.silent.insert("gw".into());
     }
-    f.path_mut().apply(&state, &local, false).unwrap();
+    f.path_mut().apply(&named(), &local, false).unwrap();
     f
 }
 
@@ -973,15 +978,25 @@ fn names_have_the_nodes_own_key_and_outlive_a_restart() {
         let naming = map.get(&0, 0).unwrap();
         [naming[0], naming[1]]
     };
-    let (mut a, b) = (names(false), names(false));
+    let (mut a, mut b) = (names(false), names(false));
     assert_ne!(key(&a), key(&b));
     let before = key(&a);
     a.restart();
     assert_eq!(key(&a), before);
     let asked = udp_with(ISOLATED.0, SERVERS[0], 53, &question(SERVICE));
     assert_eq!(egress(&a, &asked), NEXT, "before anybody has spoken");
+    // One comes and one goes: only these are written, and nothing is left to put right.
+    let mut state = named();
+    state.names.insert("new.shop.svc".into(), Named::Inside);
+    state.names.remove("db.shop.svc");
+    let applied = b.path_mut().apply(&state, &local(), false).unwrap();
+    assert_eq!((applied.updated, applied.deleted), (2, 0));
+    let new = udp_with(ISOLATED.0, SERVERS[0], 53, &question("new.shop.svc.cluster.local"));
+    assert_eq!((egress(&b, &new), egress(&b, &asked)), (NEXT, REDIRECT));
+    let applied = b.path_mut().apply(&state, &local(), true).unwrap();
+    assert_eq!((applied.repaired, applied.updated, applied.deleted), (0, 0, 0));
     // The names go, and so does what they open.
-    a.path_mut().apply(&state(), &local(), false).unwrap();
+    a.path_mut().apply(&self::state(), &local(), false).unwrap();
     assert_eq!(egress(&a, &asked), REDIRECT);
 }
 

@@ -1,6 +1,7 @@
 //! Pods that start: their programs are attached before their first instruction.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tidegate_cni::files::{self, Standing};
 use tidegate_cni::wire::{Answer, Ask, Attached};
@@ -13,6 +14,9 @@ use tokio::time::Instant;
 use super::Node;
 use crate::cni::{PATIENCE, Request, Waiting, is};
 use crate::events;
+
+/// While nothing but names of Services changes, the file is not written more often: it has all of them.
+const NAMES_EVERY: Duration = Duration::from_secs(10);
 
 impl Node {
     /// Takes the plugin's questions: all that wait are one pass.
@@ -116,12 +120,24 @@ impl Node {
 
     /// Keeps on disk what holds while no agent runs.
     pub(super) fn keep_standing(&mut self) {
-        let Some(cni) = &self.config.cni else { return };
-        if !self.ready {
-            return;
-        }
+        self.write_standing(NAMES_EVERY);
         // A pod may have started between this agent's look and the program.
-        let fixed = !fixed_devices(&self.config.pins).is_empty();
+        if self.ready && !fixed_devices(&self.config.pins).is_empty() {
+            self.retire_fixed();
+        }
+    }
+
+    /// Writes it if it is other than what was written; if only names are, no sooner than `names` after the last time.
+    pub(super) fn write_standing(&mut self, names: Duration) {
+        let Some(cni) = self.config.cni.as_ref().filter(|_| self.ready) else { return };
+        let now = Instant::now();
+        if let Some((_, of, written)) = &self.pods.standing {
+            let m = &self.merged;
+            let same = of.cluster == m.cluster && of.nodes == m.nodes && of.namespaces == m.namespaces;
+            if same && (of.names == m.names || now.saturating_duration_since(*written) < names) {
+                return;
+            }
+        }
         let (cluster, config) = (&self.merged.cluster, &self.config);
         let standing = Standing::new(
             Fixed {
@@ -139,17 +155,14 @@ impl Node {
             },
             self.merged.namespaces.iter().map(|(name, touch)| (name.to_string(), written(*touch))).collect(),
         );
-        let mut failed = None;
-        if self.pods.standing.as_ref() != Some(&standing) {
-            match standing.write(&cni.standing) {
-                Ok(()) => self.pods.standing = Some(standing),
-                Err(e) => failed = Some(format!("{} cannot be written: {e}", cni.standing.display())),
-            }
-        }
+        let same = self.pods.standing.as_ref().is_some_and(|(written, ..)| *written == standing);
+        let result = if same { Ok(()) } else { standing.write(&cni.standing) };
+        let failed = result.err().map(|e| format!("{} cannot be written: {e}", cni.standing.display()));
+        self.pods.standing = failed.is_none().then(|| {
+            let NodeState { cluster, nodes, namespaces, names, .. } = self.merged.clone();
+            (standing, NodeState { cluster, nodes, namespaces, names, ..NodeState::default() }, now)
+        });
         self.problem("standing", failed);
-        if fixed {
-            self.retire_fixed();
-        }
     }
 }
 
