@@ -47,7 +47,8 @@ where
         while let Some(Ok(message)) = inbound.next().await {
             match read(message) {
                 Some(FactsUp::Up(up)) => {
-                    if up_tx.send(up).await.is_err() {
+                    let sent = up_tx.send(up).await;
+                    if sent.is_err() {
                         return;
                     }
                 }
