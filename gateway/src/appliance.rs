@@ -335,7 +335,8 @@ pub fn run(path: &Path) -> Result<()> {
     };
     let problems: Problems = Arc::default();
     let reports: Arc<ArcSwap<Reports>> = Arc::default();
-    let (outlet, leading) = kube.as_ref().map(|kube| report::leading::start(kube, is_stale.clone())).unzip();
+    let taint = config.kubernetes.as_ref().is_some_and(|k| k.startup_taint);
+    let (outlet, leading) = kube.as_ref().map(|kube| report::leading::start(kube, is_stale.clone(), taint)).unzip();
     let report_thread = {
         let reporting = report::thread::Thread {
             denied,

@@ -122,6 +122,9 @@ pub struct Kubernetes {
     /// The Service of the cluster's DNS. Default `kube-system/kube-dns`.
     #[serde(default)]
     pub cluster_dns: ServiceName,
+    /// Whether the leader takes the taint `tidegate.dev/agent-not-ready` off nodes whose agents enforce. Default false.
+    #[serde(default)]
+    pub startup_taint: bool,
     /// The cluster's own authority, where `tls` gives no certificates.
     #[serde(default)]
     pub identity: Identity,

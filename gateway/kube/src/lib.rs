@@ -13,6 +13,7 @@ mod pace;
 pub mod pods;
 pub mod pools;
 pub mod status;
+pub mod taints;
 mod uninstall;
 pub mod watch;
 

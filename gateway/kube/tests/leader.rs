@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tidegate_kube::{Api, Cluster};
-use tidegate_kubernetes::{Connection, Settings, Statuses, events, lease, status};
+use tidegate_kubernetes::{Connection, Settings, Statuses, events, lease, status, taints};
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -169,6 +169,61 @@ fn wishes(policies: &[(String, String)], status: &Value) -> Option<Arc<Statuses>
 
 fn programmed(policy: &Value) -> &Value {
     &policy["status"]["nodes"]["programmed"]
+}
+
+/// The taint that keeps pods off until the node's agent enforces goes when it does, and nothing else of the node.
+#[test]
+fn the_leader_takes_the_startup_taint_off_nodes_that_enforce() {
+    let test = Test::new();
+    let taint = |key: &str| json!({"key": key, "effect": "NoSchedule"});
+    let node = |name: &str| {
+        let spec = json!({"taints": [taint("example.com/other"), taint(taints::TAINT)], "unschedulable": true});
+        json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {"a": "b"}}, "spec": spec})
+            .to_string()
+    };
+    let taints_of = |name: &str| {
+        let node = test.get(&format!("/api/v1/nodes/{name}")).unwrap();
+        assert_eq!((&node["metadata"]["labels"]["a"], &node["spec"]["unschedulable"]), (&json!("b"), &json!(true)));
+        let all = node["spec"]["taints"].as_array().unwrap().clone();
+        // What the API server makes of `unschedulable`, where its admission does.
+        all.into_iter()
+            .map(|t| t["key"].as_str().unwrap().to_owned())
+            .filter(|k| !k.starts_with("node."))
+            .collect::<Vec<_>>()
+    };
+    let both = ["example.com/other", taints::TAINT];
+    for name in ["n1", "n2"] {
+        test.kubectl(&["create", "-f", "-"], &node(name));
+    }
+    let settings = Settings {
+        kubeconfig: Some(test.cluster.kubeconfig()),
+        namespace: Some("default".into()),
+        name: "gw-a".into(),
+        ..Settings::default()
+    };
+    let connection = test.runtime.block_on(Connection::new(settings)).unwrap();
+    let (enforcing, nodes) = watch::channel(taints::Enforcing::default());
+    let (leads, leading) = watch::channel(None);
+    let task = test.runtime.spawn(taints::clear(connection, nodes, leading));
+    let names = |all: &[&str]| Arc::new(all.iter().map(|n| (*n).to_owned()).collect());
+    // Not by who does not lead.
+    enforcing.send_replace(names(&["n1", "no-node"]));
+    std::thread::sleep(Duration::from_millis(2500));
+    assert_eq!(taints_of("n1"), both);
+    leads.send_replace(Some(tokio::time::Instant::now() + Duration::from_secs(300)));
+    soon("the first node's taint goes", || taints_of("n1") == both[..1]);
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!(taints_of("n2"), both, "its agent does not enforce");
+    // A node that comes later, and one that is made anew.
+    enforcing.send_replace(names(&["n1", "n2", "n3"]));
+    test.kubectl(&["delete", "node", "n1"], "");
+    for name in ["n1", "n3"] {
+        test.kubectl(&["create", "-f", "-"], &node(name));
+    }
+    for name in ["n1", "n2", "n3"] {
+        soon("its taint goes", || taints_of(name) == both[..1]);
+    }
+    task.abort();
 }
 
 #[test]

@@ -122,7 +122,7 @@ fn a_tenant_reads_what_holds_and_what_to_do() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let kube = Kube::start(&config, config.kubernetes.as_ref().unwrap(), runtime).unwrap();
     let (_fresh, stale) = tokio::sync::watch::channel(false);
-    let (outlet, leading) = leading::start(&kube, stale);
+    let (outlet, leading) = leading::start(&kube, stale, false);
     let snapshot: Arc<ArcSwapOption<Snapshot>> = Arc::default();
     let mut test = Test {
         cluster,

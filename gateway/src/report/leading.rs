@@ -1,16 +1,18 @@
 //! What the leader among the gateways does: statuses and events for the API server.
 
+use std::collections::BTreeSet;
 use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tidegate_kubernetes::taints::{self, Enforcing};
 use tidegate_kubernetes::{Statuses, events, lease, status};
 use tidegate_policy::denied::Denied;
 use tidegate_policy::model::UnixSeconds;
 use tokio::sync::{mpsc, watch};
 
 use super::{Reported, Reports, Survey};
-use crate::core::PairStatus;
+use crate::core::{NodeStatus, PairStatus};
 use crate::kube::Kube;
 
 /// The Lease of the leader, in the gateways' namespace.
@@ -24,6 +26,8 @@ const RELEASE: Duration = Duration::from_secs(3);
 pub struct Outlet {
     statuses: watch::Sender<Option<Arc<Statuses>>>,
     events: mpsc::Sender<events::News>,
+    /// Told which nodes enforce, where somebody wants to know.
+    enforcing: Option<watch::Sender<Enforcing>>,
     last: Arc<Statuses>,
     said: Reports,
     /// The namespace whose audit was told of last, when there was no room for more.
@@ -37,8 +41,8 @@ pub struct Leading {
 }
 
 /// Stands for election, and writes what the outlet is given while this gateway leads.
-/// It does neither while it is `stale`.
-pub fn start(kube: &Kube, stale: watch::Receiver<bool>) -> (Outlet, Leading) {
+/// It does neither while it is `stale`. Takes the startup taint off nodes if `taint`.
+pub fn start(kube: &Kube, stale: watch::Receiver<bool>, taint: bool) -> (Outlet, Leading) {
     let connection = kube.connection();
     let (statuses, wanted) = watch::channel(None);
     let (events, denials) = mpsc::channel(EVENTS);
@@ -46,8 +50,14 @@ pub fn start(kube: &Kube, stale: watch::Receiver<bool>) -> (Outlet, Leading) {
     let (stop, stopped) = watch::channel(false);
     kube.spawn(lease::stand(connection.clone(), LEASE, lease::Times::default(), leads_tx, stale, stopped));
     kube.spawn(status::write(connection.client.clone(), wanted, leads.clone()));
-    kube.spawn(events::write(connection, denials, leads.clone()));
-    let outlet = Outlet { statuses, events, last: Arc::default(), said: Reports::default(), told: String::new() };
+    kube.spawn(events::write(connection.clone(), denials, leads.clone()));
+    let enforcing = taint.then(|| {
+        let (enforcing, nodes) = watch::channel(Enforcing::default());
+        kube.spawn(taints::clear(connection, nodes, leads.clone()));
+        enforcing
+    });
+    let outlet =
+        Outlet { statuses, events, enforcing, last: Arc::default(), said: Reports::default(), told: String::new() };
     (outlet, Leading { stop, leads })
 }
 
@@ -85,6 +95,19 @@ impl Outlet {
         self.statuses.send_replace(Some(all));
     }
 
+    /// Says which nodes enforce: those whose kernels hold policy of this gateway.
+    pub fn enforce<'a>(&self, nodes: impl Iterator<Item = (&'a String, &'a NodeStatus)>) {
+        let Some(enforcing) = &self.enforcing else { return };
+        let now: BTreeSet<String> = nodes.filter(|(_, s)| enforces(s)).map(|(name, _)| name.clone()).collect();
+        enforcing.send_if_modified(|old| {
+            let other = **old != now;
+            if other {
+                *old = Arc::new(now);
+            }
+            other
+        });
+    }
+
     /// Tells the people of namespaces whose audit ends. May be repeated: each is said once. Where there is no room for all,
     /// the next call goes on with the others.
     pub fn audits(&mut self, survey: &Survey, now: UnixSeconds) {
@@ -116,6 +139,11 @@ impl Outlet {
             let _ = self.events.try_send(event);
         }
     }
+}
+
+/// Whether all is well with a node, and its kernel holds policy.
+fn enforces(node: &NodeStatus) -> bool {
+    node.connected && node.held > 0 && node.error.is_none()
 }
 
 /// An audit that ends is told of so long before, and so long after, in seconds.
@@ -228,6 +256,18 @@ mod tests {
     use tidegate_policy::model::{Namespace, Objects, Touched};
 
     #[test]
+    fn a_node_enforces_when_it_is_connected_and_holds_all_of_a_compile() {
+        let good = NodeStatus { connected: true, sent: 2, applied: 2, error: None, held: 1 };
+        assert!(enforces(&good));
+        let bad = [
+            NodeStatus { connected: false, ..good.clone() },
+            NodeStatus { held: 0, ..good.clone() },
+            NodeStatus { error: Some("no room".into()), ..good.clone() },
+        ];
+        assert!(!bad.iter().any(enforces));
+    }
+
+    #[test]
     fn an_event_reads_as_one_line() {
         let mut d = Denied {
             source: [10, 0, 0, 1].into(),
@@ -291,8 +331,14 @@ mod tests {
         let survey = Survey::new(&objects, &crate::report::records_of(&objects, &[]), Touched::ALL, None);
         let (events, mut told) = mpsc::channel(EVENTS);
         let statuses = watch::Sender::new(None);
-        let mut outlet =
-            Outlet { statuses, events, last: Arc::default(), said: Reports::default(), told: String::new() };
+        let mut outlet = Outlet {
+            statuses,
+            events,
+            enforcing: None,
+            last: Arc::default(),
+            said: Reports::default(),
+            told: String::new(),
+        };
         let mut all = std::collections::BTreeSet::new();
         for round in 1..=4 {
             outlet.audits(&survey, now);

@@ -243,6 +243,9 @@ impl Run {
             outlet.audits(&snapshot.survey, now());
         }
         self.tell_moves(&seen.1);
+        if let Some(outlet) = &self.thread.outlet {
+            outlet.enforce(status.nodes.iter());
+        }
         // The most frequent case costs what is new.
         let all = !same || self.seen != seen;
         if !all && denied.is_empty() {

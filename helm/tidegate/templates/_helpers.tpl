@@ -57,6 +57,7 @@ seccompProfile: {type: RuntimeDefault}
 {{- $_ := set $identity . (kindIs "string" $value | ternary $value (int64 $value)) }}
 {{- end }}
 {{- $kubernetes := dict "namespace" .Release.Namespace "service" "tidegate-gateway" "clusterDns" .Values.clusterDns "identity" $identity }}
+{{- if .Values.agent.startupTaint }}{{ $_ := set $kubernetes "startupTaint" true }}{{ end }}
 {{- $_ := set $config "kubernetes" $kubernetes }}
 {{- if .Values.api.enabled }}
 {{- $_ := set $config "api" (printf "[::]:%d" (int .Values.api.port)) }}

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tidegate_kube::{Api, Cluster, Output};
@@ -95,6 +96,49 @@ fn an_upgrade_from_the_chart_before_keeps_policies_and_takes_new_values() {
     let left = left.unwrap().success().unwrap();
     assert!(!left.contains("tidegate"), "{left}");
     with("install", &chart(), "");
+}
+
+/// The right to patch nodes comes with the startup taint, and is for that alone.
+#[test]
+fn gateways_take_their_taint_off_nodes_and_nothing_else() {
+    let cluster = Arc::new(Cluster::start().unwrap());
+    install(&cluster, "tidegate", NAMESPACE, "agent: {startupTaint: true}").success().unwrap();
+    let other = json!({"key": "example.com/other", "effect": "NoSchedule"});
+    let ours = json!({"key": "tidegate.dev/agent-not-ready", "effect": "NoSchedule"});
+    let node = json!({
+        "apiVersion": "v1", "kind": "Node", "metadata": {"name": "n", "labels": {"a": "b"}},
+        "spec": {"taints": [other, ours], "providerID": "x://1"},
+    });
+    cluster.kubectl(&["create", "-f", "-"], &node.to_string()).unwrap().success().unwrap();
+    let who = format!("--as=system:serviceaccount:{NAMESPACE}:{GATEWAY}");
+    let patch = |patch: &Value| {
+        cluster.kubectl(&["patch", "node", "n", "--type=merge", &who, "--patch", &patch.to_string()], "").unwrap()
+    };
+    let refused = [
+        json!({"spec": {"taints": []}}),
+        json!({"spec": {"taints": [ours]}}),
+        json!({"spec": {"taints": [other, ours, {"key": "more", "effect": "NoExecute"}]}}),
+        json!({"spec": {"taints": [other], "unschedulable": true}}),
+        json!({"spec": {"taints": [other], "podCIDR": "10.9.0.0/24", "podCIDRs": ["10.9.0.0/24"]}}),
+        json!({"spec": {"taints": [other]}, "metadata": {"labels": {"a": "c"}}}),
+        json!({"spec": {"taints": [other]}, "metadata": {"labels": null}}),
+        json!({"spec": {"taints": [other]}, "metadata": {"annotations": {"x": "y"}}}),
+        json!({"spec": {"taints": [other]}, "metadata": {"finalizers": ["x.example/y"]}}),
+    ];
+    // The API server takes a policy up a moment after it was made.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !patch(&refused[0]).stderr.contains("gateways may") {
+        assert!(Instant::now() < deadline, "the policy has no effect");
+        cluster.kubectl(&["replace", "-f", "-"], &node.to_string()).unwrap().success().unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    for what in &refused {
+        let said = patch(what);
+        assert!(!said.ok && said.stderr.contains("gateways may"), "{what}: {said}");
+    }
+    patch(&json!({"spec": {"taints": [other]}})).success().unwrap();
+    // Others go on as they may.
+    cluster.kubectl(&["label", "node", "n", "a=c", "--overwrite"], "").unwrap().success().unwrap();
 }
 
 /// Asks the API server whether somebody may do something; `resource` is `GROUP/RESOURCE[/SUBRESOURCE]`.

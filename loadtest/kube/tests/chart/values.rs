@@ -59,6 +59,7 @@ const MATRIX: &[(&str, &str)] = &[
     ("monitoring without agents", "metrics: {serviceMonitor: {enabled: true}}"),
     ("the plugin elsewhere", "cni: {binDir: /var/lib/cni/bin, confDir: /etc/rancher/cni}"),
     ("no plugin", "cni: {enabled: false}"),
+    ("startup taint", "agent: {startupTaint: true}"),
     (
         "kept labels",
         "access: {protectNamespaces: false, protectDeletion: false, protectedLabels: [team, example.com/zone]}",

@@ -16,6 +16,8 @@ use crate::install::{SYSTEM, gateways, typed};
 const BACK: Duration = Duration::from_secs(90);
 /// How long a part of it is away.
 const AWAY: Duration = Duration::from_secs(6);
+/// With what nodes register that are new.
+const TAINT: &str = "tidegate.dev/agent-not-ready";
 /// The node that is switched off, and the pods with traffic on it.
 const OFF: (&str, &[&str]) = ("node-2", &["shop/node-2", "annotated/client"]);
 
@@ -35,7 +37,7 @@ pub fn install(lab: &Lab) {
         lab,
         &format!(
             "helm install tidegate helm/tidegate --namespace {SYSTEM} --create-namespace --wait \
-             --set gateway.config.drainSeconds=5 --set-string 'gateway.nodeSelector.tidegate\\.dev/gateway=true'"
+             --set gateway.config.drainSeconds=5 --set agent.startupTaint=true --set-string 'gateway.nodeSelector.tidegate\\.dev/gateway=true'"
         ),
     );
 }
@@ -234,12 +236,37 @@ fn all_gateways_away(lab: &mut Lab, ground: &mut Ground) {
     ready(lab);
 }
 
-/// Its pods begin again with what the disk has, beside one that tries to get past the policy before there is an agent.
+/// A pod that the scheduler has to place on the node, which is not yet fit for it.
+fn waits_for_its_node(lab: &Lab, node: &str) {
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "waits", "namespace": "shop", "labels": {"app": "web"}},
+        "spec": {
+            "nodeSelector": {"kubernetes.io/hostname": node}, "terminationGracePeriodSeconds": 0,
+            // That the node is away, it does not mind.
+            "tolerations": [{"key": "node.kubernetes.io/unreachable", "operator": "Exists"}, {"key": "node.kubernetes.io/not-ready", "operator": "Exists"}],
+            "containers": [{"name": "client", "image": kubelet::CLIENT_IMAGE, "imagePullPolicy": "Never"}],
+        },
+    });
+    lab.host_kubectl(&["apply", "-f", "-"], &pod.to_string()).unwrap();
+    std::thread::sleep(AWAY / 2);
+    assert!(!placed(lab), "nothing keeps pods off the node");
+}
+
+fn placed(lab: &Lab) -> bool {
+    lab.object(&["pod", "--namespace", "shop", "waits"]).unwrap()["spec"]["nodeName"].is_string()
+}
+
+/// Its pods begin again with what the disk has, beside one that tries to get past the policy before there is an agent. As a node that is
+/// new it has the startup taint: what the scheduler has to place waits until its agent enforces.
 fn rebooted(lab: &mut Lab, ground: &mut Ground) {
     let (node, pods) = OFF;
     ground.step(lab, &format!("{node} rebooted"), UNNOTICED.without(pods), |lab| {
         let old: Vec<_> = pods.iter().map(|pod| lab.pod_processes(pod).unwrap()).collect();
         lab.switch_off(node).unwrap();
+        // Until gateways have noticed: a node that is new was never connected.
+        std::thread::sleep(AWAY);
+        lab.host_kubectl(&["taint", "node", node, &format!("{TAINT}=:NoSchedule")], "").unwrap();
+        waits_for_its_node(lab, node);
         lab.switch_on(node).unwrap();
         let begun = || {
             pods.iter()
@@ -247,6 +274,12 @@ fn rebooted(lab: &mut Lab, ground: &mut Ground) {
                 .all(|(pod, old)| lab.pod_processes(pod).is_ok_and(|now| !now.is_empty() && now != *old))
         };
         assert!(wait_for(BACK, || begun().then_some(())).is_some(), "the pods do not come back");
+        let placed = || placed(lab).then_some(());
+        assert!(
+            wait_for(BACK, placed).is_some(),
+            "the startup taint stays: {}",
+            lab.object(&["node", node]).unwrap()["spec"]
+        );
         ready(lab);
     });
     ground.again(lab, pods);
