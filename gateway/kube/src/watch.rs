@@ -325,8 +325,11 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
         }
     }
 
-    async fn page(&self, params: &ListParams) -> Result<Page, End> {
-        let request = self.request.list(params).map_err(|e| End::Failed(kube::Error::BuildRequest(e).into()))?;
+    fn ask(&self, params: &ListParams) -> Result<http::Request<Vec<u8>>, End> {
+        self.request.list(params).map_err(|e| End::Failed(kube::Error::BuildRequest(e).into()))
+    }
+
+    async fn page(&self, request: http::Request<Vec<u8>>) -> Result<Page, End> {
         // To a list 504 says that the API server is slow: to read all anew would make it slower.
         within(self.client.request(request)).await.map_err(|error| match error.code() {
             Some(504) => End::Failed(error),
@@ -342,7 +345,15 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
         let params = ListParams { field_selector: by_name.cloned(), limit: Some(1), ..ListParams::default() };
         let mut wait = BACKOFF.0;
         loop {
-            let now = match self.page(&params).await {
+            let answer = match self.ask(&params) {
+                Ok(mut request) => {
+                    // A connection that stays idle beside the watch hangs when it does, and the next watch would be asked for there.
+                    request.headers_mut().insert(http::header::CONNECTION, http::HeaderValue::from_static("close"));
+                    self.page(request).await
+                }
+                Err(end) => Err(end),
+            };
+            let now = match answer {
                 Ok(page) => page.metadata.resource_version.unwrap_or_default(),
                 Err(End::Failed(_)) => {
                     // The watch says what that means for it.
@@ -366,7 +377,7 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
         let mut seen = BTreeSet::new();
         let mut params = self.parameters(PAGE);
         loop {
-            let page = match self.page(&params).await {
+            let page = match self.page(self.ask(&params)?).await {
                 Err(End::Failed(error)) if error.code() == Some(404) && self.list.optional => return Err(End::Absent),
                 answer => answer?,
             };
