@@ -21,6 +21,9 @@ use self::support::Proxy;
 
 const SOON: Duration = Duration::from_secs(20);
 
+/// Who says what is in use says of all other pools that they are not: one test at a time, as the API server is shared.
+static USE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
 fn cluster() -> Arc<Cluster> {
     let cluster = Cluster::shared().unwrap();
     cluster.define().unwrap();
@@ -252,6 +255,7 @@ async fn a_pod_network_has_one_pair_without_addresses() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pool_in_use_is_held_and_counted() {
+    let _use = USE.lock().await;
     let cluster = cluster();
     make(&cluster, "used", &[1, 2]);
     let mut a = Gateway::start(&cluster, "gw-a").await;
@@ -292,6 +296,7 @@ async fn a_pool_in_use_is_held_and_counted() {
 /// One that drains has drained when no namespace and no living flow leaves with it; of others nothing is said.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pair_that_drains_says_when_it_has() {
+    let _use = USE.lock().await;
     let cluster = cluster();
     let addresses = json!([{"ipv4": "203.0.113.1", "state": "Draining"}, {"ipv4": "203.0.113.2"}]);
     apply(&cluster, "drains", &json!({"addressSource": "Static", "static": {"addresses": addresses}}));
@@ -329,6 +334,7 @@ async fn a_pair_that_drains_says_when_it_has() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn counts_that_change_all_the_time_are_written_now_and_then() {
+    let _use = USE.lock().await;
     let cluster = cluster();
     make(&cluster, "busy", &[1]);
     let mut a = Gateway::start(&cluster, "gw-a").await;

@@ -183,7 +183,7 @@ fn the_definitions_are_structural_and_explain_themselves() {
         ("cegp.spec", &["0 to 1000", "- Baseline: For pods that no policy", "subject\t<Object> -required-"]),
         ("cegp.spec.egress", &["action\t<string> -required-"]),
         ("cegp.spec.ceiling.permits", &["- SNIUnchecked: TCP without a look at the SNI"]),
-        ("epool.spec.static.addresses", &["state\t<string>", "- Draining: Namespaces that it was"]),
+        ("epool.spec.static.addresses", &["state\t<string>", "- Draining: It takes no new connections"]),
         ("nsegress.status.denials", &["allowWith\t<string>", "such as TCP", "The rule that would allow it"]),
     ] {
         let text = cluster.kubectl(&["explain", field], "").unwrap().success().unwrap();
