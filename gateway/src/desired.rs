@@ -218,10 +218,11 @@ impl Desired {
     /// The pairs of pools of which one drains, and whether it is that one. All of them have an owner, also without a scope: with
     /// one that drains flows may live that scopes have left behind, and scopes leave it only for one at the same gateway.
     fn beside_drains(world: &World) -> BTreeMap<Pair, model::Pair> {
-        let mut out = BTreeMap::new();
+        let (mut out, mut seen) = (BTreeMap::new(), BTreeSet::new());
         for (scope, _) in world.ways() {
             let AddressSource::Static { pairs, .. } = scope.source() else { continue };
-            if pairs.iter().any(|p| p.draining) {
+            // Thousands of scopes may share a pool.
+            if pairs.iter().any(|p| p.draining) && seen.insert(scope.pool()) {
                 let named = |p: &model::Pair| Pair { pool: scope.pool().to_string(), ipv4: p.ipv4, ipv6: p.ipv6 };
                 out.extend(pairs.iter().map(|p| (named(p), *p)));
             }
