@@ -41,6 +41,7 @@ fn lists_servers_and_clocks() {
     the_api_server_is_replaced(&mut lab);
     etcd_has_forgotten_what_changed(&mut lab);
     clocks_are_minutes_apart(&mut lab);
+    a_backup_is_put_back(&mut lab);
     lab.down().unwrap();
 }
 
@@ -178,6 +179,65 @@ fn etcd_has_forgotten_what_changed(lab: &mut Lab) {
     soon("the policy", || !denied(lab, PODS[0], "revoked.example.com"));
 }
 
+/// Copies a folder, which may be there already.
+fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
+    let _ = std::fs::remove_dir_all(to);
+    anyhow::ensure!(
+        Command::new("cp").arg("-a").args([from, to]).status()?.success(),
+        "cannot copy {}",
+        from.display()
+    );
+    Ok(())
+}
+
+/// etcd is restored to before the owner died, and a policy came: what it says of owners and versions is older than what both gateways
+/// know. Both go by it, the record follows the gateways, and neither stays behind.
+fn a_backup_is_put_back(lab: &mut Lab) {
+    let backup = lab.layout().control().join("backup");
+    lab.with_storage(|stored| copy(stored, &backup)).unwrap();
+    let (first, epoch) = recorded(lab);
+    let [heir] = GATEWAYS.into_iter().filter(|g| *g != first).collect::<Vec<_>>()[..] else { unreachable!() };
+    kill(lab, &first);
+    let epoch = wait_recorded(lab, heir, epoch + 1);
+    lab.start(&first).unwrap();
+    lab.wait_ready(&first, READY).unwrap();
+    lab.request("POST", POLICIES, &policy("forgotten", "neighbour.example.com")).unwrap();
+    soon("the policy", || !denied(lab, PODS[0], "neighbour.example.com"));
+    // Versions are far beyond those of the backup.
+    (0..100).for_each(|n| lab.annotate("untouched", &[("example.com/n", &n.to_string())]).unwrap());
+    let newest = revision(lab);
+    let (begun, traffic) = under_traffic(lab, &PODS, |lab| {
+        let begun = Instant::now();
+        lab.with_storage(|stored| copy(&backup, stored)).unwrap();
+        let restored = Instant::now();
+        assert!(revision(lab) < newest, "the versions have gone back");
+        assert!(lab.request("GET", &format!("{POLICIES}/forgotten"), &Value::Null).is_err());
+        soon("the end of what the backup does not have", || denied(lab, PODS[0], "neighbour.example.com"));
+        // The pair stays where it is, and that is recorded again.
+        let recorded_again = wait_for(Duration::from_secs(30), || (recorded(lab) == owner(lab, heir)).then_some(()));
+        assert!(recorded_again.is_some(), "{:?} {:?}", recorded(lab), owner(lab, heir));
+        println!("the backup was followed {:?} after the API server was back", restored.elapsed());
+        std::thread::sleep(Duration::from_secs(1));
+        begun
+    });
+    gaps("a backup is put back", &traffic, begun, CALM.0, CALM.1);
+    assert_eq!(GATEWAYS.map(|g| owner(lab, g).0), [heir, heir]);
+    assert!(owner(lab, heir).1 >= epoch, "epochs never go back");
+    GATEWAYS.iter().for_each(|g| lab.wait_ready(g, READY).unwrap());
+    // Each hears what is new, and would say so to the other for ever if it did not.
+    lab.request("POST", POLICIES, &policy("new", "neighbour.example.com")).unwrap();
+    soon("a change", || !denied(lab, PODS[0], "neighbour.example.com"));
+    let end = Instant::now() + Duration::from_secs(8);
+    while Instant::now() < end {
+        GATEWAYS.iter().for_each(|g| assert_eq!(lab.admin(g, "/readyz").unwrap().0, 200, "{g} is behind"));
+        std::thread::sleep(Duration::from_millis(250));
+    }
+    let holders = GATEWAYS.map(|g| status(lab, g)["core"]["pairs"].to_string().matches("203.0.113.10").count());
+    assert_eq!(holders, [1, 1], "one pair, one entry");
+    lab.request("DELETE", &format!("{POLICIES}/new"), &Value::Null).unwrap();
+    soon("its end", || denied(lab, PODS[0], "neighbour.example.com"));
+}
+
 /// How far the clock of a gateway is from the machine's, by the time of its last record, in seconds.
 fn apart(lab: &Lab, gateway: &str) -> i64 {
     let text = std::fs::read_to_string(lab.layout().log(gateway)).unwrap();
@@ -256,6 +316,8 @@ fn clocks_are_minutes_apart(lab: &mut Lab) {
     lab.request("POST", POLICIES, &policy("late", "neighbour.example.com")).unwrap();
     let accepted = |o: &Value| o["status"]["conditions"].as_array().is_some_and(|c| !c.is_empty());
     lab.wait_object(&format!("{POLICIES}/late"), Duration::from_secs(40), accepted).unwrap();
+    lab.request("DELETE", &format!("{POLICIES}/late"), &Value::Null).unwrap();
+    soon("its end", || denied(lab, PODS[0], "neighbour.example.com"));
 }
 
 /// How long certificates and authorities hold here, in seconds: a rotation in two thirds of a minute.

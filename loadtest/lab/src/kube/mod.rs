@@ -206,6 +206,19 @@ impl Lab {
         self.signal("kube-apiserver", Signal::SIGKILL, Some(GONE))
     }
 
+    /// Kills the API server and etcd, lets `work` do with the folder of what is stored, and starts them again.
+    ///
+    /// # Errors
+    /// When the lab has none, `work` fails, or they do not come up.
+    pub fn with_storage(&mut self, work: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        let site = self.site()?;
+        self.stop_api_server()?;
+        self.signal("etcd", Signal::SIGKILL, Some(GONE))?;
+        work(&site.folder().join("etcd"))?;
+        self.launch_control("etcd", site.etcd()?)?;
+        self.start_api_server()
+    }
+
     pub(crate) fn launch_control(&mut self, name: &str, command: Command) -> Result<Process> {
         let netns = self.place(PLACE)?.netns().to_owned();
         self.launch(name, &netns, command)
