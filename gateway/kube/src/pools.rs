@@ -407,8 +407,11 @@ impl Pools {
                 }
                 None => continue,
             };
-            if let Err(error) = result {
-                tracing::warn!(pool = name, error, "cannot look after a pool; trying again");
+            match result {
+                Ok(Tried::Done) => {}
+                // What somebody else wrote the watch has not told yet, and one that hangs does not for a while.
+                Ok(Tried::Stale) => drop(self.is_newest(&pool).await),
+                Err(error) => tracing::warn!(pool = name, error, "cannot look after a pool; trying again"),
             }
         }
     }

@@ -404,6 +404,45 @@ async fn connections_that_hang_are_replaced() {
     assert!(took < Duration::from_secs(9), "{took:?}");
 }
 
+/// The watch alone hangs, and is given up after half a minute. Nobody waits for that: who writes a claim, or looks after a pool, reads
+/// what he did not hear of.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_that_hangs_alone_holds_nothing_up() {
+    let cluster = cluster();
+    make(&cluster, "quiet", &[1]);
+    let proxy = Proxy::start(&cluster);
+    let settings = Settings { kubeconfig: Some(proxy.kubeconfig()), ..Settings::default() };
+    let mut a = Gateway::with(Connection::new(settings).await.unwrap().client, "gw-a");
+    a.send(write("quiet", 1, by("gw-a", 1), None)).await;
+    a.records("quiet", &[record(1, "gw-a", 1)]).await;
+    let namespaces = |n| Command::Used(BTreeMap::from([("quiet".into(), BTreeMap::from([(pair(1), n)]))]));
+    let counted = async |n: u32| {
+        let is = || get(&cluster, "quiet")["status"]["addresses"][0]["namespaces"] == n;
+        timeout(Duration::from_secs(12), async {
+            while !is() {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        })
+        .await
+        .unwrap_or_else(|_| panic!("{n} namespaces: {}", get(&cluster, "quiet")));
+    };
+    a.send(namespaces(1)).await;
+    counted(1).await;
+    // A sign of life is asked for more often, on another connection.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    proxy.swallow_quiet(Duration::from_secs(1));
+    let started = Instant::now();
+    cluster.kubectl(&["label", "egresspool", "quiet", "a=b"], "").unwrap().success().unwrap();
+    a.send(namespaces(2)).await;
+    counted(2).await;
+    set_owner(&cluster, "quiet", "gw-b", 2);
+    a.send(write("quiet", 1, by("gw-a", 2), Some(by("gw-a", 1)))).await;
+    let written = Instant::now();
+    a.records("quiet", &[record(1, "gw-b", 2)]).await;
+    assert!(written.elapsed() < Duration::from_secs(1), "{:?}", written.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(20), "the watch has not been replaced: {:?}", started.elapsed());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_restored_backup_says_counts() {
     let cluster = Cluster::start().unwrap();

@@ -128,6 +128,50 @@ async fn changes_come_in_order_and_only_those_that_were_asked_for() {
     assert!(f.watched.followed(MAPS).is_some(), "changes come in");
 }
 
+/// A message of protobuf that has these fields.
+fn message(fields: &[(u8, &[u8])]) -> Vec<u8> {
+    let mut out = Vec::new();
+    for (number, octets) in fields {
+        let short = u8::try_from(octets.len()).ok().filter(|n| *n < 128).unwrap();
+        out.extend([number << 3 | 2, short]);
+        out.extend_from_slice(octets);
+    }
+    out
+}
+
+/// In protobuf texts may have octets that are not UTF-8: the API server keeps them, and in JSON they are a sign that stands for them.
+#[tokio::test]
+async fn octets_that_are_no_text_stop_no_list() {
+    let cluster = Cluster::shared().unwrap();
+    made(&cluster, "octets");
+    apply(&cluster, &map("octets", "good", "1"));
+    let settings = Settings { kubeconfig: Some(cluster.kubeconfig()), service: "gw".into(), ..Settings::default() };
+    let client = Connection::new(settings).await.unwrap().client;
+    let mut f = Follower::new(cluster.kubeconfig(), "octets").await;
+    f.until(SOON, "the list", |f| f.has(&[("good", "1")])).await;
+    let entry = |key: &[u8], value: &[u8]| message(&[(1, key), (2, value)]);
+    let bad = b"a\xff\xc0\x80.example";
+    let (label, note) = (entry(b"watched", b"yes"), entry(b"tidegate.dev/allow", bad));
+    let meta = message(&[(1, b"bad"), (11, &label), (12, &note)]);
+    let raw = message(&[(1, &meta), (2, &entry(b"v", bad))]);
+    let kind = message(&[(1, b"v1"), (2, b"ConfigMap")]);
+    let body = [b"k8s\0".to_vec(), message(&[(1, &kind)]), vec![2 << 3 | 2, raw.len() as u8], raw].concat();
+    let request = http::Request::post("/api/v1/namespaces/octets/configmaps")
+        .header("Content-Type", "application/vnd.kubernetes.protobuf")
+        .header("Accept", "application/json")
+        .body(body)
+        .unwrap();
+    let made: Value = client.request(request).await.unwrap();
+    assert_eq!(made["metadata"]["annotations"]["tidegate.dev/allow"], "a\u{fffd}\u{fffd}\u{fffd}.example");
+    let same = |f: &Follower| f.has(&[("bad", "a\u{fffd}\u{fffd}\u{fffd}.example"), ("good", "1")]);
+    f.until(SOON, "the object with octets", same).await;
+    let mut again = Follower::new(cluster.kubeconfig(), "octets").await;
+    again.until(SOON, "the list with them", same).await;
+    apply(&cluster, &map("octets", "good", "2"));
+    f.until(SOON, "what comes after them", |f| f.held["good"] == "2").await;
+    assert_eq!(f.lists, 1);
+}
+
 #[tokio::test]
 async fn a_list_of_many_pages_and_a_flood_come_whole() {
     let cluster = Cluster::shared().unwrap();

@@ -1,13 +1,14 @@
 //! A proxy that can stop forwarding, etcd's compaction, and many versions.
 #![allow(dead_code, reason = "no file uses all of it")]
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use tidegate_kube::Cluster;
 
@@ -21,6 +22,20 @@ struct State {
     first_good: AtomicU64,
     accepted: AtomicU64,
     stop: AtomicBool,
+    /// When the client of each connection last said something; absent of those that are swallowed for ever.
+    said: Mutex<BTreeMap<u64, Option<Instant>>>,
+}
+
+impl State {
+    fn said(&self) -> MutexGuard<'_, BTreeMap<u64, Option<Instant>>> {
+        self.said.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn swallows(&self, number: u64) -> bool {
+        self.mode.load(Ordering::SeqCst) == SWALLOW
+            || number < self.first_good.load(Ordering::SeqCst)
+            || self.said().get(&number) == Some(&None)
+    }
 }
 
 /// A TCP proxy before the API server. It ends when dropped.
@@ -41,6 +56,7 @@ impl Proxy {
             first_good: AtomicU64::new(0),
             accepted: AtomicU64::new(0),
             stop: AtomicBool::new(false),
+            said: Mutex::default(),
         });
         let shared = state.clone();
         std::thread::spawn(move || {
@@ -53,12 +69,13 @@ impl Proxy {
                     continue;
                 }
                 let Ok(server) = TcpStream::connect(&upstream) else { continue };
-                for (from, to) in [
-                    (client.try_clone().unwrap(), server.try_clone().unwrap()),
-                    (server.try_clone().unwrap(), client.try_clone().unwrap()),
+                shared.said().insert(number, Some(Instant::now()));
+                for (from, to, says) in [
+                    (client.try_clone().unwrap(), server.try_clone().unwrap(), true),
+                    (server.try_clone().unwrap(), client.try_clone().unwrap(), false),
                 ] {
                     let shared = shared.clone();
-                    std::thread::spawn(move || carry(&shared, number, from, to));
+                    std::thread::spawn(move || carry(&shared, number, says, from, to));
                 }
             }
         });
@@ -103,6 +120,13 @@ impl Proxy {
         self.state.first_good.store(self.state.accepted.load(Ordering::SeqCst), Ordering::SeqCst);
         self.state.mode.store(FORWARD, Ordering::SeqCst);
     }
+
+    /// Carries all but connections on which the client said nothing for so long, such as that of a watch: they stay silent.
+    pub fn swallow_quiet(&self, quiet: Duration) {
+        for said in self.state.said().values_mut() {
+            *said = said.filter(|at| at.elapsed() < quiet);
+        }
+    }
 }
 
 impl Drop for Proxy {
@@ -118,7 +142,7 @@ fn upstream_host(url: &str) -> String {
     url.strip_prefix("https://").unwrap().split(':').next().unwrap().to_owned()
 }
 
-fn carry(state: &State, number: u64, mut from: TcpStream, mut to: TcpStream) {
+fn carry(state: &State, number: u64, says: bool, mut from: TcpStream, mut to: TcpStream) {
     let mut buffer = vec![0; 64 << 10];
     from.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
     loop {
@@ -129,9 +153,11 @@ fn carry(state: &State, number: u64, mut from: TcpStream, mut to: TcpStream) {
         match from.read(&mut buffer) {
             Ok(0) => break,
             Ok(n) => {
-                let mode = state.mode.load(Ordering::SeqCst);
-                if mode == SWALLOW || number < state.first_good.load(Ordering::SeqCst) {
+                if state.swallows(number) {
                     continue;
+                }
+                if says {
+                    state.said().insert(number, Some(Instant::now()));
                 }
                 if to.write_all(&buffer[..n]).is_err() {
                     break;
