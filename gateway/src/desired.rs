@@ -364,3 +364,8 @@ impl Desired {
         Local { node: self.config.node.clone(), ..Local::default() }
     }
 }
+
+#[cfg(test)]
+#[path = "desired_tests.rs"]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests;
