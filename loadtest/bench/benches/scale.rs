@@ -1,5 +1,5 @@
 //! A large cluster: 10,000 namespaces with 50,000 pods on 200 nodes. What the first compile costs, what an edit costs, and
-//! how much memory objects and worlds take.
+//! how much memory objects, worlds and an index take.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::BTreeMap;
@@ -9,9 +9,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
+use serde_json::{Value, json};
+use tidegate_api::index::{Feed, Index};
 use tidegate_policy::model::{
     Action, AddressSource, Ceiling, Cidr, ClusterPolicy, Fqdn, Labels, Namespace, Node, Objects, OnRevoke, Pair,
-    Permit, Pod, Policy, PolicyMode, Pool, Ports, Rule, Selector, Tier, Touched, UnixSeconds,
+    Permit, Pod, Policy, PolicyMode, Pool, Ports, Rule, Selector, Settings, Tier, Touched, UnixSeconds,
 };
 use tidegate_policy::pattern::Pattern;
 use tidegate_policy::world::Sight;
@@ -202,6 +204,100 @@ fn namespaces(name: &str) -> Touched {
     Touched { namespaces: [name.to_owned()].into(), ..Touched::default() }
 }
 
+/// A pod as the API server says it.
+fn said(space: u32, p: u32, app: &str, ready: bool) -> Value {
+    let name = format!("{}-7c5ddbdf54-{p}", if p.is_multiple_of(2) { "web" } else { "job" });
+    let ip = address(space, p).to_string();
+    let meta = json!({
+        "name": name, "namespace": format!("namespace-{space}"), "uid": format!("0f9619ff-8b86-d011-b42d-{:012x}", space * PODS + p),
+        "resourceVersion": "12345678", "creationTimestamp": "2026-01-01T00:00:00Z",
+        "labels": {"app": app, "pod-template-hash": format!("{space:x}{p}")},
+        "ownerReferences": [{"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web-7c5ddbdf54", "uid": "u", "controller": true}],
+    });
+    let container = json!({"name": "app", "image": "registry.example.com/app:1", "resources": {"requests": {"cpu": "100m"}},
+        "env": [{"name": "A", "value": "b"}], "volumeMounts": [{"name": "token", "mountPath": "/var/run/secrets"}]});
+    let conditions = ["PodScheduled", "Initialized", "ContainersReady", "Ready"];
+    let condition =
+        |t: &str| json!({"type": t, "status": ready.to_string(), "lastTransitionTime": "2026-01-01T00:00:00Z"});
+    json!({"metadata": meta,
+        "spec": {"nodeName": format!("node-{}", (space * PODS + p) % NODES), "containers": [container]},
+        "status": {"phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}], "conditions": conditions.map(condition)}})
+}
+
+/// A policy with ten names and a prefix, as the API server says it.
+fn said_policy(space: u32, which: u32, port: u32) -> Value {
+    let names: Vec<Value> =
+        (0..10).map(|i| json!({"matchName": format!("h{i}.p{which}.n{space}.example.com")})).collect();
+    let ports = json!([{"protocol": "TCP", "port": port}]);
+    json!({"metadata": {"name": format!("policy-{which}"), "namespace": format!("namespace-{space}"), "uid": format!("{space}-{which}"),
+        "generation": 1, "resourceVersion": "12345678", "creationTimestamp": "2026-01-01T00:00:00Z"},
+        "spec": {"podSelector": if which == 0 { json!({}) } else { json!({"matchLabels": {"app": "web"}}) }, "egress": [
+            {"name": "names", "toFQDNs": names, "toPorts": ports},
+            {"name": "net", "toCIDRs": [{"cidr": format!("9.{}.{}.0/24", space >> 8, space & 255)}], "toPorts": ports}]}})
+}
+
+fn said_namespace(space: u32, env: &str) -> Value {
+    json!({"metadata": {"name": format!("namespace-{space}"), "uid": format!("6f9619ff-8b86-d011-b42d-{space:012x}"),
+        "resourceVersion": "12345678", "labels": {"env": env, "kubernetes.io/metadata.name": format!("namespace-{space}")}}})
+}
+
+/// As many namespaces, pods and policies as above in a gateway's index: what it keeps of them, and what an event costs, from
+/// its JSON on.
+fn index() {
+    let begun = live();
+    let mut index = Index::new(Settings::default());
+    let (mut times, mut events) = (Duration::ZERO, 0);
+    let mut take = |index: &mut Index, feed, object: Value| {
+        let at = Instant::now();
+        index.apply(feed, &object);
+        times += at.elapsed();
+        events += 1;
+    };
+    for n in 0..NAMESPACES {
+        take(&mut index, Feed::Namespaces, said_namespace(n, "prod"));
+        if n % 10 < 2 {
+            (0..2).for_each(|which| take(&mut index, Feed::EgressPolicies, said_policy(n, which, 443)));
+        }
+        (0..PODS).for_each(|p| take(&mut index, Feed::Pods, said(n, p, if p % 2 == 0 { "web" } else { "job" }, true)));
+    }
+    let kept = live() - begun;
+    let o = index.objects();
+    assert_eq!((o.namespaces.len(), o.pods.len(), o.policies.len()), (10_000, 50_000, 4_000));
+    println!(
+        "\nAn index takes {events} objects in {times:.1?} and keeps {:.1} MiB of them.\n\n| event | taken | compiled | pods, namespaces touched |",
+        kept as f64 / f64::from(1 << 20)
+    );
+    println!("|---|---|---|---|");
+    index.take_touched();
+    let cases: [(&str, Feed, [Value; 2]); 4] = [
+        ("a pod's readiness", Feed::Pods, [said(4210, 2, "web", false), said(4210, 2, "web", true)]),
+        ("a pod's label", Feed::Pods, [said(4210, 2, "job", true), said(4210, 2, "web", true)]),
+        ("a policy", Feed::EgressPolicies, [said_policy(4210, 0, 8443), said_policy(4210, 0, 443)]),
+        ("a namespace's label", Feed::Namespaces, [said_namespace(4210, "test"), said_namespace(4210, "prod")]),
+    ];
+    for (what, feed, [there, back]) in cases {
+        let before = World::compile(index.objects(), NOW, None);
+        let (mut taken, mut compiled, mut counts) = (Vec::new(), Vec::new(), (0, 0));
+        for _ in 0..TIMES {
+            let at = Instant::now();
+            index.apply(feed, &there);
+            let touched = index.take_touched();
+            taken.push(at.elapsed());
+            counts = (touched.pods.len(), touched.namespaces.len());
+            assert!(!touched.all);
+            let at = Instant::now();
+            if touched != Touched::default() {
+                black_box(World::compile(index.objects(), NOW, Some((&before, &touched))));
+                compiled.push(at.elapsed());
+            }
+            index.apply(feed, &back);
+            index.take_touched();
+        }
+        let compiled = if compiled.is_empty() { "-".to_owned() } else { format!("{:.1?}", median(compiled)) };
+        println!("| {what} | {:.1?} | {compiled} | {}, {} |", median(taken), counts.0, counts.1);
+    }
+}
+
 fn main() {
     let start = live();
     let mut o = cluster();
@@ -324,4 +420,6 @@ fn main() {
     }
     println!("An endpoint of {} is found in {:.1?}.", next.endpoints().count(), at.elapsed() / NAMESPACES);
     assert_eq!(found, NAMESPACES as usize);
+    drop((next, world, group, o));
+    index();
 }
