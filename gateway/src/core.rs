@@ -456,7 +456,7 @@ impl Run {
                 // Done, or left to the asker, who asks again.
                 self.move_over = None;
                 // The asker waits with a limit of its own.
-                let _ = reply.try_send(result.map_err(|e| e.to_string()));
+                let _ = reply.send(result.map_err(|e| e.to_string()));
             }
             ToCore::Seen { node, id, seen } => {
                 if let Some(n) = self.nodes.get_mut(&node)

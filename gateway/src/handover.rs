@@ -1,9 +1,7 @@
 //! Handing this pod's network namespace to the node's agent, and renewing the
-//! lease of the static addresses.
+//! lease of the static addresses ([`tidegate_agent::plug`] has the lines).
 //!
-//! One JSON line each way over a Unix socket: the first carries the namespace's
-//! file descriptor (SCM_RIGHTS). While the connection lives and renewals come, the
-//! agent holds the addresses; when either stops, it lets them go.
+//! While the connection lives and renewals come, the agent holds the addresses; when either stops, it lets them go.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, IoSlice, Write};
@@ -16,60 +14,45 @@ use std::time::Duration;
 use crate::egress::Way;
 use anyhow::{Context, Result, bail};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use serde::{Deserialize, Serialize};
+use tidegate_agent::plug::{Answer, Hello, Renewal};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, Lines};
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::time::Instant;
 
 /// How often the lease is renewed; the agent lets go after 2 s.
 pub const RENEW: Duration = Duration::from_millis(500);
 /// How long an answer of the agent may take.
 const ANSWER: Duration = Duration::from_secs(10);
 
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Hello<'a> {
-    gateway: &'a str,
-    tunnel_mtu: u16,
-    device: &'a str,
-    flow_idle_seconds: u64,
-    r#static: &'a [IpAddr],
-}
-
-#[derive(Serialize)]
-struct Renew<'a> {
-    renew: bool,
-    r#static: &'a [IpAddr],
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Answer {
-    #[serde(default)]
-    error: Option<String>,
-    #[serde(default)]
-    tgp_mtu: Option<u16>,
-}
-
 /// A live handover.
 #[derive(Debug)]
 pub struct Handover {
-    stream: UnixStream,
+    answers: Lines<tokio::io::BufReader<OwnedReadHalf>>,
+    renewals: OwnedWriteHalf,
     /// MTU towards pods that the agent chose, in bytes.
     pub mtu: u16,
+    lease: Lease,
 }
 
 impl Handover {
-    /// Connects to the agent and hands over the namespace of the calling thread. Blocks up to 10 s.
+    /// Connects to the agent and hands over the namespace of the calling thread, in a tokio runtime. Blocks up to 10 s.
+    ///
+    /// # Errors
+    /// There is no agent, or it says why not.
     pub fn connect(socket: &Path, gateway: &str, tunnel_mtu: u16, way: &Way) -> Result<Self> {
         let stream = UnixStream::connect(socket)
             .with_context(|| format!("cannot reach the node's agent at {}", socket.display()))?;
         stream.set_read_timeout(Some(ANSWER)).context("cannot set a timeout")?;
         stream.set_write_timeout(Some(ANSWER)).context("cannot set a timeout")?;
         let namespace = File::open("/proc/thread-self/ns/net").context("cannot open this pod's network namespace")?;
+        let asked = way.addresses();
         let mut line = serde_json::to_vec(&Hello {
-            gateway,
+            gateway: gateway.to_owned(),
             tunnel_mtu,
-            device: &way.rules.device,
+            device: way.rules.device.clone(),
             flow_idle_seconds: way.flow_idle_seconds,
-            r#static: &way.addresses(),
+            r#static: asked.clone(),
+            answers: true,
         })?;
         line.push(b'\n');
         let fds = [namespace.as_raw_fd()];
@@ -83,19 +66,136 @@ impl Handover {
         .context("cannot hand the namespace to the agent")?;
         (&stream).write_all(&line[sent..]).context("cannot hand the namespace to the agent")?;
         let mut answer = String::new();
+        // It says nothing more before it is asked.
         BufReader::new(&stream).read_line(&mut answer).context("the agent did not answer")?;
-        let answer: Answer = serde_json::from_str(&answer).context("the agent's answer is not understood")?;
-        if let Some(error) = answer.error {
-            bail!("the agent could not plug this gateway in: {error}");
-        }
-        let mtu = answer.tgp_mtu.filter(|m| (1280..=9000).contains(m)).unwrap_or(tunnel_mtu);
-        Ok(Self { stream, mtu })
+        let (mtu, held) = match serde_json::from_str(&answer).context("the agent's answer is not understood")? {
+            Answer::Plugged { tgp_mtu, held, .. } => (tgp_mtu, held),
+            Answer::Error { error } => bail!("the agent could not plug this gateway in: {error}"),
+            Answer::Held { .. } => bail!("the agent's answer is not understood"),
+        };
+        stream.set_nonblocking(true).context("cannot wait for the agent's answers")?;
+        let stream = tokio::net::UnixStream::from_std(stream).context("cannot wait for the agent's answers")?;
+        let (read, renewals) = stream.into_split();
+        Ok(Self {
+            answers: tokio::io::BufReader::new(read).lines(),
+            renewals,
+            mtu: if (1280..=9000).contains(&mtu) { mtu } else { tunnel_mtu },
+            lease: Lease::new(asked, held, Instant::now()),
+        })
     }
 
-    /// Renews the lease of these addresses; an address that is left out is let go.
-    pub fn renew(&mut self, addresses: &[IpAddr]) -> Result<()> {
-        let mut line = serde_json::to_vec(&Renew { renew: true, r#static: addresses })?;
+    /// Renews the lease if it is time, or if these are others than before; an address that is left out is let go.
+    ///
+    /// # Errors
+    /// The agent hung up.
+    pub async fn hold(&mut self, addresses: &[IpAddr]) -> Result<()> {
+        if !self.lease.ask(addresses, Instant::now()) {
+            return Ok(());
+        }
+        let mut line = serde_json::to_vec(&Renewal { renew: true, r#static: addresses.to_vec() })?;
         line.push(b'\n');
-        self.stream.write_all(&line).context("the agent hung up")
+        let written = tokio::time::timeout(ANSWER, self.renewals.write_all(&line)).await;
+        written.context("the agent does not read")?.context("the agent hung up")
+    }
+
+    /// Waits for the agent's next answer; one that is not waited for to the end is not lost.
+    ///
+    /// # Errors
+    /// The agent hung up, or is not understood.
+    pub async fn answer(&mut self) -> Result<()> {
+        let line = self.answers.next_line().await.context("the agent hung up")?.context("the agent hung up")?;
+        match serde_json::from_str(&line).context("the agent's answer is not understood")? {
+            Answer::Held { held } => self.lease.heard(held),
+            Answer::Error { error } => bail!("the agent says: {error}"),
+            Answer::Plugged { .. } => bail!("the agent's answer is not understood"),
+        }
+        Ok(())
+    }
+
+    /// Whether the agent has said that it holds these since they were asked for. An older one says nothing of it.
+    pub fn holds(&self, addresses: &[IpAddr]) -> bool {
+        self.lease.holds(addresses)
+    }
+}
+
+/// What is asked of the agent, and what it said. Pure.
+#[derive(Debug)]
+struct Lease {
+    /// What the last renewal asked for.
+    asked: Vec<IpAddr>,
+    /// When the next one is due.
+    due: Instant,
+    /// How many were sent.
+    sent: u64,
+    /// Which of them was the first to ask for these addresses.
+    first: u64,
+    /// How many were answered: in the order in which they were sent.
+    answered: u64,
+    /// What the last answer said; `None` from an agent that gives none.
+    held: Option<Vec<IpAddr>>,
+}
+
+impl Lease {
+    fn new(asked: Vec<IpAddr>, held: Option<Vec<IpAddr>>, now: Instant) -> Self {
+        Self { asked, due: now + RENEW, sent: 0, first: 0, answered: 0, held }
+    }
+
+    /// Whether these have to be asked for now.
+    fn ask(&mut self, addresses: &[IpAddr], now: Instant) -> bool {
+        let others = self.asked != addresses;
+        if !others && now < self.due {
+            return false;
+        }
+        self.sent += 1;
+        if others {
+            self.asked = addresses.to_vec();
+            self.first = self.sent;
+        }
+        self.due = now + RENEW;
+        true
+    }
+
+    fn heard(&mut self, held: Vec<IpAddr>) {
+        self.answered += 1;
+        self.held = Some(held);
+    }
+
+    fn holds(&self, addresses: &[IpAddr]) -> bool {
+        let Some(held) = &self.held else { return true };
+        self.answered >= self.first && addresses.iter().all(|a| held.contains(a))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ip(last: u8) -> IpAddr {
+        [203, 0, 113, last].into()
+    }
+
+    #[test]
+    fn an_address_is_held_when_the_answer_to_its_renewal_says_so() {
+        let now = Instant::now();
+        let mut l = Lease::new(vec![ip(1)], Some(vec![]), now);
+        assert!(!l.holds(&[ip(1)]), "the agent may not hold it yet");
+        assert!(!l.ask(&[ip(1)], now) && l.ask(&[ip(1)], now + RENEW));
+        l.heard(vec![ip(1)]);
+        assert!(l.holds(&[ip(1)]) && !l.holds(&[ip(1), ip(2)]));
+        // Others are asked for at once, and what was said before says nothing of them.
+        let now = now + RENEW;
+        assert!(l.ask(&[ip(2)], now) && l.ask(&[ip(1)], now));
+        assert!(!l.holds(&[ip(1)]));
+        l.heard(vec![ip(2)]);
+        assert!(!l.holds(&[ip(1)]) && !l.holds(&[ip(2)]));
+        l.heard(vec![ip(1)]);
+        assert!(l.holds(&[ip(1)]));
+    }
+
+    #[test]
+    fn an_agent_that_does_not_answer_is_taken_at_its_word() {
+        let now = Instant::now();
+        let mut l = Lease::new(vec![], None, now);
+        assert!(l.ask(&[ip(1)], now) && l.holds(&[ip(1)]));
     }
 }

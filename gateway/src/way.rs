@@ -1,15 +1,19 @@
 //! The thread that keeps the gateway plugged in: hands the namespace to the agent,
 //! sets up the way out, has the kernel program attached, renews the lease.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use arc_swap::ArcSwap;
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::Sender;
 use tidegate_agent::events::repaired;
+use tokio::sync::oneshot;
+use tokio::time::{MissedTickBehavior, timeout};
 
 use crate::admin::{Guard, Readiness};
 use crate::core::ToCore;
@@ -20,6 +24,11 @@ use crate::handover::{Handover, RENEW};
 
 /// How often it is looked whether other pairs are ours: a failover waits for it.
 const LOOK: Duration = Duration::from_millis(50);
+/// How often it is looked whether the agent holds what it did not hold yet: a failover waits for that, too.
+const SOON: Duration = Duration::from_millis(5);
+
+/// How long the core may take to attach its program. While that lasts the lease is renewed: not for longer than a core may hang.
+const ATTACHED: Duration = Duration::from_secs(1);
 
 /// MTU towards pods that is proposed to the agent: the largest, as only the agent knows its uplinks and takes what fits.
 const TUNNEL_MTU: u16 = 9000;
@@ -42,7 +51,7 @@ pub struct Keeper {
     pub flows_per_scope: u32,
     /// Pairs that this gateway holds now.
     pub pairs: Arc<ArcSwap<Vec<HeldPair>>>,
-    /// Told which of them have their addresses and rules in place.
+    /// Told which of them have their rules in place, and their addresses held by the node's agent.
     pub applied: Arc<ArcSwap<Vec<HeldPair>>>,
     /// Told of each flow that the rules refused.
     pub refused: Box<dyn Fn(Refused) + Send>,
@@ -115,26 +124,30 @@ impl Keeper {
         let mut handover = Handover::connect(&self.socket, &self.gateway, TUNNEL_MTU, &self.way(TUNNEL_MTU))?;
         let mut way = self.way(handover.mtu);
         self.tell();
-        way.apply().await.context("cannot set up the way out")?;
-        self.attach()?;
-        self.applied.store(Arc::new(way.rules.pairs.clone()));
+        self.holding(&mut handover, &way.addresses(), way.apply()).await?.context("cannot set up the way out")?;
+        self.holding(&mut handover, &way.addresses(), self.attach()).await??;
         tracing::info!(mtu = handover.mtu, addresses = ?way.addresses(), "plugged in");
-        drop(waiting);
+        let mut waiting = Some(waiting);
         let mut loaded = loaded_rules();
         let mut full = Instant::now() + self.full_pass;
-        let mut renew = Instant::now() + RENEW;
+        let mut look = Instant::now() + RENEW;
         // Held while the namespace is not as it should be: what should leave may not, or not from its address.
         let mut failing = None;
         while !self.stop.load(Ordering::Relaxed) {
-            tokio::time::sleep(LOOK).await;
+            // One that is ours no more is let go at once, one that is new is held once the rules are there.
+            let held = way.addresses();
+            let pause = if handover.holds(&held) { LOOK } else { SOON };
+            self.holding(&mut handover, &held, tokio::time::sleep(pause)).await?;
             let wanted = self.way(handover.mtu);
-            // The lease comes first: nothing that fails here may cost everybody's egress addresses. One that is ours no
-            // more is let go at once, one that is new is held once the rules are there.
-            if renew <= Instant::now() || wanted != way {
-                renew = Instant::now() + RENEW;
+            if wanted == way && handover.holds(&held) {
+                drop(waiting.take());
+                if **self.applied.load() != way.rules.pairs {
+                    self.applied.store(Arc::new(way.rules.pairs.clone()));
+                }
+            }
+            if look <= Instant::now() {
+                look = Instant::now() + RENEW;
                 self.tell();
-                let (ours, held) = (wanted.addresses(), way.addresses());
-                handover.renew(&held.into_iter().filter(|a| ours.contains(a)).collect::<Vec<_>>())?;
                 // Only the agent can make them again, and it does so for a new handover.
                 for device in [TOWARDS_PODS, TOWARDS_UPLINK] {
                     if nix::net::if_::if_nametoindex(device).is_err() {
@@ -151,9 +164,10 @@ impl Keeper {
             let result = if wanted != way || damaged {
                 tracing::info!(addresses = ?wanted.addresses(), damaged, "setting up the way out anew");
                 self.tell();
-                wanted.apply().await
+                self.holding(&mut handover, &held, wanted.apply()).await?
             } else if due {
-                way.repair().await.and_then(|()| self.attach())
+                let repair = async { way.repair().await.and(self.attach().await) };
+                self.holding(&mut handover, &held, repair).await?
             } else {
                 continue;
             };
@@ -164,8 +178,6 @@ impl Keeper {
                         repaired("table", usize::from(damaged));
                     }
                     way = wanted;
-                    handover.renew(&way.addresses())?;
-                    self.applied.store(Arc::new(way.rules.pairs.clone()));
                     failing = None;
                 }
                 Err(error) => {
@@ -178,6 +190,30 @@ impl Keeper {
         Ok(())
     }
 
+    /// Does `work` while the lease of `addresses` is renewed, but for those that are ours no more.
+    async fn holding<T>(
+        &self,
+        handover: &mut Handover,
+        addresses: &[IpAddr],
+        work: impl Future<Output = T>,
+    ) -> Result<T> {
+        let mut work = pin!(work);
+        let mut look = tokio::time::interval(LOOK);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                _ = look.tick() => {
+                    let ours = self.pairs.load();
+                    let ours = |a: &&IpAddr| ours.iter().any(|p| p.addresses().any(|o| o == **a));
+                    handover.hold(&addresses.iter().filter(ours).copied().collect::<Vec<_>>()).await?;
+                }
+                answer = handover.answer() => answer?,
+                done = &mut work => return Ok(done),
+            }
+        }
+    }
+
     /// Tells what the rules refused since the last time; each load of the rules comes right after it.
     fn tell(&self) {
         if let Err(error) = refused::read(&self.refused) {
@@ -186,14 +222,17 @@ impl Keeper {
         }
     }
 
-    fn attach(&self) -> Result<()> {
-        let (reply, answer) = bounded(1);
+    async fn attach(&self) -> Result<()> {
+        let (reply, answer) = oneshot::channel();
         self.core.send(ToCore::Attach { reply }).context("the core has ended")?;
-        // Shorter than the lease, which is renewed by this thread.
-        match answer.recv_timeout(Duration::from_secs(1)) {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => bail!("cannot attach the kernel program: {error}"),
-            Err(_) => bail!("the core does not answer"),
+        match timeout(ATTACHED, answer).await {
+            Ok(Ok(Ok(()))) => Ok(()),
+            Ok(Ok(Err(error))) => bail!("cannot attach the kernel program: {error}"),
+            Ok(Err(_)) | Err(_) => bail!("the core does not answer"),
         }
     }
 }
+
+#[cfg(test)]
+#[path = "way_tests.rs"]
+mod tests;

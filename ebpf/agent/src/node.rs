@@ -33,7 +33,7 @@ use crate::links::{self, Netlink, Topology};
 use crate::merge::{self, Merger, Model, Source};
 use crate::orphans::Orphans;
 use crate::places::Places;
-use crate::plug::{Hello, Request};
+use crate::plug::{Hello, Plugged, Request};
 use crate::stream::{self, Ack, Applied};
 use crate::told::Told;
 use crate::{
@@ -482,7 +482,10 @@ impl Node {
                 // The connection may be gone; its end is told separately.
                 let _ = answer.send(result);
             }
-            Request::Renew { connection, addresses } => self.renew(connection, &addresses),
+            Request::Renew { connection, addresses, held } => {
+                // Its connection may be gone.
+                let _ = held.send(self.renew(connection, &addresses));
+            }
             Request::Gone { connection } => {
                 if let Some(gateway) = self.gateway.as_mut().filter(|g| g.connection == Some(connection)) {
                     gateway.connection = None;
@@ -496,7 +499,7 @@ impl Node {
         }
     }
 
-    async fn plug_in(&mut self, connection: u64, hello: &Hello, netns: &OwnedFd) -> Result<u16, String> {
+    async fn plug_in(&mut self, connection: u64, hello: &Hello, netns: &OwnedFd) -> Result<Plugged, String> {
         if let Some(other) = self.gateway.as_ref().filter(|g| g.connection.is_some() && g.name != hello.gateway) {
             return Err(format!("gateway {} is plugged in on this node", other.name));
         }
@@ -526,19 +529,24 @@ impl Node {
                 return Err(format!("program {} could not be attached to {}", program.name(), link.name));
             }
         }
-        self.renew(connection, &hello.r#static);
+        let held = self.renew(connection, &hello.r#static);
         tracing::info!(gateway = hello.gateway, mtu, "gateway plugged in");
-        Ok(mtu)
+        Ok(Plugged { mtu, held })
     }
 
-    fn renew(&mut self, connection: u64, addresses: &[IpAddr]) {
-        let Some(gateway) = self.gateway.as_ref().filter(|g| g.connection == Some(connection)) else { return };
+    /// Returns what the kernel holds now for the gateway.
+    fn renew(&mut self, connection: u64, addresses: &[IpAddr]) -> Vec<IpAddr> {
+        let Some(gateway) = self.gateway.as_ref().filter(|g| g.connection == Some(connection)) else {
+            return Vec::new();
+        };
         let allowed = self.may_hold(&gateway.name);
         let change = self.leases.renew(addresses, allowed, Instant::now());
         self.release(&change.release);
         let failed = self.datapath.hold(&change.hold, LEASE).err();
+        let held = if failed.is_some() { Vec::new() } else { change.hold };
         self.problem("hold", failed.map(|e| format!("egress addresses cannot be held: {e}")));
         self.announce();
+        held
     }
 
     /// The node's own view of ownership, which a gateway that is cut off does not have.

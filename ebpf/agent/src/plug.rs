@@ -7,6 +7,9 @@
 //! `{"plugged":true,"tgpMtu":1450}` or `{"error":"…"}`. Then a renewal comes every
 //! 500 ms: `{"renew":true,"static":[…]}`. After 2 s of silence, or at the end of the
 //! connection, the addresses are let go; the devices stay for its return.
+//!
+//! A gateway that says `"answers":true` in its first line is told what the kernel holds for it: in the first answer, and
+//! in one for each renewal: `{"held":["203.0.113.10"]}`.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSliceMut};
@@ -50,6 +53,9 @@ pub struct Hello {
     /// Egress addresses to hold.
     #[serde(default)]
     pub r#static: Vec<IpAddr>,
+    /// Whether the gateway reads what it is told of each renewal.
+    #[serde(default)]
+    pub answers: bool,
 }
 
 fn default_device() -> String {
@@ -70,7 +76,7 @@ pub struct Renewal {
     pub r#static: Vec<IpAddr>,
 }
 
-/// The answer to [`Hello`].
+/// What a gateway is told.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Answer {
@@ -81,12 +87,29 @@ pub enum Answer {
         plugged: bool,
         /// MTU of `tgp` in bytes.
         tgp_mtu: u16,
+        /// Those of its addresses that the kernel holds, for a gateway that wants to know.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        held: Option<Vec<IpAddr>>,
+    },
+    /// The lease is renewed.
+    Held {
+        /// Those of its addresses that the kernel holds.
+        held: Vec<IpAddr>,
     },
     /// They are not.
     Error {
         /// Why, in one sentence.
         error: String,
     },
+}
+
+/// A gateway that is plugged in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plugged {
+    /// MTU of `tgp` in bytes.
+    pub mtu: u16,
+    /// Those of its addresses that the kernel holds.
+    pub held: Vec<IpAddr>,
 }
 
 /// What a connection asks of the node.
@@ -100,8 +123,8 @@ pub enum Request {
         hello: Hello,
         /// Its network namespace.
         netns: OwnedFd,
-        /// Where the answer goes: the MTU of `tgp`, or why not.
-        answer: oneshot::Sender<Result<u16, String>>,
+        /// Where the answer goes, or why not.
+        answer: oneshot::Sender<Result<Plugged, String>>,
     },
     /// Hold these addresses.
     Renew {
@@ -109,6 +132,8 @@ pub enum Request {
         connection: u64,
         /// The addresses.
         addresses: Vec<IpAddr>,
+        /// Told which of them the kernel holds.
+        held: oneshot::Sender<Vec<IpAddr>>,
     },
     /// The connection ended.
     Gone {
@@ -175,28 +200,39 @@ async fn handle(stream: UnixStream, connection: u64, requests: &mpsc::Sender<Req
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("user {} is not root", peer.uid())));
     }
     let mut lines = Lines { stream, buffer: VecDeque::new(), netns: None };
-    let result = plug(&mut lines, connection, requests).await;
-    let answer = match &result {
-        Ok(tgp_mtu) => Answer::Plugged { plugged: true, tgp_mtu: *tgp_mtu },
-        Err(e) => Answer::Error { error: e.to_string() },
+    let answers = match plug(&mut lines, connection, requests).await {
+        Ok((plugged, answers)) => {
+            let held = answers.then_some(plugged.held);
+            lines.say(&Answer::Plugged { plugged: true, tgp_mtu: plugged.mtu, held }).await?;
+            answers
+        }
+        Err(e) => {
+            lines.say(&Answer::Error { error: e.to_string() }).await?;
+            return Err(e);
+        }
     };
-    let mut text = serde_json::to_vec(&answer)?;
-    text.push(b'\n');
-    lines.stream.write_all(&text).await?;
-    result?;
-    let stopped = || io::Error::new(io::ErrorKind::BrokenPipe, "the agent is stopping");
     loop {
         let Some(line) = lines.next(SILENCE).await? else { return Ok(()) };
         // A gateway that sends another descriptor with a renewal must not make us keep it.
         lines.netns = None;
         let renewal: Renewal = serde_json::from_slice(&line)?;
         check(&renewal.r#static)?;
-        let request = Request::Renew { connection, addresses: renewal.r#static };
+        let (held, answer) = oneshot::channel();
+        let request = Request::Renew { connection, addresses: renewal.r#static, held };
         requests.send(request).await.map_err(|_| stopped())?;
+        let held = answer.await.map_err(|_| stopped())?;
+        if answers {
+            lines.say(&Answer::Held { held }).await?;
+        }
     }
 }
 
-async fn plug(lines: &mut Lines, connection: u64, requests: &mpsc::Sender<Request>) -> io::Result<u16> {
+fn stopped() -> io::Error {
+    io::Error::new(io::ErrorKind::BrokenPipe, "the agent is stopping")
+}
+
+/// Returns whether the gateway reads what it is told of renewals.
+async fn plug(lines: &mut Lines, connection: u64, requests: &mpsc::Sender<Request>) -> io::Result<(Plugged, bool)> {
     let line = lines.next(SILENCE).await?.ok_or_else(|| invalid("no line"))?;
     let hello: Hello = serde_json::from_slice(&line)?;
     check(&hello.r#static)?;
@@ -212,10 +248,9 @@ async fn plug(lines: &mut Lines, connection: u64, requests: &mpsc::Sender<Reques
     }
     let netns = lines.netns.take().ok_or_else(|| invalid("no network namespace came with the line"))?;
     let (answer, answered) = oneshot::channel();
-    let request = Request::Plug { connection, hello, netns, answer };
-    let stopped = || io::Error::new(io::ErrorKind::BrokenPipe, "the agent is stopping");
-    requests.send(request).await.map_err(|_| stopped())?;
-    answered.await.map_err(|_| stopped())?.map_err(invalid)
+    let answers = hello.answers;
+    requests.send(Request::Plug { connection, hello, netns, answer }).await.map_err(|_| stopped())?;
+    Ok((answered.await.map_err(|_| stopped())?.map_err(invalid)?, answers))
 }
 
 /// Whether a device can have this name; `all` and `default` are none.
@@ -270,6 +305,14 @@ impl Lines {
         }
     }
 
+    /// A gateway that does not read what it asked for is gone, as one that is silent.
+    async fn say(&mut self, answer: &Answer) -> io::Result<()> {
+        let mut text = serde_json::to_vec(answer)?;
+        text.push(b'\n');
+        let said = timeout_at(Instant::now() + SILENCE, self.stream.write_all(&text)).await;
+        said.map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "it does not read"))?
+    }
+
     async fn receive(&mut self) -> io::Result<usize> {
         let fd = self.stream.as_raw_fd();
         let (bytes, netns) = self.stream.async_io(Interest::READABLE, || receive(fd)).await?;
@@ -320,10 +363,19 @@ mod tests {
         let renewal: Renewal = serde_json::from_str(r#"{"renew":true,"static":[]}"#).unwrap();
         assert!(renewal.r#static.is_empty());
         let text = |a| serde_json::to_string(&a).unwrap();
-        assert_eq!(text(Answer::Plugged { plugged: true, tgp_mtu: 1450 }), r#"{"plugged":true,"tgpMtu":1450}"#);
-        assert_eq!(text(Answer::Error { error: "x".into() }), r#"{"error":"x"}"#);
-        let back: Answer = serde_json::from_str(r#"{"plugged":true,"tgpMtu":1450}"#).unwrap();
-        assert_eq!(back, Answer::Plugged { plugged: true, tgp_mtu: 1450 });
+        let held = vec!["203.0.113.10".parse().unwrap()];
+        for (line, answer) in [
+            (r#"{"plugged":true,"tgpMtu":1450}"#, Answer::Plugged { plugged: true, tgp_mtu: 1450, held: None }),
+            (
+                r#"{"plugged":true,"tgpMtu":1450,"held":["203.0.113.10"]}"#,
+                Answer::Plugged { plugged: true, tgp_mtu: 1450, held: Some(held.clone()) },
+            ),
+            (r#"{"held":["203.0.113.10"]}"#, Answer::Held { held }),
+            (r#"{"error":"x"}"#, Answer::Error { error: "x".into() }),
+        ] {
+            assert_eq!(text(answer.clone()), line);
+            assert_eq!(serde_json::from_str::<Answer>(line).unwrap(), answer);
+        }
     }
 
     #[test]

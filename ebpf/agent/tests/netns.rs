@@ -17,7 +17,7 @@ use tidegate_agent::announce::{Announcer, frames};
 use tidegate_agent::config::{Interfaces, Mark};
 use tidegate_agent::guard::{self, Desired, Done, Settings, Table};
 use tidegate_agent::links::{Kind, Netlink};
-use tidegate_agent::plug::{self, Request};
+use tidegate_agent::plug::{self, Plugged, Request};
 use tokio::sync::mpsc;
 
 fn ip(s: &str) -> IpAddr {
@@ -595,16 +595,20 @@ fn a_gateway_hands_its_namespace_over_and_renews_until_it_falls_silent() {
                 let nl = Netlink::open().unwrap();
                 let mut seen = Vec::new();
                 // Refused lines never get here; two connections end in silence or by closing.
-                while seen.iter().filter(|l: &&String| l.starts_with("gone")).count() < 5 {
+                while seen.iter().filter(|l: &&String| l.starts_with("gone")).count() < 6 {
                     let request = tokio::time::timeout(Duration::from_secs(10), rx.recv()).await;
                     match request.expect("a request").unwrap() {
                         Request::Plug { hello, netns, answer, .. } => {
                             use std::os::fd::AsFd;
                             let plugged = nl.plug(netns.as_fd(), hello.tunnel_mtu, 1500).await;
                             seen.push(format!("plug {}", hello.gateway));
-                            answer.send(plugged.map(|_| hello.tunnel_mtu).map_err(|e| e.to_string())).unwrap();
+                            let told = |_| Plugged { mtu: hello.tunnel_mtu, held: hello.r#static.clone() };
+                            answer.send(plugged.map(told).map_err(|e| e.to_string())).unwrap();
                         }
-                        Request::Renew { addresses, .. } => seen.push(format!("renew {addresses:?}")),
+                        Request::Renew { addresses, held, .. } => {
+                            seen.push(format!("renew {addresses:?}"));
+                            let _ = held.send(addresses);
+                        }
                         Request::Gone { .. } => seen.push("gone".into()),
                     }
                 }
@@ -624,6 +628,14 @@ fn a_gateway_hands_its_namespace_over_and_renews_until_it_falls_silent() {
         };
         assert_eq!(mode & 0o777, 0o600);
 
+        let told = connect(&path);
+        let hello = r#"{"gateway":"gw-a","tunnelMtu":1400,"static":["203.0.113.10"],"answers":true}"#;
+        send_with_fd(&told, &format!("{hello}\n"), Some(gateway.fd()));
+        assert_eq!(answer(&told), r#"{"plugged":true,"tgpMtu":1400,"held":["203.0.113.10"]}"#);
+        (&told).write_all(b"{\"renew\":true,\"static\":[\"2001:db8::10\"]}\n").unwrap();
+        assert_eq!(answer(&told), r#"{"held":["2001:db8::10"]}"#);
+        drop(told);
+
         let quiet = connect(&path);
         send_with_fd(&quiet, "{\"gateway\":\"gw-a\",\"tunnelMtu\":1400}\n", Some(gateway.fd()));
         assert_eq!(answer(&quiet), r#"{"plugged":true,"tgpMtu":1400}"#);
@@ -642,7 +654,7 @@ fn a_gateway_hands_its_namespace_over_and_renews_until_it_falls_silent() {
             assert!(said.starts_with("{\"error\":") && said.contains(why), "{said}");
         }
         let seen = served.join().unwrap();
-        assert_eq!(seen.iter().filter(|l| *l == "plug gw-a").count(), 2);
+        assert_eq!(seen.iter().filter(|l| *l == "plug gw-a").count(), 3);
         assert!(seen.contains(&"renew [203.0.113.10]".to_owned()), "{seen:?}");
     });
 }

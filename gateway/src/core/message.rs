@@ -4,7 +4,6 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::Sender;
 use tidegate_kubernetes::members::Member;
 use tidegate_kubernetes::pools;
 use tidegate_ledger::{NodeId, OwnerId};
@@ -134,7 +133,7 @@ pub enum ToCore {
     /// The pod-facing device is there: attach the program to it.
     Attach {
         /// Told how it went.
-        reply: Sender<Result<(), String>>,
+        reply: oneshot::Sender<Result<(), String>>,
     },
     /// Nothing listens where another gateway did, at any of its addresses.
     PeerRefused {

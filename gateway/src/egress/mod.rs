@@ -16,7 +16,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use nft::Rules;
+use nft::{HeldPair, Rules};
 use tidegate_agent::events::repaired;
 use tidegate_agent::sysctl;
 
@@ -37,7 +37,7 @@ pub struct Way {
 impl Way {
     /// The egress addresses.
     pub fn addresses(&self) -> Vec<IpAddr> {
-        self.rules.pairs.iter().flat_map(|p| [p.ipv4.map(IpAddr::from), p.ipv6.map(IpAddr::from)]).flatten().collect()
+        self.rules.pairs.iter().flat_map(HeldPair::addresses).collect()
     }
 
     /// Makes the namespace so. Safe to call again at any time.

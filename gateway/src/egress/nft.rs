@@ -5,7 +5,7 @@
 //! number. [`REPLY`] marks what the gateway's own sockets send back to pods.
 
 use std::fmt::Write;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Carry byte: routed and source-NATed.
 pub const FORWARD: u32 = 1;
@@ -61,6 +61,13 @@ pub struct HeldPair {
     pub ipv4: Option<Ipv4Addr>,
     /// IPv6 egress address.
     pub ipv6: Option<Ipv6Addr>,
+}
+
+impl HeldPair {
+    /// Its addresses.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.ipv4.map(IpAddr::from).into_iter().chain(self.ipv6.map(IpAddr::from))
+    }
 }
 
 /// What the rules depend on.
