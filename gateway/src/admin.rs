@@ -5,11 +5,11 @@
 //! and bounded, and nothing secret is served.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use axum::Router;
@@ -32,6 +32,9 @@ use crate::timed::Timed;
 const MAX_CONNECTIONS: usize = 64;
 /// The longest life of a connection, whatever it does.
 const MAX_LIFE: Duration = Duration::from_secs(10);
+/// How long the port is waited for, and the time between two tries.
+const TAKEN: Duration = Duration::from_secs(5);
+const AGAIN: Duration = Duration::from_millis(50);
 /// The most of them from one address.
 const MAX_PER_SOURCE: usize = 8;
 
@@ -117,8 +120,16 @@ pub fn serve(address: SocketAddr, admin: Admin) -> Result<Server> {
     Ok(server)
 }
 
+/// Waits for an agent whose node this one takes over: the port is the last that it lets go.
 fn bind(address: SocketAddr) -> Result<TcpListener> {
-    let listener = TcpListener::bind(address).with_context(|| {
+    let begun = Instant::now();
+    let bound = loop {
+        match TcpListener::bind(address) {
+            Err(e) if e.kind() == ErrorKind::AddrInUse && begun.elapsed() < TAKEN => std::thread::sleep(AGAIN),
+            bound => break bound,
+        }
+    };
+    let listener = bound.with_context(|| {
         format!("cannot listen on {address} for the admin port: choose another address for `admin`, or end the process that holds it")
     })?;
     listener.set_nonblocking(true).context("the admin port cannot be set to non-blocking")?;
@@ -312,6 +323,18 @@ mod tests {
         assert_eq!(ask(&server, "GET /readyz"), (503, "waiting for: agents\n".into()));
         drop(b);
         assert_eq!(ask(&server, "GET /readyz").0, 200);
+    }
+
+    #[test]
+    fn the_port_of_one_that_ends_is_waited_for() {
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = taken.local_addr().unwrap();
+        let ends = std::thread::spawn(move || {
+            std::thread::sleep(4 * AGAIN);
+            drop(taken);
+        });
+        assert_eq!(bind(address).unwrap().local_addr().unwrap(), address);
+        ends.join().unwrap();
     }
 
     #[test]
