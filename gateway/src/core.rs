@@ -217,6 +217,8 @@ struct Run {
     pending: Vec<(Duration, Vec<PeerFact>)>,
     /// Other gateways that ask for what this one knows.
     peers: BTreeMap<String, mpsc::Sender<PeerUpdate>>,
+    /// When this gateway began.
+    begun: Duration,
     /// Whether the program on the pod-facing device is in place.
     attached: bool,
     /// When to put it in the place of another layout's, if that goes on.
@@ -233,6 +235,8 @@ struct Run {
     problems: Vec<String>,
     /// What the journal has of claims.
     written: Vec<Claim>,
+    /// Who owned pairs before those who own them, where that was seen.
+    before: BTreeMap<Pair, String>,
     /// Where the pods of the present world's scopes are.
     placement: Placement,
     /// What all machines hold alike.
@@ -304,6 +308,7 @@ impl Run {
             next: None,
             pending: vec![(now, recovered)],
             peers: BTreeMap::new(),
+            begun: now,
             attached: false,
             move_over: None,
             moved: None,
@@ -312,6 +317,7 @@ impl Run {
             used: None,
             problems: Vec::new(),
             written: Vec::new(),
+            before: BTreeMap::new(),
             compiled: Arc::new(Compiled::new(core.shared.world.load_full(), &Objects::default(), 0)),
             classes: Classes::default(),
             placement: Placement::default(),
@@ -629,7 +635,13 @@ impl Run {
 
     /// Publishes the status.
     fn publish(&self) {
-        let pair = |c: Claim| PairStatus { pair: c.pair.to_string(), owner: c.owner, epoch: c.epoch, held: c.held };
+        let pair = |c: Claim| PairStatus {
+            pair: c.pair.to_string(),
+            from: self.before.get(&c.pair).cloned(),
+            owner: c.owner,
+            epoch: c.epoch,
+            held: c.held,
+        };
         self.core.shared.status.store(Arc::new(Status {
             pairs: self.core.ownership.claims().into_iter().map(pair).collect(),
             problems: self.problems(),

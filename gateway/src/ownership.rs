@@ -477,6 +477,11 @@ impl Ownership {
         self.held.contains_key(pair)
     }
 
+    /// Whether another gateway serves any.
+    pub fn others_hold(&self) -> bool {
+        self.peers.values().any(|p| !p.holds.is_empty())
+    }
+
     /// Whether it serves any.
     pub fn holds_any(&self) -> bool {
         !self.held.is_empty()

@@ -1,10 +1,10 @@
-//! Events of `events.k8s.io`: what was denied to a pod, once in a while, when the audit of a namespace ends, and that egress
-//! addresses have moved.
+//! Events of `events.k8s.io`: what was denied to a pod, once in a while, when the audit of a namespace ends, that egress
+//! addresses have moved, and that a node's agent is away.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{ObjectReference, Pod};
+use k8s_openapi::api::core::v1::{Node, ObjectReference, Pod};
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use k8s_openapi::jiff::Timestamp;
@@ -22,6 +22,10 @@ use crate::status::NAME;
 pub const DENIED: &str = "EgressDenied";
 /// The reason of egress addresses that have moved to another gateway.
 pub const MOVED: &str = "EgressMoved";
+/// The reason of an agent that is away.
+pub const AWAY: &str = "AgentAway";
+/// The reason of one that is back.
+pub const BACK: &str = "AgentBack";
 /// Where Events about objects without a namespace are.
 pub const CLUSTER: &str = "default";
 /// The same is said again after so long.
@@ -82,15 +86,29 @@ pub enum About {
         /// The epoch since when.
         epoch: u64,
     },
+    /// A node's agent is away, or back.
+    Agent {
+        /// The node.
+        node: String,
+        /// Whether it is back.
+        back: bool,
+        /// When it went, in seconds since any moment: another time is another event.
+        since: u64,
+    },
 }
 
 impl About {
     /// The same is not said again for so long.
     fn once(&self) -> Duration {
         match self {
-            About::Denied { .. } | About::Moved { .. } => ONCE,
+            About::Denied { .. } | About::Moved { .. } | About::Agent { .. } => ONCE,
             About::Audit { .. } => AUDITED,
         }
+    }
+
+    /// Whether it is about what has no namespace, and nobody brings about by what he sends.
+    fn is_of_cluster(&self) -> bool {
+        matches!(self, About::Moved { .. } | About::Agent { .. })
     }
 }
 
@@ -118,8 +136,9 @@ pub struct Sieve {
     /// Of those that have said nothing lately, so that nobody holds up what they begin with; and of the others.
     quiet: Bucket,
     loud: Bucket,
-    /// Of moves of addresses, which nobody brings about by what he sends.
+    /// Of moves of addresses, and of agents.
     moves: Bucket,
+    agents: Bucket,
 }
 
 impl Sieve {
@@ -131,10 +150,11 @@ impl Sieve {
         if self.said.get(&key).is_some_and(|at| known(&key, at)) {
             return false;
         }
-        if matches!(n.about, About::Moved { .. }) {
-            let lets = self.moves.has(BURST, SPACING, now);
+        if n.about.is_of_cluster() {
+            let bucket = if let About::Agent { .. } = n.about { &mut self.agents } else { &mut self.moves };
+            let lets = bucket.has(BURST, SPACING, now);
             if lets {
-                self.moves.take(SPACING, now);
+                bucket.take(SPACING, now);
                 self.said.retain(|key, at| known(key, at));
                 self.said.insert(key, now);
             }
@@ -199,6 +219,10 @@ async fn one(connection: &Connection, n: &News, leading: &Leads) -> Result<(), E
             let api: Api<DynamicObject> = Api::all_with(connection.client.clone(), &crate::pools::resource());
             within(api.get_metadata_opt(pool)).await?.map(|p| p.metadata)
         }
+        About::Agent { node, .. } => {
+            let nodes: Api<Node> = Api::all(connection.client.clone());
+            within(nodes.get_metadata_opt(node)).await?.map(|n| n.metadata)
+        }
     };
     let Some(uid) = found.and_then(|m| m.uid) else { return Ok(()) };
     let events: Api<Event> = Api::namespaced(connection.client.clone(), &n.namespace);
@@ -223,8 +247,10 @@ fn event(n: &News, uid: String, reporter: &str, now: Timestamp) -> Event {
             let own = cut(pool, MAX_NAME.saturating_sub(end.len())).trim_end_matches(['.', '-']).to_owned() + &end;
             ("EgressPool", "tidegate.dev/v1alpha1", pool.as_str(), "Move", MOVED, "Normal", Some(own))
         }
+        About::Agent { node, back: false, .. } => ("Node", "v1", node.as_str(), "Miss", AWAY, "Warning", None),
+        About::Agent { node, back: true, .. } => ("Node", "v1", node.as_str(), "Miss", BACK, "Normal", None),
     };
-    let within = !matches!(n.about, About::Moved { .. });
+    let within = !n.about.is_of_cluster();
     let prefix = format!("{}.egress-", cut(name, MAX_PREFIX).trim_end_matches(['.', '-']));
     Event {
         metadata: ObjectMeta {
@@ -336,7 +362,13 @@ mod tests {
         let told = (0..100).filter(|n| f.lets(&moved("p", *n), s(119))).count();
         assert_eq!(told, BURST as usize, "and of moves there is an end, too");
         assert!(!f.lets(&moved("p", 0), s(140)) && f.lets(&moved("p", 100), s(140)));
-        // Nor the other way round.
+        // Nor the other way round, nor agents.
+        let mut agent = |n: u64, since| {
+            let about = About::Agent { node: format!("n{n}"), back: false, since };
+            f.lets(&News { namespace: CLUSTER.into(), about, note: "n".into() }, s(140))
+        };
+        assert!(agent(0, 1) && !agent(0, 1) && agent(0, 2));
+        assert_eq!((1..100).filter(|n| agent(*n, 1)).count(), BURST as usize - 2);
         assert!(f.lets(&denial("quiet", "p", "x", "c"), s(140)));
     }
 

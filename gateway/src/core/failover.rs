@@ -8,7 +8,7 @@ use tidegate_ledger::{FactRecord, Input, NodeId, OwnerId};
 use tidegate_policy::Reason;
 use tidegate_policy::denied::Denied;
 use tidegate_proto::wire::PeerUpdate;
-use tidegate_proto::{Beat, Pair, PeerFact, PeerMessage, ScopeClaim};
+use tidegate_proto::{Beat, Claim, Pair, PeerFact, PeerMessage, ScopeClaim};
 use tidegate_sni::Live;
 use tokio::sync::{mpsc, oneshot};
 
@@ -21,6 +21,9 @@ use crate::report::thread::Origin;
 
 /// How long a gateway that is told to end waits at most until others have its pairs.
 const LEAVE: Duration = Duration::from_secs(4);
+/// How long a gateway that starts waits at most for the agents of all nodes before it is ready. They find it by a name that they ask
+/// for every 5 s, and that the cluster's DNS remembers for as long.
+const MEET: Duration = Duration::from_secs(12);
 /// So long a gateway that is stale still answers names at most until others have its pairs.
 pub(super) const HAND_OVER: Duration = Duration::from_millis(400);
 /// Other gateways that are told what this one learns: more than there can be.
@@ -43,6 +46,16 @@ pub(super) struct Stale {
     since: Duration,
     /// Whether it answers nobody any more.
     pub closed: bool,
+}
+
+/// Who owned each pair before its owner of `now`: by the last change, which is what is new since `old`, or was seen before that.
+fn before(seen: &BTreeMap<Pair, String>, old: &[Claim], now: &[Claim]) -> BTreeMap<Pair, String> {
+    let from = |c: &Claim| match old.iter().find(|o| o.pair == c.pair) {
+        Some(o) if o.epoch < c.epoch && o.owner != c.owner => Some(o.owner.clone()).filter(|o| !o.is_empty()),
+        Some(o) if o.epoch == c.epoch && o.owner == c.owner => seen.get(&c.pair).cloned(),
+        _ => None,
+    };
+    now.iter().filter_map(|c| Some((c.pair.clone(), from(c)?))).collect()
 }
 
 impl Run {
@@ -78,7 +91,7 @@ impl Run {
             // One that waits for this to end holds the same addresses until it hears of it.
             self.beat_peers();
         }
-        if in_place && self.attached {
+        if in_place && self.attached && self.is_met(now) {
             self.core.starting = None;
         }
         self.write();
@@ -87,6 +100,7 @@ impl Run {
             for c in claims.iter().filter(|c| !self.written.contains(c)) {
                 tracing::info!(pair = %c.pair, owner = c.owner, epoch = c.epoch, held = c.held, "ownership");
             }
+            self.before = before(&self.before, &self.written, &claims);
             self.written = claims.clone();
             self.publish();
             if let Some(journal) = &self.core.journal {
@@ -102,6 +116,16 @@ impl Run {
             // Nobody waits any more only if the process ends anyway.
             let _ = leaving.reply.send(());
         }
+    }
+
+    /// Whether nodes would go on without a gap if the gateways that serve ended now, as they do one by one when a Deployment replaces
+    /// them by those that are ready: agents know this one. Where nobody serves, nobody ends.
+    fn is_met(&self, now: Duration) -> bool {
+        let here = |node: &String| self.nodes.get(node).is_some_and(|n| n.state.is_some() && n.facts.is_some());
+        self.core.api.is_none()
+            || now.saturating_sub(self.begun) >= MEET
+            || !self.core.ownership.others_hold()
+            || self.compiled.nodes.keys().all(here)
     }
 
     /// Lets ownership decide: every change that it makes comes from here. Says whether there may be one; then claims are to be
@@ -433,4 +457,32 @@ fn aged(mut fact: PeerFact, by: Duration) -> PeerFact {
     fact.remaining = fact.remaining.saturating_sub(by);
     fact.ttl = fact.ttl.saturating_sub(by);
     fact
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_owned_a_pair_before_is_known_until_it_moves_again() {
+        let pair = Pair { pool: "a".into(), ipv4: Some([192, 0, 2, 1].into()), ipv6: None };
+        let claim = |owner: &str, epoch| vec![Claim { pair: pair.clone(), owner: owner.into(), epoch, held: false }];
+        let mut seen = BTreeMap::new();
+        let mut old = Vec::new();
+        let from = |f: &str| Some(f.to_owned());
+        // The first word is no move, nor is an older one, or a new epoch of the same owner.
+        for (owner, epoch, expected) in [
+            ("x", 1, None),
+            ("y", 2, from("x")),
+            ("y", 2, from("x")),
+            ("z", 3, from("y")),
+            ("z", 4, None),
+            ("y", 2, None),
+        ] {
+            let now = claim(owner, epoch);
+            seen = before(&seen, &old, &now);
+            assert_eq!(seen.get(&pair).cloned(), expected, "{owner} {epoch}");
+            old = now;
+        }
+    }
 }

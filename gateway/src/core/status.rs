@@ -47,6 +47,9 @@ pub struct PairStatus {
     pub owner: String,
     /// The epoch of that.
     pub epoch: u64,
+    /// Who owned it before, if this gateway saw it move.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
     /// Whether this gateway is the owner and serves it.
     pub held: bool,
 }

@@ -144,6 +144,7 @@ fn a_tenant_reads_what_holds_and_what_to_do() {
         pair: "partner 203.0.113.10".into(),
         owner: "gw-a".into(),
         epoch: 1,
+        from: None,
         held: true,
     }];
     let mut status = Status { nodes: [("n1".to_owned(), node(0))].into(), pairs, ..Status::default() };

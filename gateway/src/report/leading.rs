@@ -127,9 +127,9 @@ impl Outlet {
         self.told = told.unwrap_or_else(|| std::mem::take(&mut self.told));
     }
 
-    /// Tells that egress addresses have moved. May be repeated: each is said once, by whoever leads.
-    pub fn moved(&self, moved: &Moved) {
-        let _ = self.events.try_send(news(moved));
+    /// Tells what happened. May be repeated: each is said once, by whoever leads.
+    pub fn happened(&self, news: &events::News) {
+        let _ = self.events.try_send(news.clone());
     }
 
     /// Tells the pod's people of a denial, if there is room.
@@ -150,24 +150,14 @@ fn enforces(node: &NodeStatus) -> bool {
 const BEFORE: i64 = 3600;
 const AFTER: i64 = 600;
 
-/// A pair that has another owner.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Moved {
-    /// What it is now.
-    pub now: PairStatus,
-    /// Who owned it before.
-    pub from: String,
+/// The events of pairs that have moved since, or before anybody looked: who takes over from the last one that ends may just have begun.
+pub fn moves(before: &[PairStatus], now: &[PairStatus]) -> Vec<events::News> {
+    let told = |p: &PairStatus| before.iter().any(|b| b.pair == p.pair && b.epoch >= p.epoch);
+    now.iter().filter(|p| !told(p)).filter_map(|p| Some(news(p, p.from.as_deref()?))).collect()
 }
 
-/// The pairs that have another owner now than they had, of those that had one.
-pub fn moves(before: &[PairStatus], now: &[PairStatus]) -> Vec<Moved> {
-    let of = |pair: &PairStatus| before.iter().find(|b| b.pair == pair.pair && !b.owner.is_empty());
-    let other = |p: &PairStatus| of(p).filter(|b| b.owner != p.owner && b.epoch < p.epoch).map(|b| b.owner.clone());
-    now.iter().filter_map(|p| Some(Moved { now: p.clone(), from: other(p)? })).collect()
-}
-
-/// The event of it.
-fn news(Moved { now, from }: &Moved) -> events::News {
+/// The event of a pair that has moved.
+fn news(now: &PairStatus, from: &str) -> events::News {
     let (pool, addresses) = now.pair.split_once(' ').unwrap_or((&now.pair, ""));
     let note = format!(
         "{} moved from the gateway {from} to {}, epoch {}: new connections leave by that one, those by the other one end.",
@@ -301,23 +291,35 @@ mod tests {
 
     #[test]
     fn a_move_is_told_of_pairs_that_had_an_owner() {
-        let pair =
-            |pair: &str, owner: &str, epoch| PairStatus { pair: pair.into(), owner: owner.into(), epoch, held: false };
-        let before =
-            [pair("a 192.0.2.1 2001:db8::1", "x", 1), pair("b 2001:db8::2", "x", 4), pair("c 192.0.2.3", "", 0)];
-        // Anew in the hands of who had it, or what an older word says: no move.
-        let now = [pair("a 192.0.2.1 2001:db8::1", "y", 2), pair("b 2001:db8::2", "x", 5), pair("c 192.0.2.3", "y", 1)];
+        let pair = |pair: &str, owner: &str, epoch, from: Option<&str>| PairStatus {
+            pair: pair.into(),
+            owner: owner.into(),
+            epoch,
+            from: from.map(str::to_owned),
+            held: false,
+        };
+        let before = [
+            pair("a 192.0.2.1 2001:db8::1", "x", 1, Some("z")),
+            pair("b 2001:db8::2", "x", 4, None),
+            pair("c 192.0.2.3", "", 0, None),
+        ];
+        let now = [
+            pair("a 192.0.2.1 2001:db8::1", "y", 2, Some("x")),
+            pair("b 2001:db8::2", "x", 5, None),
+            pair("c 192.0.2.3", "y", 1, None),
+        ];
         let told = moves(&before, &now);
-        assert_eq!(told, [Moved { now: now[0].clone(), from: "x".into() }]);
-        assert_eq!(moves(&now, &before), []);
-        let said = news(&told[0]);
+        assert_eq!((told.len(), moves(&now, &before), moves(&now, &now)), (1, vec![], vec![]));
+        // One that has just begun tells of what it saw itself.
+        assert_eq!(moves(&[], &now), told);
+        let said = &told[0];
         assert!(
             said.note.starts_with("192.0.2.1, 2001:db8::1 moved from the gateway x to y, epoch 2: "),
             "{}",
             said.note
         );
         let about = events::About::Moved { pool: "a".into(), pair: "192.0.2.1".into(), epoch: 2 };
-        assert_eq!((said.namespace.as_str(), said.about), ("default", about));
+        assert_eq!((said.namespace.as_str(), &said.about), ("default", &about));
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //! Everything but [`thread`] is pure: objects and time in, statuses out. Conditions come without `lastTransitionTime`: whoever
 //! writes a status knows what it said before.
 
+mod absent;
 #[cfg(test)]
 mod cluster_tests;
 mod condition;

@@ -312,7 +312,13 @@ fn conflicts_say_with_whom() {
     );
 
     // Who holds the pair.
-    let pair = |owner: &str| PairStatus { pair: "aa 203.0.113.12".into(), owner: owner.into(), epoch: 1, held: false };
+    let pair = |owner: &str| PairStatus {
+        pair: "aa 203.0.113.12".into(),
+        owner: owner.into(),
+        epoch: 1,
+        from: None,
+        held: false,
+    };
     assert_eq!(text(&c.pool("aa").conditions, "Programmed"), "False NoGateway: no gateway holds 203.0.113.12");
     c.status.pairs = vec![pair("gw-a")];
     assert_eq!(text(&c.pool("aa").conditions, "Programmed"), "True Programmed: held: 203.0.113.12 by gw-a");
@@ -457,6 +463,7 @@ fn scopes_leave_a_pair_that_drains_for_one_of_the_same_gateway() {
             pair: format!("p 203.0.113.{last}"),
             owner: (*owner).into(),
             epoch: 1,
+            from: None,
             held: true,
         };
         c.status.pairs = owners.iter().map(claim).collect();

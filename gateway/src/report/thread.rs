@@ -8,14 +8,16 @@ use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use tidegate_kubernetes::events::News;
 use tidegate_ledger::Bindings;
 use tidegate_policy::denied::Denied;
 use tidegate_policy::event::{Emit, Event};
 use tidegate_policy::{Name, ScopeKey};
 use tidegate_proto::MAX_DENIED;
 
+use super::absent::Absences;
 use super::fair::Fair;
-use super::leading::{self, Moved, Outlet};
+use super::leading::{self, Outlet};
 use super::{Beside, Reporter, Reports, Snapshot, Table};
 use crate::core::{NodeStatus, PairStatus, Shared, Status, ToCore};
 use crate::source::now;
@@ -27,11 +29,12 @@ const QUEUE: usize = 4096;
 const EVERY: Duration = Duration::from_secs(1);
 /// Audits that end are told of so often; each is an event once.
 const AUDITS: Duration = Duration::from_secs(30);
-/// Moves of egress addresses are told again for so long, so often: who led may be who was lost, and the next leader needs its time.
-const MOVED: Duration = Duration::from_secs(60);
-const MOVED_AGAIN: Duration = Duration::from_secs(5);
-/// The most of them that are remembered.
-const MOVES: usize = 128;
+/// What happened to egress addresses and agents is told again for so long, so often: who led may be who was lost, and the next
+/// leader needs its time.
+const HAPPENED: Duration = Duration::from_secs(60);
+const AGAIN: Duration = Duration::from_secs(5);
+/// The most of it that is remembered.
+const HAPPENINGS: usize = 128;
 /// The most denials of a round that may become events.
 const EVENTS: usize = 64;
 /// The thread takes at most one part in so many of a processor for reports.
@@ -120,9 +123,11 @@ struct Run {
     reporter: Reporter,
     /// When audits that end were told of last.
     audits: Option<Instant>,
-    /// What has moved lately, and when, and when it was told last.
-    moved: VecDeque<(Instant, Moved)>,
+    /// What happened lately, and when, and when it was told last.
+    happened: VecDeque<(Instant, News)>,
     told: Option<Instant>,
+    absences: Absences,
+    begun: Instant,
     seen: Seen,
     last: Option<Arc<Snapshot>>,
 }
@@ -158,8 +163,10 @@ impl Run {
             news: Fair::default(),
             reporter: Reporter::default(),
             audits: None,
-            moved: VecDeque::new(),
+            happened: VecDeque::new(),
             told: None,
+            absences: Absences::default(),
+            begun: Instant::now(),
             seen: Seen::default(),
             last: None,
         }
@@ -211,19 +218,20 @@ impl Run {
         self.thread.bindings.names_of(scope, ip).into_iter().map(|(name, _)| name).collect()
     }
 
-    /// Tells of egress addresses that have moved.
-    fn tell_moves(&mut self, pairs: &[PairStatus]) {
+    /// Tells of egress addresses that have moved, and of agents that are away.
+    fn tell_happenings(&mut self, status: &Status) {
         let Some(outlet) = &self.thread.outlet else { return };
         let now = Instant::now();
-        let new = leading::moves(&self.seen.1, pairs);
-        let due = !new.is_empty() || self.told.is_none_or(|at| now.duration_since(at) >= MOVED_AGAIN);
-        self.moved.extend(new.into_iter().map(|m| (now, m)));
-        let many = self.moved.len().saturating_sub(MOVES);
-        self.moved.drain(..many);
-        self.moved.retain(|(at, _)| now.duration_since(*at) < MOVED);
+        let mut new = leading::moves(&self.seen.1, &status.pairs);
+        new.extend(self.absences.look(&status.nodes, now.duration_since(self.begun)));
+        let due = !new.is_empty() || self.told.is_none_or(|at| now.duration_since(at) >= AGAIN);
+        self.happened.extend(new.into_iter().map(|n| (now, n)));
+        let many = self.happened.len().saturating_sub(HAPPENINGS);
+        self.happened.drain(..many);
+        self.happened.retain(|(at, _)| now.duration_since(*at) < HAPPENED);
         if due {
             self.told = Some(now);
-            self.moved.iter().for_each(|(_, m)| outlet.moved(m));
+            self.happened.iter().for_each(|(_, n)| outlet.happened(n));
         }
     }
 
@@ -242,7 +250,7 @@ impl Run {
             self.audits = Some(Instant::now());
             outlet.audits(&snapshot.survey, now());
         }
-        self.tell_moves(&seen.1);
+        self.tell_happenings(&status);
         if let Some(outlet) = &self.thread.outlet {
             outlet.enforce(status.nodes.iter());
         }
