@@ -7,8 +7,8 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The object does not load.
-    #[error("the kernel programs do not load: {0}")]
-    Load(#[from] aya::EbpfError),
+    #[error("the kernel programs do not load: {}", causes(.0))]
+    Load(aya::EbpfError),
     /// A program is refused or cannot be attached.
     #[error("program {program}: {source}")]
     Program {
@@ -44,6 +44,9 @@ pub enum Error {
     /// The kernel does not tell where it has something, or has it elsewhere than it should.
     #[error("the kernel's types: {0}")]
     Types(&'static str),
+    /// A folder of pins is on some other file system.
+    #[error("{0} is not on a BPF file system: mount one there (mount -t bpf bpf /sys/fs/bpf)")]
+    NoBpffs(PathBuf),
     /// Another process holds the pins.
     #[error("another process works with the pins in {0}")]
     Busy(PathBuf),
@@ -64,6 +67,30 @@ pub enum Error {
     /// The program belongs to the other role.
     #[error("program {0} is not loaded in this role")]
     NotLoaded(&'static str),
+}
+
+impl From<aya::EbpfError> for Error {
+    fn from(error: aya::EbpfError) -> Self {
+        Self::Load(error)
+    }
+}
+
+/// An error with its causes, and what to do about one that says little.
+fn causes(error: &aya::EbpfError) -> String {
+    let mut text = error.to_string();
+    let mut next = std::error::Error::source(error);
+    while let Some(cause) = next {
+        let said = cause.to_string();
+        // Some repeat their cause.
+        if !text.ends_with(&said) {
+            text = format!("{text}: {said}");
+        }
+        if cause.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::OutOfMemory) {
+            text.push_str(": this machine has too little memory for it, or the limit of this container is below what the map takes (`capacities`)");
+        }
+        next = cause.source();
+    }
+    text
 }
 
 impl Error {

@@ -18,6 +18,7 @@ use tidegate_ebpf_common::layout::{DnsKey, Endpoint, Naming, OVERLAYS, PrefixKey
 use tidegate_policy::state::{Named, NodeState};
 
 use crate::attach::{entries, file_name, link_detach, link_error, remove};
+use crate::preflight::on_bpffs;
 use crate::{Error, Program, carry, kernel, names};
 
 /// The folder of its pins below that of all pins.
@@ -95,7 +96,22 @@ pub fn attach_fixed(pins: &Path, fixed: &Fixed, device: &str, ifindex: u32, pod:
     let mut overlay = [0u16; OVERLAYS];
     overlay.iter_mut().zip(&fixed.overlay_ports).for_each(|(to, port)| *to = *port);
     let (lo, hi) = fixed.node_ports.unwrap_or((1, 0));
-    let mut ebpf = EbpfLoader::new()
+    let folder = folder(pins);
+    fs::create_dir_all(&folder).map_err(Error::io(format!("cannot make {}", folder.display())))?;
+    on_bpffs(&folder)?;
+    let key = names::key([0; 2])?;
+    let mut known = NodeState::default();
+    known.cluster.suffixes = fixed.suffixes.clone();
+    for name in &fixed.names {
+        known.names.insert(name.as_str().into(), Named::Inside);
+    }
+    let known = names::entries(&key, &known);
+    let mut loader = EbpfLoader::new();
+    // Every pod has tables of its own, which never grow: places for what the largest cluster has would be 1.6 MiB each.
+    for (name, entries) in [("NODES", fixed.nodes.len()), ("CLUSTER_DNS", fixed.dns.len()), ("NAMES", known.len())] {
+        loader.map_max_entries(name, u32::try_from(entries).unwrap_or(u32::MAX).max(1));
+    }
+    let mut ebpf = loader
         // It relocates nothing, and reading the kernel's types takes longer than all the rest.
         .btf(None)
         .override_global("SKB", &kernel::skb()?, true)
@@ -115,13 +131,7 @@ pub fn attach_fixed(pins: &Path, fixed: &Fixed, device: &str, ifindex: u32, pod:
     fill(&mut ebpf, "NODES", fixed.nodes.iter().map(|ip| (Addr::from_ip(*ip), 1u32)))?;
     let dns = |a: &SocketAddr| (DnsKey { addr: Addr::from_ip(a.ip()), port: u32::from(a.port()) }, 1u32);
     fill(&mut ebpf, "CLUSTER_DNS", fixed.dns.iter().map(dns))?;
-    let key = names::key([0; 2])?;
-    let mut known = NodeState::default();
-    known.cluster.suffixes = fixed.suffixes.clone();
-    for name in &fixed.names {
-        known.names.insert(name.as_str().into(), Named::Inside);
-    }
-    fill(&mut ebpf, "NAMES", names::entries(&key, &known).into_iter())?;
+    fill(&mut ebpf, "NAMES", known.into_iter())?;
     let mut naming: Array<MapData, Naming> = map(&mut ebpf, "NAMING")?;
     naming.set(0, names::naming(key, &fixed.suffixes), 0).map_err(Error::map("NAMING"))?;
     let mut cluster: LpmTrie<MapData, PrefixKey, u32> = map(&mut ebpf, "CLUSTER")?;
@@ -131,8 +141,6 @@ pub fn attach_fixed(pins: &Path, fixed: &Fixed, device: &str, ifindex: u32, pod:
         cluster.insert(&key, 1, 0).map_err(Error::map("CLUSTER"))?;
     }
     let program = program(&mut ebpf)?;
-    let folder = folder(pins);
-    fs::create_dir_all(&folder).map_err(Error::io(format!("cannot make {}", folder.display())))?;
     let pin = folder.join(format!("{NAME}-{ifindex}"));
     let order = TcAttachOptions::TcxOrder(LinkOrder::first());
     let link = program.attach_with_options(device, TcAttachType::Ingress, order).map_err(refused)?;

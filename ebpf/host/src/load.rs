@@ -25,6 +25,7 @@ use crate::incarnation::Incarnations;
 use crate::names;
 use crate::own::OWN;
 use crate::ports::PortSets;
+use crate::preflight::on_bpffs;
 use crate::table::{Hashed, Table, Trie};
 use crate::{Capacities, Error, Local, Options, Program, Role, carry, kernel};
 
@@ -175,6 +176,7 @@ impl Datapath {
         let make =
             |path: PathBuf| fs::create_dir_all(&path).map_err(Error::io(format!("cannot make {}", path.display())));
         make(options.pins.clone())?;
+        on_bpffs(&options.pins)?;
         // Before anything else is made: whoever is refused leaves nothing behind.
         let lock = lock(&options.pins)?;
         make(root.join("maps"))?;

@@ -5,6 +5,8 @@ use std::path::Path;
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
+use crate::Error;
+
 const LOCKDOWN: &str = "/sys/kernel/security/lockdown";
 const BPFFS: &str = "/sys/fs/bpf";
 
@@ -44,6 +46,12 @@ fn mount_bpffs() -> Result<(), String> {
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("bpf"), BPFFS, Some("bpf"), flags, Some("mode=0700"))
         .map_err(|e| format!("no bpffs is mounted at {BPFFS}, and mounting it failed: {e}"))
+}
+
+/// Nothing can be pinned elsewhere, and the kernel's word for it is that it is not permitted.
+pub(crate) fn on_bpffs(folder: &Path) -> Result<(), Error> {
+    let found = statfs(folder).map_err(|e| Error::io(format!("cannot look at {}", folder.display()))(e.into()))?;
+    if found.filesystem_type() == BPF_FS_MAGIC { Ok(()) } else { Err(Error::NoBpffs(folder.to_owned())) }
 }
 
 /// Major and minor version.

@@ -8,6 +8,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
@@ -216,10 +217,20 @@ fn no_checksum_is_written_into_what_was_judged() {
     };
     let pins = common::pins();
     std::fs::create_dir(&pins).unwrap();
+    let before = sizes("NAMES");
     w.node.enter(|| attach_fixed(&pins, &fixed, "pod0", w.pod0, &POD.map(ip)).unwrap());
+    // It takes no more memory than what it goes by.
+    let new: Vec<u32> = sizes("NAMES").into_iter().filter(|(id, _)| !before.contains_key(id)).map(|(_, n)| n).collect();
+    assert!(new.contains(&1), "{new:?}");
     refuses(&w, || None);
     w.node.enter(|| detach_fixed(&pins, w.pod0).unwrap());
     tidegate_ebpf::remove_pins(&pins).unwrap();
+}
+
+/// How many entries maps of a name may have, by their id. Others may load theirs at the same time.
+fn sizes(name: &str) -> BTreeMap<u32, u32> {
+    let named = |m: &aya::maps::MapInfo| m.name_as_str() == Some(name);
+    aya::maps::loaded_maps().flatten().filter(named).map(|m| (m.id(), m.max_entries())).collect()
 }
 
 /// Sends a mebibyte and hears it back.

@@ -314,6 +314,23 @@ fn where_there_never_was_an_agent_everything_is_closed() {
     let answer = call_with(&lab, "ADD", &made, &config.to_string());
     let error: Value = serde_json::from_str(&answer.text).unwrap();
     assert_eq!((answer.code, &error["code"], &error["msg"]), (1, &json!(7), &json!("prevResult")));
+
+    // Nor by a node where nothing can be pinned: the pod does not start, the agent neither, and both say why.
+    let nowhere = lab.layout().folder.join("pins");
+    let mut config = configuration(&lab, &made.result);
+    config["pins"] = json!(nowhere);
+    let answer = call_with(&lab, "ADD", &made, &config.to_string());
+    let error: Value = serde_json::from_str(&answer.text).unwrap();
+    assert_eq!((answer.code, &error["code"]), (1, &json!(11)), "{error}");
+    assert!(error["details"].as_str().unwrap().contains("is not on a BPF file system"), "{error}");
+    assert_eq!(programs(&lab, &made), Vec::<String>::new());
+    let file = lab.layout().folder.join("nowhere.yaml");
+    let text = std::fs::read_to_string(lab.layout().config(NODE)).unwrap();
+    let pins = lab.layout().bpffs().join(NODE).display().to_string();
+    assert!(text.contains(&pins), "{text}");
+    std::fs::write(&file, text.replace(&pins, &nowhere.display().to_string())).unwrap();
+    let said = lab.place(NODE).unwrap().run(&[tidegate.as_str(), "agent", "--config", &file.display().to_string()]);
+    assert!(said.status != 0 && said.stderr.contains("is not on a BPF file system"), "{said:?}");
     let version = call_with(&lab, "VERSION", &made, r#"{"cniVersion":"1.0.0"}"#);
     assert!(version.code == 0 && version.text.contains("\"supportedVersions\""), "{}", version.text);
 }
