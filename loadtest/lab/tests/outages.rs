@@ -6,6 +6,7 @@
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,10 +21,10 @@ use common::{
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tidegate_lab::Lab;
-use tidegate_lab::family::FAMILIES;
+use tidegate_lab::family::{FAMILIES, Family};
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::netns::nft;
-use tidegate_lab::probe::{Echo, dig};
+use tidegate_lab::probe::{Echo, curl, dig};
 use tidegate_lab::story;
 
 static ONE: Mutex<()> = Mutex::new(());
@@ -41,6 +42,7 @@ fn lists_servers_and_clocks() {
     the_api_server_is_replaced(&mut lab);
     etcd_has_forgotten_what_changed(&mut lab);
     clocks_are_minutes_apart(&mut lab);
+    a_nodes_clock_is_days_wrong(&mut lab);
     a_backup_is_put_back(&mut lab);
     lab.down().unwrap();
 }
@@ -318,6 +320,40 @@ fn clocks_are_minutes_apart(lab: &mut Lab) {
     lab.wait_object(&format!("{POLICIES}/late"), Duration::from_secs(40), accepted).unwrap();
     lab.request("DELETE", &format!("{POLICIES}/late"), &Value::Null).unwrap();
     soon("its end", || denied(lab, PODS[0], "neighbour.example.com"));
+}
+
+/// A node is days ahead, then behind: no certificate holds by its clock. That is said, its kernel enforces on, and it comes back with the right
+/// clock.
+fn a_nodes_clock_is_days_wrong(lab: &mut Lab) {
+    const NODE: &str = "node-2";
+    let library = clock(lab);
+    let pod = "shop/worker";
+    assert_eq!(lab.scenario().pod(pod).unwrap().node, NODE);
+    let outside: [IpAddr; 2] = ["198.51.100.14", "2001:db8:100::14"].map(|ip| ip.parse().unwrap());
+    for days in [2i64, -2] {
+        let watches = outside.map(|ip| lab.watch(ip, "").unwrap());
+        lab.signal(NODE, Signal::SIGTERM, Some(Duration::from_secs(35))).unwrap();
+        let seconds = (days * 86_400).to_string();
+        lab.start_with(NODE, &[("LD_PRELOAD", library.as_str()), ("LAB_CLOCK_SECONDS", &seconds)]).unwrap();
+        let told = || {
+            let (_, text) = lab.admin(NODE, "/status").ok()?;
+            let status: Value = serde_json::from_str(&text).ok()?;
+            let all = status["conditions"].as_array()?.iter();
+            all.filter_map(|c| c.as_str()).find(|c| c.contains("is the clock of this machine right")).map(str::to_owned)
+        };
+        let said = wait_for(READY, told);
+        println!("{days} days: {said:?}");
+        assert!(said.is_some(), "{days} days: {:?}", lab.admin(NODE, "/status"));
+        assert_ne!(lab.admin(NODE, "/readyz").unwrap().0, 200, "{days} days");
+        let place = lab.pod(pod);
+        for ip in outside {
+            let url = format!("http://{}/", SocketAddr::new(ip, 8080));
+            assert_eq!(curl(&place, Family::of(ip), &url, &["--max-time", "1"]).source(), None, "{days} days: {ip}");
+        }
+        assert_eq!(watches.map(|w| w.packets().unwrap()), [0, 0], "{days} days: packets got out");
+        lab.restart(NODE).unwrap();
+        lab.wait_ready(NODE, READY).unwrap();
+    }
 }
 
 /// How long certificates and authorities hold here, in seconds: a rotation in two thirds of a minute.

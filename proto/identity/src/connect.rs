@@ -72,7 +72,7 @@ async fn open(
         stream.set_nodelay(true)?;
         TlsConnector::from(Arc::new(config)).connect(name, stream).await
     };
-    let stream = timeout(limit, shaken).await.map_err(|_| Error::Slow(limit))??;
+    let stream = timeout(limit, shaken).await.map_err(|_| Error::Slow(limit))?.map_err(refused)?;
     let leaf = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
     let gateway = leaf.and_then(|l| name_of(l, Role::Gateway)).ok_or(Error::Nameless)?;
     // The scheme says nothing here: the stream is encrypted already.
@@ -80,6 +80,21 @@ async fn open(
     let connecting = endpoint.connect_with_connector(Once(Some(stream)));
     let channel = timeout(limit, connecting).await.map_err(|_| Error::Slow(limit))??;
     Ok(Connection { channel, gateway })
+}
+
+/// Why there is no connection. What is about time is so seldom the certificate's fault that the clock is named.
+fn refused(error: io::Error) -> Error {
+    use rustls::CertificateError::{Expired, ExpiredContext, NotValidYet, NotValidYetContext};
+    let said = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
+    match said {
+        Some(
+            rustls::Error::InvalidCertificate(
+                Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. },
+            )
+            | rustls::Error::AlertReceived(rustls::AlertDescription::CertificateExpired),
+        ) => Error::Clock(error),
+        _ => Error::Connect(error),
+    }
 }
 
 /// Hands the one connection out.

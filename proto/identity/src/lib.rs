@@ -74,6 +74,9 @@ pub enum Error {
     /// No connection.
     #[error("cannot connect: {0}")]
     Connect(#[from] std::io::Error),
+    /// A certificate does not hold now, as one of both clocks has it.
+    #[error("cannot connect: {0}: is the clock of this machine right, and the gateway's?")]
+    Clock(std::io::Error),
     /// It took too long.
     #[error("no connection within {} ms", .0.as_millis())]
     Slow(std::time::Duration),
