@@ -37,6 +37,17 @@ impl Lab {
         Ok(pod)
     }
 
+    /// Makes the network card of a pod that was added anew, as a network plugin may: another device of the same name, with the same addresses.
+    ///
+    /// # Errors
+    /// When there is no such pod.
+    pub fn make_card_anew(&mut self, key: &str) -> Result<()> {
+        let pod = self.scenario().pod(key)?.clone();
+        let state = self.state_mut();
+        world::remove(state, &pod)?;
+        world::wire(state, &pod)
+    }
+
     /// Removes a pod that was added, object first, as a kubelet does when its containers have ended.
     ///
     /// # Errors

@@ -144,9 +144,16 @@ pub fn add(state: &mut State, key: &str) -> Result<()> {
     let place = pod(&state.scenario, &added)?;
     let netns = state.make_namespace(&place.name)?;
     netns::sysctls(&netns, &place.before)?;
+    wire(state, &added)
+}
+
+/// Links a pod to its node.
+pub fn wire(state: &State, added: &Pod) -> Result<()> {
+    let place = pod(&state.scenario, added)?;
+    let netns = state.netns(&place.name);
     let on = state.scenario.node(&added.node)?.clone();
     let mut host = Place { families: state.scenario.families.clone(), ..Place::default() };
-    host.cable(&state.scenario, &on, &added, &netns);
+    host.cable(&state.scenario, &on, added, &netns);
     let there = state.netns(&on.name);
     netns::ip_batch(&there, &host.links)?;
     host.settle(&there)?;

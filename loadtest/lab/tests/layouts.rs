@@ -200,6 +200,41 @@ fn first_place_is_taken_back(lab: &mut Lab) {
     lab.remove_pod("shop/late").unwrap();
 }
 
+/// A network plugin gives a pod's device another name, and later makes it anew. What the pod tries all the while stays inside, and what
+/// it may reach it reaches again.
+fn devices_change(lab: &mut Lab) {
+    let pods = keys(&["shop/late"]);
+    lab.add_pod(pod("shop", "late", NODES[0], "web")).unwrap();
+    leave_by(lab, &pods, "api.example.com", POOL_A);
+    let watches = denied(lab);
+    let to: Vec<String> = families(lab).into_iter().map(|f| named(f, 14, 0).ip().to_string()).collect();
+    let eager =
+        format!("while :; do for to in {}; do echo x > /dev/udp/$to/7001; done; sleep 0.001; done", to.join(" "));
+    let mut eager = lab.pod(&pods[0]).spawn(&["bash", "-c", &eager]).unwrap();
+    let device = world::veth(lab.scenario(), lab.scenario().pod(&pods[0]).unwrap());
+    let index = |lab: &Lab, device: &str| {
+        let link = lab.place(NODES[0]).unwrap().run(&["ip", "-o", "link", "show", "dev", device]);
+        assert_eq!(link.status, 0, "{}", link.stderr);
+        link.stdout.split(':').next().unwrap().to_owned()
+    };
+    let first = index(lab, &device);
+    for (old, new) in [(device.as_str(), "renamed0"), ("renamed0", device.as_str())] {
+        let link = lab.place(NODES[0]).unwrap().run(&["ip", "link", "set", old, "name", new]);
+        assert_eq!(link.status, 0, "{}", link.stderr);
+        leave_by(lab, &pods, "api.example.com", POOL_A);
+        silent(lab, &pods);
+    }
+    assert_eq!(index(lab, &device), first);
+    lab.make_card_anew(&pods[0]).unwrap();
+    assert_ne!(index(lab, &device), first, "it is the same device");
+    leave_by(lab, &pods, "api.example.com", POOL_A);
+    silent(lab, &pods);
+    assert!(eager.is_alive(), "it has ceased to try: {}", eager.output());
+    drop(eager);
+    nothing("the device changed", &watches);
+    lab.remove_pod(&pods[0]).unwrap();
+}
+
 /// Pods that no gateway told of, and pods whose interface has no program: none gets out, by whatever card.
 fn nobody_knows_them(lab: &mut Lab) {
     let watches = denied(lab);
@@ -233,6 +268,7 @@ fn calico() {
     let (_one, mut lab) = up("calico");
     looks(&lab, "cali", |f, _| f.pick("169.254.1.1", "fe80::ecee:eeff:feee:eeee").into());
     whole(&mut lab);
+    devices_change(&mut lab);
 }
 
 fn whole(lab: &mut Lab) {
@@ -270,6 +306,7 @@ fn flannel() {
         assert!(out.contains(family.pick("dev flannel.1", "dev flannel-v6.1")), "{out}");
     }
     whole(&mut lab);
+    devices_change(&mut lab);
 }
 
 #[test]
