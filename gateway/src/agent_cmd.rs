@@ -15,8 +15,7 @@ use crate::{audit, telemetry};
 
 fn load(path: &Path) -> Result<Config> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let mut config: Config = serde_saphyr::from_str(&text)
-        .with_context(|| format!("{} is not a valid agent configuration", path.display()))?;
+    let mut config: Config = crate::config::parse(&text, path, "agent")?;
     // The pods of a DaemonSet share their configuration.
     if config.node.is_empty() {
         config.node = std::env::var("NODE_NAME").unwrap_or_default();

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use ipnet::IpNet;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tidegate_ebpf::Capacities;
 
@@ -425,12 +426,28 @@ fn default_device() -> String {
     "eth0".into()
 }
 
+/// Reads a configuration file's text. A key that is not known is an error, since it may be a typing error in what must hold;
+/// those who have not typed it are told the way out.
+///
+/// # Errors
+/// The place in the file, and what is wrong there.
+pub fn parse<T: DeserializeOwned>(text: &str, path: &Path, of: &str) -> Result<T> {
+    serde_saphyr::from_str(text).map_err(|error| {
+        let mut said = format!("{} is not a valid {of} configuration: {error}", path.display());
+        if said.contains("unknown field") {
+            said += "\nThis is Tidegate ";
+            said += env!("CARGO_PKG_VERSION");
+            said += ". If nobody has typed that key, the chart is of another version: leave image.tag and image.digest to the chart, or install the chart of this version.";
+        }
+        anyhow::Error::msg(said)
+    })
+}
+
 impl Config {
     /// Reads and checks the file.
     pub fn load(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let mut config: Self = serde_saphyr::from_str(&text)
-            .with_context(|| format!("{} is not a valid gateway configuration", path.display()))?;
+        let mut config: Self = parse(&text, path, "gateway")?;
         config.fill(|name| std::env::var(name).ok());
         config.check().with_context(|| format!("{} is not a valid gateway configuration", path.display()))?;
         Ok(config)
@@ -588,7 +605,11 @@ resolvers: [{servers: ["198.51.100.53:53"]}]
     #[test]
     fn bad_config_names_the_field() {
         let unknown = format!("{GOOD}\nsurprise: 1\n");
-        assert!(serde_saphyr::from_str::<Config>(&unknown).unwrap_err().to_string().contains("surprise"));
+        let said = parse::<Config>(&unknown, Path::new("/x/gateway.yaml"), "gateway").unwrap_err().to_string();
+        let hint = concat!("This is Tidegate ", env!("CARGO_PKG_VERSION"));
+        assert!(said.starts_with("/x/gateway.yaml") && said.contains("`surprise`") && said.contains(hint), "{said}");
+        let wrong = parse::<Config>("name: []", Path::new("x"), "gateway").unwrap_err().to_string();
+        assert!(!wrong.contains(hint), "{wrong}");
         let mut c: Config = serde_saphyr::from_str(GOOD).unwrap();
         c.owners[0].gateway = "gw-x".into();
         assert!(c.check().unwrap_err().to_string().contains("owners[0].gateway"));

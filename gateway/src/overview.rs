@@ -10,6 +10,9 @@ use serde_json::Value;
 use tidegate_kubernetes::{Connection, Error, Settings, objects};
 
 const GROUP: &str = "/apis/tidegate.dev/v1alpha1";
+/// The most characters of what a pod says, and the most pods that say something.
+const SAID: usize = 1000;
+const TROUBLES: usize = 10;
 /// How often it is looked while waiting.
 const LOOK: Duration = Duration::from_secs(2);
 
@@ -31,12 +34,21 @@ pub struct Overview {
     pub ready: bool,
     /// Why not, one sentence each.
     pub waiting: Vec<String>,
+    /// What keeps single pods from running, also where the rest is ready, as in an upgrade that does not go on.
+    troubles: Vec<Trouble>,
     gateways: Vec<Gateway>,
     nodes: Nodes,
     pools: Vec<Pool>,
     policies: Vec<Policy>,
     /// Collections that this user may not read.
     forbidden: Vec<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+struct Trouble {
+    pod: String,
+    node: String,
+    what: String,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -111,7 +123,8 @@ fn conditions(object: &Value) -> Vec<Condition> {
 
 /// Makes an overview of what was read; the agents' DaemonSet is null if there is none.
 fn overview(pods: &[Value], agents: &Value, pools: &[Value], policies: &[Value], forbidden: Vec<String>) -> Overview {
-    let mut gateways: Vec<Gateway> = pods.iter().map(gateway).collect();
+    let is_gateway = |p: &&Value| p["metadata"]["labels"]["app.kubernetes.io/component"] == "gateway";
+    let mut gateways: Vec<Gateway> = pods.iter().filter(is_gateway).map(gateway).collect();
     gateways.sort_by(|a, b| a.name.cmp(&b.name));
     let count = |key: &str| agents["status"][key].as_u64().unwrap_or_default();
     let nodes = Nodes { desired: count("desiredNumberScheduled"), ready: count("numberReady") };
@@ -126,15 +139,49 @@ fn overview(pods: &[Value], agents: &Value, pools: &[Value], policies: &[Value],
     } else if nodes.ready < nodes.desired {
         waiting.push(format!("agents are ready on {} of {} nodes", nodes.ready, nodes.desired));
     }
+    let of = |pod: &Value| {
+        let (pod, node, what) = (text(&pod["metadata"]["name"]), text(&pod["spec"]["nodeName"]), trouble(pod)?);
+        Some(Trouble { pod, node, what })
+    };
     Overview {
         ready: waiting.is_empty(),
         waiting,
+        troubles: pods.iter().filter_map(of).take(TROUBLES).collect(),
         gateways,
         nodes,
         pools: pools.iter().map(pool).collect(),
         policies: policies.iter().map(policy).collect(),
         forbidden,
     }
+}
+
+/// What keeps a pod from running: that it has no node, or what its kubelet or its program said.
+fn trouble(pod: &Value) -> Option<String> {
+    let status = &pod["status"];
+    let unplaced = |c: &&Value| c["type"] == "PodScheduled" && c["status"] == "False";
+    if let Some(c) = array(&status["conditions"]).iter().find(unplaced) {
+        return Some(format!("{}: {}", text(&c["reason"]), short(&text(&c["message"]))));
+    }
+    let container = |c: &Value| {
+        let waiting = &c["state"]["waiting"];
+        let ended = [&c["state"]["terminated"], &c["lastState"]["terminated"]];
+        // Why it ended says more than that it is waited.
+        let ended = ended.iter().find(|e| e.is_object()).map(|e| match text(&e["message"]) {
+            said if said.is_empty() => format!("{} (exit code {})", text(&e["reason"]), e["exitCode"]),
+            said => short(&said),
+        });
+        let waits = waiting["message"].as_str().map(|said| format!("{}: {}", text(&waiting["reason"]), short(said)));
+        (c["ready"] != true).then(|| ended.or(waits)).flatten()
+    };
+    array(&status["containerStatuses"]).iter().find_map(container)
+}
+
+/// In one line, and of a long text the end, where a program says why it ended.
+fn short(text: &str) -> String {
+    let line: Vec<&str> = text.split(|c: char| c.is_control() || c.is_whitespace()).filter(|w| !w.is_empty()).collect();
+    let line = line.join(" ");
+    let from = line.char_indices().rev().nth(SAID - 1).map_or(0, |(at, _)| at);
+    format!("{}{}", if from > 0 { "…" } else { "" }, &line[from..])
 }
 
 fn gateway(pod: &Value) -> Gateway {
@@ -240,6 +287,13 @@ impl Overview {
             rows.push([vec![format!("{short} {name}")], states.to_vec(), vec![message]].concat());
         }
         table(&mut out, &rows);
+        if !self.troubles.is_empty() {
+            let mut rows = vec![row(&["POD", "NODE", "TROUBLE"])];
+            let or = |node: &str| if node.is_empty() { "-".to_owned() } else { node.to_owned() };
+            rows.extend(self.troubles.iter().map(|t| vec![t.pod.clone(), or(&t.node), t.what.clone()]));
+            out.push('\n');
+            table(&mut out, &rows);
+        }
         for kind in &self.forbidden {
             let _ = writeln!(out, "you may not list {kind}");
         }
@@ -269,11 +323,7 @@ async fn read(connection: &Connection) -> Result<Overview> {
     let mut lists = Vec::new();
     let own = &connection.namespace;
     for (what, path, labels) in [
-        (
-            "pods",
-            format!("/api/v1/namespaces/{own}/pods"),
-            "app.kubernetes.io/name=tidegate,app.kubernetes.io/component=gateway",
-        ),
+        ("pods", format!("/api/v1/namespaces/{own}/pods"), "app.kubernetes.io/name=tidegate"),
         ("egresspools", format!("{GROUP}/egresspools"), ""),
         ("clusteregresspolicies", format!("{GROUP}/clusteregresspolicies"), ""),
         ("egresspolicies", format!("{GROUP}/egresspolicies"), ""),
@@ -355,7 +405,7 @@ mod tests {
     fn example() -> Overview {
         let pod = |name: &str, ready: &str, ending: Value| {
             json!({
-                "metadata": {"name": name, "deletionTimestamp": ending},
+                "metadata": {"name": name, "deletionTimestamp": ending, "labels": {"app.kubernetes.io/component": "gateway"}},
                 "spec": {"nodeName": "node-1"},
                 "status": {"conditions": [{"type": "Ready", "status": ready}], "podIPs": [{"ip": "10.244.1.2"}, {"ip": "fd00::2"}]},
             })
@@ -409,11 +459,40 @@ you may not list pods
     #[test]
     fn ready_is_a_gateway_and_every_agent() {
         assert_eq!(example().waiting, ["agents are ready on 38 of 40 nodes"]);
-        let pod = json!({"metadata": {"name": "a"}, "status": {"conditions": [{"type": "Ready", "status": "True"}]}});
+        let labels = json!({"app.kubernetes.io/component": "gateway"});
+        let pod = json!({"metadata": {"name": "a", "labels": labels}, "status": {"conditions": [{"type": "Ready", "status": "True"}]}});
         let agents = |seen: i64, ready: u64| json!({"metadata": {"generation": 2}, "status": {"observedGeneration": seen, "desiredNumberScheduled": 2, "numberReady": ready}});
         assert!(overview(std::slice::from_ref(&pod), &agents(2, 2), &[], &[], Vec::new()).ready);
         assert!(!overview(std::slice::from_ref(&pod), &agents(1, 2), &[], &[], Vec::new()).ready);
         assert!(!overview(&[], &agents(2, 2), &[], &[], Vec::new()).ready);
         assert!(!overview(&[pod], &Value::Null, &[], &[], Vec::new()).ready);
+    }
+    #[test]
+    fn pods_say_what_keeps_them_from_running() {
+        let said = |status: Value| {
+            let pod = json!({"metadata": {"name": "p"}, "spec": {"nodeName": "n"}, "status": status});
+            overview(&[pod], &Value::Null, &[], &[], Vec::new()).troubles.pop().map(|t| t.what)
+        };
+        let container = |state: Value, last: Value| json!({"containerStatuses": [{"ready": false, "state": state, "lastState": last}]});
+        let unplaced =
+            json!({"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/4 nodes"});
+        assert_eq!(said(json!({"conditions": [unplaced]})).as_deref(), Some("Unschedulable: 0/4 nodes"));
+        let missing = json!({"waiting": {"reason": "ErrImageNeverPull", "message": "it is not present"}});
+        assert_eq!(said(container(missing, json!({}))).as_deref(), Some("ErrImageNeverPull: it is not present"));
+        // What ended says why, and its last words most of it.
+        let back_off = json!({"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 10s"}});
+        let killed = json!({"terminated": {"exitCode": 137, "reason": "OOMKilled"}});
+        assert_eq!(said(container(back_off.clone(), killed)).as_deref(), Some("OOMKilled (exit code 137)"));
+        let long = format!("{}unknown field", "é".repeat(2 * SAID));
+        let failed = json!({"terminated": {"exitCode": 1, "reason": "Error", "message": long}});
+        let last = said(container(back_off, failed)).unwrap();
+        assert!(last.ends_with("éunknown field") && last.chars().count() == SAID + 1, "{last}");
+        // What runs and waits for others is in no trouble.
+        assert_eq!(said(container(json!({"running": {}}), json!({}))), None);
+        assert_eq!(said(container(json!({"waiting": {"reason": "ContainerCreating"}}), json!({}))), None);
+
+        let pod = json!({"metadata": {"name": "p"}, "status": container(json!({"waiting": {"reason": "A", "message": "b"}}), json!({}))});
+        let shown = overview(&[pod], &Value::Null, &[], &[], Vec::new()).render();
+        assert!(shown.ends_with("POD  NODE  TROUBLE\np    -     A: b\n"), "{shown}");
     }
 }

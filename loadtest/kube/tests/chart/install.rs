@@ -49,6 +49,9 @@ fn a_second_installation_is_refused_and_says_where_the_first_is() {
     let (given, own) = (["--set", "identity.given=true"], ["--set", "identity.given=false"]);
     assert!(told(&upgrade(&[&given[..], &["--dry-run=server"]].concat())) && told(&upgrade(&given)));
     assert!(!told(&upgrade(&given)) && told(&upgrade(&own)) && !told(&upgrade(&own)), "there and back");
+    // An image that is not the chart's may not know what the chart writes.
+    let pinned = |text: &str| text.contains("The image is pinned");
+    assert!(!pinned(&upgrade(&["--reset-values"])) && pinned(&upgrade(&["--set", "image.tag=0.0.1"])));
 }
 
 #[test]
