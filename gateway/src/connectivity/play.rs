@@ -29,6 +29,8 @@ struct Installed {
     broken: bool,
     /// What pods are that nothing selects.
     default: String,
+    /// Nodes with an agent that is ready.
+    agents: BTreeSet<String>,
 }
 
 /// Who tries, and what there is to compare with.
@@ -177,7 +179,8 @@ async fn installed(
         config["data"]["gateway.yaml"].as_str().and_then(|text| serde_saphyr::from_str(text).ok());
     let default = config.and_then(|c| c["clusterDefault"].as_str().map(str::to_owned));
     let broken = super::report::is_broken(rows);
-    Ok(Installed { image, broken, default: default.unwrap_or_else(|| "Untouched".into()) })
+    let agents = agents.into_iter().map(str::to_owned).collect();
+    Ok(Installed { image, broken, default: default.unwrap_or_else(|| "Untouched".into()), agents })
 }
 
 /// The addresses that traffic may leave with; none: any.
@@ -275,7 +278,12 @@ impl Cast<'_> {
         for (client, seen) in &all {
             if free {
                 let outcome = if good(seen) { Outcome::Kept } else { Outcome::Broken };
-                let detail = if good(seen) { "reaches both names".to_owned() } else { told(seen) };
+                let detail = match (good(seen), self.installed.agents.contains(&client.node)) {
+                    (true, _) => "reaches both names".to_owned(),
+                    (false, true) => told(seen),
+                    // Nobody can tell the node whether policy concerns the namespace.
+                    (false, false) => format!("closed: new namespace, and no agent on its node; {}", told(seen)),
+                };
                 rows.push(Row::new("untouched pod", Some(family), &client.node, outcome, detail));
             }
             let [allowed, denied, other_port, inside] = seen;

@@ -116,6 +116,11 @@ pub fn connectivity(lab: &Lab) {
     println!("without an agent on node-2: {broken:?}");
     assert!(code == Some(1) && found["kept"] == false, "{code:?} {text} {found}");
     assert!(broken.contains("agent  node-2") && broken.contains("allowed name V4 node-2"), "{broken:?}");
+    // What its node closes is said, since the pod is nobody's.
+    let told = |r: &&Value| r["check"] == "untouched pod" && r["node"] == "node-2";
+    let told: Vec<_> = found["checks"].as_array().unwrap().iter().filter(told).collect();
+    let why = |r: &&Value| r["detail"].as_str().unwrap().starts_with("closed: new namespace, and no agent");
+    assert!(!told.is_empty() && told.iter().all(why), "{told:?}");
     // The policy waits for it, too.
     let there = |check: &String| check.ends_with("node-2") || check == "policy programmed  ";
     assert!(broken.iter().all(there), "{broken:?}");
