@@ -253,6 +253,7 @@ pub fn run(path: &Path) -> Result<()> {
         },
         pairs: shared.pairs.clone(),
         applied: shared.applied.clone(),
+        lost: shared.lost.clone(),
         core: to_core.clone(),
         readiness: readiness.clone(),
         full_pass: desired.full_pass(),

@@ -96,6 +96,8 @@ pub struct Shared {
     pub pairs: Arc<ArcSwap<Vec<HeldPair>>>,
     /// Those of them whose addresses and rules are in place.
     pub applied: Arc<ArcSwap<Vec<HeldPair>>>,
+    /// Egress addresses that went elsewhere: their flows here are dead.
+    pub lost: Arc<parking_lot::Mutex<BTreeSet<IpAddr>>>,
     /// Every egress address of every pool.
     pub egress: ArcSwap<BTreeSet<IpAddr>>,
     /// Node ids.
@@ -120,6 +122,7 @@ impl Shared {
             view: Arc::new(ArcSwap::from_pointee(DnsView::empty(empty))),
             pairs: Arc::default(),
             applied: Arc::default(),
+            lost: Arc::default(),
             egress: ArcSwap::default(),
             nodes: Ids::default(),
             namespaces: Ids::default(),

@@ -1,6 +1,7 @@
 //! The thread that keeps the gateway plugged in: hands the namespace to the agent,
 //! sets up the way out, has the kernel program attached, renews the lease.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::pin::pin;
@@ -11,12 +12,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use arc_swap::ArcSwap;
 use crossbeam_channel::Sender;
+use parking_lot::Mutex;
 use tidegate_agent::events::repaired;
 use tokio::sync::oneshot;
 use tokio::time::{MissedTickBehavior, timeout};
 
 use crate::admin::{Guard, Readiness};
 use crate::core::ToCore;
+use crate::egress::live;
 use crate::egress::nft::{HeldPair, Rules};
 use crate::egress::refused::{self, Refused};
 use crate::egress::{TOWARDS_PODS, TOWARDS_UPLINK, Way, load_rules, loaded_rules};
@@ -53,6 +56,8 @@ pub struct Keeper {
     pub pairs: Arc<ArcSwap<Vec<HeldPair>>>,
     /// Told which of them have their rules in place, and their addresses held by the node's agent.
     pub applied: Arc<ArcSwap<Vec<HeldPair>>>,
+    /// Egress addresses that went elsewhere: the kernel forgets their flows.
+    pub lost: Arc<Mutex<BTreeSet<IpAddr>>>,
     /// Told of each flow that the rules refused.
     pub refused: Box<dyn Fn(Refused) + Send>,
     /// The core, which attaches the program.
@@ -139,6 +144,7 @@ impl Keeper {
             let pause = if handover.holds(&held) { LOOK } else { SOON };
             self.holding(&mut handover, &held, tokio::time::sleep(pause)).await?;
             let wanted = self.way(handover.mtu);
+            self.holding(&mut handover, &held, self.forget(&held)).await?;
             if wanted == way && handover.holds(&held) {
                 drop(waiting.take());
                 if **self.applied.load() != way.rules.pairs {
@@ -178,6 +184,7 @@ impl Keeper {
                         repaired("table", usize::from(damaged));
                     }
                     way = wanted;
+                    self.lost.lock().extend(held.into_iter().filter(|ip| !way.addresses().contains(ip)));
                     failing = None;
                 }
                 Err(error) => {
@@ -219,6 +226,25 @@ impl Keeper {
         if let Err(error) = refused::read(&self.refused) {
             // Another program took the table away: the full pass puts it back.
             tracing::debug!(%error, "what the rules refused cannot be read");
+        }
+    }
+
+    /// Has the kernel forget flows of addresses that went elsewhere and are not in place again. A client does not know that they are
+    /// dead: one that gave up, and uses its port again, would leave with the address of then.
+    async fn forget(&self, held: &[IpAddr]) {
+        let mut lost = std::mem::take(&mut *self.lost.lock());
+        lost.retain(|ip| !held.contains(ip));
+        if lost.is_empty() {
+            return;
+        }
+        let text = format!("{lost:?}");
+        match tokio::task::spawn_blocking(move || live::forget(&lost)).await {
+            Ok(Ok(0)) => {}
+            Ok(Ok(flows)) => {
+                tracing::info!(flows, addresses = text, "flows of addresses that went elsewhere are forgotten")
+            }
+            Ok(Err(error)) => tracing::warn!(%error, addresses = text, "flows of addresses that went elsewhere stay"),
+            Err(error) => tracing::warn!(%error, addresses = text, "flows of addresses that went elsewhere stay"),
         }
     }
 

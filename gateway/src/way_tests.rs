@@ -68,6 +68,7 @@ fn keeper(agent: &Agent, core: Sender<ToCore>, pairs: &[HeldPair]) -> Keeper {
         flows_per_scope: 1000,
         pairs: Arc::new(ArcSwap::from_pointee(pairs.to_vec())),
         applied: Arc::default(),
+        lost: Arc::default(),
         refused: Box::new(|_| {}),
         core,
         readiness: Readiness::default(),

@@ -1,6 +1,7 @@
 //! The core's part in failover: decides who owns what, and lets facts travel.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -265,6 +266,12 @@ impl Run {
             };
             out.insert(pair, claim);
         }
+        // An earlier process may have held what is another one's now.
+        let (before, me) = (self.core.desired.claims(), &self.core.gateway);
+        let mine = |pair: &Pair| before.get(pair).is_none_or(|claim| claim.owner == *me);
+        let went = out.iter().filter(|(pair, claim)| claim.owner != *me && mine(pair)).map(|(pair, _)| pair);
+        let ips = went.flat_map(|p| [p.ipv4.map(IpAddr::from), p.ipv6.map(IpAddr::from)]).flatten();
+        self.core.shared.lost.lock().extend(ips);
         // What a new owner needs may not be in place yet: until then nodes follow those whom they were told of.
         let told = self.moved.is_some().then_some(&*self.told);
         self.core.desired.set_claims(out, told);

@@ -266,6 +266,22 @@ fn connections_of_a_pair_that_is_lost_are_reset_whatever_comes_first() {
 }
 
 #[test]
+fn flows_of_addresses_that_another_gateway_has_are_dead() {
+    let mut test = Test::new();
+    let lost = |test: &Test| std::mem::take(&mut *test.run.core.shared.lost.lock());
+    assert!(lost(&test).is_empty(), "what this one has goes on, also where an earlier process had it");
+    test.edit();
+    test.run.decide();
+    assert!(lost(&test).is_empty());
+    test.claims_the_pair(5);
+    test.run.decide();
+    assert!(lost(&test).contains(&pair().ipv4.unwrap().into()));
+    test.edit();
+    test.run.decide();
+    assert!(lost(&test).is_empty(), "once is enough");
+}
+
+#[test]
 fn nodes_follow_a_new_owner_only_when_its_addresses_are_in_place_although_an_edit_comes_first() {
     let mut test = Test::new();
     test.claims_the_pair(5);

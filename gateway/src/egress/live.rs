@@ -4,11 +4,15 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
 
-use super::netfilter::{NLM_F_DUMP, ask, attribute, open};
+use super::netfilter::{NLA_F_NESTED, NLM_F_ACK, NLM_F_DUMP, ask, attribute, open, put};
 
 // linux/netfilter/nfnetlink_conntrack.h, nf_conntrack_tcp.h.
 const IPCTNL_MSG_CT_GET: u16 = 1 << 8 | 1;
+const IPCTNL_MSG_CT_DELETE: u16 = 1 << 8 | 2;
 const AF_UNSPEC: u8 = 0;
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
 const CTA_TUPLE_IP: u16 = 1;
 const CTA_IP_V4_DST: u16 = 2;
@@ -29,6 +33,36 @@ pub fn addresses() -> io::Result<BTreeSet<IpAddr>> {
     Ok(out)
 }
 
+/// Flows that are forgotten at a time: a third of a second. The rest goes when it has been idle for long enough.
+const MAX_FORGOTTEN: usize = 1 << 16;
+
+/// Has the kernel forget the flows whose replies come to these addresses, in this thread's network namespace; says how many there were.
+///
+/// # Errors
+/// What the kernel refused.
+pub fn forget(addresses: &BTreeSet<IpAddr>) -> io::Result<usize> {
+    let socket = open()?;
+    let mut flows = Vec::new();
+    ask(&socket, IPCTNL_MSG_CT_GET, NLM_F_DUMP, AF_UNSPEC, &[], |flow| {
+        if flows.len() < MAX_FORGOTTEN
+            && let (Some(ip), Some(tuple)) = (replies(flow), attribute(flow, CTA_TUPLE_ORIG))
+            && addresses.contains(&ip)
+        {
+            flows.push((if ip.is_ipv4() { AF_INET } else { AF_INET6 }, tuple.to_vec()));
+        }
+    })?;
+    for (family, tuple) in &flows {
+        let mut asked = Vec::new();
+        put(&mut asked, CTA_TUPLE_ORIG | NLA_F_NESTED, tuple);
+        match ask(&socket, IPCTNL_MSG_CT_DELETE, NLM_F_ACK, *family, &asked, |_| {}) {
+            // It has ended by itself.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            result => result?,
+        }
+    }
+    Ok(flows.len())
+}
+
 /// Where the other side sends to, unless the flow has ended.
 fn source(flow: &[u8]) -> Option<IpAddr> {
     let tcp = attribute(flow, CTA_PROTOINFO).and_then(|p| attribute(p, CTA_PROTOINFO_TCP));
@@ -36,6 +70,11 @@ fn source(flow: &[u8]) -> Option<IpAddr> {
     if state.is_some_and(|s| *s >= TIME_WAIT) {
         return None;
     }
+    replies(flow)
+}
+
+/// Where the other side sends to.
+fn replies(flow: &[u8]) -> Option<IpAddr> {
     let ip = attribute(attribute(flow, CTA_TUPLE_REPLY)?, CTA_TUPLE_IP)?;
     let v4 = attribute(ip, CTA_IP_V4_DST).and_then(|a| <[u8; 4]>::try_from(a).ok()).map(IpAddr::from);
     let v6 = attribute(ip, CTA_IP_V6_DST).and_then(|a| <[u8; 16]>::try_from(a).ok()).map(IpAddr::from);
@@ -81,6 +120,12 @@ mod tests {
             assert_eq!(server.read(&mut [0]).unwrap(), 0);
             drop(server);
             assert!(!has("127.0.0.3") && has("127.0.0.2"));
+            // What is forgotten is of these addresses, whether it has ended or not.
+            let these = |all: &[&str]| all.iter().map(|ip| ip.parse().unwrap()).collect();
+            assert_eq!(forget(&these(&["127.0.0.3", "127.0.0.4"])).unwrap(), 1);
+            assert_eq!(forget(&these(&["127.0.0.2", "::1"])).unwrap(), 2);
+            assert_eq!(addresses().unwrap(), BTreeSet::new());
+            assert_eq!(forget(&these(&["127.0.0.2", "127.0.0.3", "::1"])).unwrap(), 0);
             drop(one);
         })
         .join()
