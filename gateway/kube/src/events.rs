@@ -338,6 +338,7 @@ mod tests {
         for i in 0..20_000u64 {
             at += 6;
             f.lets(&denial(&format!("n{}", i % 7), "c", &i.to_string(), "c"), s(at));
+            f.lets(&denial(&format!("once-{i}"), "c", "c", "c"), s(at));
         }
         assert!(f.said.len() <= REMEMBERED && f.of.len() <= REMEMBERED);
     }
