@@ -447,4 +447,13 @@ fn objects_come_and_go_and_pods_hear_of_denials() {
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(told(), 2);
     println!("{}", describe());
+    // What could not be written is said when it is denied again.
+    test.cluster.stop_api_server();
+    gateway.denials.blocking_send(denial("web", "late.example")).unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    test.cluster.start_api_server().unwrap();
+    soon("the event that could not be written", || {
+        gateway.denials.blocking_send(denial("web", "late.example")).unwrap();
+        told() == 3
+    });
 }

@@ -212,6 +212,44 @@ fn policies_are_deleted_and_made_again() {
     });
 }
 
+/// A pool admits namespaces by their labels: who else names it, in a policy or by an annotation, leaves as without it, and is told.
+#[test]
+fn nobody_borrows_a_pool() {
+    with(|lab| {
+        let pod = "annotated/app";
+        let without = |name: &str| {
+            FAMILIES.iter().all(|f| {
+                let nodes = ["gw-a", "gw-b"].map(|g| node_of(lab, g, *f));
+                seen(lab, pod, *f, name).is_some_and(|source| nodes.contains(&source))
+            })
+        };
+        let all = "/apis/tidegate.dev/v1alpha1/namespaces/annotated/egresspolicies";
+        let policy = json!({
+            "apiVersion": "tidegate.dev/v1alpha1", "kind": "EgressPolicy", "metadata": {"name": "borrows"},
+            "spec": {"podSelector": {}, "poolRef": {"name": "partner-a"}, "egress": [
+                {"name": "one", "toFQDNs": [{"matchName": "www.example.com"}], "toPorts": [{"protocol": "TCP", "port": 443}]},
+            ]},
+        });
+        lab.request("POST", all, &policy).unwrap();
+        soon("what the policy allows", || without("www.example.com"));
+        let told =
+            |o: &Value| o["status"]["conditions"].to_string().contains("partner-a does not admit this namespace");
+        lab.wait_object(&format!("{all}/borrows"), Duration::from_secs(20), told).unwrap();
+        lab.request("DELETE", &format!("{all}/borrows"), &Value::Null).unwrap();
+        lab.kubectl(&["annotate", "namespace", "annotated", "tidegate.dev/pool=partner-a"]).unwrap();
+        soon("the policy's end", || ask(lab, pod, Family::V4, "www.example.com").is_denied());
+        assert!(without("api.example.com"));
+        // Whoever may label the namespace admits it.
+        lab.kubectl(&["label", "namespace", "annotated", "team=payments"]).unwrap();
+        for family in FAMILIES {
+            soon("the pool", || seen(lab, pod, family, "api.example.com") == Some(of(POOL_A, family)));
+        }
+        lab.kubectl(&["label", "namespace", "annotated", "team-"]).unwrap();
+        soon("the pool's end", || without("api.example.com"));
+        lab.kubectl(&["annotate", "namespace", "annotated", "tidegate.dev/pool-"]).unwrap();
+    });
+}
+
 #[test]
 fn every_address_of_a_pod_is_the_pods() {
     with(|lab| {
