@@ -287,6 +287,19 @@ async fn an_agent_joins_speaks_and_renews() {
     assert!(source.now().is_err(), "one that has ended is not shown");
     assert!(said.borrow().as_ref().is_some_and(|t| t.contains("is missing")));
     task.abort();
+
+    // It starts with one that has ended, as a node that was off for long: it shows its token again.
+    *world.table.away.lock() = false;
+    let (joiner, source, said) = self::joiner(folder.path(), world.gateway.address);
+    let task = tokio::spawn(joiner.run());
+    let joined = timeout(WAIT, async {
+        while source.now().is_err() {
+            sleep(Duration::from_millis(20)).await;
+        }
+    });
+    joined.await.unwrap_or_else(|_| panic!("{:?}", *said.borrow()));
+    source.now().unwrap().check(Role::Node, "node-1", now()).unwrap();
+    task.abort();
 }
 
 #[tokio::test]
