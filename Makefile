@@ -24,8 +24,8 @@ build: setup
 
 # What the Containerfile gives, without a container engine.
 image: setup
-	CARGO_PROFILE_RELEASE_DEBUG=false CARGO_PROFILE_RELEASE_STRIP=symbols cargo build --locked --release --package tidegate --bin tidegate
-	scripts/image archive target/release/tidegate target/tidegate-image.tar
+	scripts/image program target/tidegate-image
+	scripts/image archive target/tidegate-image target/tidegate-image.tar
 
 demo: build
 	target/debug/tidegate-lab demo
