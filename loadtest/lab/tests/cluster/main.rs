@@ -1,6 +1,7 @@
 //! Clusters with kubelets (`make test-cluster`): the chart as people install it, and what stays of a cluster that is gone.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod bad;
 mod faults;
 mod ground;
 mod install;
