@@ -105,6 +105,9 @@ mod tests {
             // Also on a node that the pool does not take.
             assert_eq!(names(&members, &pin(gateway), 10, |_| false), [gateway]);
         }
+        // Only then to whom the pair is near.
+        let near = order(&members, &pin("gw-c"), &pair(10), |g| g == "gw-b");
+        assert_eq!(near.iter().map(|m| m.name.as_str()).collect::<Vec<_>>(), ["gw-c", "gw-b", "gw-a"]);
         let firsts: BTreeSet<String> = (0..64).map(|i| names(&members, &[], i, |_| true).remove(0)).collect();
         assert_eq!(firsts.len(), 3);
         // Whoever comes or goes moves only pairs that fall to it, and the list's own order says nothing.
