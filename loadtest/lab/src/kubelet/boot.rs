@@ -4,6 +4,7 @@
 //! containers and their mounts too, as pulling the plug does. /etc, /var and /opt are its own over the machine's, /run and the
 //! BPF filesystem are empty: two nodes on one machine do not see each other's sockets, pins and network plugins.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
@@ -23,6 +24,8 @@ use crate::lab::wait_for;
 
 /// Where the node's own programs and images are, on the node.
 pub const PROGRAMS: &str = "/opt/node";
+/// Where the archives of its images are, on the node.
+pub const IMAGES: &str = "/opt/node/images";
 /// containerd's socket, on the node.
 const CONTAINERD: &str = "/run/containerd/containerd.sock";
 /// How long containerd may take to listen.
@@ -116,16 +119,17 @@ fn start((name, command): &(String, Vec<String>)) -> Result<Child> {
         .with_context(|| format!("cannot start {program}"))
 }
 
+/// The command line that gives the node's containerd an archive.
+pub fn import(archive: &Path) -> Vec<OsString> {
+    let command = ["ctr", "--address", CONTAINERD, "--namespace", "k8s.io", "images", "import"];
+    command.iter().map(OsString::from).chain([archive.into()]).collect()
+}
+
 fn import_images() -> Result<()> {
-    let mut archives: Vec<PathBuf> =
-        fs::read_dir(Path::new(PROGRAMS).join("images"))?.flatten().map(|e| e.path()).collect();
+    let mut archives: Vec<PathBuf> = fs::read_dir(IMAGES)?.flatten().map(|e| e.path()).collect();
     archives.sort();
     for archive in archives {
-        let out = Command::new("ctr")
-            .args(["--address", CONTAINERD, "--namespace", "k8s.io", "images", "import"])
-            .arg(&archive)
-            .output()
-            .context("cannot run ctr")?;
+        let out = Command::new("env").args(import(&archive)).output().context("cannot run ctr")?;
         ensure!(out.status.success(), "{}: {}", archive.display(), String::from_utf8_lossy(&out.stderr).trim());
     }
     Ok(())

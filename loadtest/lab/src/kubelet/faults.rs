@@ -63,7 +63,7 @@ impl Lab {
     pub fn switch_on(&mut self, node: &str) -> Result<()> {
         world::renew(self.state_mut(), node)?;
         let node = self.scenario().node(node)?.clone();
-        self.start_node(&node, &images(self.name()))
+        self.start_node(&node, &images::folder(self.name()))
     }
 
     /// Takes a node's link to the underlay down, or brings it up again.

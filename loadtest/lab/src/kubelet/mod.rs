@@ -8,6 +8,7 @@ pub mod boot;
 mod cgroups;
 mod faults;
 mod files;
+mod images;
 pub mod pods;
 pub mod relay;
 
@@ -34,21 +35,6 @@ const DISKS: &str = "/var/lib/tidegate-lab";
 pub const PAUSE_IMAGE: &str = "localhost/tidegate-lab/pause:1";
 /// An image with a shell, curl, dig and socat, which trusts the internet's authority.
 pub const CLIENT_IMAGE: &str = "localhost/tidegate-lab/client:1";
-/// What CoreDNS runs from.
-const COREDNS_IMAGE: &str = "localhost/tidegate-lab/coredns:1";
-/// What the client's image has, where the machine has it.
-const CLIENT_PROGRAMS: &[&str] = &[
-    "/bin/cat",
-    "/bin/date",
-    "/bin/ls",
-    "/bin/sh",
-    "/bin/sleep",
-    "/usr/bin/curl",
-    "/usr/bin/dig",
-    "/usr/bin/env",
-    "/usr/bin/socat",
-    "/usr/bin/timeout",
-];
 /// CoreDNS, without its Service.
 const COREDNS: &str = include_str!("../../../manifests/cluster/coredns.yaml");
 /// How long nodes and CoreDNS may take to be ready.
@@ -99,11 +85,6 @@ fn preflight(proxy: Proxy) -> Result<()> {
 /// Where the nodes of an instance keep their files.
 pub fn disk(lab: &str) -> PathBuf {
     Path::new(DISKS).join(lab)
-}
-
-/// Where the archives of images are that every node has.
-fn images(lab: &str) -> PathBuf {
-    disk(lab).join("images")
 }
 
 impl Lab {
@@ -181,46 +162,6 @@ impl Lab {
         let site = self.site()?;
         fs::create_dir_all(site.folder())?;
         site.write_cluster_credentials(&nodes)
-    }
-
-    /// Makes the images that every node has.
-    fn write_images(&self) -> Result<PathBuf> {
-        let images = images(self.name());
-        fs::create_dir_all(&images)?;
-        let root = disk(self.name()).join("image");
-        let programs = CLIENT_PROGRAMS.iter().filter(|p| Path::new(p).is_file()).map(|p| (*p).to_owned());
-        let ca = format!("{}:/etc/ssl/certs/ca-certificates.crt", self.internet_ca().display());
-        let client: Vec<String> = programs.chain([ca]).collect();
-        let path = r#""Env":["PATH=/usr/bin:/bin"]"#;
-        let archives = [
-            (
-                "client.tar",
-                client,
-                format!(r#"{{{path},"Cmd":["/bin/sleep","infinity"]}}"#),
-                vec![CLIENT_IMAGE, PAUSE_IMAGE],
-            ),
-            (
-                "coredns.tar",
-                vec![format!("{}:/coredns", tool(Tool::CoreDns)?.display())],
-                r#"{"Entrypoint":["/coredns"]}"#.to_owned(),
-                vec![COREDNS_IMAGE],
-            ),
-        ];
-        for (archive, files, config, names) in archives {
-            script("image-root", Command::new("").args([&root]).args(&files))?;
-            script("image-archive", Command::new("").args([&root, &images.join(archive)]).arg(config).args(names))?;
-            fs::remove_dir_all(&root)?;
-        }
-        let archive = images.join("tidegate.tar");
-        let program = disk(self.name()).join("tidegate");
-        // What a debugger reads is most of a debug build.
-        let stripped = Command::new("strip").arg("-o").arg(&program).arg(self.tidegate()).status();
-        if !stripped.is_ok_and(|s| s.success()) {
-            fs::copy(self.tidegate(), &program)?;
-        }
-        script("image", Command::new("").arg("archive").args([&program, &archive]))?;
-        fs::remove_file(&program)?;
-        Ok(images)
     }
 
     /// Starts controllers, scheduler and every node, and waits until pods can run and names resolve.
@@ -372,13 +313,4 @@ impl Lab {
             .with_context(|| format!("{node} does not run"))?;
         children.split_whitespace().next().and_then(|c| c.parse().ok()).with_context(|| format!("{node} has no init"))
     }
-}
-
-/// Runs a script of the tree.
-fn script(name: &str, arguments: &Command) -> Result<()> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts").join(name);
-    let out =
-        Command::new(path).args(arguments.get_args()).output().with_context(|| format!("cannot run scripts/{name}"))?;
-    ensure!(out.status.success(), "scripts/{name}: {}", String::from_utf8_lossy(&out.stderr).trim());
-    Ok(())
 }

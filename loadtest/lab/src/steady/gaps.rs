@@ -40,11 +40,17 @@ impl Log {
 
     /// The longest time without a success after `since`, of which the last one may be the end.
     pub fn longest(&self, since: Instant) -> Duration {
+        self.gap(since).0
+    }
+
+    /// The same, and how long after `since` it began.
+    pub fn gap(&self, since: Instant) -> (Duration, Duration) {
         let log = self.entries();
         let good: Vec<Instant> = std::iter::once(since)
             .chain(log.iter().filter(|(at, r)| *at > since && r.is_ok()).map(|(at, _)| *at))
             .collect();
-        good.windows(2).map(|w| w[1].duration_since(w[0])).max().unwrap_or(Duration::MAX)
+        let gaps = good.windows(2).map(|w| (w[1].duration_since(w[0]), w[0].duration_since(since)));
+        gaps.max().unwrap_or((Duration::MAX, Duration::ZERO))
     }
 
     /// How long it took from `since` to the first success.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tidegate_lab::family::Family;
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::probe::{curl, dig};
@@ -11,6 +11,7 @@ use tidegate_lab::{Lab, kubelet};
 
 use crate::ground::{Ground, MOVES, UNNOTICED, owner};
 use crate::install::{SYSTEM, gateways, typed};
+use crate::upgrades;
 
 /// How long a cluster may take to be as before.
 const BACK: Duration = Duration::from_secs(90);
@@ -42,21 +43,36 @@ pub fn install(lab: &Lab) {
     );
 }
 
-/// Everything, one after the other.
+type Step = fn(&mut Lab, &mut Ground);
+
+/// Everything, one after the other. `TIDEGATE_STEPS` names those that are tried alone.
+const STEPS: &[(&str, Step)] = &[
+    ("agents-killed", agents_killed),
+    ("gateway-killed", gateway_killed),
+    ("values", upgrades::of_values),
+    ("version", upgrades::of_everything),
+    ("services", services_restarted),
+    ("api-server", api_server_away),
+    ("coredns", names_of_the_cluster),
+    ("cut-off", cut_off),
+    // Its kubelet takes a while to notice that the API server is there again.
+    ("rebooted", rebooted),
+    ("gateway-rebooted", gateway_rebooted),
+    ("drained", drained),
+    ("all-gateways", all_gateways_away),
+];
+
 pub fn happen(lab: &mut Lab) {
+    let only = std::env::var("TIDEGATE_STEPS").ok();
+    let steps: Vec<_> =
+        STEPS.iter().filter(|(name, _)| only.as_ref().is_none_or(|o| o.split(',').any(|n| n == *name))).collect();
+    assert!(!steps.is_empty(), "{only:?} are no steps");
     eager(lab);
     let mut ground = Ground::new(lab);
-    agents_killed(lab, &mut ground);
-    gateway_killed(lab, &mut ground);
-    upgraded(lab, &mut ground);
-    api_server_away(lab, &mut ground);
-    names_of_the_cluster(lab, &mut ground);
-    cut_off(lab, &mut ground);
-    // Its kubelet takes a while to notice that the API server is there again.
-    rebooted(lab, &mut ground);
-    drained(lab, &mut ground);
-    all_gateways_away(lab, &mut ground);
-    ground.finish();
+    for (_, step) in steps {
+        step(lab, &mut ground);
+    }
+    ground.finish(lab);
 }
 
 /// A pod that never ceases to try what is denied, on the node that is switched off.
@@ -88,7 +104,7 @@ fn busy(lab: &Lab) -> (String, String) {
 }
 
 /// Waits until everything that the chart makes is there and ready.
-fn ready(lab: &Lab) {
+pub fn ready(lab: &Lab) {
     for what in ["deployment/tidegate-gateway", "daemonset/tidegate-agent"] {
         lab.host_kubectl(&["rollout", "status", "--timeout=120s", "--namespace", SYSTEM, what], "").unwrap();
     }
@@ -96,14 +112,25 @@ fn ready(lab: &Lab) {
 
 /// Kills the process of a pod's only container, and waits until it is ready again.
 fn crash(lab: &Lab, pod: &str, argument: &str) {
-    let (namespace, name) = pod.split_once('/').unwrap();
-    let state =
-        || Some(lab.object(&["pod", "--namespace", namespace, name]).ok()?["status"]["containerStatuses"][0].take());
-    let restarts = |state: &serde_json::Value| state["restartCount"].as_u64().unwrap_or_default();
-    let before = restarts(&state().unwrap());
+    let before = container(lab, pod);
     lab.kill_in_pod(pod, &[argument]).unwrap();
-    let back = || state().filter(|s| restarts(s) > before && s["ready"] == true);
-    assert!(wait_for(BACK, back).is_some(), "{pod} does not come back: {:?}", state());
+    begins_again(lab, pod, &before);
+}
+
+/// What a pod's only container is at the moment.
+fn container(lab: &Lab, pod: &str) -> Value {
+    let (namespace, name) = pod.split_once('/').unwrap();
+    let pod = lab.object(&["pod", "--namespace", namespace, name]).unwrap_or_default();
+    pod["status"]["containerStatuses"][0].clone()
+}
+
+/// Waits until a pod's container is another one than before, and ready.
+fn begins_again(lab: &Lab, pod: &str, before: &Value) {
+    let back = || {
+        let now = container(lab, pod);
+        (now["containerID"] != before["containerID"] && now["ready"] == true).then_some(())
+    };
+    assert!(wait_for(BACK, back).is_some(), "{pod} does not come back: {:?}", container(lab, pod));
 }
 
 /// A worker's is away unnoticed. Without one of its own node a gateway holds no address: after two seconds another one does.
@@ -120,30 +147,21 @@ fn gateway_killed(lab: &mut Lab, ground: &mut Ground) {
     ground.step(lab, "gateway killed", MOVES, |lab| crash(lab, &pod, "gateway"));
 }
 
-fn upgraded(lab: &mut Lab, ground: &mut Ground) {
-    let upgrade = |lab: &mut Lab, values: &str| {
-        typed(lab, &format!("helm upgrade tidegate helm/tidegate --namespace {SYSTEM} --reuse-values --wait {values}"));
-        ready(lab);
-    };
-    ground.step(lab, "agents upgraded", MOVES, |lab| upgrade(lab, "--set agent.config.fullPassSeconds=20"));
-    let before: Vec<String> = gateways(lab).into_keys().collect();
-    ground.step(lab, "gateways upgraded", MOVES, |lab| upgrade(lab, "--set gateway.config.fullPassSeconds=20"));
-    assert!(gateways(lab).keys().all(|g| !before.contains(g)), "{before:?}");
-    moves_are_told(lab);
+/// On the node of a gateway that is busy, and on one of pods with traffic.
+fn services_restarted(lab: &mut Lab, ground: &mut Ground) {
+    for service in ["containerd", "kubelet"] {
+        let (_, at) = busy(lab);
+        ground.step(lab, &format!("{service} restarted on {at} and {}", OFF.0), UNNOTICED, |lab| {
+            for node in [&*at, OFF.0] {
+                lab.kill_service(node, service).unwrap();
+            }
+            std::thread::sleep(AWAY);
+            ready(lab);
+        });
+    }
 }
 
-/// Whoever looks at the pool sees who left it to whom.
-fn moves_are_told(lab: &Lab) {
-    let now = owner(lab, POOL_A).unwrap();
-    let said = || {
-        let events = lab.object(&["events", "--field-selector", "reason=EgressMoved"]).ok()?;
-        let to = format!("to {}, epoch {}", now.0, now.1);
-        events["items"].as_array()?.iter().any(|e| e["message"].as_str().is_some_and(|m| m.contains(&to))).then_some(())
-    };
-    assert!(wait_for(BACK, said).is_some(), "no event says that {now:?} has the pool");
-}
-
-/// For a minute, in which containerd and kubelet of a worker are killed, too.
+/// For a minute, in which containerd of one worker and the kubelet of another are killed, too.
 fn api_server_away(lab: &mut Lab, ground: &mut Ground) {
     let begun = std::time::Instant::now();
     let minute = Duration::from_secs(60);
@@ -151,12 +169,12 @@ fn api_server_away(lab: &mut Lab, ground: &mut Ground) {
         lab.stop_api_server().unwrap();
         std::thread::sleep(3 * AWAY);
     });
-    for service in ["containerd", "kubelet"] {
-        ground.step(lab, &format!("{service} restarted meanwhile"), UNNOTICED, |lab| {
-            lab.kill_service("node-1", service).unwrap();
-            std::thread::sleep(AWAY);
-        });
-    }
+    ground.step(lab, "containerd and a kubelet restarted meanwhile", UNNOTICED, |lab| {
+        for (node, service) in [("node-1", "containerd"), (OFF.0, "kubelet")] {
+            lab.kill_service(node, service).unwrap();
+        }
+        std::thread::sleep(AWAY);
+    });
     ground.step(lab, "API server back", UNNOTICED, |lab| {
         std::thread::sleep(minute.saturating_sub(begun.elapsed()));
         lab.start_api_server().unwrap();
@@ -267,6 +285,7 @@ fn rebooted(lab: &mut Lab, ground: &mut Ground) {
         std::thread::sleep(AWAY);
         lab.host_kubectl(&["taint", "node", node, &format!("{TAINT}=:NoSchedule")], "").unwrap();
         waits_for_its_node(lab, node);
+        edit_waits_for(lab, node);
         lab.switch_on(node).unwrap();
         let begun = || {
             pods.iter()
@@ -281,7 +300,40 @@ fn rebooted(lab: &mut Lab, ground: &mut Ground) {
             lab.object(&["node", node]).unwrap()["spec"]
         );
         ready(lab);
+        programmed(lab, "true");
     });
+    ground.agent_was_away(node);
     ground.again(lab, pods);
     ground.step(lab, &format!("{node} is back"), UNNOTICED, |_| {});
+}
+
+/// Waits until the status of what `annotated` allows says that all nodes have it, or that not all have; gives all conditions.
+fn programmed(lab: &Lab, whether: &str) -> String {
+    let of = ["--namespace", "annotated", "namespaceegress/tidegate"];
+    let condition = format!("--for=condition=Programmed={whether}");
+    lab.host_kubectl(&[&["wait", &condition, "--timeout=30s"], &of[..]].concat(), "").unwrap();
+    lab.host_kubectl(&[&["get", "-o", "jsonpath={.status.conditions}"], &of[..]].concat(), "").unwrap()
+}
+
+/// An edit while a node is away: its status names the node.
+fn edit_waits_for(lab: &Lab, node: &str) {
+    let allow = "tidegate.dev/allow=api.example.com, later.example.com, 192.0.2.40:7000-7001/tcp, [2001:db8:200::40]:7000-7001/tcp";
+    lab.host_kubectl(&["annotate", "--overwrite", "namespace", "annotated", allow], "").unwrap();
+    let said = programmed(lab, "false");
+    assert!(said.contains(&format!("the agent of {node} is not connected")), "{said}");
+}
+
+/// The node of a busy gateway, with its agent and all that its kernel knew: another gateway has its addresses meanwhile.
+fn gateway_rebooted(lab: &mut Lab, ground: &mut Ground) {
+    let (gateway, at) = busy(lab);
+    let pod = format!("{SYSTEM}/{gateway}");
+    ground.step(lab, &format!("{at}, a gateway's, rebooted"), MOVES, |lab| {
+        let before = container(lab, &pod);
+        lab.switch_off(&at).unwrap();
+        std::thread::sleep(AWAY);
+        lab.switch_on(&at).unwrap();
+        begins_again(lab, &pod, &before);
+        ready(lab);
+    });
+    ground.agent_was_away(&at);
 }

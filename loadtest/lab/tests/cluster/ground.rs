@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use tidegate_lab::Lab;
 use tidegate_lab::family::{FAMILIES, Family};
 use tidegate_lab::lab::wait_for;
@@ -25,6 +26,11 @@ const AFTER: Duration = Duration::from_secs(2);
 /// How long a flow that was not cut may take to go on, and new ones to begin.
 const ON: Duration = Duration::from_secs(30);
 
+/// How long Events may take: who led may be gone, and the next leader needs its time.
+const TOLD: Duration = Duration::from_secs(60);
+/// The head of the table.
+const HEAD: &str = "| step | DNS gap | egress gap | untouched pod's gap | addresses moved | packets past the policy | long connections cut |\n\
+    |---|---|---|---|---|---|---|";
 /// How long a connection is tried.
 const TRY: Duration = Duration::from_millis(300);
 
@@ -51,12 +57,16 @@ fn pool(pod: &str) -> Option<[&'static str; 2]> {
     PODS.iter().find(|(p, _)| *p == pod).and_then(|(_, pool)| *pool)
 }
 
+/// What a pool is called.
+fn name(pool: [&str; 2]) -> &'static str {
+    if pool == POOL_A { "partner-a" } else { "partner-b" }
+}
+
 /// The gateway that a pool's status names, and its epoch; `None` while the API server does not answer.
 pub fn owner(lab: &Lab, pool: [&str; 2]) -> Option<(String, u64)> {
     // kubectl asks a silent one for a long time.
     lab.process("kube-apiserver").ok().filter(|p| p.is_alive())?;
-    let name = if pool == POOL_A { "partner-a" } else { "partner-b" };
-    let pool = lab.object(&["egresspool", name]).ok()?;
+    let pool = lab.object(&["egresspool", name(pool)]).ok()?;
     let entry = &pool["status"]["addresses"][0];
     Some((entry["owner"].as_str().unwrap_or_default().to_owned(), entry["epoch"].as_u64().unwrap_or_default()))
 }
@@ -76,6 +86,8 @@ pub struct Expected {
 pub const UNNOTICED: Expected = Expected { names: NAMES, addresses: NAMES, moves: false, gone: None };
 /// Egress addresses may move, and are back in time.
 pub const MOVES: Expected = Expected { addresses: ADDRESSES, moves: true, ..UNNOTICED };
+/// Gateways end one by one, each when agents know who goes on.
+pub const HANDED_OVER: Expected = Expected { names: Duration::from_millis(400), ..MOVES };
 
 impl Expected {
     /// With pods that are gone.
@@ -91,6 +103,34 @@ pub struct Ground {
     long: BTreeMap<&'static str, Steady>,
     /// What was not as it should be, by step.
     bad: Vec<String>,
+    /// What Events have to tell.
+    told: Vec<Told>,
+    /// The table's rows.
+    rows: Vec<String>,
+}
+
+/// What an Event must say.
+#[derive(Debug)]
+enum Told {
+    /// The pool, to whom, and above which epoch, up to which.
+    Moved(String, String, u64, u64),
+    /// That the agent of this node was away, and came back.
+    Agent(String),
+}
+
+impl Told {
+    /// Whether one of these events does.
+    fn by(&self, events: &[Value]) -> bool {
+        let says = |reason: &str, about: &str, text: &dyn Fn(&str) -> bool| {
+            let fits = |e: &&Value| e["reason"] == reason && e["involvedObject"]["name"] == about;
+            events.iter().filter(fits).any(|e| e["message"].as_str().is_some_and(text))
+        };
+        match self {
+            Told::Moved(pool, to, above, until) => (above + 1..=*until)
+                .any(|epoch| says("EgressMoved", pool, &|text| text.contains(&format!(" to {to}, epoch {epoch}:")))),
+            Told::Agent(node) => ["AgentAway", "AgentBack"].iter().all(|reason| says(reason, node, &|_| true)),
+        }
+    }
 }
 
 impl Ground {
@@ -108,7 +148,7 @@ impl Ground {
             }
         }
         let long = LONG.iter().map(|pod| (*pod, long(lab, pod))).collect();
-        Self { recorder: record(lab), leaks, long, bad: Vec::new() }
+        Self { recorder: record(lab), leaks, long, bad: Vec::new(), told: Vec::new(), rows: Vec::new() }
     }
 
     /// Begins again with pods that were gone.
@@ -117,10 +157,38 @@ impl Ground {
         self.long.extend(LONG.iter().filter(|pod| pods.contains(pod)).map(|pod| (*pod, long(lab, pod))));
     }
 
-    /// Whether all was as it should be.
+    /// An agent was away for longer than one takes to begin anew.
+    pub fn agent_was_away(&mut self, node: &str) {
+        self.told.push(Told::Agent(node.to_owned()));
+    }
+
+    /// Prints the table, and holds that all was as it should be and that Events have told what happened.
     #[track_caller]
-    pub fn finish(self) {
+    pub fn finish(mut self, lab: &Lab) {
+        println!("\n{HEAD}\n{}\n", self.rows.join("\n"));
+        let missing = || {
+            let events = lab.object(&["events", "--namespace", "default"]).unwrap()["items"].take();
+            let events = events.as_array().unwrap();
+            self.told.iter().filter(|t| !t.by(events)).map(|t| format!("no Event tells {t:?}")).collect::<Vec<_>>()
+        };
+        if wait_for(TOLD, || missing().is_empty().then_some(())).is_none() {
+            let missing = missing();
+            self.bad.extend(missing);
+        }
         assert!(self.bad.is_empty(), "{:#?}", self.bad);
+    }
+
+    /// What else was not as it should be in a step.
+    pub fn also(&mut self, what: &str, bad: Vec<String>) {
+        bad.iter().for_each(|bad| println!("  FAIL {bad}"));
+        self.bad.extend(bad.iter().map(|bad| format!("{what}: {bad}")));
+    }
+
+    fn row(&mut self, what: &str, [dns, egress, control]: [Duration; 3], moved: bool, past: usize, ended: &[&str]) {
+        let ms = |d: Duration| if d.is_zero() { "-".to_owned() } else { format!("{:.2} s", d.as_secs_f32()) };
+        let ended = if ended.is_empty() { "none".to_owned() } else { ended.join(", ") };
+        let (dns, egress, control, moved) = (ms(dns), ms(egress), ms(control), if moved { "yes" } else { "no" });
+        self.rows.push(format!("| {what} | {dns} | {egress} | {control} | {moved} | {past} | {ended} |"));
     }
 
     /// Something happens. Traffic notices no more than this, and nothing gets past the policy.
@@ -152,6 +220,15 @@ impl Ground {
             }
         }
         let past = self.past();
+        self.row(what, [worst.0, worst.1, worst.2], !moved.is_empty(), past.len(), &ended);
+        for n in 0..2 {
+            if let (Some((from, above)), Some((to, until))) = (&before[n], &after[n])
+                && from != to
+                && !from.is_empty()
+            {
+                self.told.push(Told::Moved(name(pools[n]).to_owned(), to.clone(), *above, *until));
+            }
+        }
         println!(
             "{what}, {took:.1?}: DNS gap {:.2?}, egress gap {:.2?} (untouched pod {:.2?}), {} packets past the policy; \
              long connections of {ended:?} ended; {before:?}, then {after:?}",
@@ -166,8 +243,7 @@ impl Ground {
         let spared = ended.iter().filter(|pod| !moved.contains(&pool(pod).unwrap()));
         bad.extend(spared.map(|pod| format!("connections of {pod} died")));
         bad.extend(past);
-        bad.iter().for_each(|bad| println!("  FAIL {bad}"));
-        self.bad.extend(bad.iter().map(|bad| format!("{what}: {bad}")));
+        self.also(what, bad);
         self.renew(lab, &ended);
     }
 
@@ -206,6 +282,13 @@ impl Ground {
         let ended: Vec<_> =
             self.long.iter().filter(|(_, flows)| flows.goes_on(ON).is_err()).map(|(pod, _)| *pod).collect();
         let past = self.past();
+        self.row(
+            &format!("{what}, from the first gateway that is ready"),
+            [worst.0, worst.1, slack],
+            true,
+            past.len(),
+            &ended,
+        );
         println!(
             "{what}, {took:.1?}: from the first gateway that is ready names are back after {:.2?}, egress addresses after \
              {:.2?}, {} packets past the policy; long connections of {ended:?} ended",
@@ -217,8 +300,7 @@ impl Ground {
             bad.push(format!("names back after {:?}, egress addresses after {:?}", worst.0, worst.1));
         }
         bad.extend(past);
-        bad.iter().for_each(|bad| println!("  FAIL {bad}"));
-        self.bad.extend(bad.iter().map(|bad| format!("{what}: {bad}")));
+        self.also(what, bad);
         self.renew(lab, &ended);
     }
 
@@ -246,12 +328,15 @@ fn record(lab: &Lab) -> Recorder {
 /// What of a pod's traffic is not as it should be.
 fn noticed(lab: &Lab, t: &Traffic, since: Instant, expected: Expected) -> Vec<String> {
     let mut bad = Vec::new();
-    let (dns, flow) = (t.names.longest(since), t.flows.longest(since));
+    let ((dns, at), flow) = (t.names.gap(since), t.flows.longest(since));
     let seen = t.flows.sources(Some(since));
     let (names, addresses) = (t.limit(expected.names, since), t.limit(expected.addresses, since));
     let silent = t.names.silence().max(t.flows.silence());
     let own = [t.names.failures(since), t.flows.failures(since)];
-    println!("  {} {:?}: DNS gap {dns:.2?}, egress gap {flow:.2?}, failed {own:?}, seen {seen:?}", t.pod, t.family);
+    println!(
+        "  {} {:?}: DNS gap {dns:.2?} at {at:.1?}, egress gap {flow:.2?}, failed {own:?}, seen {seen:?}",
+        t.pod, t.family
+    );
     if dns > names || flow > addresses || silent > t.limit(NAMES, since) {
         bad.push(format!("{} {:?}: DNS gap {dns:?}, egress gap {flow:?}, silent {silent:?}", t.pod, t.family));
     }

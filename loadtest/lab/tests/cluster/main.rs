@@ -10,6 +10,7 @@ mod resources;
 mod starts;
 mod story;
 mod tools;
+mod upgrades;
 mod variants;
 
 use std::fs;
