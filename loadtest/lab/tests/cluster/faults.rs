@@ -9,7 +9,7 @@ use tidegate_lab::probe::{curl, dig};
 use tidegate_lab::story::POOL_A;
 use tidegate_lab::{Lab, kubelet};
 
-use crate::ground::{Ground, MOVES, UNNOTICED, owner};
+use crate::ground::{Ground, HANDED_OVER, MOVES, UNNOTICED, owner};
 use crate::install::{SYSTEM, gateways, typed};
 use crate::upgrades;
 
@@ -207,7 +207,7 @@ fn cut_off(lab: &mut Lab, ground: &mut Ground) {
 
 fn drained(lab: &mut Lab, ground: &mut Ground) {
     let (_, at) = busy(lab);
-    ground.step(lab, &format!("{at} drained"), MOVES, |lab| {
+    ground.step(lab, &format!("{at} drained"), HANDED_OVER, |lab| {
         let drain = ["drain", &at, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=60s"];
         lab.host_kubectl(&drain, "").unwrap();
     });

@@ -86,8 +86,8 @@ pub struct Expected {
 pub const UNNOTICED: Expected = Expected { names: NAMES, addresses: NAMES, moves: false, gone: None };
 /// Egress addresses may move, and are back in time.
 pub const MOVES: Expected = Expected { addresses: ADDRESSES, moves: true, ..UNNOTICED };
-/// Gateways end one by one, each when agents know who goes on.
-pub const HANDED_OVER: Expected = Expected { names: Duration::from_millis(400), ..MOVES };
+/// Gateways end one by one, each when agents know who goes on, and hand over what they hold: nobody has to find out that one is gone.
+pub const HANDED_OVER: Expected = Expected { names: Duration::from_millis(400), addresses: NAMES, ..MOVES };
 
 impl Expected {
     /// With pods that are gone.
