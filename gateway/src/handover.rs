@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::egress::Way;
@@ -17,6 +18,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use tidegate_agent::plug::{Answer, Hello, Renewal};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, Lines};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 /// How often the lease is renewed; the agent lets go after 2 s.
@@ -32,6 +34,7 @@ pub struct Handover {
     /// MTU towards pods that the agent chose, in bytes.
     pub mtu: u16,
     lease: Lease,
+    news: Arc<Notify>,
 }
 
 impl Handover {
@@ -81,6 +84,7 @@ impl Handover {
             renewals,
             mtu: if (1280..=9000).contains(&mtu) { mtu } else { tunnel_mtu },
             lease: Lease::new(asked, held, Instant::now()),
+            news: Arc::default(),
         })
     }
 
@@ -105,11 +109,20 @@ impl Handover {
     pub async fn answer(&mut self) -> Result<()> {
         let line = self.answers.next_line().await.context("the agent hung up")?.context("the agent hung up")?;
         match serde_json::from_str(&line).context("the agent's answer is not understood")? {
-            Answer::Held { held } => self.lease.heard(held),
+            Answer::Held { held } => {
+                if self.lease.heard(held) {
+                    self.news.notify_one();
+                }
+            }
             Answer::Error { error } => bail!("the agent says: {error}"),
             Answer::Plugged { .. } => bail!("the agent's answer is not understood"),
         }
         Ok(())
+    }
+
+    /// Told when an answer says something else than the one before, to what is asked for now.
+    pub fn news(&self) -> Arc<Notify> {
+        Arc::clone(&self.news)
     }
 
     /// Whether the agent has said that it holds these since they were asked for. An older one says nothing of it.
@@ -155,9 +168,12 @@ impl Lease {
         true
     }
 
-    fn heard(&mut self, held: Vec<IpAddr>) {
+    /// Says whether it is news.
+    fn heard(&mut self, held: Vec<IpAddr>) -> bool {
         self.answered += 1;
+        let other = self.held.as_ref() != Some(&held);
         self.held = Some(held);
+        self.answered == self.first || other && self.answered > self.first
     }
 
     fn holds(&self, addresses: &[IpAddr]) -> bool {
@@ -180,16 +196,14 @@ mod tests {
         let mut l = Lease::new(vec![ip(1)], Some(vec![]), now);
         assert!(!l.holds(&[ip(1)]), "the agent may not hold it yet");
         assert!(!l.ask(&[ip(1)], now) && l.ask(&[ip(1)], now + RENEW));
-        l.heard(vec![ip(1)]);
-        assert!(l.holds(&[ip(1)]) && !l.holds(&[ip(1), ip(2)]));
+        assert!(l.heard(vec![ip(1)]) && l.holds(&[ip(1)]) && !l.holds(&[ip(1), ip(2)]));
         // Others are asked for at once, and what was said before says nothing of them.
         let now = now + RENEW;
         assert!(l.ask(&[ip(2)], now) && l.ask(&[ip(1)], now));
         assert!(!l.holds(&[ip(1)]));
-        l.heard(vec![ip(2)]);
-        assert!(!l.holds(&[ip(1)]) && !l.holds(&[ip(2)]));
-        l.heard(vec![ip(1)]);
-        assert!(l.holds(&[ip(1)]));
+        assert!(!l.heard(vec![ip(2)]) && !l.holds(&[ip(1)]) && !l.holds(&[ip(2)]));
+        assert!(l.heard(vec![ip(1)]) && l.holds(&[ip(1)]));
+        assert!(l.ask(&[ip(1)], now + RENEW) && !l.heard(vec![ip(1)]), "nothing new");
     }
 
     #[test]

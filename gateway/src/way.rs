@@ -19,7 +19,7 @@ use tokio::time::{MissedTickBehavior, timeout};
 
 use crate::admin::{Guard, Readiness};
 use crate::core::ToCore;
-use crate::egress::live;
+use crate::egress::live::{self, Forgotten};
 use crate::egress::nft::{HeldPair, Rules};
 use crate::egress::refused::{self, Refused};
 use crate::egress::{TOWARDS_PODS, TOWARDS_UPLINK, Way, load_rules, loaded_rules};
@@ -27,8 +27,6 @@ use crate::handover::{Handover, RENEW};
 
 /// How often it is looked whether other pairs are ours: a failover waits for it.
 const LOOK: Duration = Duration::from_millis(50);
-/// How often it is looked whether the agent holds what it did not hold yet: a failover waits for that, too.
-const SOON: Duration = Duration::from_millis(5);
 
 /// How long the core may take to attach its program. While that lasts the lease is renewed: not for longer than a core may hang.
 const ATTACHED: Duration = Duration::from_secs(1);
@@ -88,6 +86,7 @@ impl Keeper {
             waiting = self.readiness.guard("agent");
             // Whoever holds the pairs must be able to hold their addresses. A core that has ended holds none.
             let _ = self.core.send(ToCore::Unplugged);
+            self.applied.store(Arc::default());
             // The rules refuse on, and forget a flow after a while.
             self.tell();
             if let Err(error) = result {
@@ -140,11 +139,15 @@ impl Keeper {
         let mut failing = None;
         while !self.stop.load(Ordering::Relaxed) {
             // One that is ours no more is let go at once, one that is new is held once the rules are there.
-            let held = way.addresses();
-            let pause = if handover.holds(&held) { LOOK } else { SOON };
-            self.holding(&mut handover, &held, tokio::time::sleep(pause)).await?;
+            let (held, news) = (way.addresses(), handover.news());
+            let pause = async { drop(timeout(LOOK, news.notified()).await) };
+            self.holding(&mut handover, &held, pause).await?;
             let wanted = self.way(handover.mtu);
-            self.holding(&mut handover, &held, self.forget(&held)).await?;
+            // What is new does not wait for it, but for addresses that come back: what is dead must not go on with them.
+            let back = || self.lost.lock().iter().any(|ip| wanted.addresses().contains(ip));
+            if wanted == way || back() {
+                self.holding(&mut handover, &held, self.forget(&held)).await?;
+            }
             if wanted == way && handover.holds(&held) {
                 drop(waiting.take());
                 if **self.applied.load() != way.rules.pairs {
@@ -184,7 +187,6 @@ impl Keeper {
                         repaired("table", usize::from(damaged));
                     }
                     way = wanted;
-                    self.lost.lock().extend(held.into_iter().filter(|ip| !way.addresses().contains(ip)));
                     failing = None;
                 }
                 Err(error) => {
@@ -229,23 +231,37 @@ impl Keeper {
         }
     }
 
-    /// Has the kernel forget flows of addresses that went elsewhere and are not in place again. A client does not know that they are
-    /// dead: one that gave up, and uses its port again, would leave with the address of then.
+    /// Has the kernel forget flows of addresses that went elsewhere. A client does not know that they are dead: one that gave up, and
+    /// uses its port again, would leave with the address of then. Those that are `held` still wait until they are let go; of those that
+    /// came back before that, flows live.
     async fn forget(&self, held: &[IpAddr]) {
         let mut lost = std::mem::take(&mut *self.lost.lock());
-        lost.retain(|ip| !held.contains(ip));
         if lost.is_empty() {
             return;
         }
-        let text = format!("{lost:?}");
-        match tokio::task::spawn_blocking(move || live::forget(&lost)).await {
-            Ok(Ok(0)) => {}
-            Ok(Ok(flows)) => {
-                tracing::info!(flows, addresses = text, "flows of addresses that went elsewhere are forgotten")
-            }
-            Ok(Err(error)) => tracing::warn!(%error, addresses = text, "flows of addresses that went elsewhere stay"),
-            Err(error) => tracing::warn!(%error, addresses = text, "flows of addresses that went elsewhere stay"),
+        let ours = self.pairs.load();
+        let is_ours = |ip: &IpAddr| ours.iter().any(|p| p.addresses().any(|o| o == *ip));
+        let later = lost.extract_if(.., |ip| held.contains(ip)).filter(|ip| !is_ours(ip)).collect::<BTreeSet<_>>();
+        self.lost.lock().extend(later);
+        if lost.is_empty() {
+            return;
         }
+        let asked = lost.clone();
+        let result = tokio::task::spawn_blocking(move || live::forget(&asked)).await;
+        let result = result.unwrap_or_else(|died| Err(std::io::Error::other(died)));
+        match &result {
+            Ok(Forgotten { flows: 0, .. }) => {}
+            Ok(Forgotten { flows, .. }) => {
+                tracing::info!(flows, addresses = ?lost, "flows of addresses that went elsewhere are forgotten");
+            }
+            Err(error) => {
+                tracing::warn!(%error, addresses = ?lost, "flows of addresses that went elsewhere stay for now")
+            }
+        }
+        if result.is_ok_and(|f| f.all) {
+            return;
+        }
+        self.lost.lock().extend(lost);
     }
 
     async fn attach(&self) -> Result<()> {

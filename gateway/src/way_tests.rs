@@ -135,6 +135,42 @@ fn what_the_agent_does_not_hold_yet_is_not_in_place() {
 }
 
 #[test]
+fn flows_are_forgotten_of_addresses_that_went_elsewhere_alone() {
+    std::thread::spawn(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        let sh = |line: &str| assert!(std::process::Command::new("sh").args(["-c", line]).status().unwrap().success());
+        sh("ip link set lo up; for n in 10 20 30; do ip addr add 203.0.113.$n/32 dev lo; done");
+        // Something has to ask for conntrack.
+        load_rules("table inet t {\n chain c {\n type filter hook output priority filter\n ct state new accept\n }\n}")
+            .unwrap();
+        let flow = |last: u8| {
+            let socket = std::net::UdpSocket::bind(std::net::SocketAddr::from(([203, 0, 113, last], 0))).unwrap();
+            socket.send_to(b"x", "127.0.0.1:9").unwrap();
+        };
+        let live = |last: u8| live::addresses().unwrap().contains(&IpAddr::from([203, 0, 113, last]));
+        let agent = agent(true);
+        let (core, _inbox) = crossbeam_channel::unbounded();
+        let keeper = keeper(&agent, core, &[pair(10)]);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let held: Vec<IpAddr> = [10, 20].into_iter().flat_map(|n| pair(n).addresses().collect::<Vec<_>>()).collect();
+        let waits = |keeper: &Keeper| keeper.lost.lock().iter().copied().collect::<Vec<_>>();
+        [10, 20, 30].into_iter().for_each(flow);
+        // The first one is ours again, the second one not yet let go, the third one gone.
+        keeper.lost.lock().extend([10, 20, 30].map(|last| IpAddr::from([203, 0, 113, last])));
+        runtime.block_on(keeper.forget(&held));
+        assert_eq!([10, 20, 30].map(live), [true, true, false]);
+        assert_eq!(waits(&keeper), [IpAddr::from([203, 0, 113, 20])]);
+        runtime.block_on(keeper.forget(&held[..1]));
+        assert_eq!(([10, 20].map(live), waits(&keeper)), ([true, false], vec![]));
+        flow(20);
+        runtime.block_on(keeper.forget(&held[..1]));
+        assert!(live(20), "once is enough");
+    })
+    .join()
+    .unwrap();
+}
+
+#[test]
 fn the_lease_is_renewed_whatever_takes_long() {
     let agent = agent(true);
     let (core, _inbox) = crossbeam_channel::unbounded();

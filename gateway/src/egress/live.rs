@@ -18,6 +18,7 @@ const CTA_TUPLE_IP: u16 = 1;
 const CTA_IP_V4_DST: u16 = 2;
 const CTA_IP_V6_DST: u16 = 4;
 const CTA_PROTOINFO: u16 = 4;
+const CTA_ID: u16 = 12;
 const CTA_PROTOINFO_TCP: u16 = 1;
 const CTA_PROTOINFO_TCP_STATE: u16 = 1;
 /// TIME_WAIT, and after it CLOSE: nothing is sent any more.
@@ -33,34 +34,48 @@ pub fn addresses() -> io::Result<BTreeSet<IpAddr>> {
     Ok(out)
 }
 
-/// Flows that are forgotten at a time: a third of a second. The rest goes when it has been idle for long enough.
+/// Flows that are forgotten at a time: a third of a second.
 const MAX_FORGOTTEN: usize = 1 << 16;
 
-/// Has the kernel forget the flows whose replies come to these addresses, in this thread's network namespace; says how many there were.
+/// What [`forget`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Forgotten {
+    /// How many flows there were.
+    pub flows: usize,
+    /// Whether there are none left.
+    pub all: bool,
+}
+
+/// Has the kernel forget the flows whose replies come to these addresses, in this thread's network namespace; 65,536 at a time.
 ///
 /// # Errors
 /// What the kernel refused.
-pub fn forget(addresses: &BTreeSet<IpAddr>) -> io::Result<usize> {
+pub fn forget(addresses: &BTreeSet<IpAddr>) -> io::Result<Forgotten> {
     let socket = open()?;
-    let mut flows = Vec::new();
+    let (mut flows, mut all) = (Vec::new(), true);
     ask(&socket, IPCTNL_MSG_CT_GET, NLM_F_DUMP, AF_UNSPEC, &[], |flow| {
-        if flows.len() < MAX_FORGOTTEN
-            && let (Some(ip), Some(tuple)) = (replies(flow), attribute(flow, CTA_TUPLE_ORIG))
-            && addresses.contains(&ip)
-        {
-            flows.push((if ip.is_ipv4() { AF_INET } else { AF_INET6 }, tuple.to_vec()));
+        let Some(ip) = replies(flow).filter(|ip| addresses.contains(ip)) else { return };
+        let (Some(tuple), Some(id)) = (attribute(flow, CTA_TUPLE_ORIG), attribute(flow, CTA_ID)) else { return };
+        if flows.len() >= MAX_FORGOTTEN {
+            all = false;
+            return;
         }
+        let mut flow = Vec::new();
+        put(&mut flow, CTA_TUPLE_ORIG | NLA_F_NESTED, tuple);
+        // The same tuple may be another flow's by then.
+        put(&mut flow, CTA_ID, id);
+        flows.push((if ip.is_ipv4() { AF_INET } else { AF_INET6 }, flow));
     })?;
-    for (family, tuple) in &flows {
-        let mut asked = Vec::new();
-        put(&mut asked, CTA_TUPLE_ORIG | NLA_F_NESTED, tuple);
-        match ask(&socket, IPCTNL_MSG_CT_DELETE, NLM_F_ACK, *family, &asked, |_| {}) {
+    let mut failed = None;
+    for (family, flow) in &flows {
+        match ask(&socket, IPCTNL_MSG_CT_DELETE, NLM_F_ACK, *family, flow, |_| {}) {
+            Ok(()) => {}
             // It has ended by itself.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            result => result?,
+            Err(error) => failed = Some(error),
         }
     }
-    Ok(flows.len())
+    failed.map_or(Ok(Forgotten { flows: flows.len(), all }), Err)
 }
 
 /// Where the other side sends to, unless the flow has ended.
@@ -122,10 +137,11 @@ mod tests {
             assert!(!has("127.0.0.3") && has("127.0.0.2"));
             // What is forgotten is of these addresses, whether it has ended or not.
             let these = |all: &[&str]| all.iter().map(|ip| ip.parse().unwrap()).collect();
-            assert_eq!(forget(&these(&["127.0.0.3", "127.0.0.4"])).unwrap(), 1);
-            assert_eq!(forget(&these(&["127.0.0.2", "::1"])).unwrap(), 2);
+            let all = |flows| Forgotten { flows, all: true };
+            assert_eq!(forget(&these(&["127.0.0.3", "127.0.0.4"])).unwrap(), all(1));
+            assert_eq!(forget(&these(&["127.0.0.2", "::1"])).unwrap(), all(2));
             assert_eq!(addresses().unwrap(), BTreeSet::new());
-            assert_eq!(forget(&these(&["127.0.0.2", "127.0.0.3", "::1"])).unwrap(), 0);
+            assert_eq!(forget(&these(&["127.0.0.2", "127.0.0.3", "::1"])).unwrap(), all(0));
             drop(one);
         })
         .join()
