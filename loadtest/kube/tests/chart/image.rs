@@ -214,6 +214,8 @@ fn the_image_is_built_as_the_tests_build() {
     // What is built is what is copied, and nothing else.
     let last = stages.last().unwrap();
     assert!(run.contains("scripts/image program /tidegate && scripts/image root /tidegate /image"), "{run}");
+    // The program may not name the folder in which it was built; messages of libraries have `/src/` in them.
+    assert_eq!(all(build, "WORKDIR"), ["/tidegate-source"]);
     assert!(!run.contains("cargo build"), "the program is built in another way than by `make image`: {run}");
     // As here without a container engine.
     let makefile = fs::read_to_string(root().join("Makefile")).unwrap();
