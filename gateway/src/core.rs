@@ -638,15 +638,16 @@ impl Run {
 
     /// Publishes the status.
     fn publish(&self) {
-        let pair = |c: Claim| PairStatus {
+        let pair = |c: &Claim| PairStatus {
             pair: c.pair.to_string(),
             from: self.before.get(&c.pair).cloned(),
-            owner: c.owner,
+            owner: c.owner.clone(),
             epoch: c.epoch,
             held: c.held,
         };
         self.core.shared.status.store(Arc::new(Status {
-            pairs: self.core.ownership.claims().into_iter().map(pair).collect(),
+            // What came since then nobody has looked at: who owned it before is not known.
+            pairs: self.written.iter().map(pair).collect(),
             problems: self.problems(),
             nodes: self.nodes.iter().map(|(k, n)| (k.clone(), n.status.clone())).collect(),
             facts: self.core.ledger.counts().facts,
