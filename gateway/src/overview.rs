@@ -143,10 +143,12 @@ fn overview(pods: &[Value], agents: &Value, pools: &[Value], policies: &[Value],
         let (pod, node, what) = (text(&pod["metadata"]["name"]), text(&pod["spec"]["nodeName"]), trouble(pod)?);
         Some(Trouble { pod, node, what })
     };
+    // One gateway says more than the tenth agent.
+    let (first, others): (Vec<_>, Vec<_>) = pods.iter().partition(is_gateway);
     Overview {
         ready: waiting.is_empty(),
         waiting,
-        troubles: pods.iter().filter_map(of).take(TROUBLES).collect(),
+        troubles: first.into_iter().chain(others).filter_map(of).take(TROUBLES).collect(),
         gateways,
         nodes,
         pools: pools.iter().map(pool).collect(),
@@ -158,6 +160,13 @@ fn overview(pods: &[Value], agents: &Value, pools: &[Value], policies: &[Value],
 /// What keeps a pod from running: that it has no node, or what its kubelet or its program said.
 fn trouble(pod: &Value) -> Option<String> {
     let status = &pod["status"];
+    if pod["metadata"]["deletionTimestamp"].is_string() {
+        return None;
+    }
+    // As of one that was evicted.
+    if status["phase"] == "Failed" && status["message"].is_string() {
+        return Some(format!("{}: {}", text(&status["reason"]), short(&text(&status["message"]))));
+    }
     let unplaced = |c: &&Value| c["type"] == "PodScheduled" && c["status"] == "False";
     if let Some(c) = array(&status["conditions"]).iter().find(unplaced) {
         return Some(format!("{}: {}", text(&c["reason"]), short(&text(&c["message"]))));
@@ -166,7 +175,7 @@ fn trouble(pod: &Value) -> Option<String> {
         let waiting = &c["state"]["waiting"];
         let ended = [&c["state"]["terminated"], &c["lastState"]["terminated"]];
         // Why it ended says more than that it is waited.
-        let ended = ended.iter().find(|e| e.is_object()).map(|e| match text(&e["message"]) {
+        let ended = ended.iter().find(|e| e.is_object() && e["exitCode"] != 0).map(|e| match text(&e["message"]) {
             said if said.is_empty() => format!("{} (exit code {})", text(&e["reason"]), e["exitCode"]),
             said => short(&said),
         });
@@ -487,7 +496,11 @@ you may not list pods
         let failed = json!({"terminated": {"exitCode": 1, "reason": "Error", "message": long}});
         let last = said(container(back_off, failed)).unwrap();
         assert!(last.ends_with("éunknown field") && last.chars().count() == SAID + 1, "{last}");
-        // What runs and waits for others is in no trouble.
+        let evicted = json!({"phase": "Failed", "reason": "Evicted", "message": "The node was low on memory."});
+        assert_eq!(said(evicted).as_deref(), Some("Evicted: The node was low on memory."));
+        // What has done its work is in no trouble, nor is what waits for others.
+        let done = json!({"terminated": {"exitCode": 0, "reason": "Completed"}});
+        assert_eq!(said(container(done, json!({}))), None);
         assert_eq!(said(container(json!({"running": {}}), json!({}))), None);
         assert_eq!(said(container(json!({"waiting": {"reason": "ContainerCreating"}}), json!({}))), None);
 

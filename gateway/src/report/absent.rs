@@ -54,8 +54,8 @@ impl Absences {
 fn news(node: &str, since: Duration, back: Option<Duration>) -> events::News {
     let note = match back {
         None => format!(
-            "Tidegate's agent of {node} has not been connected for {} s. The node's kernel goes on with the policy that it \
-             holds; edits do not reach it, and of new pods the CNI plugin alone decides.",
+            "Tidegate's agent of {node} has not been connected to the gateway that leads for {} s. If it is away, the node's \
+             kernel goes on with the policy that it holds, edits do not reach it, and of new pods the CNI plugin alone decides.",
             PATIENCE.as_secs()
         ),
         Some(after) => format!("Tidegate's agent of {node} is connected again, after {} s.", after.as_secs()),
@@ -82,7 +82,10 @@ mod tests {
             assert_eq!(look(Some(connected), at), [""; 0], "{at}");
         }
         let gone = look(Some(false), 115);
-        assert!(gone.len() == 1 && gone[0].contains("n1 has not been connected for 5 s"), "{gone:?}");
+        assert!(
+            gone.len() == 1 && gone[0].contains("n1 has not been connected to the gateway that leads for 5 s"),
+            "{gone:?}"
+        );
         assert!(look(Some(false), 200).is_empty());
         assert_eq!(look(Some(true), 210), ["Tidegate's agent of n1 is connected again, after 100 s."]);
         assert!(look(Some(true), 211).is_empty());
