@@ -32,8 +32,7 @@ use crate::timed::Timed;
 const MAX_CONNECTIONS: usize = 64;
 /// The longest life of a connection, whatever it does.
 const MAX_LIFE: Duration = Duration::from_secs(10);
-/// How long the port is waited for, and the time between two tries.
-const TAKEN: Duration = Duration::from_secs(5);
+/// Time between two tries to bind the port.
 const AGAIN: Duration = Duration::from_millis(50);
 /// The most of them from one address.
 const MAX_PER_SOURCE: usize = 8;
@@ -107,12 +106,13 @@ impl Drop for Server {
     }
 }
 
-/// Binds the port and serves it on a thread of its own, in the network namespace of the calling thread.
+/// Binds the port, for which it waits so long at most, and serves it on a thread of its own, in the network namespace of the
+/// calling thread.
 ///
 /// # Errors
 /// When the address cannot be bound or the thread cannot be started; the text says what to do.
-pub fn serve(address: SocketAddr, admin: Admin) -> Result<Server> {
-    let listener = bind(address)?;
+pub fn serve(address: SocketAddr, admin: Admin, patience: Duration) -> Result<Server> {
+    let listener = bind(address, patience)?;
     // Port 0 lets the kernel choose.
     let address = listener.local_addr().context("the admin port has no address")?;
     let server = run(listener, admin, MAX_LIFE)?;
@@ -120,12 +120,11 @@ pub fn serve(address: SocketAddr, admin: Admin) -> Result<Server> {
     Ok(server)
 }
 
-/// Waits for an agent whose node this one takes over: the port is the last that it lets go.
-fn bind(address: SocketAddr) -> Result<TcpListener> {
+fn bind(address: SocketAddr, patience: Duration) -> Result<TcpListener> {
     let begun = Instant::now();
     let bound = loop {
         match TcpListener::bind(address) {
-            Err(e) if e.kind() == ErrorKind::AddrInUse && begun.elapsed() < TAKEN => std::thread::sleep(AGAIN),
+            Err(e) if e.kind() == ErrorKind::AddrInUse && begun.elapsed() < patience => std::thread::sleep(AGAIN),
             bound => break bound,
         }
     };
@@ -286,7 +285,7 @@ mod tests {
             config: serde_json::json!({"name": "gw-a"}),
             status: Arc::new(|| serde_json::json!({"agents": 2})),
         };
-        let listener = bind(at.parse().unwrap()).unwrap();
+        let listener = bind(at.parse().unwrap(), Duration::ZERO).unwrap();
         let address = listener.local_addr().unwrap();
         (Test { address, _server: run(listener, admin, life).unwrap() }, readiness)
     }
@@ -333,7 +332,8 @@ mod tests {
             std::thread::sleep(4 * AGAIN);
             drop(taken);
         });
-        assert_eq!(bind(address).unwrap().local_addr().unwrap(), address);
+        assert!(bind(address, Duration::ZERO).is_err());
+        assert_eq!(bind(address, MAX_LIFE).unwrap().local_addr().unwrap(), address);
         ends.join().unwrap();
     }
 
@@ -347,7 +347,7 @@ mod tests {
             config: Value::Null,
             status: Arc::new(|| Value::Null),
         };
-        let text = format!("{:#}", serve(server.address, admin).unwrap_err());
+        let text = format!("{:#}", serve(server.address, admin, Duration::ZERO).unwrap_err());
         assert!(text.contains("choose another address for `admin`") && text.contains("in use"), "{text}");
     }
 

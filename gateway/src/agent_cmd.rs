@@ -30,6 +30,8 @@ pub fn check(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// How long the admin port is waited for: of an agent whose node this one takes over it is the last that it lets go.
+const TAKEN: Duration = Duration::from_secs(5);
 /// What readiness waits for.
 const SNAPSHOT: &str = "snapshot";
 
@@ -68,7 +70,7 @@ pub fn run(path: &Path) -> Result<()> {
                 serde_json::json!({"node": node, "ready": s.ready, "conditions": s.conditions})
             };
             let admin = Admin { metrics, readiness: readiness.clone(), config: effective, status: Arc::new(status) };
-            Some(admin::serve(address, admin)?)
+            Some(admin::serve(address, admin, TAKEN)?)
         }
     };
     let result = runtime.block_on(async {

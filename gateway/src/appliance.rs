@@ -428,7 +428,7 @@ pub fn run(path: &Path) -> Result<()> {
         Some(address) => {
             let status = Arc::new(move || status(None));
             let admin = Admin { metrics, readiness: readiness.clone(), config: effective, status };
-            Some(admin::serve(address, admin)?)
+            Some(admin::serve(address, admin, Duration::ZERO)?)
         }
     };
 
