@@ -169,7 +169,11 @@ impl Joiner {
                         self.say(text);
                     }
                     let half = backoff.as_millis() as u64 / 2;
-                    let wait = Duration::from_millis(half + random() % (half + 1));
+                    let mut wait = Duration::from_millis(half + random() % (half + 1));
+                    // What is wrong is said when the patience ends, not at some later try.
+                    if let Some(left) = PATIENCE.checked_sub(started.elapsed()) {
+                        wait = wait.min(left);
+                    }
                     backoff = (backoff * 2).min(BACKOFF_LAST);
                     // A first gateway is not kept waiting.
                     tokio::select! {
