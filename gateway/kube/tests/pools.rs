@@ -408,6 +408,7 @@ async fn connections_that_hang_are_replaced() {
 /// what he did not hear of.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_watch_that_hangs_alone_holds_nothing_up() {
+    let _use = USE.lock().await;
     let cluster = cluster();
     make(&cluster, "quiet", &[1]);
     let proxy = Proxy::start(&cluster);
