@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use common::forge::{Frame, addressed, no_offload, transport};
@@ -215,16 +216,25 @@ fn no_checksum_is_written_into_what_was_judged() {
         suffixes: c.suffixes,
         names: vec!["db.shop.svc".into()],
     };
-    let pins = common::pins();
-    std::fs::create_dir(&pins).unwrap();
+    let Pins(pins) = &Pins(common::pins());
+    std::fs::create_dir(pins).unwrap();
     let before = sizes("NAMES");
-    w.node.enter(|| attach_fixed(&pins, &fixed, "pod0", w.pod0, &POD.map(ip)).unwrap());
+    w.node.enter(|| attach_fixed(pins, &fixed, "pod0", w.pod0, &POD.map(ip)).unwrap());
     // It takes no more memory than what it goes by.
     let new: Vec<u32> = sizes("NAMES").into_iter().filter(|(id, _)| !before.contains_key(id)).map(|(_, n)| n).collect();
     assert!(new.contains(&1), "{new:?}");
     refuses(&w, || None);
-    w.node.enter(|| detach_fixed(&pins, w.pod0).unwrap());
-    tidegate_ebpf::remove_pins(&pins).unwrap();
+    w.node.enter(|| detach_fixed(pins, w.pod0).unwrap());
+}
+
+/// A folder of pins that goes with the test, also when that fails.
+struct Pins(PathBuf);
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        let removed = tidegate_ebpf::remove_pins(&self.0);
+        assert!(std::thread::panicking() || removed.is_ok(), "{removed:?}");
+    }
 }
 
 /// How many entries maps of a name may have, by their id. Others may load theirs at the same time.
