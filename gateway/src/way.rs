@@ -213,9 +213,7 @@ impl Keeper {
             tokio::select! {
                 biased;
                 _ = look.tick() => {
-                    let ours = self.pairs.load();
-                    let ours = |a: &&IpAddr| ours.iter().any(|p| p.addresses().any(|o| o == **a));
-                    handover.hold(&addresses.iter().filter(ours).copied().collect::<Vec<_>>()).await?;
+                    handover.hold(&addresses.iter().copied().filter(|ip| self.is_ours(*ip)).collect::<Vec<_>>()).await?;
                 }
                 answer = handover.answer() => answer?,
                 done = &mut work => return Ok(done),
@@ -231,6 +229,11 @@ impl Keeper {
         }
     }
 
+    /// Whether the address is of a pair that this gateway holds now.
+    fn is_ours(&self, ip: IpAddr) -> bool {
+        self.pairs.load().iter().any(|p| p.addresses().any(|o| o == ip))
+    }
+
     /// Has the kernel forget flows of addresses that went elsewhere. A client does not know that they are dead: one that gave up, and
     /// uses its port again, would leave with the address of then. Those that are `held` still wait until they are let go; of those that
     /// came back before that, flows live.
@@ -239,9 +242,8 @@ impl Keeper {
         if lost.is_empty() {
             return;
         }
-        let ours = self.pairs.load();
-        let is_ours = |ip: &IpAddr| ours.iter().any(|p| p.addresses().any(|o| o == *ip));
-        let later = lost.extract_if(.., |ip| held.contains(ip)).filter(|ip| !is_ours(ip)).collect::<BTreeSet<_>>();
+        let later =
+            lost.extract_if(.., |ip| held.contains(ip)).filter(|ip| !self.is_ours(*ip)).collect::<BTreeSet<_>>();
         self.lost.lock().extend(later);
         if lost.is_empty() {
             return;

@@ -39,8 +39,7 @@ pub fn preflight() -> Result<(), String> {
 }
 
 fn mount_bpffs() -> Result<(), String> {
-    let mounted = || statfs(BPFFS).is_ok_and(|s| s.filesystem_type() == BPF_FS_MAGIC);
-    if mounted() {
+    if is_bpffs(Path::new(BPFFS)).unwrap_or(false) {
         return Ok(());
     }
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
@@ -50,8 +49,12 @@ fn mount_bpffs() -> Result<(), String> {
 
 /// Nothing can be pinned elsewhere, and the kernel's word for it is that it is not permitted.
 pub(crate) fn on_bpffs(folder: &Path) -> Result<(), Error> {
-    let found = statfs(folder).map_err(|e| Error::io(format!("cannot look at {}", folder.display()))(e.into()))?;
-    if found.filesystem_type() == BPF_FS_MAGIC { Ok(()) } else { Err(Error::NoBpffs(folder.to_owned())) }
+    let found = is_bpffs(folder).map_err(|e| Error::io(format!("cannot look at {}", folder.display()))(e.into()))?;
+    if found { Ok(()) } else { Err(Error::NoBpffs(folder.to_owned())) }
+}
+
+fn is_bpffs(folder: &Path) -> nix::Result<bool> {
+    statfs(folder).map(|s| s.filesystem_type() == BPF_FS_MAGIC)
 }
 
 /// Major and minor version.
