@@ -24,7 +24,7 @@ use crate::report::thread::Origin;
 const LEAVE: Duration = Duration::from_secs(4);
 /// How long a gateway that starts waits at most for the agents of all nodes before it is ready. They find it by a name that they ask
 /// for every 5 s, and that the cluster's DNS remembers for as long.
-const MEET: Duration = Duration::from_secs(12);
+pub(super) const MEET: Duration = Duration::from_secs(12);
 /// So long a gateway that is stale still answers names at most until others have its pairs.
 pub(super) const HAND_OVER: Duration = Duration::from_millis(400);
 /// Other gateways that are told what this one learns: more than there can be.

@@ -23,7 +23,7 @@ use tidegate_sni::{Destination, Relay, RelayConfig};
 use tidegate_sni_core::{Check, Client, Egress, Judgement, Sni};
 use tokio::sync::mpsc;
 
-use super::failover::HAND_OVER;
+use super::failover::{HAND_OVER, MEET};
 use super::soak::cluster::{config, objects};
 use super::{Classifier, Core, Run, Shared, ToCore, channel};
 use crate::admin::Readiness;
@@ -435,4 +435,56 @@ fn a_node_hears_of_what_it_holds_of_a_scope_once_it_has_pods_of_it() {
     test.objects.pods.insert(key, pod);
     test.edit();
     assert_eq!(told(), 1);
+}
+
+#[test]
+fn a_gateway_is_ready_when_every_agent_knows_it_where_another_one_serves() {
+    let other = |epoch| Claim {
+        pair: Pair { ipv4: Some([203, 0, 113, 99].into()), ..pair() },
+        owner: "gw-b".into(),
+        epoch,
+        held: true,
+    };
+    // With an API server, and `held` by the other one, this one begins anew.
+    let begin = |held: Vec<Claim>| {
+        let mut test = Test::new();
+        test.run.core.api = Some(mpsc::channel(64).0);
+        test.run.begun = test.run.core.shared.now();
+        test.beat(held);
+        let readiness = test.run.core.readiness.clone();
+        test.run.core.starting = Some(readiness.guard("peers"));
+        test.run.decide();
+        (test, readiness)
+    };
+    let (_test, alone) = begin(Vec::new());
+    assert!(alone.waiting_for().is_empty(), "nobody ends where nobody serves");
+
+    let (mut test, ready) = begin(vec![other(1)]);
+    assert_eq!(ready.waiting_for(), ["peers"], "one node has asked for policy, none for facts");
+    let nodes: Vec<String> = test.run.compiled.nodes.keys().cloned().collect();
+    assert!(nodes.len() > 1);
+    let mut streams = Vec::new();
+    for (n, node) in nodes.iter().enumerate() {
+        let id = 10 + n as u64;
+        let (out, state) = mpsc::channel(1 << 10);
+        test.run.take(ToCore::StateUp { node: node.clone(), id, out });
+        let (out, facts) = mpsc::channel(1 << 10);
+        test.run.decide();
+        assert_eq!(ready.waiting_for(), ["peers"], "{node} gets no facts yet");
+        test.run.take(ToCore::FactsUp { node: node.clone(), id, boot_id: 3, out });
+        streams.push((state, facts));
+    }
+    test.run.decide();
+    assert!(ready.waiting_for().is_empty(), "all know it");
+
+    // An agent that is away does not hold it up for long.
+    let (mut test, ready) = begin(vec![other(1)]);
+    test.pass(MEET / 2);
+    test.beat(vec![other(1)]);
+    test.run.decide();
+    assert_eq!(ready.waiting_for(), ["peers"]);
+    test.pass(MEET / 2);
+    test.beat(vec![other(1)]);
+    test.run.decide();
+    assert!(ready.waiting_for().is_empty());
 }
