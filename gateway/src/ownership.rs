@@ -40,8 +40,8 @@ pub const SILENCE: Duration = Duration::from_secs(2);
 pub const ENDED: Duration = Duration::from_secs(1);
 /// How long everybody waits at most until what a new owner needs is in place.
 pub const PLACE: Duration = Duration::from_secs(1);
-/// How long a candidate that lives may take until it is able, when nobody ever held the pair: gateways start
-/// at different speeds, and the first of the order should be it.
+/// How long a candidate that lives may take until it is able, after this gateway is, when nobody ever held the pair: gateways
+/// start at different speeds, and the first of the order should be it.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The time for which a pair that was lost is left alone doubles so often: 2 s become 4 minutes.
@@ -167,6 +167,8 @@ pub struct Ownership {
     /// What it served until somebody else was recorded.
     lost: BTreeMap<Pair, Lost>,
     able: bool,
+    /// Since when this gateway has been able.
+    since: Option<Duration>,
     /// Since when this gateway has not been able.
     unable: Option<Duration>,
     /// When this gateway last saw neither a peer nor most of its agents.
@@ -194,6 +196,7 @@ impl Ownership {
             held: BTreeMap::new(),
             lost: BTreeMap::new(),
             able: false,
+            since: None,
             unable: None,
             cut_off: None,
             leaving: false,
@@ -394,6 +397,7 @@ impl Ownership {
                 self.held.clear();
             }
         }
+        self.since = if self.able { self.since.or(Some(now)) } else { None };
         self.unable = if self.able { None } else { self.unable.or(Some(now)) };
         if self.unable.is_some_and(|since| now.saturating_sub(since) >= SILENCE) && self.has_heir(now) {
             self.held.clear();
@@ -549,8 +553,11 @@ impl Ownership {
             if p.leaves() || !self.lives(candidate, now) {
                 continue;
             }
-            let patience = if fresh { PATIENCE } else { SILENCE };
-            if p.unable.is_none_or(|since| now.saturating_sub(since) < patience) {
+            let Some(unable) = p.unable else { return false };
+            // While neither could serve nobody was waited for.
+            let both = self.since.unwrap_or(now).max(unable);
+            let (since, patience) = if fresh { (both, PATIENCE) } else { (unable, SILENCE) };
+            if now.saturating_sub(since) < patience {
                 return false;
             }
         }

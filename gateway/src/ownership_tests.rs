@@ -619,13 +619,30 @@ fn a_candidate_that_is_not_able_is_waited_for_and_then_passed_over() {
     let b = s.gateways.get_mut("b").unwrap();
     b.synced("a");
     b.beat("a", &Beat::default(), now);
-    b.tick(now + Duration::from_secs(1));
+    b.tick(now);
     assert!(!b.holds(&pair(1)) && b.holds(&pair(2)));
     for i in 0..120 {
         let at = now + Duration::from_millis(100 * i);
         b.beat("a", &Beat::default(), at);
         b.tick(at);
         assert_eq!(b.holds(&pair(1)), at >= now + PATIENCE);
+    }
+}
+
+#[test]
+fn one_that_could_not_serve_itself_has_not_waited_for_another() {
+    let mut s = two();
+    let begun = s.now;
+    let b = s.gateways.get_mut("b").unwrap();
+    b.set_able(false);
+    b.synced("a");
+    let able = begun + PATIENCE + Duration::from_secs(2);
+    for i in 0..240 {
+        let at = begun + Duration::from_millis(100 * i);
+        b.set_able(at >= able);
+        b.beat("a", &Beat::default(), at);
+        b.tick(at);
+        assert_eq!((b.holds(&pair(1)), b.holds(&pair(2))), (at >= able + PATIENCE, at >= able), "{i}");
     }
 }
 
