@@ -2,6 +2,9 @@
 # Missing packages are installed by scripts/setup.
 export PATH := $(PATH):$(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin
 
+# Always the same packages: of others cargo would choose other features, and build what they share once more.
+WORKSPACE := --locked --workspace --exclude tidegate-ebpf-programs
+
 .PHONY: help demo demo-kubernetes test test-cluster test-cluster-variants soak lint bench build image setup clean-lab
 
 help:
@@ -20,7 +23,7 @@ setup:
 	@scripts/setup
 
 build: setup
-	cargo build --locked --bins --workspace --exclude tidegate-ebpf-programs
+	cargo build $(WORKSPACE) --bins
 
 # What the Containerfile gives, without a container engine.
 image: setup
@@ -38,29 +41,29 @@ test: setup
 
 # Kubelets, containerd and CoreDNS are built or installed on first use, and cached. Two of the variants are part of test-cluster.
 test-cluster: clusters
-	cargo test --locked -p tidegate-lab --test cluster -- --test-threads=1 --nocapture
+	cargo test $(WORKSPACE) --test cluster -- --test-threads=1 --nocapture
 
 test-cluster-variants: clusters
-	cargo test --locked -p tidegate-lab --test cluster -- --test-threads=1 --nocapture --include-ignored variants::
+	cargo test $(WORKSPACE) --test cluster -- --test-threads=1 --nocapture --include-ignored variants::
 
 .PHONY: clusters
 clusters:
 	@scripts/setup cluster
 	@scripts/kube-tools kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy etcd kubectl helm coredns ptp bridge loopback host-local >/dev/null
-	cargo build --locked -p tidegate -p tidegate-lab --bins
+	cargo build $(WORKSPACE) --bins
 
 # What lasts too long for `make test`: both compare what is held after a while with what is held at the end.
 # TIDEGATE_SOAK_MINUTES says how long the second one works.
 soak: setup
 	cargo test --locked --release -p tidegate -- --ignored --exact --nocapture core::soak::a_week
-	cargo build --locked -p tidegate -p tidegate-lab --bins
-	cargo test --locked -p tidegate-lab --test soak -- --nocapture
+	cargo build $(WORKSPACE) --bins
+	cargo test $(WORKSPACE) --test soak -- --nocapture
 
-# The lab's tests by name: what `test = false` leaves to scripts/test is no part of --all-targets.
+# Tests by name, too: what `test = false` leaves to scripts/test is no part of --all-targets.
 lint: setup
 	cargo fmt --check
-	cargo clippy --locked --workspace --exclude tidegate-ebpf-programs --all-targets -- -D warnings
-	cargo clippy --locked -p tidegate-lab --test '*' -- -D warnings
+	cargo clippy $(WORKSPACE) --all-targets -- -D warnings
+	cargo clippy $(WORKSPACE) --test '*' -- -D warnings
 
 # Takes two CPUs that have nothing else to do. docs/performance.md says what is measured. Criterion's run builds the program, too.
 bench:
