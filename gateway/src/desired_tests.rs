@@ -1,7 +1,7 @@
 use std::net::IpAddr;
 
 use tidegate_kubernetes::members::Member;
-use tidegate_policy::model::{Namespace, OnRevoke, Pod, Policy, PolicyMode, Pool, UnixSeconds};
+use tidegate_policy::model::{Namespace, Pod, Policy, PolicyMode, Pool, UnixSeconds};
 
 use super::*;
 
@@ -36,7 +36,6 @@ fn compiled(draining: &[u8]) -> Compiled {
         pod_selector: Selector::default(),
         mode: PolicyMode::Enforce,
         pool: Some("p".into()),
-        on_revoke: OnRevoke::Reset,
         egress: Vec::new(),
         deny: Vec::new(),
     };

@@ -5,7 +5,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use tidegate_ledger::{Bindings, Bound};
-use tidegate_policy::model::OnRevoke;
 use tidegate_policy::world::{Answer, Decision, World};
 use tidegate_policy::{Name, Proto, Reason};
 use tidegate_sni::Live;
@@ -138,9 +137,6 @@ pub fn still_allowed(world: &World, live: &Live) -> bool {
     // Without a hello there is nothing to judge yet; then it is judged as the group that the pod was in when it came.
     if live.hello.is_none() {
         return live.group == group.key();
-    }
-    if group.on_revoke() == OnRevoke::Drain {
-        return true;
     }
     let to = live.actual.unwrap_or(live.asked);
     group.connection(live.name.as_ref(), to.ip(), Proto::Tcp, live.asked.port()).allowed()

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use tidegate_policy::model::{Namespace, OnRevoke, Pod, Policy, PolicyMode, Selector, Touched};
+use tidegate_policy::model::{Namespace, Pod, Policy, PolicyMode, Selector, Touched};
 
 use super::denials::tests::denied;
 use super::*;
@@ -37,7 +37,6 @@ fn objects() -> Objects {
             pod_selector: Selector::default(),
             mode: PolicyMode::Enforce,
             pool: None,
-            on_revoke: OnRevoke::Reset,
             egress: Vec::new(),
             deny: Vec::new(),
         };

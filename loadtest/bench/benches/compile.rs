@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use criterion::{Criterion, criterion_group, criterion_main};
 use ipnet::IpNet;
 use tidegate_policy::model::{
-    Cidr, Fqdn, Namespace, Objects, OnRevoke, Pod, Policy, PolicyMode, Ports, Rule, Selector, Touched, UnixSeconds,
+    Cidr, Fqdn, Namespace, Objects, Pod, Policy, PolicyMode, Ports, Rule, Selector, Touched, UnixSeconds,
 };
 use tidegate_policy::world::World;
 use tidegate_policy::{Name, Proto};
@@ -25,7 +25,6 @@ fn policy(namespace: u32, n: u32) -> Policy {
         pod_selector: Selector::default(),
         mode: PolicyMode::Enforce,
         pool: None,
-        on_revoke: OnRevoke::Reset,
         egress: vec![rule((0..10).map(|i| Fqdn::Name(name(i))).collect(), Vec::new()), rule(Vec::new(), vec![cidr])],
         deny: Vec::new(),
     }

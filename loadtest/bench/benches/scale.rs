@@ -12,8 +12,8 @@ use ipnet::IpNet;
 use serde_json::{Value, json};
 use tidegate_api::index::{Feed, Index};
 use tidegate_policy::model::{
-    Action, AddressSource, Ceiling, Cidr, ClusterPolicy, Fqdn, Labels, Namespace, Node, Objects, OnRevoke, Pair,
-    Permit, Pod, Policy, PolicyMode, Pool, Ports, Rule, Selector, Settings, Tier, Touched, UnixSeconds,
+    Action, AddressSource, Ceiling, Cidr, ClusterPolicy, Fqdn, Labels, Namespace, Node, Objects, Pair, Permit, Pod,
+    Policy, PolicyMode, Pool, Ports, Rule, Selector, Settings, Tier, Touched, UnixSeconds,
 };
 use tidegate_policy::pattern::Pattern;
 use tidegate_policy::world::Sight;
@@ -88,7 +88,6 @@ fn policy(n: u32, p: u32, selected: Selector) -> Policy {
         pod_selector: selected,
         mode: PolicyMode::Enforce,
         pool: n.is_multiple_of(50).then(|| "partner".to_owned()),
-        on_revoke: OnRevoke::Reset,
         egress: vec![rule("names", names, &[]), rule("net", Vec::new(), &[net(9, (n >> 8) as u8, n as u8, 24)])],
         deny: Vec::new(),
     }

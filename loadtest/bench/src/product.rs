@@ -16,8 +16,8 @@ use tidegate_dns_core::{AddressDecision, Allow, AskMode, Asker, BindRequest, Bin
 use tidegate_ledger::{Answer, Bindings, Bound, Classify, Input, Ledger, NodeId, Output, OwnerId};
 use tidegate_policy::event::Event;
 use tidegate_policy::model::{
-    AddressSource, Fqdn, Namespace, Node, Objects, OnRevoke, Pair, Pod, Policy, PolicyMode, Pool, Ports, Rule,
-    Selector, UnixSeconds,
+    AddressSource, Fqdn, Namespace, Node, Objects, Pair, Pod, Policy, PolicyMode, Pool, Ports, Rule, Selector,
+    UnixSeconds,
 };
 use tidegate_policy::world::{self, World};
 use tidegate_policy::{ClassKey, Name, Proto, Reason, ScopeKey, Via};
@@ -55,7 +55,6 @@ fn objects() -> Result<Objects> {
         pod_selector: Selector::default(),
         mode: PolicyMode::Enforce,
         pool: None,
-        on_revoke: OnRevoke::Reset,
         egress: vec![rule],
         deny: Vec::new(),
     };

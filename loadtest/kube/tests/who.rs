@@ -146,7 +146,7 @@ fn a_tenant_writes_policies_of_his_namespace_and_nothing_else() {
     for (who, method, path, body, status) in [
         // His own.
         (&alice, "GET", &own, json!(null), 200),
-        (&alice, "PATCH", &own, json!({"spec": {"onRevoke": "Drain"}}), 200),
+        (&alice, "PATCH", &own, json!({"spec": {"mode": "Staged"}}), 200),
         (&alice, "GET", &denials_object, json!(null), 200),
         (&vera, "GET", &own, json!(null), 200),
         (&vera, "GET", &denials_object, json!(null), 200),
@@ -156,7 +156,7 @@ fn a_tenant_writes_policies_of_his_namespace_and_nothing_else() {
         (&alice, "PATCH", &format!("{denials_object}/status"), json!({"status": {"mode": "Audit"}}), 403),
         (&alice, "DELETE", &denials_object, json!(null), 403),
         (&alice, "POST", &denials, egress.clone(), 403),
-        (&vera, "PATCH", &own, json!({"spec": {"onRevoke": "Reset"}}), 403),
+        (&vera, "PATCH", &own, json!({"spec": {"mode": "Enforce"}}), 403),
         (&vera, "DELETE", &own, json!(null), 403),
         // Other people's, and the platform's.
         (&alice, "GET", &format!("{GROUP}/namespaces/billing/egresspolicies"), json!(null), 403),

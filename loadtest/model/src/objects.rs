@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use ipnet::IpNet;
 use tidegate_policy::model::{
     Action, AddressSource, Ceiling, Cidr, ClusterDefault, ClusterPolicy, DnsFilter, Expression, Fqdn, Labels,
-    Namespace, Node, Objects, OnRevoke, Operator, Pair, Permit, Pod, Policy, PolicyMode, Pool, Ports, Rule, Selector,
-    SniMode, Tier, UnixSeconds,
+    Namespace, Node, Objects, Operator, Pair, Permit, Pod, Policy, PolicyMode, Pool, Ports, Rule, Selector, SniMode,
+    Tier, UnixSeconds,
 };
 use tidegate_policy::pattern::Pattern;
 use tidegate_policy::{Name, Proto};
@@ -211,7 +211,6 @@ pub fn initial() -> Objects {
             pod_selector: Selector::default(),
             mode: PolicyMode::Enforce,
             pool: (*n == "bank").then(|| "static".to_owned()),
-            on_revoke: OnRevoke::Reset,
             egress,
             deny,
         };
@@ -341,7 +340,6 @@ fn policy(b: &mut Bytes<'_>, now: UnixSeconds) -> Policy {
         pod_selector: pod_selector(b),
         mode: if b.one_in(10) { PolicyMode::Staged } else { PolicyMode::Enforce },
         pool: b.one_in(5).then(|| b.pick(&["static", "nowhere"]).to_owned()),
-        on_revoke: OnRevoke::Reset,
         egress: rules(b, 3, false, now),
         deny: if b.one_in(2) { rules(b, 2, true, now) } else { vec![] },
     }

@@ -30,7 +30,6 @@ pub(crate) fn closed(kind: Kind, tree: &Tree) -> Option<Object> {
             pod_selector: field("podSelector").and_then(selector).unwrap_or_default(),
             mode: model::PolicyMode::Enforce,
             pool: None,
-            on_revoke: model::OnRevoke::Reset,
             egress: Vec::new(),
             deny: items(field("egressDeny")).enumerate().flat_map(|(i, r)| deny(i, r)).collect(),
         })),

@@ -106,6 +106,15 @@ pub fn policy(meta: &Meta, spec: &EgressPolicySpec) -> Converted<model::Policy> 
             ctx.field("poolRef", |ctx| ctx.field("name", |ctx| object_name(ctx, &r.name)));
             r.name.clone()
         });
+        if spec.on_revoke == OnRevoke::Drain {
+            ctx.field("onRevoke", |ctx| {
+                ctx.error(
+                    Code::UnsupportedField,
+                    "`Drain` is not carried out yet; write `Reset`, the default: connections that an edit no longer allows \
+                     are ended",
+                );
+            });
+        }
         let mut names = rule::Names::default();
         let egress = rules(ctx, "egress", &spec.egress, Use::Allow, &mut names);
         let deny = rules(ctx, "egressDeny", &spec.egress_deny, Use::Deny, &mut names);
@@ -114,10 +123,6 @@ pub fn policy(meta: &Meta, spec: &EgressPolicySpec) -> Converted<model::Policy> 
             pod_selector,
             mode: mode(spec.mode),
             pool,
-            on_revoke: match spec.on_revoke {
-                OnRevoke::Reset => model::OnRevoke::Reset,
-                OnRevoke::Drain => model::OnRevoke::Drain,
-            },
             egress,
             deny,
         }

@@ -222,6 +222,13 @@ fn bad_manifests_name_the_field() {
             ),
         ),
         (
+            policy("podSelector: {}\nonRevoke: Drain"),
+            format!(
+                "6: {policy_head}spec.onRevoke: `Drain` is not carried out yet; write `Reset`, the default: connections that an \
+                 edit no longer allows are ended"
+            ),
+        ),
+        (
             rule(&format!("{FQDN}, {P443}, sni: IfPresent")),
             format!(
                 "{rule_head}.sni: `IfPresent` is not offered, since a hostile client leaves TLS out; write `Required`, \
@@ -492,7 +499,7 @@ fn a_whole_policy_arrives() {
         "a.yaml",
         &policy(
             "podSelector: {matchExpressions: [{key: app, operator: In, values: [web]}]}\nmode: Staged\npoolRef: {name: x}\n\
-             onRevoke: Drain\negress:\n- toFQDNs: [{matchName: API.example.com.}, {matchPattern: '*.Example.com'}]\n  \
+             onRevoke: Reset\negress:\n- toFQDNs: [{matchName: API.example.com.}, {matchPattern: '*.Example.com'}]\n  \
              toPorts: [{protocol: TCP, port: 443, endPort: 445}, {protocol: UDP, port: 443}]\n  sni: Unchecked\n  quic: Block\n  \
              ech: Allow\n  dnsTypes: [TXT, TYPE65280]\n  privateAddresses: [10.0.0.0/8]\n  minBindingSeconds: 60\n  \
              expireTime: 2027-01-31T00:00:00Z\n\
@@ -502,7 +509,7 @@ fn a_whole_policy_arrives() {
     let loaded = Reader::new(dir.path()).reload();
     assert_eq!(loaded.problems, []);
     let p = &loaded.objects.policies[&("shop".to_owned(), "p".to_owned())];
-    assert_eq!((p.mode, p.on_revoke), (model::PolicyMode::Staged, model::OnRevoke::Drain));
+    assert_eq!(p.mode, model::PolicyMode::Staged);
     assert_eq!(p.pool.as_deref(), Some("x"));
     let app = |v: &str| model::Labels::from([("app".to_owned(), v.to_owned())]);
     assert!(p.pod_selector.matches(&app("web")) && !p.pod_selector.matches(&app("db")));

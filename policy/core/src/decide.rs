@@ -13,7 +13,7 @@ use crate::eval::{Hits, Outcome, Rules, Selection};
 use crate::event::RuleRef;
 use crate::issue::{Issue, PolicyRef};
 use crate::layer::{CRule, Says};
-use crate::model::{DnsFilter, OnRevoke, Permit, SniMode};
+use crate::model::{DnsFilter, Permit, SniMode};
 use crate::special::{ENCRYPTED_DNS, is_metadata};
 use crate::state::{Prefixes, Touch};
 use crate::{Carry, ClassKey, GroupKey, Name, PortSet, PrefixSetKey, Proto, Reason, Via};
@@ -47,7 +47,6 @@ pub struct Group {
     audit: bool,
     /// Guarded, and names bind because some are denied on a part of their ports only.
     binds: bool,
-    on_revoke: OnRevoke,
     admin: Option<(PrefixSetKey, Arc<Prefixes>)>,
     own: Option<(PrefixSetKey, Arc<Prefixes>)>,
     pub(crate) issues: Arc<[Issue]>,
@@ -74,20 +73,15 @@ impl Group {
             touch: p.touch,
             audit: p.audit,
             binds: false,
-            on_revoke: OnRevoke::Reset,
             admin: None,
             own: None,
             issues: Arc::default(),
             outcomes: ArcSwap::default(),
         };
         if let Some(like) = like.filter(|like| like.says_the_same(&g)) {
-            (g.binds, g.on_revoke) = (like.binds, like.on_revoke);
+            g.binds = like.binds;
             (g.admin, g.own, g.issues) = (like.admin.clone(), like.own.clone(), like.issues.clone());
             return g;
-        }
-        let own = &g.selection.own;
-        if !own.is_empty() && own.iter().all(|id| g.scope.own.policy(*id).on_revoke == OnRevoke::Drain) {
-            g.on_revoke = OnRevoke::Drain;
         }
         if g.touch == Touch::Guarded {
             let total = |r: &CRule| r.ports.iter().any(|p| p.proto.is_none() && p.lo <= 1 && p.hi == u16::MAX);
@@ -158,11 +152,6 @@ impl Group {
     /// Whether would-be denies pass and are reported.
     pub fn audit(&self) -> bool {
         self.audit
-    }
-
-    /// What happens to live connections that an edit no longer allows: `Drain` only where every own policy says so.
-    pub fn on_revoke(&self) -> OnRevoke {
-        self.on_revoke
     }
 
     /// The policies that select its pods and have effect: the namespace's own, then cluster policies.

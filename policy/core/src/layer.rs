@@ -15,9 +15,7 @@ use crate::event::RuleRef;
 use crate::issue::{Issue, IssueKind, IssueReason, PolicyRef};
 use crate::key::KeyHasher;
 use crate::matcher::{Matcher, Target};
-use crate::model::{
-    Action, Cidr, ClusterPolicy, Fqdn, OnRevoke, Permit, Policy, PolicyMode, Ports, Rule, SniMode, UnixSeconds,
-};
+use crate::model::{Action, Cidr, ClusterPolicy, Fqdn, Permit, Policy, PolicyMode, Ports, Rule, SniMode, UnixSeconds};
 use crate::pattern::Pattern;
 use crate::ranges::Ranges;
 use crate::space::Window;
@@ -101,7 +99,6 @@ pub(crate) struct CPolicy {
     pub who: PolicyRef,
     pub rules: Range<u32>,
     pub ceiling: Option<CCeiling>,
-    pub on_revoke: OnRevoke,
     /// Whether it has a deny, and whether it has an accept or a pass.
     pub actions: (bool, bool),
 }
@@ -205,13 +202,13 @@ impl Layer {
                     let start = b.rules.len() as u32;
                     p.egress.iter().enumerate().for_each(|(i, r)| b.rule(&who, "egress", i, Says::Allow, r));
                     p.deny.iter().enumerate().for_each(|(i, r)| b.rule(&who, "egressDeny", i, Says::Deny, r));
-                    b.policy(who, start, None, p.on_revoke);
+                    b.policy(who, start, None);
                 }
                 if let Some(allow) = allow {
                     let who = PolicyRef { kind: "Namespace", namespace: namespace.clone(), name: namespace.clone() };
                     let start = b.rules.len() as u32;
                     allow.iter().enumerate().for_each(|(i, r)| b.rule(&who, "allow", i, Says::Allow, r));
-                    b.policy(who, start, None, OnRevoke::Reset);
+                    b.policy(who, start, None);
                 }
             }
             Source::Cluster(policies) => {
@@ -241,7 +238,7 @@ impl Layer {
                         b.rule(&who, "ceiling", 1, Says::CeilingCidrs, &pseudo("toCIDRs", &[], &c.cidrs));
                         CCeiling { names, cidrs: names + 1, ports: c.ports.clone(), permits: c.permits.clone() }
                     });
-                    b.policy(who, start, ceiling, OnRevoke::Reset);
+                    b.policy(who, start, ceiling);
                 }
             }
         }
@@ -369,11 +366,11 @@ impl Builder {
         });
     }
 
-    fn policy(&mut self, who: PolicyRef, start: u32, ceiling: Option<CCeiling>, on_revoke: OnRevoke) {
+    fn policy(&mut self, who: PolicyRef, start: u32, ceiling: Option<CCeiling>) {
         let rules = start..self.rules.len() as u32;
         let has = |f: &dyn Fn(Says) -> bool| self.rules[start as usize..].iter().any(|r| f(r.says));
         let actions = (has(&|s| s == Says::Deny), has(&|s| matches!(s, Says::Accept | Says::Pass)));
-        self.policies.push(CPolicy { who, rules, ceiling, on_revoke, actions });
+        self.policies.push(CPolicy { who, rules, ceiling, actions });
     }
 
     fn finish(self, source: Source) -> Layer {

@@ -266,16 +266,6 @@ pub enum PolicyMode {
     Staged,
 }
 
-/// What happens to live connections that an edit no longer allows.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnRevoke {
-    /// They are reset.
-    #[default]
-    Reset,
-    /// They may end by themselves.
-    Drain,
-}
-
 /// A namespaced policy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
@@ -287,8 +277,6 @@ pub struct Policy {
     pub mode: PolicyMode,
     /// The pool that it asks for.
     pub pool: Option<String>,
-    /// What an edit does to live connections.
-    pub on_revoke: OnRevoke,
     /// What it allows.
     pub egress: Vec<Rule>,
     /// What it denies, over anything that the namespace allows.

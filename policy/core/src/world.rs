@@ -10,7 +10,7 @@
 //!     group.connection(Some(&bound), ip, proto, port)→ Decision: via, reason, rule, ech_allow, explanation
 //!     group.connection_unbound(&sni, ip, …)          → the same for a name that is not bound to the address
 //!     group.grant(class)                             → PortSet for (group, class)
-//!     group.audit(), group.touch(), group.on_revoke()
+//!     group.audit(), group.touch()
 //! world.scope(key)                                   → &Arc<Scope>:
 //!     scope.class(ip, names)                         → ClassKey, registered for every later world
 //!     scope.single_rule_classes()                    → classes whose grants are pushed ahead

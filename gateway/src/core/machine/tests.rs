@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may fail")]
 
 use tidegate_policy::model::{
-    Action, AddressSource, Cidr, ClusterPolicy, Fqdn, Namespace, Objects, OnRevoke, Pair, Pod, Policy, PolicyMode,
-    Pool, Ports, Rule, Selector, Tier, Touched, UnixSeconds,
+    Action, AddressSource, Cidr, ClusterPolicy, Fqdn, Namespace, Objects, Pair, Pod, Policy, PolicyMode, Pool, Ports,
+    Rule, Selector, Tier, Touched, UnixSeconds,
 };
 use tidegate_policy::pattern::Pattern;
 use tidegate_policy::state::Named;
@@ -74,7 +74,6 @@ fn edit(o: &mut Objects, r: &mut Random, touched: &mut Touched) {
                 pod_selector: if r.below(2) == 0 { Selector::default() } else { app("web") },
                 mode: PolicyMode::Enforce,
                 pool: (r.below(3) == 0).then(|| "one".to_owned()),
-                on_revoke: OnRevoke::Reset,
                 egress: vec![rule(r), Rule { name: "s".into(), ..rule(r) }],
                 deny: vec![],
             };

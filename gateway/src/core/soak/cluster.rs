@@ -5,8 +5,8 @@ use std::path::Path;
 
 use tidegate_policy::Proto;
 use tidegate_policy::model::{
-    Action, Cidr, ClusterPolicy, Fqdn, Labels, Namespace, Node, Objects, OnRevoke, Pair, Pod, Policy, PolicyMode, Pool,
-    Ports, Rule, Selector, Tier, UnixSeconds,
+    Action, Cidr, ClusterPolicy, Fqdn, Labels, Namespace, Node, Objects, Pair, Pod, Policy, PolicyMode, Pool, Ports,
+    Rule, Selector, Tier, UnixSeconds,
 };
 use tidegate_policy::pattern::Pattern;
 
@@ -50,7 +50,6 @@ fn policy(egress: Vec<Rule>) -> Policy {
         pod_selector: Selector::default(),
         mode: PolicyMode::Enforce,
         pool: None,
-        on_revoke: OnRevoke::Reset,
         egress,
         deny: vec![],
     }

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use tidegate_kube::{Api, Cluster, Output};
 
 use crate::common::{NAMESPACE, chart, helm, root};
+use crate::uninstall::soon;
 
 /// The chart as it was last published: what people upgrade from. Replaced by `helm package` when a version is tagged.
 const BEFORE: &str = "loadtest/kube/tests/chart/before/tidegate-0.1.0.tgz";
@@ -20,8 +21,9 @@ fn install(cluster: &Cluster, name: &str, namespace: &str, values: &str) -> Outp
     helm(Some(cluster), &args, values)
 }
 
+/// While it takes a changed definition up, an API server asks clients to come again (429).
 fn get(api: &Api, path: &str) -> Value {
-    let answer = api.send("GET", path, &[], "").unwrap();
+    let answer = soon(path, || Some(api.send("GET", path, &[], "").unwrap()).filter(|a| a.status != 429));
     assert_eq!(answer.status, 200, "{path}: {}", answer.body);
     serde_json::from_str(&answer.body).unwrap()
 }

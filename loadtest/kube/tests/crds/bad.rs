@@ -318,6 +318,11 @@ fn fields_of_rules(bad: &mut Add<'_>) {
         "quic: QUIC is not inspected yet",
     );
     bad(
+        policy("podSelector: {}\nonRevoke: Drain"),
+        "spec.onRevoke: Unsupported value: \"Drain\": supported values: \"Reset\"",
+        "onRevoke: `Drain` is not carried out yet",
+    );
+    bad(
         with("sni: IfPresent"),
         "spec.egress[0].sni: Unsupported value: \"IfPresent\": supported values: \"Required\", \"Unchecked\"",
         "sni: `IfPresent` is not offered",

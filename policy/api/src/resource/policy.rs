@@ -95,7 +95,8 @@ pub enum OnRevoke {
     /// They are reset at once.
     #[default]
     Reset,
-    /// They may end by themselves.
+    /// Not carried out by this version; refused with a reason.
+    #[schemars(skip)]
     Drain,
 }
 

@@ -69,7 +69,6 @@ pub fn policy(egress: Vec<Rule>, deny: Vec<Rule>) -> Policy {
         pod_selector: Selector::default(),
         mode: PolicyMode::Enforce,
         pool: None,
-        on_revoke: OnRevoke::Reset,
         egress,
         deny,
     }
