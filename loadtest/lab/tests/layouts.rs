@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use support::detach;
 use tidegate_lab::family::Family;
 use tidegate_lab::lab::wait_for;
@@ -293,6 +293,9 @@ fn first(lab: &Lab, family: Family, node: &str) -> String {
 fn kind() {
     let (_one, mut lab) = up("kind");
     looks(&lab, "veth", |f, node| first(&lab, f, node));
+    let values: Value = serde_saphyr::from_str(include_str!("../../../helm/tidegate/values.yaml")).unwrap();
+    let agent: Value = serde_json::from_str(&lab.admin("node-1", "/config").unwrap().1).unwrap();
+    assert_eq!(agent["interfaces"], values["agent"]["config"]["interfaces"], "kind takes the chart's default");
     whole(&mut lab);
 }
 
