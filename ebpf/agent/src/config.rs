@@ -63,6 +63,9 @@ pub struct Config {
     /// of a node share `capacities.flows`.
     #[serde(default = "default_flows_per_endpoint")]
     pub flows_per_endpoint: u32,
+    /// How long connections that passed in audit still pass once their namespace enforces, in seconds, 0 to 3600.
+    #[serde(default = "default_drain_seconds")]
+    pub drain_seconds: u32,
     /// Sizes of the kernel's maps. A change makes a new set of maps, and the agent moves over to it.
     #[serde(default)]
     pub capacities: Capacities,
@@ -234,6 +237,10 @@ fn default_flows_per_endpoint() -> u32 {
     4_096
 }
 
+fn default_drain_seconds() -> u32 {
+    30
+}
+
 fn default_full_pass_seconds() -> u32 {
     30
 }
@@ -320,6 +327,9 @@ impl Config {
         }
         if !(16..=262_144).contains(&self.flows_per_endpoint) {
             return refuse("flowsPerEndpoint", "must be from 16 to 262144");
+        }
+        if self.drain_seconds > 3600 {
+            return refuse("drainSeconds", "must be from 0 to 3600");
         }
         if let Err(problem) = self.capacities.validate() {
             return refuse("capacities", problem);
@@ -411,7 +421,7 @@ mod tests {
         assert_eq!(c.unknown_pods, UnknownPods::Pass);
         assert_eq!(c.socket, PathBuf::from("/run/tidegate/plug/agent.sock"));
         assert_eq!(c.pins, PathBuf::from("/sys/fs/bpf/tidegate"));
-        assert_eq!((c.full_pass_seconds, c.capacities), (30, Capacities::default()));
+        assert_eq!((c.full_pass_seconds, c.drain_seconds, c.capacities), (30, 30, Capacities::default()));
         assert_eq!((c.uplinks, c.admin, c.audit, c.tunnel_mtu), (None, None, None, None));
     }
 
@@ -469,6 +479,7 @@ mod tests {
             ("overlayPorts", |c| c.overlay_ports = (1..=9).collect()),
             ("overlayPorts", |c| c.overlay_ports = [0].into()),
             ("flowsPerEndpoint", |c| c.flows_per_endpoint = 0),
+            ("drainSeconds", |c| c.drain_seconds = 3601),
             ("capacities", |c| c.capacities.flows = 1023),
             ("capacities", |c| c.capacities.facts = (1 << 24) + 1),
             ("fullPassSeconds", |c| c.full_pass_seconds = 0),

@@ -229,15 +229,17 @@ pub async fn run(
 /// How the programs are loaded for this configuration.
 fn options(config: &Config, tunnel_mtu: u16) -> Options {
     Options {
+        role: Role::Node,
+        pins: config.pins.clone(),
         tunnel_port: config.tunnel_port,
         mark: config.mark.value,
         mark_cluster: config.mark.cluster(),
         mark_mask: config.mark.mask,
         overlay_ports: config.overlay_ports.iter().copied().collect(),
         tunnel_mtu,
+        drain: Duration::from_secs(config.drain_seconds.into()),
         flows_per_endpoint: config.flows_per_endpoint,
         capacities: config.capacities,
-        ..Options::new(Role::Node, &config.pins)
     }
 }
 

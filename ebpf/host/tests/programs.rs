@@ -402,6 +402,14 @@ fn audit_passes_reports_and_drains() {
     f.path_mut().apply(&enforced, &local(), false).unwrap();
     assert_eq!(egress(&f, &more), NEXT);
     drops(&f, &syn, Reason::NotAllowed);
+    // Where nothing may drain, it ends with the audit.
+    f.options.drain = Duration::ZERO;
+    f.reload().unwrap();
+    f.path_mut().apply(&state(), &local(), false).unwrap();
+    assert_eq!(egress(&f, &more), NEXT);
+    f.path_mut().apply(&enforced, &local(), false).unwrap();
+    f.path_mut().heartbeat("gw").unwrap();
+    drops(&f, &more, Reason::NotAllowed);
 }
 
 #[test]

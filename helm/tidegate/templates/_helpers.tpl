@@ -86,6 +86,7 @@ seccompProfile: {type: RuntimeDefault}
 {{- end }}
 {{- $_ := set $config "admin" (printf "%s:%d" (ternary "[::]" "127.0.0.1" .Values.metrics.agents) (int .Values.agent.adminPort)) }}
 {{- $_ := set $config "tunnelPort" .Values.tunnelPort }}
+{{- $_ := set $config "drainSeconds" .Values.gateway.config.drainSeconds }}
 {{- toYaml $config }}
 {{- end }}
 

@@ -239,7 +239,9 @@ fn the_program_reads_what_the_chart_writes() {
         let (own, node) = (json!("gw-x"), json!("node-x"));
         assert_eq!((&gateway["name"], &gateway["node"], &agent["node"]), (&own, &node, &node));
         // What both must agree on.
-        assert_eq!((&gateway["tunnelPort"], &gateway["socket"]), (&agent["tunnelPort"], &agent["socket"]));
+        for key in ["tunnelPort", "socket", "drainSeconds"] {
+            assert_eq!(gateway[key], agent[key], "{key}");
+        }
         assert!(gateway["control"].as_str().unwrap().ends_with(&format!(":{}", agent["discover"]["port"])));
         let exempt = gateway["exemptNamespaces"].as_array().unwrap();
         assert!(exempt.contains(&json!(NAMESPACE)), "{exempt:?}");
