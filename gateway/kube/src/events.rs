@@ -30,7 +30,7 @@ pub const BACK: &str = "AgentBack";
 pub const CLUSTER: &str = "default";
 /// The same is said again after so long.
 const ONCE: Duration = Duration::from_secs(600);
-/// The end of an audit is told around it, in little more than an hour: not again in that time, so that others have their turn.
+/// What there is to say of the end of an audit is told in an hour: not again in that time, so that others have their turn.
 const AUDITED: Duration = Duration::from_secs(7200);
 /// Different ones that are remembered.
 const REMEMBERED: usize = 8192;
@@ -72,8 +72,8 @@ pub enum About {
     },
     /// The audit of the namespace: of its NamespaceEgress, since an Event about a Namespace could not be in it.
     Audit {
-        /// The reason of the Event, CamelCase.
-        reason: &'static str,
+        /// What of it.
+        end: AuditEnd,
         /// When the audit ends, in Unix seconds.
         until: i64,
     },
@@ -95,6 +95,28 @@ pub enum About {
         /// When it went, in seconds since any moment: another time is another event.
         since: u64,
     },
+}
+
+/// What is told of the end of an audit: each by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AuditEnd {
+    /// It is a day away.
+    Day,
+    /// It is an hour away.
+    Hour,
+    /// It has come.
+    Over,
+}
+
+impl AuditEnd {
+    /// The reason of the Event, and what the Event is called by.
+    fn names(self) -> (&'static str, &'static str) {
+        match self {
+            AuditEnd::Day => ("AuditEnding", "auditending-day"),
+            AuditEnd::Hour => ("AuditEnding", "auditending"),
+            AuditEnd::Over => ("AuditEnded", "auditended"),
+        }
+    }
 }
 
 impl About {
@@ -238,9 +260,10 @@ fn event(n: &News, uid: String, reporter: &str, now: Timestamp) -> Event {
     let some = |text: &str| Some(text.to_owned());
     let (kind, version, name, action, reason, grade, own) = match &n.about {
         About::Denied { pod, .. } => ("Pod", "v1", pod.as_str(), "Deny", DENIED, "Warning", None),
-        About::Audit { reason, until } => {
-            let own = format!("{NAME}.{}.{until}", reason.to_lowercase());
-            ("NamespaceEgress", "tidegate.dev/v1alpha1", NAME, "EndAudit", *reason, "Normal", Some(own))
+        About::Audit { end, until } => {
+            let (reason, called) = end.names();
+            let own = format!("{NAME}.{called}.{until}");
+            ("NamespaceEgress", "tidegate.dev/v1alpha1", NAME, "EndAudit", reason, "Normal", Some(own))
         }
         About::Moved { pool, pair, epoch } => {
             let end = format!(".{pair}.{}.{epoch}", MOVED.to_lowercase());
@@ -311,14 +334,25 @@ mod tests {
         ] {
             assert_eq!(f.lets(&d, s(at)), lets, "{d:?} at {at}");
         }
-        let ends = |until| News { about: About::Audit { reason: "AuditEnded", until }, ..denial("shop", "", "", "") };
-        assert!(f.lets(&ends(1), s(700)) && !f.lets(&ends(1), s(701)) && f.lets(&ends(2), s(701)));
+        let of = |end, until| News { about: About::Audit { end, until }, ..denial("shop", "", "", "") };
+        let over = |until| of(AuditEnd::Over, until);
+        assert!(f.lets(&over(1), s(700)) && !f.lets(&over(1), s(701)) && f.lets(&over(2), s(701)));
+        // An audit that a day and an hour before was told of, each once.
+        for (end, at, lets) in [
+            (AuditEnd::Day, 1000, true),
+            (AuditEnd::Day, 4599, false),
+            (AuditEnd::Hour, 1001, true),
+            (AuditEnd::Hour, 4600, false),
+            (AuditEnd::Over, 4601, true),
+        ] {
+            assert_eq!(f.lets(&of(end, 9), s(at)), lets, "{end:?} at {at}");
+        }
     }
 
     #[test]
     fn the_ends_of_many_audits_are_all_told_in_the_hour_before() {
         let mut f = Sieve::default();
-        let about = About::Audit { reason: "AuditEnding", until: 4200 };
+        let about = About::Audit { end: AuditEnd::Hour, until: 4200 };
         let ends = |n| News { about: about.clone(), ..denial(&format!("n{n}"), "", "", "") };
         let told: usize = (0..3600).step_by(60).map(|at| (0..1200).filter(|n| f.lets(&ends(*n), s(at))).count()).sum();
         assert_eq!(told, 1200, "each of them, and none twice");

@@ -404,13 +404,14 @@ fn objects_come_and_go_and_pods_hear_of_denials() {
     soon("it again", || egress("shop", "tidegate").is_some_and(|o| o["status"]["mode"] == "Audit"));
 
     // The end of an audit is an event in its namespace, once, whoever leads.
-    for until in [1_790_000_000, 1_790_000_000, 1_790_000_600] {
-        let about = events::About::Audit { reason: "AuditEnding", until };
+    use events::AuditEnd::{Day, Hour};
+    for (end, until) in [(Day, 1_790_000_000), (Hour, 1_790_000_000), (Hour, 1_790_000_000), (Hour, 1_790_000_600)] {
+        let about = events::About::Audit { end, until };
         let news = events::News { namespace: "shop".into(), about, note: "It ends.".into() };
         gateway.denials.blocking_send(news).unwrap();
     }
     let ends = || test.kubectl(&["events", "-n", "shop", "--for", "namespaceegress/tidegate"], "");
-    soon("the audit's end", || ends().matches("AuditEnding").count() == 2);
+    soon("the audit's end", || ends().matches("AuditEnding").count() == 3);
 
     // So is a move of egress addresses, of a pool, which is in no namespace.
     let pool = json!({"apiVersion": "tidegate.dev/v1alpha1", "kind": "EgressPool", "metadata": {"name": "p"},

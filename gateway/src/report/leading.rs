@@ -146,9 +146,10 @@ fn enforces(node: &NodeStatus) -> bool {
     node.connected && node.held > 0 && node.error.is_none()
 }
 
-/// An audit that ends is told of so long before, and so long after, in seconds.
-const BEFORE: i64 = 3600;
-const AFTER: i64 = 600;
+/// An audit that ends is told of from so many seconds before its end on, for so many seconds. The API server keeps an Event for an
+/// hour by default: it would not know one of longer ago again that the next leader repeats.
+const ENDS: [(events::AuditEnd, i64, i64); 3] =
+    [(events::AuditEnd::Day, 86_400, 3600), (events::AuditEnd::Hour, 3600, 3600), (events::AuditEnd::Over, 0, 601)];
 
 /// The events of pairs that have moved since, or before anybody looked: who takes over from the last one that ends may just have begun.
 pub fn moves(before: &[PairStatus], now: &[PairStatus]) -> Vec<events::News> {
@@ -174,17 +175,17 @@ fn news(now: &PairStatus, from: &str) -> events::News {
 /// The event of an audit that ends soon, or has ended.
 fn ending(namespace: &str, until: UnixSeconds, now: UnixSeconds) -> Option<events::News> {
     let time = super::namespace::time(until);
-    let (reason, note) = if now < until && until.0 - now.0 <= BEFORE {
-        let note = format!(
+    let left = until.0.saturating_sub(now.0);
+    let (end, ..) = ENDS.into_iter().find(|(_, from, within)| (from - within + 1..=*from).contains(&left))?;
+    let note = match end {
+        events::AuditEnd::Day | events::AuditEnd::Hour => format!(
             "The audit of this namespace ends at {time}: what no rule allows is denied from then on. Its denials with the verdict Audited say what that is."
-        );
-        ("AuditEnding", note)
-    } else if now >= until && now.0 - until.0 <= AFTER {
-        ("AuditEnded", format!("The audit of this namespace ended at {time}: what no rule allows is denied."))
-    } else {
-        return None;
+        ),
+        events::AuditEnd::Over => {
+            format!("The audit of this namespace ended at {time}: what no rule allows is denied.")
+        }
     };
-    let about = events::About::Audit { reason, until: until.0 };
+    let about = events::About::Audit { end, until: until.0 };
     Some(events::News { namespace: namespace.to_owned(), about, note })
 }
 
@@ -354,19 +355,25 @@ mod tests {
         let end = UnixSeconds(1_790_000_000);
         let said = |before: i64| {
             let news = ending("shop", end, UnixSeconds(end.0 - before))?;
-            let events::About::Audit { reason, until } = news.about else { panic!() };
+            let events::About::Audit { end: which, until } = news.about else { panic!() };
             assert!(until == end.0 && news.note.contains("2026-09-21T"), "{}", news.note);
-            Some(reason)
+            Some(which)
         };
-        for (before, reason) in [
+        use events::AuditEnd::{Day, Hour, Over};
+        for (before, which) in [
+            (i64::MAX, None),
+            (86_401, None),
+            (86_400, Some(Day)),
+            (82_801, Some(Day)),
+            (82_800, None),
             (3601, None),
-            (3600, Some("AuditEnding")),
-            (1, Some("AuditEnding")),
-            (0, Some("AuditEnded")),
-            (-600, Some("AuditEnded")),
+            (3600, Some(Hour)),
+            (1, Some(Hour)),
+            (0, Some(Over)),
+            (-600, Some(Over)),
             (-601, None),
         ] {
-            assert_eq!(said(before), reason, "{before}");
+            assert_eq!(said(before), which, "{before}");
         }
     }
 }
