@@ -5,7 +5,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tidegate_lab::family::{FAMILIES, Family};
@@ -17,6 +17,8 @@ use tidegate_lab::{Lab, Options, Scenario};
 
 /// How soon a change holds everywhere, on a busy machine.
 const SOON: Duration = Duration::from_secs(8);
+/// How long what passed in audit goes on when the audit has ended.
+const DRAIN: Duration = Duration::from_secs(30);
 
 static LAB: Mutex<Option<Lab>> = Mutex::new(None);
 
@@ -90,6 +92,18 @@ fn is_cut(echo: &mut Echo) -> bool {
     wait_for(SOON, || echo.say("still here?\n").is_err().then_some(())).is_some()
 }
 
+/// Talks until nobody answers; when that was said to which no answer came. `None` if there is one until then.
+fn lives_until(mut echo: Echo, end: Instant) -> Option<Instant> {
+    while Instant::now() < end {
+        let said = Instant::now();
+        if echo.say("still here?\n").is_err() {
+            return Some(said);
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    None
+}
+
 /// The pod is in nobody's way: the world sees its node.
 #[track_caller]
 fn untouched(lab: &Lab, pod: &str) {
@@ -156,11 +170,20 @@ fn annotations_come_change_and_go() {
     });
 }
 
+/// Each state means something to flows: those inside the cluster live through all, what leaves the cluster is cut when the
+/// namespace is isolated, and what passed in audit goes on until it has drained.
 #[test]
 fn a_namespace_goes_through_every_state_and_back() {
     with(|lab| {
         let pod = "untouched/app";
+        // Allowed by nobody.
+        let outside = |family| Echo::connect(&lab.pod(pod), named(family, 14, 7000)).unwrap();
         untouched(lab, pod);
+        let backend = addresses(lab, "untouched/backend");
+        let mut inside: Vec<Echo> =
+            backend.iter().map(|ip| Echo::connect(&lab.pod(pod), SocketAddr::new(*ip, 7000)).unwrap()).collect();
+        let mut goes_on = |state: &str| inside.iter_mut().for_each(|e| e.say(state).unwrap());
+        let mut early: Vec<Echo> = FAMILIES.map(outside).into();
         // Guarded: a policy of the platform, which denies and isolates nobody.
         lab.kubectl(&["label", "namespace", "untouched", "guard=yes"]).unwrap();
         for family in FAMILIES {
@@ -168,21 +191,43 @@ fn a_namespace_goes_through_every_state_and_back() {
             soon("the guard", denied);
             assert_eq!(seen(lab, pod, family, "other.example.org"), Some(node_of(lab, pod, family)));
         }
+        goes_on("guarded");
+        early.iter_mut().for_each(|e| e.say("guarded").unwrap());
         let [managed, allow] = [("tidegate.dev/managed", "true"), ("tidegate.dev/allow", "api.example.com")];
         lab.annotate("untouched", &[managed, allow]).unwrap();
         isolated(lab, pod);
         for family in FAMILIES {
             assert!(seen(lab, pod, family, "api.example.com").is_some());
         }
+        goes_on("isolated");
+        assert!(early.iter_mut().all(is_cut), "it was opened before, to what is not allowed");
         let mark = lab.mark();
         lab.annotate("untouched", &[managed, allow, ("tidegate.dev/mode", "audit")]).unwrap();
         untouched(lab, pod);
         let told = |r: &Value| r["namespace"] == "untouched" && r["verdict"] == "audit";
         assert!(lab.wait_audit(&["gw-a", "gw-b"], &mark, told).is_some(), "audit says what would be denied");
+        goes_on("audited");
+        let audited = FAMILIES.map(outside);
+        let flip = Instant::now();
+        lab.annotate("untouched", &[managed, allow]).unwrap();
+        std::thread::scope(|scope| {
+            let ends = audited.map(|echo| scope.spawn(move || lives_until(echo, flip + DRAIN + SOON)));
+            // The drain begins when the pod's node is told, within SOON.
+            isolated(lab, pod);
+            for end in ends {
+                let after = end.join().unwrap().map(|at| at.duration_since(flip));
+                println!("what passed in audit went on for {after:?} after the flip");
+                // The node counts whole seconds.
+                let drains = after.is_some_and(|a| a >= DRAIN - Duration::from_secs(1));
+                assert!(drains, "it is cut when it has drained, not sooner: {after:?}");
+            }
+        });
+        goes_on("enforced");
         lab.annotate("untouched", &[]).unwrap();
         lab.kubectl(&["label", "namespace", "untouched", "guard-"]).unwrap();
         untouched(lab, pod);
         soon("the guard's end", || !ask(lab, pod, Family::V4, "secret.example.org").answers.is_empty());
+        goes_on("untouched");
     });
 }
 
