@@ -158,7 +158,7 @@ fn listens(lab: &Lab, place: &str) -> BTreeSet<String> {
 #[test]
 fn random_bytes_at_every_port() {
     let (_one, lab, before) = up("bytes");
-    // What this test throws at is all that there is.
+    // What this test throws at is all that there is; the port of `api` is there with an API server only, and has its own test.
     assert_eq!(
         listens(&lab, "gw-a"),
         ["tcp 15001", "tcp 53", "tcp 7443", "tcp 9090", "udp 53"].map(String::from).into()
@@ -248,6 +248,43 @@ fn random_bytes_at_every_port() {
         }
     }
     unaffected(&lab, &before, "noise at the agents' sockets");
+
+    // The one for the CNI plugin.
+    let add = |rest: &str| {
+        let of = r#""attachment":{"container":"c","ifname":"eth0"},"pod":{"namespace":"shop","name":"web","uid":"u"}"#;
+        format!(r#"{{"version":1,"ask":{{"add":{{{of},{rest}}}}}}}"#).into_bytes()
+    };
+    let lines = [
+        vec![],
+        noise(1, 100),
+        noise(2, 3_000_000),
+        b"{\n".to_vec(),
+        vec![b'['; 60_000],
+        br#"{"version":2,"ask":{"gc":[]}}"#.to_vec(),
+        br#"{"version":1,"ask":{"sing":1}}"#.to_vec(),
+        br#"{"version":1,"ask":{"gc":[{}]}}"#.to_vec(),
+        add(r#""addresses":[],"ifindex":7"#),
+        add(r#""addresses":["10.244.1.2"],"ifindex":0"#),
+        add(r#""addresses":["10.244.1.2"],"ifindex":4294967296"#),
+        add(&format!(r#""addresses":[{}"10.244.1.2"],"ifindex":7"#, r#""10.244.1.2","#.repeat(16))),
+    ];
+    for node in ["node-1", "gw-node-a"] {
+        for line in &lines {
+            let socket = lab.layout().cni(node).join("run").join("agent.sock");
+            let mut stream = UnixStream::connect(socket).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            stream.set_write_timeout(Some(Duration::from_secs(5))).unwrap();
+            // What is too long is not read to its end.
+            let _ = stream.write_all(line);
+            let _ = stream.write_all(b"\n");
+            let mut answer = String::new();
+            let _ = stream.read_to_string(&mut answer);
+            let text = String::from_utf8_lossy(&line[..line.len().min(80)]);
+            assert!(answer.starts_with(r#"{"refused""#) || answer.is_empty(), "{node}: {text}: {answer}");
+            assert!(line.len() > 1 << 20 || !answer.is_empty(), "{node}: {text}: no answer");
+        }
+    }
+    unaffected(&lab, &before, "noise at the agents' sockets for the CNI plugin");
 }
 
 /// Messages that break the streams' contract end the call that brought them, and nothing else.
