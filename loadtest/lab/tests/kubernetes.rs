@@ -28,7 +28,6 @@ fn kubernetes() {
     let options = Options { lab: Some(env!("CARGO_BIN_EXE_tidegate-lab").into()), ..Options::unique("kubernetes") };
     let mut lab = Lab::up(Scenario::load(path.as_ref()).unwrap(), &options).unwrap();
     assert_eq!(story::whole(&lab), 0, "surprises");
-    story::hold(&lab, 12).unwrap();
     people_are_told(&lab);
     names_need_no_gateway(&mut lab);
     the_api_server_is_away(&mut lab);

@@ -1,4 +1,4 @@
-//! The story on nodes as people have them: one lab for each variant, and the whole story but the point about expiry in each.
+//! The story on nodes as people have them: one lab for each variant, and the whole story in each.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::net::{IpAddr, SocketAddr};

@@ -81,7 +81,7 @@ const POINTS: [(&str, &[Tell]); 14] = [
     ("audit mode, and the flip to enforce", &[times::audit]),
     ("untouched and guarded pods", &[paths::untouched]),
     ("in-cluster traffic, cluster names, connections from outside", &[paths::in_cluster]),
-    ("expiry, revocation, and edits of something else", &[times::expiry]),
+    ("expiry, revocation, and edits of something else", &[times::expiry_and_edits]),
     ("forged sources, tunnels, fragments, port 853, metadata", &[paths::forged, paths::carriers, paths::encrypted_dns]),
     ("two gateways, each with its own pair", &[paths::two_gateways]),
 ];
@@ -113,44 +113,56 @@ pub fn play(lab: &Lab, points: &[u8], print: bool) -> Result<usize> {
 const TOGETHER: [&[u8]; 3] = [&[1, 2], &[3, 4, 6, 13], &[5, 7, 8, 9, 10, 11, 14]];
 /// The point that edits what both families share.
 const AUDIT: u8 = 9;
+/// The point whose facts take long to run out, while others go on, and whose edits others would notice.
+const EXPIRY: u8 = 12;
 
-/// Tells all points but the one about expiry, which takes long and asks nothing of nodes; many at the same time, so
-/// that they share their waiting. Gives the number of surprises.
+/// Tells all points; many at the same time, so that they share their waiting. Gives the number of surprises.
 pub fn whole(lab: &Lab) -> usize {
-    let mut surprises = 0;
-    for wave in TOGETHER {
-        let families = &lab.scenario().families;
-        let parts = wave.iter().flat_map(|point| {
-            let each = match *point {
-                AUDIT => vec![families.clone()],
-                _ => families.iter().map(|f| vec![*f]).collect(),
-            };
-            let parts = POINTS[usize::from(*point) - 1].1;
-            each.into_iter().flat_map(move |families| parts.iter().map(move |tell| (*point, families.clone(), *tell)))
-        });
-        let told: Vec<Story<'_>> = std::thread::scope(|scope| {
-            let tellers: Vec<_> = parts
-                .map(|(point, families, tell)| {
-                    scope.spawn(move || {
-                        let mut story = Story { lab, families, point, print: false, lines: Vec::new() };
-                        story.tell(tell);
-                        story
-                    })
-                })
-                .collect();
-            let join =
-                |t: std::thread::ScopedJoinHandle<'_, _>| t.join().unwrap_or_else(|p| std::panic::resume_unwind(p));
-            tellers.into_iter().map(join).collect()
-        });
-        for story in told {
-            println!("\n{}. {}", story.point, POINTS[usize::from(story.point) - 1].0);
-            for line in &story.lines {
-                println!("{line}");
-                surprises += usize::from(!line.good);
-            }
+    let families = &lab.scenario().families;
+    let all = |point, tell: Tell| (point, families.clone(), tell);
+    std::thread::scope(|scope| {
+        let expiry = scope.spawn(|| tell_together(lab, vec![all(EXPIRY, times::expiry)]));
+        let mut surprises = 0;
+        for wave in TOGETHER {
+            let parts = wave.iter().flat_map(|point| {
+                let each = match *point {
+                    AUDIT => vec![families.clone()],
+                    _ => families.iter().map(|f| vec![*f]).collect(),
+                };
+                let tells = POINTS[usize::from(*point) - 1].1;
+                each.into_iter().flat_map(move |families| tells.iter().map(move |t| (*point, families.clone(), *t)))
+            });
+            surprises += tell_together(lab, parts.collect());
         }
+        surprises += joined(expiry);
+        surprises + tell_together(lab, vec![all(EXPIRY, times::edits)])
+    })
+}
+
+/// Tells parts of points at the same time, of these families. Gives the number of surprises.
+fn tell_together(lab: &Lab, parts: Vec<(u8, Vec<Family>, Tell)>) -> usize {
+    let told: Vec<Story<'_>> = std::thread::scope(|scope| {
+        let tellers: Vec<_> = parts
+            .into_iter()
+            .map(|(point, families, tell)| {
+                scope.spawn(move || {
+                    let mut story = Story { lab, families, point, print: false, lines: Vec::new() };
+                    story.tell(tell);
+                    story
+                })
+            })
+            .collect();
+        tellers.into_iter().map(joined).collect()
+    });
+    for story in &told {
+        println!("\n{}. {}", story.point, POINTS[usize::from(story.point) - 1].0);
+        story.lines.iter().for_each(|line| println!("{line}"));
     }
-    surprises
+    told.iter().flat_map(|s| &s.lines).filter(|l| !l.good).count()
+}
+
+fn joined<T>(thread: std::thread::ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|p| std::panic::resume_unwind(p))
 }
 
 /// Tells one point without printing what went well, for tests.
