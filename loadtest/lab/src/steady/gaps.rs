@@ -59,6 +59,13 @@ impl Log {
         log.iter().find(|(at, r)| *at > since && r.is_ok()).map_or(Duration::MAX, |(at, _)| at.duration_since(since))
     }
 
+    /// How long after `since` the last success was; no time if there was none.
+    pub fn last(&self, since: Instant) -> Duration {
+        let log = self.entries();
+        let good = log.iter().rev().find(|(_, r)| r.is_ok());
+        good.map_or(Duration::ZERO, |(at, _)| at.saturating_duration_since(since))
+    }
+
     /// How long ago the last success was.
     pub fn silence(&self) -> Duration {
         self.entries().iter().rev().find(|(_, r)| r.is_ok()).map_or(Duration::MAX, |(at, _)| at.elapsed())
