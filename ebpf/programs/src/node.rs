@@ -5,9 +5,10 @@ use aya_ebpf::helpers::generated as bpf;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use tidegate_ebpf_common::layout::{
-    DnsKey, Endpoint, VNI_TO_GATEWAY, VNI_TO_POD, config, endpoint, flow, group, iface, node,
+    DnsKey, Endpoint, VNI_TO_GATEWAY, VNI_TO_POD, config, endpoint, flow, group, iface,
 };
 use tidegate_ebpf_common::packet::{self, mark, proto};
+use tidegate_ebpf_common::tunnel::{self, Outer, Way};
 use tidegate_ebpf_common::verdict::{flow_key, in_cluster, is_link_local, seconds};
 use tidegate_ebpf_common::{Action, Addr, Code, Decision, Hook, Outcome, Packet, Parsed, verdict};
 
@@ -261,44 +262,16 @@ pub fn tunnel_ingress(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn from_tunnel(skb: &Skb) -> i32 {
     let mut p = Packet::default();
-    let (mut outer, mut here) = (Addr::default(), Addr::default());
+    let mut outer = Outer::default();
     let Some(config) = tables::config() else { return SHOT };
-    if skb.parse(&mut p) != Parsed::Ip {
-        return dropped(skb, Hook::TunnelIngress, Code::Malformed, &p);
-    }
-    let Some(vni) = skb.tunnel(&mut outer, &mut here) else {
-        return dropped(skb, Hook::TunnelIngress, Code::Malformed, &p);
+    let t = Kernel::<false>::new(config);
+    let parsed = skb.parse(&mut p);
+    let way = if skb.tunnel(&mut outer) {
+        tunnel::arrives(parsed, &p, &outer, config, &t)
+    } else {
+        Way::Drop(Code::Malformed)
     };
-    // Other nodes send to the addresses that the state has; at others a pod's packet may arrive with a node's source,
-    // masqueraded on its way.
-    if get!(NODES, &here).is_none_or(|n| n.id != config.node) {
-        return dropped(skb, Hook::TunnelIngress, Code::TunnelPort, &p);
-    }
-    let Some(from) = get!(NODES, &outer) else {
-        return dropped(skb, Hook::TunnelIngress, Code::SpoofedSource, &p);
-    };
-    if vni == VNI_TO_GATEWAY {
-        return match get!(ENDPOINTS, &p.src) {
-            Some(ep) if ep.node == from.id && ep.flags & endpoint::TOUCHED != 0 => {
-                if config.tgq == 0 {
-                    return dropped(skb, Hook::TunnelIngress, Code::NoGateway, &p);
-                }
-                count(Hook::TunnelIngress, Outcome::Steer, Code::Allowed as u8);
-                skb.redirect_peer(config.tgq)
-            }
-            _ => dropped(skb, Hook::TunnelIngress, Code::SpoofedSource, &p),
-        };
-    }
-    if vni != VNI_TO_POD {
-        return dropped(skb, Hook::TunnelIngress, Code::Malformed, &p);
-    }
-    if from.flags & node::GATEWAY == 0 {
-        return dropped(skb, Hook::TunnelIngress, Code::SpoofedSource, &p);
-    }
-    match get!(ENDPOINTS, &p.dst) {
-        Some(ep) if ep.ifindex != 0 => to_pod(skb, Hook::TunnelIngress, ep),
-        _ => dropped(skb, Hook::TunnelIngress, Code::UnknownPod, &p),
-    }
+    go(skb, Hook::TunnelIngress, way, config.tunnel, &p)
 }
 
 /// Into a pod of this node, with the pod's MAC address as destination.
@@ -322,22 +295,28 @@ pub fn gateway_return(ctx: TcContext) -> i32 {
 fn to_pods(skb: &Skb) -> i32 {
     let mut p = Packet::default();
     let Some(config) = tables::config() else { return SHOT };
-    if skb.parse(&mut p) != Parsed::Ip {
-        return dropped(skb, Hook::GatewayReturn, Code::Malformed, &p);
+    let t = Kernel::<false>::new(config);
+    let parsed = skb.parse(&mut p);
+    go(skb, Hook::GatewayReturn, tunnel::returns(parsed, &p, config, &t), config.tunnel, &p)
+}
+
+/// On its way.
+#[inline(always)]
+fn go(skb: &Skb, hook: Hook, way: Way<'_>, device: u32, p: &Packet) -> i32 {
+    match way {
+        Way::Drop(code) => dropped(skb, hook, code, p),
+        Way::Gateway(ifindex) => {
+            count(hook, Outcome::Steer, Code::Allowed as u8);
+            skb.redirect_peer(ifindex)
+        }
+        Way::Pod(ep) => to_pod(skb, hook, ep),
+        Way::Node(remote) => {
+            skb.set_mark(skb.mark() & !globals::mark_mask());
+            if !skb.set_tunnel(VNI_TO_POD, remote) {
+                return dropped(skb, hook, Code::UnknownPod, p);
+            }
+            count(hook, Outcome::Steer, Code::Allowed as u8);
+            skb.redirect(device)
+        }
     }
-    let Some(ep) = get!(ENDPOINTS, &p.dst) else {
-        return dropped(skb, Hook::GatewayReturn, Code::UnknownPod, &p);
-    };
-    if ep.ifindex != 0 {
-        return to_pod(skb, Hook::GatewayReturn, ep);
-    }
-    let Some(remote) = get!(OUTER, &ep.node) else {
-        return dropped(skb, Hook::GatewayReturn, Code::UnknownPod, &p);
-    };
-    skb.set_mark(skb.mark() & !globals::mark_mask());
-    if config.tunnel == 0 || ep.node == config.node || !skb.set_tunnel(VNI_TO_POD, remote) {
-        return dropped(skb, Hook::GatewayReturn, Code::UnknownPod, &p);
-    }
-    count(Hook::GatewayReturn, Outcome::Steer, Code::Allowed as u8);
-    skb.redirect(config.tunnel)
 }

@@ -6,6 +6,7 @@ use aya_ebpf::programs::TcContext;
 use tidegate_ebpf_common::checksum;
 use tidegate_ebpf_common::layout::Addr;
 use tidegate_ebpf_common::packet::parse;
+use tidegate_ebpf_common::tunnel::Outer;
 use tidegate_ebpf_common::{Bytes, Packet, Parsed};
 
 use crate::globals;
@@ -288,9 +289,9 @@ impl Skb {
         }
     }
 
-    /// The virtual network identifier, the outer source and the outer destination of a decapsulated frame.
+    /// What the tunnel said of a decapsulated frame; false if it did not come through it.
     #[inline(always)]
-    pub fn tunnel(&self, remote: &mut Addr, local: &mut Addr) -> Option<u32> {
+    pub fn tunnel(&self, outer: &mut Outer) -> bool {
         let key = TunnelKey { id: 0, remote: [0; 4], tos: 0, ttl: 0, ext: 0, label: 0 };
         let mut got = ReceivedKey { key, local: [0; 4] };
         let p = (&raw mut got).cast::<bpf_tunnel_key>();
@@ -298,17 +299,19 @@ impl Skb {
         // SAFETY: the whole structure, which the kernel fills since 5.19; it refuses a family that is not the tunnel's.
         unsafe {
             if bpf::bpf_skb_get_tunnel_key(self.ctx, p, size, 0) == 0 {
-                *remote = Addr::v4(got.key.remote[0].to_be());
-                *local = Addr::v4(got.local[0].to_be());
-                return Some(got.key.id);
+                outer.vni = got.key.id;
+                outer.from = Addr::v4(got.key.remote[0].to_be());
+                outer.to = Addr::v4(got.local[0].to_be());
+                return true;
             }
             if bpf::bpf_skb_get_tunnel_key(self.ctx, p, size, F_TUNINFO_IPV6) == 0 {
-                *remote = Addr(got.key.remote);
-                *local = Addr(got.local);
-                return Some(got.key.id);
+                outer.vni = got.key.id;
+                outer.from = Addr(got.key.remote);
+                outer.to = Addr(got.local);
+                return true;
             }
         }
-        None
+        false
     }
 }
 

@@ -4,11 +4,12 @@ use aya_ebpf::bindings::{__sk_buff, BPF_NOEXIST};
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use tidegate_ebpf_common::code::{CODES, COUNTERS as ENTRIES, OUTCOMES};
 use tidegate_ebpf_common::layout::{
-    Addr, Config, DnsKey, Endpoint, Event, Fact, FactKey, Flow, FlowKey, GrantKey, Group, PREFIX_BITS, PortSet, Prefix,
-    PrefixKey, Scope, WINDOW_BITS, WINDOW_EVENTS, flow,
+    Addr, Config, DnsKey, Endpoint, Event, Fact, FactKey, Flow, FlowKey, GrantKey, Group, Node, PREFIX_BITS, PortSet,
+    Prefix, PrefixKey, Scope, WINDOW_BITS, WINDOW_EVENTS, flow,
 };
 use tidegate_ebpf_common::names::asks;
 use tidegate_ebpf_common::packet::ETH;
+use tidegate_ebpf_common::tunnel::Places;
 use tidegate_ebpf_common::verdict::scan;
 use tidegate_ebpf_common::{Code, Hook, Outcome, Packet, Tables};
 
@@ -169,6 +170,21 @@ impl<const G: bool> Tables for Kernel<G> {
     #[inline(always)]
     fn remember(&self, key: &FlowKey, flags: u32, now: u32) -> bool {
         remember(key, flags, now)
+    }
+}
+
+impl<const G: bool> Places for Kernel<G> {
+    #[inline(always)]
+    fn place(&self, addr: &Addr) -> Option<&Endpoint> {
+        get!(ENDPOINTS, addr)
+    }
+    #[inline(always)]
+    fn node_at(&self, addr: &Addr) -> Option<&Node> {
+        get!(NODES, addr)
+    }
+    #[inline(always)]
+    fn outer(&self, node: u32) -> Option<&Addr> {
+        get!(OUTER, &node)
     }
 }
 

@@ -11,6 +11,7 @@ mod manifests;
 mod messages;
 mod packets;
 mod tls;
+mod tunnel;
 
 pub use cni::cni;
 pub use dns::{dns_answer, dns_query};
@@ -18,6 +19,7 @@ pub use manifests::{annotation, manifest};
 pub use messages::message;
 pub use packets::{kernel_event, packet};
 pub use tls::tls;
+pub use tunnel::tunnel;
 
 /// A target's name, which is also its corpus's, and the target. It says whether the input was taken, so that there was
 /// more to hold than that it is refused.
@@ -34,4 +36,5 @@ pub const TARGETS: &[Target] = &[
     ("message", message),
     ("packet", packet),
     ("tls", tls),
+    ("tunnel", tunnel),
 ];

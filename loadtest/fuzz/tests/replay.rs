@@ -110,4 +110,4 @@ macro_rules! replays {
     };
 }
 
-replays!(annotation, cni, dns_answer, dns_query, kernel_event, manifest, message, packet, tls);
+replays!(annotation, cni, dns_answer, dns_query, kernel_event, manifest, message, packet, tls, tunnel);
