@@ -120,7 +120,7 @@ pub struct Noise {
 }
 
 /// CPU time of this process and of the children that have ended.
-fn own() -> Duration {
+pub fn own() -> Duration {
     use nix::sys::resource::{UsageWho, getrusage};
     let of = |who| {
         let Ok(u) = getrusage(who) else { return Duration::ZERO };

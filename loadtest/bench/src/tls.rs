@@ -16,7 +16,7 @@ use socket2::{Domain, SockRef, Socket, Type};
 use crate::arena::{self, NAMES, POD};
 use crate::backend;
 use crate::poll::{Poll, Ticker};
-use crate::process::{LOAD_CPU, SERVER_CPU, Server};
+use crate::process::{LOAD_CPU, SERVER_CPU, Server, own};
 use crate::stat::{Schedule, median, percentile};
 use crate::table::Table;
 
@@ -91,12 +91,12 @@ impl Relays {
             "{NAMES} names; connect, ClientHello with SNI ({} octets), the answer of a TLS 1.3 server ({} octets), \
              close by the client. One worker thread on one CPU, {rate} connections a second evenly spaced for \
              {seconds} s, median of {runs} interleaved runs. Latency counts from when a connection was due to its \
-             last octet. “backend” is the generator and the backend with no relay between them: \
-             what the load takes by itself.",
+             last octet. “idle” is the share of the other CPU that generator and backend left. “backend” is the \
+             generator and the backend with no relay between them: what the load takes by itself.",
             self.hellos[0].len(),
             self.flight
         );
-        let head = ["relay", "CPU µs/connection", "p50 µs", "p99 µs", "done/s", "failed %", "late µs"];
+        let head = ["relay", "CPU µs/connection", "p50 µs", "p99 µs", "done/s", "failed %", "late µs", "idle %"];
         let mut table = Table::new(&format!("New TLS connections, {rate} a second"), how, &head);
         for ((server, _), all) in measured.iter().zip(&results) {
             let of = |f: fn(&Run) -> f64| median(all.iter().map(f));
@@ -108,6 +108,7 @@ impl Relays {
                 format!("{:.0}", of(|r| r.done)),
                 format!("{:.2}", of(|r| r.failed) * 100.0),
                 format!("{:.0}", of(|r| r.late)),
+                format!("{:.0}", of(|r| r.idle) * 100.0),
             ]);
         }
         Ok(table)
@@ -122,7 +123,9 @@ impl Relays {
         let (mut latencies, mut lateness) = (Vec::new(), Vec::new());
         let (mut started, mut failed) = (0u64, 0u64);
         let mut buffer = [0; 16 * 1024];
-        let before = server.cpu();
+        // Both are on one CPU, which nobody else has.
+        let load = || own() + self.backend.cpu();
+        let (before, busy) = (server.cpu(), load());
         let start = Instant::now();
         let now = || u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let end = schedule.due(schedule.total()) + TAIL.as_nanos() as u64;
@@ -150,6 +153,7 @@ impl Relays {
             }
         }
         let took = start.elapsed().as_secs_f64();
+        let idle = 1.0 - (load() - busy).as_secs_f64() / took;
         failed += live.len() as u64;
         drop(live);
         // Closing goes on a moment longer.
@@ -165,6 +169,7 @@ impl Relays {
             done: good / took,
             failed: failed as f64 / started as f64,
             late: percentile(&lateness, 0.99) / 1e3,
+            idle,
         })
     }
 
@@ -263,6 +268,8 @@ struct Run {
     done: f64,
     failed: f64,
     late: f64,
+    /// The share of the load's CPU that nobody used.
+    idle: f64,
 }
 
 /// One connection of the generator.
