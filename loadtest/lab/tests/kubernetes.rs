@@ -334,6 +334,8 @@ fn a_watch_that_hangs_helps_nobody(lab: &Lab) {
         let stale = wait_for(SOON, || (lab.admin(quiet, "/readyz").unwrap().0 != 200).then_some(()));
         assert!(stale.is_some(), "{quiet} does not notice that it hears nothing");
         soon("the rule's end", || denied(lab, pod, "bank.example.com"));
+        // Names are asked of the other one before it has the addresses.
+        soon("the other one's egress", || seen(lab, "shop/web", Family::V4, "api.example.com").is_some());
         for _ in 0..10 {
             assert!(denied(lab, pod, "bank.example.com"), "{quiet} still helps");
             assert!(seen(lab, "shop/web", Family::V4, "api.example.com").is_some(), "the other one serves all");
