@@ -10,17 +10,21 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tidegate_cni::files::{self, Standing};
 use tidegate_cni::spec::Attachment;
 use tidegate_cni::wire::{Answer, Ask, Attached, MAX_LINE, request};
+use tidegate_ebpf::Attacher;
 use tidegate_policy::state::{Endpoint, NodeState, Touch};
 use tidegate_proto::StartedPod;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 
-use crate::config;
+use crate::open::Open;
+use crate::{config, events};
 
 /// The most questions at once: a node starts at most some hundred pods together.
 pub(crate) const MAX_WAITING: usize = 1024;
@@ -35,13 +39,77 @@ const MAX_PODS: usize = 4_096;
 #[derive(Debug)]
 pub struct Request {
     pub ask: Ask,
-    pub answer: oneshot::Sender<Answer>,
+    /// When it came.
+    pub since: Instant,
+    /// Absent if it is answered already.
+    pub answer: Option<oneshot::Sender<Answer>>,
+}
+
+/// Where questions come in.
+#[derive(Clone, Debug)]
+pub struct Desk {
+    /// What the node changes.
+    pub open: Arc<Mutex<Open>>,
+    /// What it takes.
+    pub requests: mpsc::Sender<Request>,
+    /// What pods get before they start.
+    pub attacher: Arc<Attacher>,
+}
+
+impl Desk {
+    /// Attaches the program of a pod that starts at once. Whether it does is decided later.
+    async fn prepare(&self, ask: &Ask) -> bool {
+        let Ask::Add(attached) = ask else { return true };
+        if !self.open.lock().starts(attached) {
+            return false;
+        }
+        let (attacher, index) = (Arc::clone(&self.attacher), attached.ifindex);
+        // The kernel has a lock for all devices, for which others queue, too.
+        match tokio::task::spawn_blocking(move || attacher.attach(index)).await {
+            Ok(Ok(())) => true,
+            Ok(Err(error)) => {
+                tracing::debug!(index, %error, "a new pod waits for the node to attach its programs");
+                false
+            }
+            Err(_) => false,
+        }
+    }
+}
+
+/// Hands a question on, `prepared` or not. Gives where its answer comes; nothing if it need not be waited for.
+///
+/// That is decided and handed on in one step: a node that changes what decides, and then takes what was asked, has all
+/// that were answered by what decided before.
+fn hand_on(
+    ask: Ask,
+    since: Instant,
+    prepared: bool,
+    open: &Mutex<Open>,
+    requests: &mpsc::Sender<Request>,
+) -> Result<Option<oneshot::Receiver<Answer>>, &'static str> {
+    let open = open.lock();
+    let at_once = match &ask {
+        Ask::Add(attached) => prepared && open.starts(attached),
+        // The plugin does not mind what became of it.
+        Ask::Del(_) | Ask::Gc(_) => true,
+    };
+    let starts = at_once && matches!(ask, Ask::Add(_));
+    let (answer, answered) = (!at_once).then(oneshot::channel).unzip();
+    requests.try_send(Request { ask, since, answer }).map_err(|error| match error {
+        TrySendError::Full(_) => "too many pods start at once",
+        TrySendError::Closed(_) => "the agent is stopping",
+    })?;
+    drop(open);
+    if starts {
+        metrics::histogram!(events::POD_STARTS).record(since.elapsed().as_secs_f64());
+    }
+    Ok(answered)
 }
 
 /// Serves the plugin until the listener fails or nobody answers any more.
-pub async fn serve(listener: UnixListener, requests: mpsc::Sender<Request>) {
+pub async fn serve(listener: UnixListener, desk: Desk) {
     let slots = Arc::new(Semaphore::new(MAX_WAITING));
-    while !requests.is_closed() {
+    while !desk.requests.is_closed() {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(e) => {
@@ -52,9 +120,9 @@ pub async fn serve(listener: UnixListener, requests: mpsc::Sender<Request>) {
         };
         // Without a place it is closed, and the plugin does what it can alone.
         let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else { continue };
-        let requests = requests.clone();
+        let desk = desk.clone();
         tokio::spawn(async move {
-            if let Err(error) = handle(stream, &requests).await {
+            if let Err(error) = handle(stream, &desk).await {
                 tracing::debug!(%error, "a question of the CNI plugin has no answer");
             }
             drop(slot);
@@ -62,7 +130,7 @@ pub async fn serve(listener: UnixListener, requests: mpsc::Sender<Request>) {
     }
 }
 
-async fn handle(mut stream: UnixStream, requests: &mpsc::Sender<Request>) -> io::Result<()> {
+async fn handle(mut stream: UnixStream, desk: &Desk) -> io::Result<()> {
     if stream.peer_cred()?.uid() != 0 {
         return Err(io::ErrorKind::PermissionDenied.into());
     }
@@ -73,11 +141,14 @@ async fn handle(mut stream: UnixStream, requests: &mpsc::Sender<Request>) -> io:
     let answer = match request(&line) {
         Err(error) => Answer::Refused(error),
         Ok(ask) => {
-            let (answer, answered) = oneshot::channel();
-            let stopped = || Answer::Refused("the agent is stopping".into());
-            match requests.try_send(Request { ask, answer }) {
-                Ok(()) => answered.await.unwrap_or_else(|_| stopped()),
-                Err(_) => stopped(),
+            let since = Instant::now();
+            let prepared = desk.prepare(&ask).await;
+            match hand_on(ask, since, prepared, &desk.open, &desk.requests) {
+                Ok(None) => Answer::Done,
+                Ok(Some(answered)) => {
+                    answered.await.unwrap_or_else(|_| Answer::Refused("the agent is stopping".into()))
+                }
+                Err(why) => Answer::Refused(why.into()),
             }
         }
     };
@@ -242,6 +313,31 @@ mod tests {
         state.endpoints.insert(IP, told("free", "old"));
         assert_eq!(touch(&pods, &state), ("shop".into(), Touch::Isolated), "the address was another pod's");
         assert_eq!(pods.device(IP), Some(7));
+    }
+
+    #[test]
+    fn who_was_answered_at_once_is_among_those_that_the_node_takes_next() {
+        let open = Mutex::new(Open::default());
+        let (requests, mut asked) = mpsc::channel(4);
+        let ask = |ask, prepared| hand_on(ask, Instant::now(), prepared, &open, &requests);
+        let add = |container| Ask::Add(attached(container, "free", "app", 7));
+        assert!(ask(add("c1"), true).is_ok_and(|answer| answer.is_some()), "nothing is known yet");
+        let mut state = NodeState::default();
+        state.namespaces.insert("free".into(), Touch::Untouched);
+        let cluster = vec![ipnet::IpNet::from(IP)];
+        *open.lock() = Open { namespaces: state.namespaces.clone(), cluster, ..Open::default() };
+        assert!(ask(add("c2"), true).is_ok_and(|answer| answer.is_none()));
+        assert!(ask(add("c3"), false).is_ok_and(|answer| answer.is_some()), "it has no program");
+        assert!(ask(Ask::Del(attached("c1", "", "", 0).attachment), true).is_ok_and(|answer| answer.is_none()));
+        // What the node does not hear of is not done.
+        assert!(ask(add("c4"), true).is_err());
+        // The node changes what decides, then takes what was asked.
+        *open.lock() = Open::default();
+        let waits: Vec<bool> = std::iter::from_fn(|| asked.try_recv().ok()).map(|r| r.answer.is_some()).collect();
+        assert_eq!(waits, [true, false, true, false]);
+        assert!(ask(add("c5"), true).is_ok_and(|answer| answer.is_some()));
+        drop(asked);
+        assert!(ask(add("c6"), true).is_err());
     }
 
     #[test]

@@ -484,7 +484,24 @@ struct Wish {
     fresh: bool,
     /// Whether the kernel has taken some of it.
     held: bool,
+    /// Whom the kernel may take for isolated: by what it has taken, and by what was wished since.
+    isolated: BTreeSet<IpAddr>,
     stop: bool,
+}
+
+impl Wish {
+    fn set(&mut self, desired: Desired) {
+        self.isolated.extend(&desired.isolated);
+        self.desired = Some(desired);
+        self.fresh = true;
+    }
+
+    /// The kernel has taken this one.
+    fn taken(&mut self, desired: Desired) {
+        self.held = true;
+        self.isolated = desired.isolated;
+        self.isolated.extend(self.desired.iter().flat_map(|d| &d.isolated));
+    }
 }
 
 /// Keeps the table as desired, on a thread of its own in the namespace of the thread that starts it.
@@ -511,10 +528,16 @@ impl Keeper {
         let (wish, changed) = &*self.wish;
         let mut wish = wish.lock();
         if wish.desired.as_ref() != Some(&desired) {
-            wish.desired = Some(desired);
-            wish.fresh = true;
+            wish.set(desired);
             changed.notify_one();
         }
+    }
+
+    /// Addresses whose packets the kernel may drop as an isolated pod's, now or once it has what was asked for. Nothing is
+    /// known before it has taken something.
+    pub fn isolated(&self) -> Option<BTreeSet<IpAddr>> {
+        let wish = self.wish.0.lock();
+        wish.held.then(|| wish.isolated.clone())
     }
 
     /// Whether the kernel holds a table that was asked for: before that, a pod without a program is not held back.
@@ -558,7 +581,7 @@ fn keep(shared: &(Mutex<Wish>, Condvar), mut table: Table, check: Duration) {
         match outcome.and_then(|_| counters()) {
             Ok(counters) => {
                 up.set(1.0);
-                wish.lock().held = true;
+                wish.lock().taken(desired);
                 wait = check;
                 for (rule, packets) in counters {
                     metrics::counter!(crate::events::GUARD_PACKETS, "rule" => rule).absolute(packets);
@@ -601,6 +624,24 @@ mod tests {
         let isolated = BTreeSet::from([IpAddr::from([10, 0, 0, 1])]);
         assert!(table.apply(&Desired { isolated, ..old }).is_err());
         assert!(!table.is_written());
+    }
+
+    #[test]
+    fn an_address_is_isolated_until_the_kernel_has_heard_otherwise() {
+        let ip = |last: u8| IpAddr::from([10, 0, 0, last]);
+        let of = |last: &[u8]| Desired { isolated: last.iter().map(|l| ip(*l)).collect(), ..Desired::default() };
+        let mut wish = Wish::default();
+        wish.set(of(&[1]));
+        wish.set(of(&[2]));
+        assert_eq!(wish.isolated, [ip(1), ip(2)].into(), "one of them may be on its way");
+        wish.taken(of(&[1]));
+        assert_eq!(wish.isolated, [ip(1), ip(2)].into());
+        wish.taken(of(&[2]));
+        assert_eq!(wish.isolated, [ip(2)].into());
+        wish.set(of(&[]));
+        assert_eq!(wish.isolated, [ip(2)].into());
+        wish.taken(of(&[]));
+        assert_eq!(wish.isolated, [].into());
     }
 
     #[test]

@@ -27,6 +27,7 @@ pub mod join;
 pub mod links;
 pub mod merge;
 mod node;
+mod open;
 mod orphans;
 mod places;
 pub mod plug;
@@ -130,17 +131,28 @@ pub async fn run(
     let (trouble, identity) = watch::channel(None);
     let (uninstalled, installed) = watch::channel(None);
     let ready = status.subscribe();
-    let inputs =
-        node::Inputs { state, facts, plugs, cni, stop, seen: seen_tx, started: started_pods, identity, installed };
+    let open = Arc::default();
+    let inputs = node::Inputs {
+        state,
+        facts,
+        plugs,
+        cni,
+        open: Arc::clone(&open),
+        stop,
+        seen: seen_tx,
+        started: started_pods,
+        identity,
+        installed,
+    };
     let shared = Arc::new(config.clone());
     std::thread::Builder::new()
         .name("reconciler".into())
         .spawn(move || drop(ended_tx.send(node::run(shared, inputs, emit, status, started_tx))))
         .map_err(AgentError::io("thread"))?;
     // Either it has started, or the end says why not.
-    if started.await.is_err() {
+    let Ok(attacher) = started.await else {
         return ended.await.unwrap_or(Err(AgentError::Died));
-    }
+    };
 
     let listener = plug::listen(&config.socket).map_err(AgentError::io(config.socket.display().to_string()))?;
     let mut tasks = JoinSet::new();
@@ -148,7 +160,8 @@ pub async fn run(
     if let Some(cni) = &config.cni {
         let socket = tidegate_cni::files::socket(&cni.folder);
         let listener = plug::listen(&socket).map_err(AgentError::io(socket.display().to_string()))?;
-        tasks.spawn(cni::serve(listener, cni_tx));
+        let desk = cni::Desk { open, requests: cni_tx, attacher: Arc::new(attacher) };
+        tasks.spawn(cni::serve(listener, desk));
         if let Some(installer) = install::Installer::new(cni, &config.pins) {
             tasks.spawn(installer.run(ready, uninstalled));
         }

@@ -8,6 +8,7 @@ mod seen;
 mod starts;
 
 use gateways::Gateways;
+use starts::Questions;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -15,7 +16,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tidegate_ebpf::{Datapath, Program};
+use parking_lot::Mutex;
+use tidegate_ebpf::{Attacher, Datapath, Program};
 use tidegate_policy::ScopeKey;
 use tidegate_policy::event::Emit;
 use tidegate_policy::state::NodeState;
@@ -31,6 +33,7 @@ use crate::guard::{self, Keeper, Settings};
 use crate::held::{LEASE, Leases};
 use crate::links::{self, Netlink, Topology};
 use crate::merge::{self, Merger, Model, Source};
+use crate::open::{Closed, Open};
 use crate::orphans::Orphans;
 use crate::places::Places;
 use crate::plug::{Hello, Plugged, Request};
@@ -66,6 +69,8 @@ pub struct Inputs {
     pub plugs: mpsc::Receiver<Request>,
     /// From the CNI plugin.
     pub cni: mpsc::Receiver<cni::Request>,
+    /// Which of its pods start at once.
+    pub open: Arc<Mutex<Open>>,
     /// The end.
     pub stop: oneshot::Receiver<()>,
     /// Where it goes what this node sees of the gateways.
@@ -78,19 +83,20 @@ pub struct Inputs {
     pub installed: watch::Receiver<Option<String>>,
 }
 
-/// The body of the reconciler's thread. `started` is told once the programs are loaded and the uplinks guarded.
+/// The body of the reconciler's thread. `started` gets what attaches pods' programs beside it, once the programs are loaded and
+/// the uplinks guarded.
 pub fn run(
     config: Arc<Config>,
     inputs: Inputs,
     emit: Arc<dyn Emit>,
     status: watch::Sender<Status>,
-    started: oneshot::Sender<()>,
+    started: oneshot::Sender<Attacher>,
 ) -> Result<(), AgentError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(AgentError::io("runtime"))?.block_on(async move {
-        let node = Node::start(config, emit, status).await?;
+        let node = Node::start(config, Arc::clone(&inputs.open), emit, status).await?;
         // Nobody waits any more only if the agent is stopping, and then `stop` says so.
-        let _ = started.send(());
+        let _ = started.send(node.datapath.attacher(Program::PodEgress)?);
         node.serve(inputs).await;
         Ok(())
     })
@@ -145,6 +151,11 @@ struct Node {
     gateway: Option<Gateway>,
     /// Pods that the CNI plugin told of.
     pods: Pods,
+    open: Arc<Mutex<Open>>,
+    /// What the kernel's maps judge: as they were last written.
+    held: Closed,
+    /// What netfilter judged when that was last published.
+    guarded: Option<BTreeSet<IpAddr>>,
     leases: Leases,
     epoch: Instant,
     /// Where the next slice of verifications begins.
@@ -157,6 +168,7 @@ struct Node {
 impl Node {
     async fn start(
         config: Arc<Config>,
+        open: Arc<Mutex<Open>>,
         emit: Arc<dyn Emit>,
         status: watch::Sender<Status>,
     ) -> Result<Self, AgentError> {
@@ -237,6 +249,9 @@ impl Node {
             attached: BTreeMap::new(),
             gateway: None,
             pods,
+            open,
+            held: Closed::default(),
+            guarded: None,
             leases: Leases::default(),
             epoch: Instant::now(),
             verified: 0,
@@ -269,18 +284,17 @@ impl Node {
                 () = sleep_until(silence.unwrap_or_else(Instant::now)), if silence.is_some() => self.stand_in(),
                 Some(request) = inputs.plugs.recv() => self.plug(request).await,
                 Some(first) = inputs.cni.recv() => {
-                    let mut all = vec![first];
-                    while let Ok(more) = inputs.cni.try_recv() {
-                        all.push(more);
-                    }
-                    self.starting(all, &inputs.started).await;
+                    let mut from = Questions { asked: &mut inputs.cni, told: &inputs.started };
+                    self.enter(Some(first), &mut from).await;
+                    self.reconcile(false).await;
+                    self.answer_starts();
                 }
                 Some(first) = inputs.state.recv() => {
                     let mut all = vec![first];
                     while let Ok(more) = inputs.state.try_recv() {
                         all.push(more);
                     }
-                    self.state(all).await;
+                    self.state(all, Questions { asked: &mut inputs.cni, told: &inputs.started }).await;
                 }
                 _ = step.tick() => {
                     steps += 1;
@@ -432,7 +446,7 @@ impl Node {
         }
     }
 
-    async fn state(&mut self, all: Vec<stream::State>) {
+    async fn state(&mut self, all: Vec<stream::State>, mut questions: Questions<'_>) {
         let now = self.epoch.elapsed();
         for message in all {
             match message {
@@ -467,6 +481,9 @@ impl Node {
             });
         }
         self.merge();
+        self.publish();
+        // With those that were answered for by what held before: gateways hear of a pass that has them.
+        self.enter(None, &mut questions).await;
         self.reconcile(false).await;
         // A pod that never spoke is in no table of its bridge, and closed until it is found: not a second later.
         self.resolve().await;
@@ -612,6 +629,9 @@ impl Node {
         self.count();
         self.forget();
         self.keep_standing();
+        if self.keeper.isolated() != self.guarded {
+            self.publish();
+        }
         if steps.is_multiple_of(u64::from(self.config.full_pass_seconds) * STEPS_PER_SECOND) {
             self.full_pass().await;
         } else {

@@ -41,6 +41,13 @@ fn attach_type(program: Program) -> TcAttachType {
     if program.is_egress() { TcAttachType::Egress } else { TcAttachType::Ingress }
 }
 
+/// The kernel's number of a device's hook.
+pub(crate) fn tcx_type(egress: bool) -> u32 {
+    /// `BPF_TCX_INGRESS`; egress is the next one.
+    const TCX_INGRESS: u32 = 46;
+    TCX_INGRESS + u32::from(egress)
+}
+
 fn index(interface: &str) -> Result<u32, Error> {
     if_nametoindex(interface).map_err(|_| Error::NoDevice(interface.to_owned()))
 }
@@ -56,10 +63,8 @@ pub(crate) fn link_error(path: &Path) -> impl Fn(LinkError) -> Error {
 
 /// The ids of the programs on a device's hook, in their order. CAP_NET_ADMIN is enough for it, where aya's query opens each
 /// program, which takes CAP_SYS_ADMIN.
-fn attached_to(interface: &str, egress: bool) -> Result<Vec<u32>, Error> {
+pub(crate) fn attached_to(ifindex: u32, egress: bool) -> Result<Vec<u32>, Error> {
     const BPF_PROG_QUERY: libc::c_long = 16;
-    /// `BPF_TCX_INGRESS`; egress is the next one.
-    const TCX_INGRESS: u32 = 46;
     /// The kernel's own bound for a hook (`BPF_MPROG_MAX`).
     const MOST: usize = 64;
     /// The part of `union bpf_attr` that the command uses.
@@ -80,8 +85,8 @@ fn attached_to(interface: &str, egress: bool) -> Result<Vec<u32>, Error> {
     }
     let mut ids = [0u32; MOST];
     let mut query = Query {
-        ifindex: index(interface)?,
-        attach_type: TCX_INGRESS + u32::from(egress),
+        ifindex,
+        attach_type: tcx_type(egress),
         ids: ids.as_mut_ptr() as u64,
         count: MOST as u32,
         ..Query::default()
@@ -89,7 +94,7 @@ fn attached_to(interface: &str, egress: bool) -> Result<Vec<u32>, Error> {
     // SAFETY: the attribute is as long as told; the kernel writes at most `count` ids, which live until the call returns.
     let done = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, &raw mut query, size_of::<Query>()) };
     if done < 0 {
-        return Err(Error::io(format!("cannot ask for the programs of {interface}"))(io::Error::last_os_error()));
+        return Err(Error::io(format!("cannot ask for the programs of device {ifindex}"))(io::Error::last_os_error()));
     }
     Ok(ids.into_iter().take(query.count as usize).collect())
 }
@@ -111,10 +116,21 @@ fn pinned(path: &Path) -> Result<Option<FdLink>, Error> {
     PinnedLink::from_pin(path).map(|l| Some(FdLink::from(l))).map_err(link_error(path))
 }
 
-impl Datapath {
-    fn pin_of(&self, program: Program, ifindex: u32) -> PathBuf {
+impl Program {
+    /// Where its link to a device is pinned.
+    pub(crate) fn pin(self, links: &Path, ifindex: u32) -> PathBuf {
         // A dot is not allowed in names of a bpffs.
-        self.root.join("links").join(format!("{}-{ifindex}", program.name()))
+        links.join(format!("{}-{ifindex}", self.name()))
+    }
+}
+
+impl Datapath {
+    pub(crate) fn links(&self) -> PathBuf {
+        self.root.join("links")
+    }
+
+    fn pin_of(&self, program: Program, ifindex: u32) -> PathBuf {
+        program.pin(&self.links(), ifindex)
     }
 
     /// Attaches a program to a device of the current network namespace, at the head of the chain; an earlier
@@ -141,7 +157,7 @@ impl Datapath {
             }
         }
         // Others may have removed the folder with its pins.
-        let folder = self.root.join("links");
+        let folder = self.links();
         fs::create_dir_all(&folder).map_err(Error::io(format!("cannot make {}", folder.display())))?;
         let link = attach_first(&mut self.ebpf, program, interface, &pin)?;
         link.pin(&pin).map_err(|e| Error::Link { path: pin.clone(), message: e.to_string() })?;
@@ -158,7 +174,7 @@ impl Datapath {
             return Ok(Place::Missing);
         };
         let own = link.info().map_err(link_error(&pin))?.program_id();
-        let programs = attached_to(interface, program.is_egress())?;
+        let programs = attached_to(index(interface)?, program.is_egress())?;
         let Some(at) = programs.iter().position(|id| *id == own) else {
             return Ok(Place::Missing);
         };

@@ -13,6 +13,7 @@ mod attach;
 mod carry;
 mod desired;
 mod dump;
+mod early;
 mod entries;
 mod error;
 mod events;
@@ -37,6 +38,7 @@ use serde::{Deserialize, Serialize};
 
 pub use attach::{Attached, Place, remove_pins};
 pub use dump::dump;
+pub use early::Attacher;
 pub use error::Error;
 pub use events::{Counter, Events, PacketEvent, hook_name};
 pub use fixed::{Fixed, attach_fixed, detach_fixed, fixed_devices, is_attached};

@@ -483,6 +483,33 @@ fn a_new_device_with_an_old_index() {
 }
 
 #[test]
+fn a_program_that_was_attached_beside_its_owner_is_adopted() {
+    let ns = Ns::new();
+    let mut f = Fixture::new(Role::Node);
+    ns.ip("link add name d0 index 42 type veth");
+    let early = f.path().attacher(Program::PodEgress).unwrap();
+    let attach = || std::thread::scope(|all| all.spawn(|| ns.enter(|| early.attach(42))).join().unwrap());
+    attach().unwrap();
+    assert_eq!(ns.enter(|| f.path().place(Program::PodEgress, "d0")).unwrap(), Place::First);
+    attach().unwrap();
+    assert_eq!(ns.enter(|| f.path_mut().attach(Program::PodEgress, "d0")).unwrap(), Attached::Adopted);
+    attach().unwrap();
+    // Before what others have there.
+    let mut other = Fixture::new(Role::Node);
+    ns.enter(|| f.path_mut().detach(Program::PodEgress, "d0")).unwrap();
+    ns.enter(|| other.path_mut().attach(Program::PodEgress, "d0")).unwrap();
+    attach().unwrap();
+    assert_eq!(ns.enter(|| f.path().place(Program::PodEgress, "d0")).unwrap(), Place::First);
+    // The pin of a device that is gone is the owner's matter.
+    ns.ip("link del d0");
+    assert!(attach().is_err());
+    ns.ip("link add name d1 index 42 type veth");
+    assert!(attach().is_err());
+    assert_eq!(ns.enter(|| f.path_mut().attach(Program::PodEgress, "d1")).unwrap(), Attached::New);
+    attach().unwrap();
+}
+
+#[test]
 fn another_layouts_programs_go_from_a_device_where_the_new_ones_are() {
     let ns = Ns::new();
     let mut f = Fixture::new(Role::Node);

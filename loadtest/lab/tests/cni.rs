@@ -2,20 +2,24 @@
 //! a pod sends in its first instruction is judged.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::io::Write;
-use std::net::IpAddr;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
 use serde_json::{Value, json};
 use tidegate_lab::family::{FAMILIES, Family};
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::observe::Watch;
 use tidegate_lab::probe::{curl, dig};
-use tidegate_lab::scenario::Pod;
+use tidegate_lab::scenario::{Namespace, Pod};
 use tidegate_lab::{Lab, Options, Scenario, foreign, netns, world};
 
 static ONE: Mutex<()> = Mutex::new(());
@@ -132,16 +136,21 @@ fn leaked(watches: &[Watch]) -> u64 {
 
 /// In its first instruction a pod connects out, to an address and to a port that is never allowed; returns whether it got there.
 fn gets_out(lab: &Lab, made: &Made, family: Family) -> bool {
-    let url =
-        format!("http://{}:8080/", std::net::SocketAddr::new(outside(family), 0).to_string().trim_end_matches(":0"));
+    let url = format!("http://{}:8080/", SocketAddr::new(outside(family), 0).to_string().trim_end_matches(":0"));
     curl(&lab.pod(&made.pod.key()), family, &url, &["--max-time", "2"]).source().is_some()
+}
+
+/// The same, without a lost packet: a SYN is repeated after a second.
+fn gets_out_at_once(lab: &Lab, made: &Made, family: Family) -> bool {
+    let url = format!("http://{}/", SocketAddr::new(outside(family), 8080));
+    curl(&lab.pod(&made.pod.key()), family, &url, &["--connect-timeout", "0.9"]).source().is_some()
 }
 
 /// It reaches a pod of the cluster.
 fn gets_in(lab: &Lab, made: &Made, family: Family) -> bool {
     let to = lab.scenario().pod("untouched/backend").unwrap();
     let ip: IpAddr = family.pick(to.ipv4.unwrap().into(), to.ipv6.unwrap().into());
-    let url = format!("http://{}/", std::net::SocketAddr::new(ip, 8080));
+    let url = format!("http://{}/", SocketAddr::new(ip, 8080));
     curl(&lab.pod(&made.pod.key()), family, &url, &["--max-time", "5"]).source().is_some()
 }
 
@@ -211,6 +220,7 @@ fn with_an_agent_the_first_instruction_is_judged() {
     let address = free.pod.clone();
     lab.remove_pod(&free.pod.key()).unwrap();
     let mut heir = Pod::new("shop", "heir", NODE);
+    heir.labels.insert("app".into(), "web".into());
     (heir.ipv4, heir.ipv6) = (address.ipv4, address.ipv6);
     let pod = lab.add_network(heir).unwrap();
     let heir = Made { uid: "u-heir".into(), result: free.result.clone(), pod };
@@ -218,6 +228,118 @@ fn with_an_agent_the_first_instruction_is_judged() {
     add(&lab, &heir);
     for family in FAMILIES {
         assert!(!gets_out(&lab, &heir, family), "{family:?}");
+    }
+    assert_eq!(leaked(&watches), before);
+
+    // And the other way round, while gateways still tell of the one that is gone: what guards its address would drop the
+    // first packets of the next.
+    let address = heir.pod.clone();
+    let guarded = |lab: &Lab| {
+        let set = lab.place(NODE).unwrap().run(&["nft", "list", "set", "inet", "tidegate", "isolated4"]).stdout;
+        let address = address.ipv4.unwrap().to_string();
+        set.split(|c: char| c != '.' && !c.is_ascii_digit()).any(|word| word == address)
+    };
+    tell(&lab);
+    let stale = lab.manifest("pods.yaml").unwrap();
+    assert_eq!(call(&lab, "DEL", &heir).code, 0);
+    lab.remove_pod(&heir.pod.key()).unwrap();
+    assert!(wait_for(READY, || (!guarded(&lab)).then_some(())).is_some());
+    lab.edit_manifest("pods.yaml", &stale).unwrap();
+    assert!(wait_for(READY, || guarded(&lab).then_some(())).is_some());
+    let mut next = Pod::new("untouched", "next", NODE);
+    (next.ipv4, next.ipv6) = (address.ipv4, address.ipv6);
+    let pod = lab.add_network(next).unwrap();
+    let next = Made { uid: "u-next".into(), result: heir.result.clone(), pod };
+    assert!(guarded(&lab), "the address was let go before it had another pod");
+    add(&lab, &next);
+    for family in FAMILIES {
+        assert!(gets_out_at_once(&lab, &next, family), "{family:?}: the first packet was lost");
+    }
+}
+
+/// A file that takes no more octets, in the place of the one that a node's agent writes next. Like a disk that hangs, it holds up all
+/// that the agent does for its node.
+struct Hung {
+    file: File,
+    path: PathBuf,
+    agent: i32,
+}
+
+impl Hung {
+    fn new(lab: &Lab) -> Self {
+        let folder = lab.layout().cni(NODE);
+        let agent = lab.process(NODE).unwrap().pid;
+        assert!(wait_for(READY, || folder.join("standing.json").exists().then_some(())).is_some());
+        let (full, path) = (folder.join("full"), folder.join(format!(".standing.json.{agent}.new")));
+        nix::unistd::mkfifo(&full, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+        let mut options = OpenOptions::new();
+        let mut file = options.read(true).write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(&full).unwrap();
+        while file.write(&[0; 4096]).is_ok() {}
+        fs::rename(full, &path).unwrap();
+        // There is something to write now.
+        let mut more = lab.scenario().clone();
+        let (labels, annotations) = Default::default();
+        more.namespaces.push(Namespace { name: "another".into(), labels, annotations });
+        let files = tidegate_lab::product::manifests(&more).unwrap();
+        let (name, text) = files.iter().find(|(name, _)| name.contains("another")).unwrap();
+        lab.edit_manifest(name, text).unwrap();
+        let hung = Self { file, path, agent };
+        assert!(wait_for(READY, || hung.holds().then_some(())).is_some(), "the agent writes nothing");
+        hung
+    }
+
+    /// Whether the agent has begun to write.
+    fn holds(&self) -> bool {
+        let open = fs::read_dir(format!("/proc/{}/fd", self.agent)).unwrap().flatten();
+        open.into_iter().any(|fd| fs::read_link(fd.path()).is_ok_and(|to| to == self.path))
+    }
+
+    fn ends(mut self) {
+        let mut some = [0; 4096];
+        let read = wait_for(READY, || {
+            while self.file.read(&mut some).is_ok_and(|n| n > 0) {}
+            (!self.holds()).then_some(())
+        });
+        assert!(read.is_some(), "the agent still writes");
+    }
+}
+
+/// Whatever the agent is at: an untouched pod is answered at once, and gets the other program when the agent comes to it.
+#[test]
+fn an_untouched_pod_waits_for_nothing() {
+    let (_one, mut lab) = up("cnifree");
+    let watches = leaks(&lab);
+    let free: Vec<Made> = (0..5).map(|n| make(&mut lab, "untouched", &format!("free-{n}"))).collect();
+    let closed = make(&mut lab, "shop", "closed");
+    let lab = &lab;
+    std::thread::scope(|all| {
+        let hung = Hung::new(lab);
+        let waits = all.spawn(|| add(lab, &closed));
+        for made in &free {
+            let took = add(lab, made);
+            assert!(took < SLOW, "an untouched pod waited {took:?}");
+            assert_eq!(programs(lab, made), AGENTS[..1], "the agent was not held up");
+            for family in FAMILIES {
+                assert!(gets_out_at_once(lab, made, family), "{family:?}");
+            }
+        }
+        let took = call(lab, "DEL", &free[4]).took;
+        assert!(took < SLOW, "a pod that goes waited {took:?}");
+        assert!(!waits.is_finished(), "a pod was answered for that may be isolated");
+        hung.ends();
+        waits.join().unwrap();
+    });
+    let before = leaked(&watches);
+    for made in &free[..4] {
+        assert!(wait_for(READY, || (programs(lab, made) == AGENTS).then_some(())).is_some());
+        for family in FAMILIES {
+            assert!(gets_out_at_once(lab, made, family), "{family:?}");
+        }
+    }
+    assert!(leaked(&watches) > before);
+    let before = leaked(&watches);
+    for family in FAMILIES {
+        assert!(!gets_out(lab, &closed, family), "{family:?}");
     }
     assert_eq!(leaked(&watches), before);
 }

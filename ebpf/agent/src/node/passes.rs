@@ -247,6 +247,7 @@ impl Node {
                 self.find_again().await;
             }
             let local = self.local();
+            self.publish();
             let applied = self.datapath.apply(&self.merged, &local, full);
             // Programs after maps: on an interface that the maps do not know they would let everything pass anyway.
             if !self.datapath.is_upgrade() {
@@ -265,6 +266,7 @@ impl Node {
                     events::repaired("map", done.repaired);
                     events::repaired("pin", done.pinned);
                     self.problems.remove("maps");
+                    self.held = self.closed();
                     if !std::mem::replace(&mut self.ready, true) {
                         self.gateways.numbers().into_iter().for_each(|index| self.beat(index));
                     }
@@ -279,6 +281,7 @@ impl Node {
             metrics::counter!(events::PASSES, "result" => label).increment(1);
             self.people.update(&self.merged);
             self.keeper.set(self.guard());
+            self.publish();
             self.retire_fixed();
             self.answer_starts();
             self.tell();

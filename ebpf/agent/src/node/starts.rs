@@ -1,5 +1,8 @@
 //! Pods that start: their programs are attached before their first instruction.
 
+use std::collections::BTreeSet;
+use std::iter;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,40 +11,81 @@ use tidegate_cni::wire::{Answer, Ask, Attached};
 use tidegate_ebpf::{Fixed, Program, detach_fixed, fixed_devices};
 use tidegate_policy::state::{Named, NodeState, Touch};
 use tidegate_proto::StartedPod;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use super::Node;
 use crate::cni::{PATIENCE, Request, Waiting, is};
+use crate::config::UnknownPods;
 use crate::events;
+use crate::open::{Closed, Open};
 
 /// While nothing but names of Services changes, the file is not written more often: it has all of them.
 const NAMES_EVERY: Duration = Duration::from_secs(10);
 
+/// Where the plugin's questions are.
+pub(super) struct Questions<'a> {
+    pub asked: &'a mut mpsc::Receiver<Request>,
+    /// Where it goes which pods have started.
+    pub told: &'a watch::Sender<Arc<Vec<StartedPod>>>,
+}
+
 impl Node {
-    /// Takes the plugin's questions: all that wait are one pass.
-    pub(super) async fn starting(&mut self, all: Vec<Request>, told: &watch::Sender<Arc<Vec<StartedPod>>>) {
+    /// Takes what the plugin has asked: all of it is in the next pass.
+    pub(super) async fn enter(&mut self, first: Option<Request>, from: &mut Questions<'_>) {
         let now = Instant::now();
-        for Request { ask, answer } in all {
+        let mut any = false;
+        for Request { ask, since, answer } in first.into_iter().chain(iter::from_fn(|| from.asked.try_recv().ok())) {
+            any = true;
             match ask {
                 Ask::Add(attached) => {
                     let of = attached.attachment.clone();
                     self.pods.add(attached);
-                    self.pods.waiting.push(Waiting { of, since: now, until: now + PATIENCE, answer });
-                    continue;
+                    if let Some(answer) = answer {
+                        self.pods.waiting.push(Waiting { of, since, until: now + PATIENCE, answer });
+                    }
                 }
                 Ask::Del(of) => self.pods.remove(&of),
                 Ask::Gc(left) => self.pods.retain(&left.iter().collect()),
             }
-            // The plugin does not mind.
-            let _ = answer.send(Answer::Done);
         }
-        // First, so that gateways work at it meanwhile.
-        told.send_replace(Arc::new(self.pods.started()));
-        self.merge();
-        self.refresh().await;
-        self.reconcile(false).await;
-        self.answer_starts();
+        if any {
+            // First, so that gateways work at it meanwhile.
+            from.told.send_replace(Arc::new(self.pods.started()));
+            self.merge();
+            self.refresh().await;
+        }
+    }
+
+    /// Says which pods start without waiting for this node: before the kernel is written, so that none does by what is about to
+    /// change, and after.
+    pub(super) fn publish(&mut self) {
+        let known = self.ready && !self.datapath.is_upgrade() && !self.problems.contains_key("maps");
+        // Where unknown pods are dropped each new one is unknown until the kernel is written.
+        let opens = known && self.config.unknown_pods == UnknownPods::Pass;
+        self.guarded = self.keeper.isolated();
+        let now = match &self.guarded {
+            Some(guarded) if opens => {
+                let mut closed = self.held.clone();
+                closed.extend(self.closed());
+                closed.addresses.extend(guarded);
+                Open {
+                    namespaces: self.merged.namespaces.clone(),
+                    cluster: self.merged.cluster.prefixes.clone(),
+                    closed,
+                }
+            }
+            _ => Open::default(),
+        };
+        *self.open.lock() = now;
+    }
+
+    /// What the kernel's maps judge once they hold what this node wants.
+    pub(super) fn closed(&self) -> Closed {
+        let touched = self.merged.endpoints.iter().filter(|(_, e)| e.touch != Touch::Untouched);
+        let addresses: BTreeSet<IpAddr> = touched.map(|(ip, _)| *ip).collect();
+        let devices = addresses.iter().flat_map(|ip| [self.interfaces.get(ip).copied(), self.pods.device(*ip)]);
+        Closed { devices: devices.flatten().collect(), addresses }
     }
 
     /// Answers those whose pods are ready, those who have waited long enough, and all while there is nothing to go by.
@@ -52,9 +96,7 @@ impl Node {
                 Some(_) if !self.ready || self.datapath.is_upgrade() => {
                     Some(Answer::Refused("the agent has no policy yet".into()))
                 }
-                Some(a) if self.is_attached(a) => {
-                    (self.is_known(a) || Instant::now() >= until || !self.is_anybody_there()).then_some(Answer::Done)
-                }
+                Some(a) if self.is_attached(a) => (self.is_known(a) || Instant::now() >= until).then_some(Answer::Done),
                 Some(a) if Instant::now() >= until => {
                     Some(Answer::Refused(format!("no program could be attached to device {}", a.ifindex)))
                 }
@@ -78,14 +120,18 @@ impl Node {
         places && held && self.attached.contains_key(&(Program::PodEgress, a.ifindex))
     }
 
-    /// Whether the pod needs to wait no longer: nothing is ever denied to pods of its namespace, or the gateway that serves
-    /// it has told of it.
+    /// Whether the pod needs to wait no longer: nothing is ever denied to pods of its namespace, nor by netfilter to the
+    /// pod that had its address before; or the gateway that serves it has told of it, or none is there.
     fn is_known(&self, a: &Attached) -> bool {
         let (node, namespace, name) = (&self.config.node, &a.pod.namespace, &a.pod.name);
+        let mut addresses = a.addresses.iter().map(|ip| ip.to_canonical());
         if self.merged.namespaces.get(namespace.as_str()) == Some(&Touch::Untouched) {
+            return self.keeper.isolated().is_none_or(|isolated| !addresses.any(|ip| isolated.contains(&ip)));
+        }
+        if !self.gateways.iter().any(|g| g.model.live()) {
             return true;
         }
-        a.addresses.iter().map(|ip| ip.to_canonical()).all(|ip| {
+        addresses.all(|ip| {
             let says = |state: &NodeState| state.endpoints.get(&ip).is_some_and(|e| is(e, node, namespace, name));
             match self.merged.endpoints.get(&ip).and_then(|e| e.member) {
                 // Questions go to the scope's owner: what others know already is not enough.
@@ -96,10 +142,6 @@ impl Node {
                 None => self.gateways.iter().any(|g| g.model.live() && says(g.model.state())),
             }
         })
-    }
-
-    fn is_anybody_there(&self) -> bool {
-        self.gateways.iter().any(|g| g.model.live())
     }
 
     /// Takes away what the plugin attached by itself, where this agent's programs are.
