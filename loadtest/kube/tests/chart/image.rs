@@ -16,12 +16,26 @@ use crate::common::{documents, root, run, template, tidegate};
 const FILES: &[&str] =
     &["/bin/sleep", "/etc/protocols", "/etc/ssl/certs/ca-certificates.crt", "/usr/local/bin/tidegate", "/usr/sbin/nft"];
 
+/// The most that the image has beside the program, in octets.
+const REST: u64 = 8 << 20;
+
 /// The image's root, of the program that the tests use.
 fn image_root() -> TempDir {
+    root_with(&tidegate())
+}
+
+/// The image's root, with another program in the place of Tidegate's.
+fn root_with(program: &Path) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let mut script = Command::new(root().join("scripts/image"));
-    run(script.args(["root".as_ref(), tidegate().as_os_str(), folder.path().as_os_str()]), "").success().unwrap();
+    run(script.args(["root".as_ref(), program.as_os_str(), folder.path().as_os_str()]), "").success().unwrap();
     folder
+}
+
+/// The libraries that a program needs, by their paths.
+fn libraries(program: &str) -> BTreeSet<String> {
+    let said = run(Command::new("ldd").arg(program), "").success().unwrap();
+    said.split_whitespace().filter(|word| word.starts_with('/')).map(str::to_owned).collect()
 }
 
 /// The paths of all files below a folder, as they are in the image.
@@ -139,6 +153,23 @@ fn the_image_has_what_the_program_runs_and_nothing_else() {
         let mode = fs::metadata(image.path().join(&file[1..])).unwrap().permissions().mode() & 0o7777;
         assert!([0o755, 0o644].contains(&mode), "{file} has the mode {mode:o}");
     }
+}
+
+/// The image's program is static, as scripts/image holds when it makes it: what remains is `nft`'s and `sleep`'s.
+#[test]
+fn with_a_program_that_needs_none_all_libraries_are_of_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("tidegate");
+    fs::write(&program, "#!/bin/sh\n").unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let image = root_with(&program);
+    let all = files(image.path(), image.path());
+    let found: BTreeSet<String> = all.iter().filter(|f| f.contains(".so")).cloned().collect();
+    let nft = all.iter().find(|f| f.ends_with("/nft")).unwrap();
+    assert_eq!(found, &libraries(nft) | &libraries("/bin/sleep"));
+    let size: u64 = all.iter().map(|f| fs::metadata(image.path().join(&f[1..])).unwrap().len()).sum();
+    println!("beside the program the image has {size} octets");
+    assert!(size < REST, "{size} octets");
 }
 
 #[test]
