@@ -10,7 +10,7 @@ use tidegate_lab::family::FAMILIES;
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::observe::sum_metric;
 use tidegate_lab::probe::curl;
-use tidegate_lab::{Lab, Options, admin, kubelet};
+use tidegate_lab::{Lab, admin, kubelet};
 
 use crate::install::{SYSTEM, typed};
 
@@ -112,7 +112,7 @@ fn waited(lab: &Lab, within: &str) -> (f64, f64, f64) {
 
 #[test]
 fn a_hundred_pods_at_once() {
-    let lab = Lab::up(crate::scenario(), &Options::unique("crowd")).unwrap();
+    let lab = crate::up(crate::scenario(), "crowd");
     for namespace in ["shop", "untouched"] {
         lab.host_kubectl(&["create", "namespace", namespace], "").unwrap();
     }
@@ -154,5 +154,5 @@ fn a_hundred_pods_at_once() {
             without.percentile(99)
         );
     }
-    lab.down().unwrap();
+    crate::down(lab);
 }

@@ -15,8 +15,8 @@ use tidegate_lab::probe::curl;
 use crate::root;
 
 pub const SYSTEM: &str = "tidegate-system";
-/// Until everything is ready: a minute, half of it again for machines that do much else.
-const READY: Duration = Duration::from_secs(90);
+/// Until everything is ready.
+const READY: Duration = Duration::from_secs(60);
 /// How long an edit may take to hold everywhere.
 const EDIT: Duration = Duration::from_secs(20);
 

@@ -16,8 +16,8 @@ mod variants;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use tidegate_lab::family::FAMILIES;
 use tidegate_lab::lab::wait_for;
@@ -25,6 +25,9 @@ use tidegate_lab::{Lab, Options, Scenario, kubelet, state};
 
 /// What a kubelet would set for the whole machine.
 const TUNABLES: &[&str] = &["vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops"];
+
+/// A cluster is up so soon once its programs are built.
+const UP: Duration = Duration::from_secs(120);
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
@@ -36,6 +39,53 @@ fn scenario() -> Scenario {
 
 fn tunables() -> Vec<String> {
     TUNABLES.iter().map(|t| fs::read_to_string(Path::new("/proc/sys").join(t)).unwrap()).collect()
+}
+
+/// A cluster of kubelets, up in time.
+#[track_caller]
+fn up(scenario: Scenario, name: &str) -> Lab {
+    let begun = Instant::now();
+    let lab = Lab::up(scenario, &Options::unique(name)).unwrap();
+    println!("the cluster is up after {:.1} s", begun.elapsed().as_secs_f32());
+    assert!(begun.elapsed() < UP, "it took {:?}", begun.elapsed());
+    lab
+}
+
+/// A cluster goes down, and nothing of it is left.
+#[track_caller]
+fn down(lab: Lab) {
+    let name = lab.name().to_owned();
+    lab.down().unwrap();
+    assert_eq!(left(&name), [""; 0]);
+}
+
+/// `tidegate-lab cluster` with these arguments, of the cluster of this name.
+fn cluster(name: &str, arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tidegate-lab"));
+    command.args(["cluster", "--name", name]).args(arguments).output().unwrap()
+}
+
+/// What it says.
+#[track_caller]
+fn said(name: &str, arguments: &[&str]) -> String {
+    let out = cluster(name, arguments);
+    assert!(out.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).unwrap().trim().to_owned()
+}
+
+/// The commands for people tell of every node, and reach the API server.
+fn commands(lab: &Lab) {
+    let (status, objects) = (said(lab.name(), &["status"]), said(lab.name(), &["kubectl", "--", "get", "nodes"]));
+    let says = |text: &str, words: &[&str]| {
+        let line = |l: &str| words.iter().all(|word| l.split_whitespace().any(|w| w == *word));
+        assert!(text.lines().any(line), "{words:?}: {text}");
+    };
+    for node in &lab.scenario().nodes {
+        says(&status, &["node", &node.name, "runs"]);
+        says(&status, &[&format!("node/{}", node.name), "Ready"]);
+        says(&objects, &[&node.name, "Ready"]);
+    }
+    assert!(status.contains("pod/coredns-"), "{status}");
 }
 
 /// What is left of a cluster: folders, network namespaces, mounts, control groups, processes.
@@ -53,13 +103,22 @@ fn left(name: &str) -> Vec<String> {
     found.extend(groups.filter(|g| g.exists()).map(|g| g.display().to_string()));
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     found.extend(mounts.lines().filter(|l| l.contains(&format!("/{name}/"))).map(str::to_owned));
-    for process in names("/proc").filter(|p| p.join("cgroup").exists()) {
-        let says = |file: &str| String::from_utf8_lossy(&fs::read(process.join(file)).unwrap_or_default()).into_owned();
-        if says("cgroup").contains(&format!("tidegate-lab-{name}/")) || says("cmdline").contains(&format!("/{name}/")) {
-            found.push(format!("{} {}", process.display(), says("cmdline")));
-        }
-    }
+    found.extend(processes(name).into_iter().map(|(process, _, line)| format!("{} {line}", process.display())));
     found
+}
+
+/// The processes of a cluster, with their control groups and their arguments.
+fn processes(name: &str) -> Vec<(PathBuf, String, String)> {
+    let all = fs::read_dir("/proc").unwrap().flatten().map(|e| e.path()).filter(|p| p.join("cgroup").exists());
+    let told = all.map(|process| {
+        let says = |file: &str| String::from_utf8_lossy(&fs::read(process.join(file)).unwrap_or_default()).into_owned();
+        let (groups, line) = (says("cgroup"), says("cmdline"));
+        (process, groups, line)
+    });
+    let own = |(_, groups, line): &(PathBuf, String, String)| {
+        groups.contains(&format!("tidegate-lab-{name}/")) || line.contains(&format!("/{name}/"))
+    };
+    told.filter(own).collect()
 }
 
 /// What the cluster has before Tidegate comes: clients, on each node in `shop`.
@@ -79,9 +138,9 @@ fn clients(lab: &Lab) {
 #[test]
 fn the_chart_as_people_install_it() {
     let before = tunables();
-    let lab = Lab::up(scenario(), &Options::unique("chart")).unwrap();
-    let name = lab.name().to_owned();
+    let lab = up(scenario(), "chart");
     assert_eq!(tunables(), before, "the machine's own settings changed");
+    commands(&lab);
     clients(&lab);
     story::backend(&lab);
     // Nobody is managed: pods go their own way.
@@ -104,18 +163,17 @@ fn the_chart_as_people_install_it() {
     nodes::confined(&lab);
     nodes::evictions(&lab);
     nodes::uninstall(&lab, &nodes);
-    lab.down().unwrap();
-    assert_eq!(left(&name), [""; 0]);
+    down(lab);
 }
 
 #[test]
 fn upgrades_and_faults_under_steady_traffic() {
-    let mut lab = Lab::up(scenario(), &Options::unique("faults")).unwrap();
+    let mut lab = up(scenario(), "faults");
     clients(&lab);
     faults::install(&lab);
     story::give(&lab);
     faults::happen(&mut lab);
-    lab.down().unwrap();
+    down(lab);
 }
 
 #[test]
@@ -128,18 +186,17 @@ fn a_cluster_whose_maker_died_goes_down_too() {
         .stdout(Stdio::null())
         .spawn()
         .unwrap();
-    // Its kubelets start containers.
-    let log = kubelet::disk(&name).join("node-1/var/log/kubelet.log");
-    let begun = wait_for(Duration::from_secs(120), || log.exists().then_some(()));
+    // Containers of its first pods, CoreDNS, run.
+    let runs = || processes(&name).into_iter().find(|(_, groups, _)| groups.contains("/pod"));
+    let begun = wait_for(UP, runs);
     maker.kill().unwrap();
-    maker.wait().unwrap();
+    let ended = maker.wait().unwrap();
     let found = left(&name);
-    let down = Command::new(lab).args(["cluster", "down", "--name", &name]).output().unwrap();
-    assert!(begun.is_some(), "no kubelet was started");
-    assert!(
-        found.iter().any(|f| f.contains("/sys/fs/cgroup")) && found.iter().any(|f| f.contains("netns")),
-        "{found:?}"
-    );
-    assert!(down.status.success(), "{}", String::from_utf8_lossy(&down.stderr));
+    said(&name, &["down"]);
+    assert!(begun.is_some(), "no pod was started: {found:#?}");
+    assert!(!ended.success(), "it was up before it was killed");
+    for what in ["/sys/fs/cgroup", "/run/netns", "/proc/"] {
+        assert!(found.iter().any(|f| f.starts_with(what)), "{what}: {found:#?}");
+    }
     assert_eq!(left(&name), [""; 0]);
 }

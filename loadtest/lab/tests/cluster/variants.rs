@@ -4,11 +4,11 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use serde_json::Value;
+use tidegate_lab::Lab;
 use tidegate_lab::family::Family;
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::probe::curl;
 use tidegate_lab::scenario::{Cni, Scenario};
-use tidegate_lab::{Lab, Options};
 
 use crate::install::{SYSTEM, gateways, node, source, typed};
 
@@ -35,7 +35,7 @@ fn own(lab: &Lab, namespace: &str, pod: &str, on: &str, family: Family) -> IpAdd
 fn holds(name: &str) {
     let file = crate::root().join("loadtest/scenarios/clusters").join(name).with_extension("yaml");
     let scenario = Scenario::load(&file).unwrap();
-    let lab = Lab::up(scenario, &Options::unique(name)).unwrap();
+    let lab = crate::up(scenario, name);
     let families = lab.scenario().families.clone();
     for namespace in ["shop", "untouched"] {
         lab.host_kubectl(&["create", "namespace", namespace], "").unwrap();
@@ -84,7 +84,7 @@ fn holds(name: &str) {
         }
     }
     untouched("after");
-    lab.down().unwrap();
+    crate::down(lab);
 }
 
 #[test]
