@@ -1,6 +1,7 @@
 //! What people get wrong and what nodes lack, where it takes kubelets to see it: each is named where people look, and nothing gets
 //! out meanwhile that policy does not allow.
 
+use std::net::IpAddr;
 use std::process::Command;
 use std::time::Duration;
 
@@ -8,7 +9,8 @@ use serde_json::json;
 use tidegate_lab::family::{FAMILIES, Family};
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::observe::Watch;
-use tidegate_lab::{Lab, Options, kubelet};
+use tidegate_lab::probe::curl;
+use tidegate_lab::{Lab, kubelet};
 
 use crate::install::{SYSTEM, gateways, node, source, typed};
 
@@ -17,6 +19,7 @@ const SOON: Duration = Duration::from_secs(60);
 /// A worker that has no BPF file system at first.
 const BARE: &str = "node-2";
 const PODS: [&str; 2] = ["shop/one", "shop/two"];
+const GATEWAYS: &str = "app.kubernetes.io/component=gateway";
 /// What no policy allows, and the ports at which nobody else tries it.
 const DENIED: [&str; 2] = ["198.51.100.14", "2001:db8:100::14"];
 const PORTS: &str = "meta l4proto { tcp, udp } th dport { 7001, 8080 }";
@@ -28,11 +31,9 @@ while :; do
 done";
 
 /// Runs a command on a node.
+#[track_caller]
 fn on_node(lab: &Lab, node: &str, command: &[&str]) -> String {
-    let exec = ["cluster", "exec", "--name", lab.name(), node, "--"];
-    let out = Command::new(env!("CARGO_BIN_EXE_tidegate-lab")).args(exec).args(command).output().unwrap();
-    assert!(out.status.success(), "{command:?}: {}", String::from_utf8_lossy(&out.stderr));
-    String::from_utf8(out.stdout).unwrap().trim().to_owned()
+    crate::said(lab.name(), &[&["exec", node, "--"], command].concat())
 }
 
 /// What `tidegate status` shows.
@@ -107,7 +108,7 @@ fn nothing(watches: &[Watch], when: &str) {
 
 #[test]
 fn what_goes_wrong_is_named_and_nothing_gets_out() {
-    let lab = Lab::up(crate::scenario(), &Options::unique("bad")).unwrap();
+    let lab = crate::up(crate::scenario(), "bad");
     for namespace in ["shop", "billing", "untouched"] {
         lab.host_kubectl(&["create", "namespace", namespace], "").unwrap();
     }
@@ -122,6 +123,8 @@ fn what_goes_wrong_is_named_and_nothing_gets_out() {
     for (name, node) in [("eager-1", "node-1"), ("eager-2", BARE)] {
         eager(&lab, name, node);
     }
+    no_node_for_gateways_any_more(&lab);
+    nothing(&watches, "without a node for gateways");
     no_image(&lab);
     nothing(&watches, "without an image");
     too_little_memory(&lab);
@@ -130,7 +133,8 @@ fn what_goes_wrong_is_named_and_nothing_gets_out() {
     nothing(&watches, "with a setting that the program does not know");
     nobody_may_hold_the_pool(&lab);
     nothing(&watches, "with a pool that nobody may hold");
-    lab.down().unwrap();
+    drop(watches);
+    crate::down(lab);
 }
 
 /// No node has the label that gateways are to have: nobody is managed, and it is said why.
@@ -143,6 +147,27 @@ fn no_node_for_gateways(lab: &Lab) {
         let own = Some(node(lab, "node-1", Family::V4));
         assert_eq!(source(lab, pod, Family::V4, "other.example.org"), own, "{pod}: nothing is managed yet");
     }
+}
+
+/// The same in a cluster in which namespaces are managed: while there is no gateway they have no way out, and others have theirs.
+fn no_node_for_gateways_any_more(lab: &Lab) {
+    helm(lab, "--set gateway.nodeSelector.nobody=has");
+    says(lab, "gateways that find no other node", &["Unschedulable: 0/", "node affinity/selector"]);
+    enforced(lab, "a gateway is left");
+    // As after the nodes that had the label.
+    let scale = |n: u8| typed(lab, &format!("kubectl scale -n {SYSTEM} deployment/tidegate-gateway --replicas={n}"));
+    scale(0);
+    typed(lab, &format!("kubectl wait -n {SYSTEM} --for=delete --timeout=60s pod -l {GATEWAYS}"));
+    scale(2);
+    says(lab, "no node for gateways any more", &["none of 2 gateways is ready", "Unschedulable: 0/"]);
+    for (pod, family) in PODS.iter().flat_map(|pod| FAMILIES.map(|f| (pod, f))) {
+        for name in ["api.example.com", "other.example.org"] {
+            assert_eq!(source(lab, pod, family, name), None, "{pod} {family:?} {name}");
+        }
+    }
+    let own = Some(node(lab, "node-1", Family::V4));
+    assert_eq!(source(lab, "untouched/one", Family::V4, "other.example.org"), own);
+    back(lab);
 }
 
 /// Where a node has no BPF file system its agent mounts one for it: what is pinned outlives the agent's container.
@@ -212,10 +237,26 @@ fn nobody_may_hold_the_pool(lab: &Lab) {
     let said = wait_for(SOON, condition).unwrap_or_else(|| panic!("{}", status(lab)));
     println!("a pool that nobody may hold: {said}");
     assert!(said["message"].as_str().unwrap().contains("203.0.113.99"), "{said}");
+    // Nobody else asks for it now.
+    let name = "api.example.com";
+    let spec = lab.scenario().internet.names.iter().find(|n| n.name == name).unwrap();
+    let (v4, v6): (IpAddr, IpAddr) = (spec.ipv4[0].into(), spec.ipv6[0].into());
+    let watches = [v4, v6].map(|ip| lab.watch(ip, "").unwrap());
+    let pinned = |pod: &str, family: Family| {
+        let to = format!("{name}:443:{}", family.pick(v4, v6));
+        curl(&lab.cluster_pod(pod), family, &format!("https://{name}/"), &["--resolve", &to]).source()
+    };
     for family in FAMILIES {
-        for name in ["api.example.com", "other.example.org"] {
+        for name in [name, "other.example.org"] {
             assert_eq!(source(lab, "billing/one", family, name), None, "{family:?} {name}");
         }
+        assert_eq!(pinned("billing/one", family), None, "{family:?}: without a name");
+    }
+    nothing(&watches, "of who leaves with a pool that nobody may hold");
+    // The watches see what a pod of the same node sends.
+    for (family, watch) in FAMILIES.into_iter().zip(&watches) {
+        assert_eq!(pinned("untouched/one", family), Some(node(lab, "node-1", family)));
+        assert!(watch.packets().unwrap() > 0, "{family:?}");
     }
     enforced(lab, "a pool that nobody may hold");
 }
