@@ -11,13 +11,16 @@ use tidegate_lab::lab::wait_for;
 
 /// How long a kubelet may take to start a pod and to say how it ended, on a busy machine.
 const STARTED: Duration = Duration::from_secs(60);
-/// One question and one SYN have to do: resolvers ask again after five seconds, and a SYN is repeated after one.
-const ONCE: [&str; 6] = ["curl", "-sSk", "--connect-timeout", "4", "--max-time", "4"];
+/// One question has to do: resolvers ask again after five seconds. The last line says when the name and when the connection was there.
+const ONCE: [&str; 8] =
+    ["curl", "-sSk", "--connect-timeout", "4", "--max-time", "4", "-w", r"\n%{time_namelookup} %{time_connect}"];
+/// One SYN has to do: it is repeated after a second.
+const SYN: f64 = 0.9;
 
-/// A pod that runs one command, as its first instruction.
-fn pod(lab: &Lab, key: &str, node: &str, url: &str) {
+/// A pod that asks for something, as its first instruction.
+fn pod(lab: &Lab, key: &str, node: &str, what: &[&str]) {
     let (namespace, name) = key.split_once('/').unwrap();
-    let command: Vec<&str> = ONCE.into_iter().chain([url]).collect();
+    let command = [&ONCE[..], what].concat();
     let object = json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {"namespace": namespace, "name": name, "labels": {"app": "web"}},
@@ -43,6 +46,12 @@ fn ended(lab: &Lab, key: &str) -> (bool, String) {
     (phase.as_deref() == Some("Succeeded"), format!("{phase:?}: {said}"))
 }
 
+/// How long after the name the connection was there, in seconds.
+fn connected(said: &str) -> Option<f64> {
+    let (name, connection) = said.lines().last()?.split_once(' ')?;
+    Some(connection.parse::<f64>().ok()? - name.parse::<f64>().ok()?)
+}
+
 /// In a namespace that allows one name, on every node.
 pub fn first_instruction(lab: &Lab) {
     let disk = tidegate_lab::kubelet::disk(lab.name());
@@ -56,14 +65,21 @@ pub fn first_instruction(lab: &Lab) {
         };
         assert!(wait_for(STARTED, entry).is_some(), "{}: the plugin has no entry", node.name);
         let key = |what: &str| format!("shop/{what}-{}", node.name);
-        pod(lab, &key("allowed"), &node.name, "https://api.example.com/");
-        pod(lab, &key("denied4"), &node.name, "http://198.51.100.14:8080/");
-        pod(lab, &key("denied6"), &node.name, "http://[2001:db8:100::14]:8080/");
+        // With both families at hand curl would try the other one while a SYN is lost.
+        pod(lab, &key("allowed4"), &node.name, &["--ipv4", "https://api.example.com/"]);
+        pod(lab, &key("allowed6"), &node.name, &["--ipv6", "https://api.example.com/"]);
+        pod(lab, &key("denied4"), &node.name, &["http://198.51.100.14:8080/"]);
+        pod(lab, &key("denied6"), &node.name, &["http://[2001:db8:100::14]:8080/"]);
     }
-    pod(lab, "untouched/free", "node-1", "https://other.example.org/");
+    pod(lab, "untouched/free", "node-1", &["https://other.example.org/"]);
     for node in &lab.scenario().nodes {
-        let (worked, said) = ended(lab, &format!("shop/allowed-{}", node.name));
-        assert!(worked && said.contains("\"source\""), "{}: {said}", node.name);
+        for what in ["allowed4", "allowed6"] {
+            let (worked, said) = ended(lab, &format!("shop/{what}-{}", node.name));
+            assert!(worked && said.contains("\"source\""), "{} {what}: {said}", node.name);
+            let after = connected(&said);
+            println!("first instruction, {} {what}: connected {after:?} s after the name", node.name);
+            assert!(after.is_some_and(|s| s < SYN), "{} {what}: the first SYN was lost: {said}", node.name);
+        }
         for what in ["denied4", "denied6"] {
             let (worked, said) = ended(lab, &format!("shop/{what}-{}", node.name));
             assert!(!worked, "{} {what}: {said}", node.name);
