@@ -20,19 +20,30 @@ const REPLACED: Duration = Duration::from_secs(60);
 /// What a node has: in its kernel, and files that Tidegate has to do with.
 pub struct Before {
     traces: BTreeMap<String, Traces>,
-    files: BTreeMap<String, BTreeSet<PathBuf>>,
+    files: BTreeMap<String, BTreeMap<PathBuf, String>>,
 }
 
-/// Files, below the node's root, and folders of Tidegate's. Other empty folders that a kubelet made for a mount are its own.
-fn files(lab: &Lab, node: &str) -> BTreeSet<PathBuf> {
+/// The folder of network configurations.
+const NETWORK: &str = "etc/cni/net.d";
+
+/// Files, below the node's root, and folders of Tidegate's; with what network configurations say. Other empty folders that a kubelet made for a
+/// mount are its own.
+fn files(lab: &Lab, node: &str) -> BTreeMap<PathBuf, String> {
     let top = lab.node_root(node).unwrap();
-    let folders = ["sys/fs/bpf", "run/tidegate", "opt/cni/bin", "etc/cni/net.d", "var/lib/tidegate"];
+    let folders = ["sys/fs/bpf", "run/tidegate", "opt/cni/bin", NETWORK, "var/lib/tidegate"];
     let all = folders.iter().flat_map(|folder| traces::tree(&top.join(folder)));
     let ours = ["run/tidegate", "var/lib/tidegate"].map(|folder| top.join(folder));
     let own = ours.clone().into_iter().filter(|f| f.exists());
     all.filter(|f| f.is_file() || f.starts_with(top.join("sys")) || ours.iter().any(|o| f.starts_with(o)))
         .chain(own)
-        .map(|f| f.strip_prefix(&top).unwrap().to_owned())
+        .map(|f| {
+            let says = if f.starts_with(top.join(NETWORK)) {
+                fs::read_to_string(&f).unwrap_or_default()
+            } else {
+                String::new()
+            };
+            (f.strip_prefix(&top).unwrap().to_owned(), says)
+        })
         .collect()
 }
 
@@ -105,8 +116,12 @@ pub fn uninstall(lab: &Lab, before: &Before) {
             assert_ne!(now[what], before.traces[&name][what], "{name}: {what}: the look sees what Tidegate does");
         }
         for folder in ["run/tidegate", "var/lib/tidegate"] {
-            assert!(files(lab, &name).contains(Path::new(folder)), "{name}: the look sees {folder}");
+            assert!(files(lab, &name).contains_key(Path::new(folder)), "{name}: the look sees {folder}");
         }
+        let network = |(file, says): (&PathBuf, &String)| {
+            file.starts_with(NETWORK) && before.files[&name].get(file) != Some(says)
+        };
+        assert!(files(lab, &name).iter().any(network), "{name}: the look sees the plugin's entry");
     }
     typed(lab, "helm uninstall tidegate --namespace tidegate-system --wait");
     // The kernel frees programs after a grace period, kubelets pods a moment after they are gone from the API.
@@ -116,8 +131,13 @@ pub fn uninstall(lab: &Lab, before: &Before) {
             let found = traces::differences(&before.traces[&name], &traces::of(&lab.place(&name).unwrap()).unwrap());
             left.extend(found.into_iter().map(|what| format!("{name}: {what}")));
             let files = files(lab, &name);
-            left.extend(files.difference(&before.files[&name]).map(|f| format!("{name}: more: {}", f.display())));
-            left.extend(before.files[&name].difference(&files).map(|f| format!("{name}: less: {}", f.display())));
+            let was = &before.files[&name];
+            let other = |a: &BTreeMap<PathBuf, String>, b: &BTreeMap<PathBuf, String>, what: &str| -> Vec<String> {
+                let other = a.iter().filter(|(file, says)| b.get(*file) != Some(says));
+                other.map(|(file, says)| format!("{name}: {what}: {} {says}", file.display())).collect()
+            };
+            left.extend(other(&files, was, "more"));
+            left.extend(other(was, &files, "less"));
         }
         let loaded = traces::loaded(&maps, &programs);
         if loaded > 0 {
