@@ -19,8 +19,9 @@ use crate::install::SYSTEM;
 
 /// How long a namespace of the test may take to be there.
 const BEGUN: Duration = Duration::from_secs(60);
-/// How long agents may take to be as their DaemonSet says.
-const ROLLED: &str = "--timeout=90s";
+/// How long agents may take to be as their DaemonSet says: one after the other, and each has been ready for ten seconds before the
+/// next one's turn comes.
+const ROLLED: &str = "--timeout=180s";
 const OUTSIDE: &[&str] = &["--allow", "api.example.com", "--deny", "other.example.org", "-o", "json"];
 const TEST: &str = "tidegate-connectivity-test";
 
@@ -108,6 +109,21 @@ pub fn connectivity(lab: &Lab) {
         assert!(from.is_some_and(|r| r["detail"].as_str().unwrap().starts_with(address)), "{family}: {from:?}");
     }
     assert!(kept.contains("in-cluster name V4 node-1"), "{kept:?}");
+
+    // As people see it.
+    let seen = command(lab, "connectivity-test", &[&OUTSIDE[..4], &["--node", "node-2"]].concat()).output().unwrap();
+    let table = String::from_utf8(seen.stdout).unwrap();
+    println!("{table}");
+    assert!(seen.status.success(), "{}", String::from_utf8_lossy(&seen.stderr));
+    let row = |words: &[&str]| {
+        let line = table.lines().find(|l| words.iter().all(|w| l.split_whitespace().any(|word| word == *w)));
+        assert!(line.is_some(), "{words:?}: {table}");
+    };
+    row(&["CHECK", "FAMILY", "NODE", "RESULT", "SEEN"]);
+    for family in ["IPv4", "IPv6"] {
+        row(&["denied", "name", family, "node-2", "ok"]);
+    }
+    assert!(table.contains("\nevery promise is kept: "), "{table}");
 
     // An installation that is broken on one node.
     agents_but(lab, Some("node-2"));
@@ -218,7 +234,20 @@ pub fn sysdump(lab: &Lab) {
     without_secrets(&files, &secrets);
     assert!(text(&files, "summary.txt").contains("nothing is missing"));
     assert!(text(&files, "objects/egresspools.json").contains("partner-a"));
-    let pods: Value = serde_json::from_slice(&files["install/pods.json"]).unwrap();
+    let json = |file: &str| -> Value { serde_json::from_str(&text(&files, file)).unwrap() };
+    let version = lab.host_kubectl(&["get", "--raw", "/version"], "").unwrap();
+    let version: Value = serde_json::from_str(&version).unwrap();
+    assert!(version["gitVersion"].is_string());
+    assert_eq!(json("cluster/version.json")["gitVersion"], version["gitVersion"]);
+    // What kubelets say of Tidegate's pods, and what Tidegate says of others'.
+    for (file, reason, of) in
+        [("install/events.json", "Started", "tidegate-"), ("cluster/events.json", "EgressDenied", "")]
+    {
+        let told = |e: &Value| e["reason"] == reason && e["involvedObject"]["name"].as_str().unwrap().starts_with(of);
+        let all = json(file);
+        assert!(all.as_array().unwrap().iter().any(told), "{file} has no {reason}: {all}");
+    }
+    let pods = json("install/pods.json");
     let pods = pods.as_array().unwrap();
     assert_eq!(pods.len(), 2 + lab.scenario().nodes.len());
     for pod in pods {
