@@ -30,7 +30,8 @@ impl Kube {
     /// When the credentials cannot be used, or the thread cannot be started.
     pub fn start(config: &Config, kubernetes: &Kubernetes, runtime: Runtime) -> Result<Self> {
         let settings = Settings {
-            kubeconfig: kubernetes.kubeconfig.clone(),
+            kubeconfig: kubernetes.kubeconfig.iter().cloned().collect(),
+            context: None,
             namespace: kubernetes.namespace.clone(),
             service: kubernetes.service.clone(),
             name: config.name.clone(),

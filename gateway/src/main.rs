@@ -124,7 +124,7 @@ enum Command {
         #[arg(long)]
         cluster: bool,
         #[command(flatten)]
-        api: Api,
+        api: overview::Api,
         /// How it is printed; a component's own status is always JSON.
         #[arg(short, long, value_enum, default_value_t)]
         output: overview::Format,
@@ -138,7 +138,7 @@ enum Command {
     /// kept; 1: one is not, and the table says which, where, and what was seen; 2: the test could not be run.
     ConnectivityTest {
         #[command(flatten)]
-        api: Api,
+        api: overview::Api,
         #[command(flatten)]
         options: connectivity::Options,
     },
@@ -147,7 +147,7 @@ enum Command {
     /// Exit code 0: everything is in it; 1: something could not be had, which is named there in summary.txt; 2: there is no archive.
     Sysdump {
         #[command(flatten)]
-        api: Api,
+        api: overview::Api,
         #[command(flatten)]
         options: sysdump::Options,
     },
@@ -170,7 +170,7 @@ enum Command {
     /// Take Tidegate out of every node and pool of a cluster, before its objects are deleted: the hook of `helm uninstall`.
     Uninstall {
         #[command(flatten)]
-        api: Api,
+        api: overview::Api,
         /// How long nodes and gateways may take, in seconds; what is not done then stays.
         #[arg(long, default_value_t = 300)]
         timeout: u64,
@@ -189,17 +189,6 @@ enum CniCommand {
     Version,
 }
 
-/// How the API server is reached.
-#[derive(Debug, clap::Args)]
-struct Api {
-    /// Absent: $KUBECONFIG, ~/.kube/config, or in a pod its ServiceAccount.
-    #[arg(long)]
-    kubeconfig: Option<PathBuf>,
-    /// The namespace in which Tidegate is installed.
-    #[arg(short, long, default_value = "tidegate-system")]
-    namespace: String,
-}
-
 /// A thread that died by a bug must not leave a process behind that looks alive: enforcement stays in the kernel, and
 /// whoever started the process starts it again.
 fn abort_on_panic() {
@@ -215,10 +204,10 @@ fn crds() -> anyhow::Result<u8> {
     Ok(0)
 }
 
-fn uninstall(api: Api, timeout: u64, made: &Made) -> anyhow::Result<u8> {
+fn uninstall(api: overview::Api, timeout: u64, made: &Made) -> anyhow::Result<u8> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let done = runtime.block_on(async {
-        let connection = overview::connect(api.kubeconfig, api.namespace).await?;
+        let connection = overview::connect(api).await?;
         anyhow::Ok(tidegate_kubernetes::uninstall(&connection, made, Duration::from_secs(timeout)).await?)
     })?;
     println!("{} of {} nodes have nothing of Tidegate any more", done.clean, done.nodes);
@@ -271,11 +260,11 @@ fn main() -> ExitCode {
         Command::Crds => crds(),
         Command::Cni { command } => return cni(command),
         Command::Status { cluster: true, api, output, wait, .. } => {
-            overview::run(api.kubeconfig, api.namespace, output, Duration::from_secs(wait))
+            overview::run(api, output, Duration::from_secs(wait))
         }
         Command::Status { admin, .. } => status::run(admin),
-        Command::ConnectivityTest { api, options } => connectivity::run(api.kubeconfig, api.namespace, &options),
-        Command::Sysdump { api, options } => sysdump::run(api.kubeconfig, api.namespace, &options),
+        Command::ConnectivityTest { api, options } => connectivity::run(api, &options),
+        Command::Sysdump { api, options } => sysdump::run(api, &options),
         Command::Collect { config, item } => sysdump::collect::run(&config, item),
         Command::Probe { attempt } => probe::run(&attempt),
         Command::Uninstall { api, timeout, secret, trust } => uninstall(api, timeout, &Made { secret, trust }),

@@ -1,10 +1,11 @@
 //! `tidegate status --cluster`: gateways, nodes, pools and policies, as the API server has them.
 
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use serde_json::Value;
 use tidegate_kubernetes::{Connection, Error, Settings, objects};
@@ -15,6 +16,20 @@ const SAID: usize = 1000;
 const TROUBLES: usize = 10;
 /// How often it is looked while waiting.
 const LOOK: Duration = Duration::from_secs(2);
+
+/// How the API server is reached.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Api {
+    /// Absent: the files of $KUBECONFIG, ~/.kube/config, or in a pod its ServiceAccount.
+    #[arg(long)]
+    pub kubeconfig: Option<PathBuf>,
+    /// A context of the kubeconfig. Absent: the current one.
+    #[arg(long)]
+    pub context: Option<String>,
+    /// The namespace in which Tidegate is installed.
+    #[arg(short, long, default_value = "tidegate-system")]
+    pub namespace: String,
+}
 
 /// How the command prints.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -310,20 +325,31 @@ impl Overview {
     }
 }
 
-/// The way to the API server of somebody at a shell, or of a pod: the kubeconfig that is named, `$KUBECONFIG`,
-/// `~/.kube/config` if it is there, else the pod's ServiceAccount.
+/// The way to the API server of somebody at a shell, or of a pod.
 ///
 /// # Errors
 /// There are no credentials, or they cannot be used.
-pub async fn connect(kubeconfig: Option<PathBuf>, namespace: String) -> Result<Connection> {
-    let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".kube/config")).filter(|p| p.exists());
-    let named = || std::env::var_os("KUBECONFIG").filter(|v| !v.is_empty()).map(PathBuf::from);
-    let settings = Settings {
-        kubeconfig: kubeconfig.or_else(named).or_else(home),
-        namespace: Some(namespace),
-        ..Settings::default()
-    };
+pub async fn connect(api: Api) -> Result<Connection> {
+    let home = std::env::var_os("HOME").map(PathBuf::from);
+    let kubeconfig = kubeconfigs(api.kubeconfig, std::env::var_os("KUBECONFIG"), home);
+    ensure!(api.context.is_none() || !kubeconfig.is_empty(), "--context is one of a kubeconfig, and there is none");
+    let settings = Settings { kubeconfig, context: api.context, namespace: Some(api.namespace), ..Settings::default() };
     Ok(Connection::new(settings).await?)
+}
+
+/// The one that is named, else those of `$KUBECONFIG`, else `~/.kube/config` if it is there. As for kubectl, some of several may be missing.
+fn kubeconfigs(named: Option<PathBuf>, variable: Option<OsString>, home: Option<PathBuf>) -> Vec<PathBuf> {
+    if let Some(one) = named {
+        return vec![one];
+    }
+    let variable = variable.unwrap_or_default();
+    let all: Vec<PathBuf> = std::env::split_paths(&variable).filter(|p| !p.as_os_str().is_empty()).collect();
+    if all.is_empty() {
+        return home.map(|h| h.join(".kube/config")).filter(|p| p.exists()).into_iter().collect();
+    }
+    let there: Vec<PathBuf> = all.iter().filter(|p| p.exists()).cloned().collect();
+    // Where all are missing the error names them.
+    if there.is_empty() { all } else { there }
 }
 
 /// Reads everything. What this user may not read is left out and named.
@@ -377,11 +403,11 @@ fn allowed<T>(found: Result<T, Error>, what: &str, forbidden: &mut Vec<String>) 
 ///
 /// # Errors
 /// The API server cannot be asked.
-pub fn run(kubeconfig: Option<PathBuf>, namespace: String, format: Format, wait: Duration) -> Result<u8> {
+pub fn run(api: Api, format: Format, wait: Duration) -> Result<u8> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot make a runtime")?;
     runtime.block_on(async {
-        let connection = connect(kubeconfig, namespace).await?;
+        let connection = connect(api).await?;
         let deadline = Instant::now() + wait;
         let overview = loop {
             let found = read(&connection).await;
@@ -476,6 +502,24 @@ you may not list pods
         assert!(!overview(&[], &agents(2, 2), &[], &[], Vec::new()).ready);
         assert!(!overview(&[pod], &Value::Null, &[], &[], Vec::new()).ready);
     }
+
+    #[test]
+    fn kubeconfigs_are_found_as_by_kubectl() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str| folder.path().join(name);
+        std::fs::create_dir(file(".kube")).unwrap();
+        for name in [".kube/config", "a", "b"] {
+            std::fs::write(file(name), "").unwrap();
+        }
+        let joined = |all: &[&str]| Some(std::env::join_paths(all.iter().map(|n| file(n))).unwrap());
+        let home = || Some(folder.path().to_owned());
+        assert_eq!(kubeconfigs(Some(file("x")), joined(&["a"]), home()), [file("x")]);
+        assert_eq!(kubeconfigs(None, joined(&["a", "missing", "b"]), home()), [file("a"), file("b")]);
+        assert_eq!(kubeconfigs(None, joined(&["missing"]), home()), [file("missing")]);
+        assert_eq!(kubeconfigs(None, Some(OsString::new()), home()), [file(".kube/config")]);
+        assert!(kubeconfigs(None, None, Some(file("a"))).is_empty() && kubeconfigs(None, None, None).is_empty());
+    }
+
     #[test]
     fn pods_say_what_keeps_them_from_running() {
         let said = |status: Value| {

@@ -19,7 +19,7 @@ pub enum Error {
     /// The kubeconfig cannot be used.
     #[error("the kubeconfig {path} cannot be used: {source}")]
     Kubeconfig {
-        /// The file.
+        /// The file, or the files, as `$KUBECONFIG` has them.
         path: PathBuf,
         /// Why.
         source: Box<kube::config::KubeconfigError>,
@@ -54,8 +54,10 @@ impl Error {
 /// Who this gateway is to Kubernetes, and how it gets there.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
-    /// A kubeconfig; absent: the pod's own ServiceAccount.
-    pub kubeconfig: Option<PathBuf>,
+    /// Kubeconfigs; what the first of them has counts. None: the pod's own ServiceAccount.
+    pub kubeconfig: Vec<PathBuf>,
+    /// A context of theirs; absent: the current one.
+    pub context: Option<String>,
     /// The gateways' namespace; absent: the pod's own, or that of the kubeconfig's context.
     pub namespace: Option<String>,
     /// The gateways' headless Service.
@@ -87,13 +89,21 @@ impl Connection {
     /// # Errors
     /// When there are no credentials, or they cannot be used.
     pub async fn new(settings: Settings) -> Result<Self, Error> {
-        let mut config = match settings.kubeconfig {
-            Some(path) => {
-                let refused = |source| Error::Kubeconfig { path: path.clone(), source: Box::new(source) };
-                let read = Kubeconfig::read_from(&path).map_err(refused)?;
-                Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await.map_err(refused)?
+        let files = settings.kubeconfig;
+        let mut config = if files.is_empty() {
+            Config::incluster().map_err(|e| Error::InCluster(Box::new(e)))?
+        } else {
+            let refused = |path: &PathBuf| {
+                let path = path.clone();
+                move |source| Error::Kubeconfig { path, source: Box::new(source) }
+            };
+            let mut read = Kubeconfig::default();
+            for file in &files {
+                read = Kubeconfig::read_from(file).and_then(|next| read.merge(next)).map_err(refused(file))?;
             }
-            None => Config::incluster().map_err(|e| Error::InCluster(Box::new(e)))?,
+            let all = files.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().join(":").into();
+            let options = KubeConfigOptions { context: settings.context, ..KubeConfigOptions::default() };
+            Config::from_custom_kubeconfig(read, &options).await.map_err(refused(&all))?
         };
         config.connect_timeout = Some(CONNECT);
         config.write_timeout = Some(WRITE);
@@ -115,5 +125,47 @@ pub async fn within<T>(request: impl Future<Output = Result<T, kube::Error>>) ->
     match tokio::time::timeout(ANSWER, request).await {
         Ok(answer) => Ok(answer?),
         Err(_) => Err(Error::Timeout),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(folder: &std::path::Path, name: &str, current: &str, contexts: &[(&str, &str)]) -> PathBuf {
+        let list: Vec<String> = contexts
+            .iter()
+            .map(|(context, namespace)| {
+                format!("{{name: {context}, context: {{cluster: c, user: u, namespace: {namespace}}}}}")
+            })
+            .collect();
+        let text = format!(
+            "apiVersion: v1\nkind: Config\n{current}clusters: [{{name: c, cluster: {{server: 'http://127.0.0.1:1'}}}}]\n\
+             users: [{{name: u, user: {{}}}}]\ncontexts: [{}]\n",
+            list.join(", ")
+        );
+        let path = folder.join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+
+    #[tokio::test]
+    async fn several_kubeconfigs_are_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = file(folder.path(), "a", "", &[("one", "of-one")]);
+        let second = file(folder.path(), "b", "current-context: two\n", &[("one", "other"), ("two", "of-two")]);
+        let namespace = async |files: &[&PathBuf], context: Option<&str>| {
+            let kubeconfig = files.iter().map(|f| (*f).clone()).collect();
+            let settings = Settings { kubeconfig, context: context.map(str::to_owned), ..Settings::default() };
+            Connection::new(settings).await.map(|c| c.namespace).map_err(|e| e.to_string())
+        };
+        assert_eq!(namespace(&[&first, &second], None).await, Ok("of-two".into()));
+        assert_eq!(namespace(&[&first, &second], Some("one")).await, Ok("of-one".into()));
+        assert_eq!(namespace(&[&second, &first], Some("one")).await, Ok("other".into()));
+        let refused = namespace(&[&first, &second], Some("three")).await.unwrap_err();
+        assert!(refused.contains("/a:") && refused.contains("/b cannot be used: "), "{refused}");
+        let none = folder.path().join("none");
+        let refused = namespace(&[&first, &none], None).await.unwrap_err();
+        assert!(refused.contains("/none cannot be used: "), "{refused}");
     }
 }

@@ -95,7 +95,7 @@ impl Test {
 
     fn gateway_by(&self, name: &str, kubeconfig: std::path::PathBuf) -> Gateway {
         let settings = Settings {
-            kubeconfig: Some(kubeconfig),
+            kubeconfig: vec![kubeconfig],
             namespace: Some("default".into()),
             name: name.into(),
             ..Settings::default()
@@ -196,7 +196,7 @@ fn the_leader_takes_the_startup_taint_off_nodes_that_enforce() {
         test.kubectl(&["create", "-f", "-"], &node(name));
     }
     let settings = Settings {
-        kubeconfig: Some(test.cluster.kubeconfig()),
+        kubeconfig: vec![test.cluster.kubeconfig()],
         namespace: Some("default".into()),
         name: "gw-a".into(),
         ..Settings::default()

@@ -31,7 +31,7 @@ fn cluster() -> Arc<Cluster> {
 }
 
 async fn connect(cluster: &Cluster) -> kube::Client {
-    let settings = Settings { kubeconfig: Some(cluster.kubeconfig()), ..Settings::default() };
+    let settings = Settings { kubeconfig: vec![cluster.kubeconfig()], ..Settings::default() };
     Connection::new(settings).await.unwrap().client
 }
 
@@ -388,7 +388,7 @@ async fn connections_that_hang_are_replaced() {
     let cluster = cluster();
     make(&cluster, "hangs", &[1]);
     let proxy = Proxy::start(&cluster);
-    let settings = Settings { kubeconfig: Some(proxy.kubeconfig()), ..Settings::default() };
+    let settings = Settings { kubeconfig: vec![proxy.kubeconfig()], ..Settings::default() };
     let mut a = Gateway::with(Connection::new(settings).await.unwrap().client, "gw-a");
     a.records("hangs", &[]).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
@@ -412,7 +412,7 @@ async fn a_watch_that_hangs_alone_holds_nothing_up() {
     let cluster = cluster();
     make(&cluster, "quiet", &[1]);
     let proxy = Proxy::start(&cluster);
-    let settings = Settings { kubeconfig: Some(proxy.kubeconfig()), ..Settings::default() };
+    let settings = Settings { kubeconfig: vec![proxy.kubeconfig()], ..Settings::default() };
     let mut a = Gateway::with(Connection::new(settings).await.unwrap().client, "gw-a");
     a.send(write("quiet", 1, by("gw-a", 1), None)).await;
     a.records("quiet", &[record(1, "gw-a", 1)]).await;

@@ -29,7 +29,7 @@ struct Follower {
 
 impl Follower {
     async fn new(kubeconfig: std::path::PathBuf, namespace: &str) -> Self {
-        let settings = Settings { kubeconfig: Some(kubeconfig), service: "gw".into(), ..Settings::default() };
+        let settings = Settings { kubeconfig: vec![kubeconfig], service: "gw".into(), ..Settings::default() };
         let connection = Connection::new(settings).await.unwrap();
         let list = List {
             feed: MAPS,
@@ -145,7 +145,7 @@ async fn octets_that_are_no_text_stop_no_list() {
     let cluster = Cluster::shared().unwrap();
     made(&cluster, "octets");
     apply(&cluster, &map("octets", "good", "1"));
-    let settings = Settings { kubeconfig: Some(cluster.kubeconfig()), service: "gw".into(), ..Settings::default() };
+    let settings = Settings { kubeconfig: vec![cluster.kubeconfig()], service: "gw".into(), ..Settings::default() };
     let client = Connection::new(settings).await.unwrap().client;
     let mut f = Follower::new(cluster.kubeconfig(), "octets").await;
     f.until(SOON, "the list", |f| f.has(&[("good", "1")])).await;
@@ -291,7 +291,7 @@ async fn a_watch_on_gateways_that_hangs_is_replaced_in_half_a_minute() {
     let cluster = Cluster::shared().unwrap();
     made(&cluster, "hung");
     let proxy = Proxy::start(&cluster);
-    let settings = Settings { kubeconfig: Some(proxy.kubeconfig()), service: "gw".into(), ..Settings::default() };
+    let settings = Settings { kubeconfig: vec![proxy.kubeconfig()], service: "gw".into(), ..Settings::default() };
     let client = Connection::new(settings).await.unwrap().client;
     let (tell, mut told) = mpsc::unbounded_channel();
     let task = tokio::spawn(async move { members::run(client, "hung", "gw", move |m| drop(tell.send(m))).await });
@@ -388,7 +388,7 @@ async fn a_restored_backup_is_read_anew() {
 #[tokio::test]
 async fn a_kind_that_is_not_there_is_said_or_taken_for_empty() {
     let cluster = Cluster::shared().unwrap();
-    let settings = Settings { kubeconfig: Some(cluster.kubeconfig()), ..Settings::default() };
+    let settings = Settings { kubeconfig: vec![cluster.kubeconfig()], ..Settings::default() };
     let connection = Connection::new(settings).await.unwrap();
     assert_eq!(connection.namespace, "default");
     let list = |feed, optional| List {

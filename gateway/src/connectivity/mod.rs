@@ -9,14 +9,13 @@ mod report;
 mod stage;
 
 use std::net::IpAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use tidegate_kubernetes::Connection;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::overview::{self, Format};
+use crate::overview::{self, Api, Format};
 use checks::Outside;
 use report::Row;
 use stage::{Side, Stage};
@@ -150,13 +149,13 @@ impl Stop {
 ///
 /// # Errors
 /// It could not be run: the caller's exit code is 2.
-pub fn run(kubeconfig: Option<PathBuf>, namespace: String, options: &Options) -> Result<u8> {
+pub fn run(api: Api, options: &Options) -> Result<u8> {
     let (names, outside) = (Names::new(&options.test_namespace)?, options.outside()?);
     options.labels()?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot make a runtime")?;
     runtime.block_on(async {
-        let connection = overview::connect(kubeconfig, namespace).await?;
+        let connection = overview::connect(api).await?;
         let mut stop = Stop::new()?;
         let left = tokio::select! {
             left = stage::sweep(&connection, &names) => left?,

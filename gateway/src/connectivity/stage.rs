@@ -373,7 +373,7 @@ mod tests {
     async fn nobody_takes_away_what_others_made() {
         let cluster = tidegate_kube::Cluster::shared().unwrap();
         let controllers = cluster.start_controllers(&["namespace-controller"]).unwrap();
-        let settings = tidegate_kubernetes::Settings { kubeconfig: Some(cluster.kubeconfig()), ..Default::default() };
+        let settings = tidegate_kubernetes::Settings { kubeconfig: vec![cluster.kubeconfig()], ..Default::default() };
         let connection = Connection::new(settings).await.unwrap();
         let names = Names::new("stage").unwrap();
         let uid = async |name: &str| {

@@ -74,7 +74,8 @@ fn cluster() -> Cluster {
 
 async fn connection(cluster: &Cluster, name: &str) -> Connection {
     let settings = Settings {
-        kubeconfig: Some(cluster.kubeconfig()),
+        kubeconfig: vec![cluster.kubeconfig()],
+        context: None,
         namespace: Some("tidegate-system".into()),
         service: "tidegate-gateway".into(),
         name: name.into(),

@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use jiff::Timestamp;
 
-use crate::overview;
+use crate::overview::{self, Api};
 use archive::Archive;
 
 /// Where it is written, and how much.
@@ -40,11 +40,11 @@ pub struct Options {
 ///
 /// # Errors
 /// There is no way to an API server, or the archive cannot be written.
-pub fn run(kubeconfig: Option<PathBuf>, namespace: String, options: &Options) -> Result<u8> {
+pub fn run(api: Api, options: &Options) -> Result<u8> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot make a runtime")?;
     runtime.block_on(async {
-        let connection = overview::connect(kubeconfig, namespace).await?;
+        let connection = overview::connect(api).await?;
         let now = Timestamp::now();
         let name = format!("tidegate-sysdump-{}", now.strftime("%Y%m%dT%H%M%SZ"));
         let file = options.file.clone().unwrap_or_else(|| format!("{name}.tar.gz").into());

@@ -110,8 +110,12 @@ pub fn connectivity(lab: &Lab) {
     }
     assert!(kept.contains("in-cluster name V4 node-1"), "{kept:?}");
 
-    // As people see it.
-    let seen = command(lab, "connectivity-test", &[&OUTSIDE[..4], &["--node", "node-2"]].concat()).output().unwrap();
+    // As people see it, by one of several contexts in one of several files.
+    let paths = ["/nobody/has/this".into(), lab.host_kubeconfig()];
+    let context = lab.host_kubectl(&["config", "current-context"], "").unwrap();
+    let seen = &[&OUTSIDE[..4], &["--node", "node-2", "--context", context.trim()]].concat();
+    let seen = command(lab, "connectivity-test", seen).env("KUBECONFIG", std::env::join_paths(paths).unwrap()).output();
+    let seen = seen.unwrap();
     let table = String::from_utf8(seen.stdout).unwrap();
     println!("{table}");
     assert!(seen.status.success(), "{}", String::from_utf8_lossy(&seen.stderr));
