@@ -6,14 +6,21 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use futures_util::future::join_all;
 use serde::Serialize;
 use serde_json::Value;
+use tidegate_kubernetes::pods::{self, Container};
 use tidegate_kubernetes::{Connection, Error, Settings, objects};
+
+use crate::sysdump::collect::{self, Item};
 
 const GROUP: &str = "/apis/tidegate.dev/v1alpha1";
 /// The most characters of what a pod says, and the most pods that say something.
 const SAID: usize = 1000;
 const TROUBLES: usize = 10;
+/// How long an agent may take to answer, and the most of its status that is read, in octets.
+const ASKED: Duration = Duration::from_secs(5);
+const STATUS: usize = 256 << 10;
 /// How often it is looked while waiting.
 const LOOK: Duration = Duration::from_secs(2);
 
@@ -57,6 +64,9 @@ pub struct Overview {
     policies: Vec<Policy>,
     /// Collections that this user may not read.
     forbidden: Vec<String>,
+    /// Agents that run and are not ready, with their nodes: what keeps them they know alone.
+    #[serde(skip)]
+    unready: Vec<(String, String)>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -169,7 +179,24 @@ fn overview(pods: &[Value], agents: &Value, pools: &[Value], policies: &[Value],
         pools: pools.iter().map(pool).collect(),
         policies: policies.iter().map(policy).collect(),
         forbidden,
+        unready: pods.iter().filter_map(unready).take(TROUBLES).collect(),
     }
+}
+
+/// An agent that runs and is not ready, with its node.
+fn unready(pod: &Value) -> Option<(String, String)> {
+    let runs = |c: &Value| c["name"] == "agent" && c["ready"] != true && c["state"]["running"].is_object();
+    let ours = pod["metadata"]["labels"]["app.kubernetes.io/component"] == "agent"
+        && pod["metadata"]["deletionTimestamp"].is_null()
+        && array(&pod["status"]["containerStatuses"]).iter().any(runs);
+    ours.then(|| (text(&pod["metadata"]["name"]), text(&pod["spec"]["nodeName"])))
+}
+
+/// What an agent's status says is wrong.
+fn said(status: &[u8]) -> Option<String> {
+    let status: Value = serde_json::from_slice(status).ok()?;
+    let all: Vec<&str> = array(&status["conditions"]).iter().filter_map(Value::as_str).collect();
+    (!all.is_empty()).then(|| short(&all.join("; ")))
 }
 
 /// What keeps a pod from running: that it has no node, or what its kubelet or its program said.
@@ -272,6 +299,28 @@ fn cell(conditions: &[Condition], kind: &str) -> String {
 }
 
 impl Overview {
+    /// Asks agents that run what keeps them from being ready. From who may not run commands in their pods, or gets no answer, it stays hidden.
+    async fn ask(&mut self, connection: &Connection) {
+        let command = collect::command("agent", Item::Status);
+        let command = command.each_ref().map(String::as_str);
+        let asked = self.unready.iter().map(async |(pod, node)| {
+            let at = Container { namespace: &connection.namespace, pod, name: "agent" };
+            let ran = pods::exec(connection, at, &command, STATUS, ASKED).await.ok()?;
+            Some(Trouble { pod: pod.clone(), node: node.clone(), what: said(&ran.output)? })
+        });
+        let found = join_all(asked).await;
+        found.into_iter().flatten().for_each(|trouble| self.tell(trouble));
+    }
+
+    /// Notes what an agent says, in the place of how the one before it ended.
+    fn tell(&mut self, trouble: Trouble) {
+        if let Some(old) = self.troubles.iter_mut().find(|t| t.pod == trouble.pod) {
+            *old = trouble;
+        } else if self.troubles.len() < TROUBLES {
+            self.troubles.push(trouble);
+        }
+    }
+
     /// Tables for people.
     pub fn render(&self) -> String {
         let mut out = String::new();
@@ -409,7 +458,7 @@ pub fn run(api: Api, format: Format, wait: Duration) -> Result<u8> {
     runtime.block_on(async {
         let connection = connect(api).await?;
         let deadline = Instant::now() + wait;
-        let overview = loop {
+        let mut overview = loop {
             let found = read(&connection).await;
             // An API server that comes up late is waited for, too.
             if found.as_ref().is_ok_and(|o| o.ready) || Instant::now() >= deadline {
@@ -417,6 +466,7 @@ pub fn run(api: Api, format: Format, wait: Duration) -> Result<u8> {
             }
             tokio::time::sleep(LOOK).await;
         };
+        overview.ask(&connection).await;
         match format {
             Format::Table => print!("{}", overview.render()),
             Format::Json => println!("{}", serde_json::to_string_pretty(&overview)?),
@@ -547,6 +597,30 @@ you may not list pods
         assert_eq!(said(container(done, json!({}))), None);
         assert_eq!(said(container(json!({"running": {}}), json!({}))), None);
         assert_eq!(said(container(json!({"waiting": {"reason": "ContainerCreating"}}), json!({}))), None);
+
+        // Of an agent that runs again its own word counts, and of others that of their pods.
+        let agent = |name: &str, state: Value, ready: bool| {
+            let labels = json!({"app.kubernetes.io/component": "agent"});
+            let killed = json!({"terminated": {"exitCode": 137, "reason": "Error"}});
+            let status =
+                json!({"containerStatuses": [{"name": "agent", "ready": ready, "state": state, "lastState": killed}]});
+            json!({"metadata": {"name": name, "labels": labels}, "spec": {"nodeName": "n"}, "status": status})
+        };
+        let all = [
+            agent("again", json!({"running": {}}), false),
+            agent("waits", json!({"waiting": {"reason": "CrashLoopBackOff"}}), false),
+            agent("ready", json!({"running": {}}), true),
+        ];
+        let mut shown = overview(&all, &Value::Null, &[], &[], Vec::new());
+        assert_eq!(shown.unready, [("again".to_owned(), "n".to_owned())]);
+        let status = br#"{"node": "n", "conditions": ["this node's certificate is missing", "a second one"]}"#;
+        let trouble = |what: Option<String>| Trouble { pod: "again".into(), node: "n".into(), what: what.unwrap() };
+        shown.tell(trouble(super::said(status)));
+        assert_eq!((super::said(br#"{"conditions": []}"#), super::said(b"no JSON")), (None, None));
+        let table = shown.render();
+        let rows =
+            "again  n     this node's certificate is missing; a second one\nwaits  n     Error (exit code 137)\n";
+        assert!(table.ends_with(rows), "{table}");
 
         let pod = json!({"metadata": {"name": "p"}, "status": container(json!({"waiting": {"reason": "A", "message": "b"}}), json!({}))});
         let shown = overview(&[pod], &Value::Null, &[], &[], Vec::new()).render();

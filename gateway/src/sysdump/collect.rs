@@ -1,4 +1,5 @@
-//! `tidegate collect`: what a pod of Tidegate knows that nobody asks for from outside. `tidegate sysdump` runs it there.
+//! `tidegate collect`: what a pod of Tidegate knows that nobody asks for from outside. `tidegate sysdump` runs it there, and of agents that
+//! are not ready `tidegate status --cluster`.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,8 @@ use serde_json::Value;
 
 use crate::status;
 
+/// The program, where the image has it.
+const PROGRAM: &str = "/usr/local/bin/tidegate";
 /// Entries of a map that are written.
 const ENTRIES: usize = 500;
 /// What the kernel tells of this network namespace and machine, none of it secret.
@@ -64,6 +67,12 @@ impl Item {
             Self::Machine => ("machine", "machine.txt"),
         }
     }
+}
+
+/// What prints an item, in a pod of this component.
+pub fn command(component: &str, item: Item) -> [String; 5] {
+    let config = format!("/etc/tidegate/{component}.yaml");
+    [PROGRAM, "collect", "--config", &config, item.name().0].map(str::to_owned)
 }
 
 /// Prints an item.

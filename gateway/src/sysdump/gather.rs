@@ -11,11 +11,10 @@ use tidegate_kubernetes::{Connection, Error};
 
 use super::Options;
 use super::archive::Archive;
-use super::collect::Item;
+use super::collect::{self, Item};
 use super::redact;
 
 const GROUP: &str = "/apis/tidegate.dev/v1alpha1";
-const PROGRAM: &str = "/usr/local/bin/tidegate";
 /// Pods that are asked at a time.
 const AT_ONCE: usize = 8;
 /// How long one text of a pod may take.
@@ -263,12 +262,11 @@ async fn of_pod(connection: &Connection, pod: &Value, each: usize) -> Vec<Text> 
     if !["gateway", "agent"].contains(&component) {
         return texts;
     }
-    let config = format!("/etc/tidegate/{component}.yaml");
     let at = Container { namespace: &connection.namespace, pod: name, name: component };
     for item in Item::ALL {
-        let (word, file) = item.name();
-        let command = [PROGRAM, "collect", "--config", &config, word];
-        let text = match pods::exec(connection, at, &command, each, TEXT).await {
+        let (_, file) = item.name();
+        let command = collect::command(component, item);
+        let text = match pods::exec(connection, at, &command.each_ref().map(String::as_str), each, TEXT).await {
             Ok(ran) if ran.code == Some(0) || ran.cut => {
                 Ok((String::from_utf8_lossy(&ran.output).into_owned(), ran.cut))
             }

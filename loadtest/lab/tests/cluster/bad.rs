@@ -20,6 +20,8 @@ const SOON: Duration = Duration::from_secs(60);
 const BARE: &str = "node-2";
 const PODS: [&str; 2] = ["shop/one", "shop/two"];
 const GATEWAYS: &str = "app.kubernetes.io/component=gateway";
+/// Where a node's agent keeps its certificate.
+const CERTIFICATE: &str = "/run/tidegate/identity";
 /// What no policy allows, and the ports at which nobody else tries it.
 const DENIED: [&str; 2] = ["198.51.100.14", "2001:db8:100::14"];
 const PORTS: &str = "meta l4proto { tcp, udp } th dport { 7001, 8080 }";
@@ -149,7 +151,8 @@ fn no_node_for_gateways(lab: &Lab) {
     }
 }
 
-/// The same in a cluster in which namespaces are managed: while there is no gateway they have no way out, and others have theirs.
+/// The same in a cluster in which namespaces are managed: while there is no gateway they have no way out, and others have theirs. An agent
+/// that begins meanwhile without a certificate says that it has none.
 fn no_node_for_gateways_any_more(lab: &Lab) {
     helm(lab, "--set gateway.nodeSelector.nobody=has");
     says(lab, "gateways that find no other node", &["Unschedulable: 0/", "node affinity/selector"]);
@@ -160,6 +163,9 @@ fn no_node_for_gateways_any_more(lab: &Lab) {
     typed(lab, &format!("kubectl wait -n {SYSTEM} --for=delete --timeout=60s pod -l {GATEWAYS}"));
     scale(2);
     says(lab, "no node for gateways any more", &["none of 2 gateways is ready", "Unschedulable: 0/"]);
+    on_node(lab, BARE, &["rm", "-r", CERTIFICATE]);
+    lab.kill_in_pod(&format!("{SYSTEM}/{}", agent(lab, BARE)), &["agent"]).unwrap();
+    says(lab, "an agent without a certificate", &["agents are ready on", "this node's certificate is missing"]);
     for (pod, family) in PODS.iter().flat_map(|pod| FAMILIES.map(|f| (pod, f))) {
         for name in ["api.example.com", "other.example.org"] {
             assert_eq!(source(lab, pod, family, name), None, "{pod} {family:?} {name}");
@@ -168,6 +174,13 @@ fn no_node_for_gateways_any_more(lab: &Lab) {
     let own = Some(node(lab, "node-1", Family::V4));
     assert_eq!(source(lab, "untouched/one", Family::V4, "other.example.org"), own);
     back(lab);
+}
+
+/// The agent's pod on a node.
+fn agent(lab: &Lab, node: &str) -> String {
+    let on = format!("spec.nodeName={node}");
+    let pods = ["pods", "-n", SYSTEM, "-l", "app.kubernetes.io/component=agent", "--field-selector", &on];
+    lab.object(&pods).unwrap()["items"][0]["metadata"]["name"].as_str().unwrap().to_owned()
 }
 
 /// Where a node has no BPF file system its agent mounts one for it: what is pinned outlives the agent's container.
