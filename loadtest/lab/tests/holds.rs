@@ -108,7 +108,8 @@ fn nobody_reaches_an_egress_address() {
     assert_eq!(ready.stdout.trim(), "ok", "the gateway's pod is reachable on its own address: {}", ready.stderr);
 }
 
-/// With every gateway gone and the agents started anew, isolated pods stay isolated, and in-cluster traffic goes on.
+/// With every gateway gone and the agents started anew, isolated pods stay isolated, audited and guarded ones
+/// go their own way, and in-cluster traffic goes on.
 #[test]
 fn nobody_is_freed_when_all_gateways_are_gone() {
     let (_one, mut lab) = up("gone");
@@ -128,6 +129,21 @@ fn nobody_is_freed_when_all_gateways_are_gone() {
         assert_eq!(knock(&lab.pod("managed/app"), to).unwrap(), Knock::Silent);
     }
     assert_eq!(watch.packets().unwrap(), 0);
+    drop(watch);
+    assert_eq!(
+        knock(&lab.pod(pod), named(Family::V4, 10, 443)).unwrap(),
+        Knock::Silent,
+        "allowed, but by no other way"
+    );
+    for pod in ["guarded/app", "audited/app"] {
+        let node = lab.scenario().pod(pod).unwrap().node.clone();
+        let node = lab.scenario().node(&node).unwrap();
+        for family in FAMILIES {
+            let out = curl(&lab.pod(pod), family, &format!("http://{}/", named(family, 14, 80)), &[]);
+            let own: IpAddr = family.pick(node.ipv4.into(), node.ipv6.into());
+            assert_eq!(out.source(), Some(own), "{pod} {family:?}: {}", out.text());
+        }
+    }
     let backend = lab.scenario().pod("untouched/backend").unwrap().ipv4.unwrap();
     assert_eq!(knock(&lab.pod(pod), SocketAddr::new(backend.into(), 8080)).unwrap(), Knock::Open, "in-cluster");
     let free = curl(&lab.pod("untouched/app"), Family::V4, "http://198.51.100.14/", &[]);
