@@ -80,7 +80,13 @@ fn start() -> Test {
 }
 
 impl Test {
-    fn get(&self, path: &str, authorization: Option<&str>) -> (u16, String) {
+    fn plain(&self) -> Plain {
+        let stream = Plain::connect(self.address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream
+    }
+
+    fn tls(&self) -> rustls::StreamOwned<rustls::ClientConnection, Plain> {
         let mut roots = rustls::RootCertStore::empty();
         roots.add(self.authority.clone()).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -91,7 +97,11 @@ impl Test {
             .with_no_client_auth();
         let name = ServerName::try_from(NAME).unwrap();
         let client = rustls::ClientConnection::new(Arc::new(config), name).unwrap();
-        let mut stream = rustls::StreamOwned::new(client, Plain::connect(self.address).unwrap());
+        rustls::StreamOwned::new(client, self.plain())
+    }
+
+    fn get(&self, path: &str, authorization: Option<&str>) -> (u16, String) {
+        let mut stream = self.tls();
         let header = authorization.map(|a| format!("Authorization: {a}\r\n")).unwrap_or_default();
         write!(stream, "GET {path} HTTP/1.0\r\n{header}\r\n").unwrap();
         let mut text = String::new();
@@ -172,5 +182,46 @@ fn strangers_cannot_take_every_place() {
     let _held: Vec<Plain> = (0..MAX_CONNECTIONS).map(|_| Plain::connect(test.address).unwrap()).collect();
     // Handshakes that never come have a limit of their own for each address, and end.
     std::thread::sleep(Duration::from_millis(5500));
+    assert_eq!(test.status("/status?namespace=shop", "alice"), 200);
+}
+
+/// The port of this API is the one that the lab's test of hostile bytes does not have: it is there with an API server only.
+#[test]
+fn random_bytes_get_nothing_and_hurt_nobody() {
+    let test = start();
+    let noise = |seed: u64, length: usize| -> Vec<u8> {
+        let mut random = tidegate_random::Random(seed);
+        (0..length).map(|_| random.below(256) as u8).collect()
+    };
+    let mut throws = vec![vec![], vec![0], vec![0xff; 3], noise(1, 64), noise(2, 5_000), noise(3, 300_000)];
+    throws.push(b"GET /status HTTP/1.1\r\nAuthorization: Bearer admin\r\n\r\n".to_vec());
+    throws.push([b"GET /".as_slice(), &[b'a'; 100_000]].concat());
+    throws.push(b"POST /config HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n".to_vec());
+    // TLS records: a hello cut short, one longer than any, one of noise, an alert.
+    throws.push([&[22, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc, 3, 3][..], &noise(4, 200)].concat());
+    throws.push([&[22, 3, 1, 0xff, 0xff, 1, 0xff, 0xff, 0xff][..], &noise(5, 70_000)].concat());
+    throws.push([&[22, 3, 3, 0, 200][..], &noise(6, 200)].concat());
+    throws.push(vec![21, 3, 3, 0, 2, 2, 40]);
+    throws.push([b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".as_slice(), &noise(7, 500)].concat());
+    // A peer that has had enough may close while we still write, or reset.
+    let mut all = Vec::new();
+    for bytes in &throws {
+        let mut stream = test.plain();
+        let _ = stream.write_all(bytes);
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let _ = stream.read_to_end(&mut all);
+        assert!(!all.windows(4).any(|w| w == b"HTTP"), "without TLS: {:?}", &bytes[..bytes.len().min(40)]);
+    }
+    for bytes in throws.iter().filter(|b| !b.windows(6).any(|w| w == b"Bearer")) {
+        let (mut stream, mut answer) = (test.tls(), Vec::new());
+        let _ = stream.write_all(bytes);
+        stream.conn.send_close_notify();
+        let _ = stream.flush();
+        let _ = stream.sock.shutdown(std::net::Shutdown::Write);
+        let _ = stream.read_to_end(&mut answer);
+        let text = String::from_utf8_lossy(&answer);
+        assert!(!text.starts_with("HTTP/1.1 2"), "{:?}: {text}", &bytes[..bytes.len().min(40)]);
+    }
+    assert_eq!(*test.table.asked.lock(), (0, 0), "nobody is asked for any of it");
     assert_eq!(test.status("/status?namespace=shop", "alice"), 200);
 }
