@@ -35,6 +35,14 @@ struct Running {
 
 impl Running {
     fn start(kubeconfig: PathBuf) -> Self {
+        Self::over(kubeconfig, |changes| changes)
+    }
+
+    /// With other changes than those that come from the API server, or with these on another way.
+    fn over(
+        kubeconfig: PathBuf,
+        way: impl FnOnce(mpsc::Receiver<Change<Feed>>) -> mpsc::Receiver<Change<Feed>>,
+    ) -> Self {
         let text = format!(
             "{{name: gw-a, node: n1, control: '127.0.0.1:1', socket: /nowhere/s, pins: /nowhere/p, \
              kubernetes: {{kubeconfig: {}, namespace: x}}, resolvers: [{{servers: ['192.0.2.53:53']}}]}}",
@@ -50,7 +58,7 @@ impl Running {
         let waiting = Readiness::default().guard("policy");
         let stop = Arc::<AtomicBool>::default();
         let follower = Follower {
-            changes,
+            changes: way(changes),
             watched: watched.clone(),
             names: Arc::new(ClusterNames::new(Vec::new(), Vec::new())),
             nodes: crate::nodes::channel().0,
@@ -71,6 +79,19 @@ impl Running {
             }
         }
         self.world.as_ref()
+    }
+
+    /// Everything that is compiled until this holds of the last.
+    #[track_caller]
+    fn all_until(&self, what: &str, holds: impl Fn(&World) -> bool) -> Vec<Arc<World>> {
+        let (started, mut all) = (Instant::now(), Vec::<Arc<World>>::new());
+        while !all.last().is_some_and(|w| holds(w)) {
+            assert!(started.elapsed() < SOON, "{what}: not within {SOON:?}");
+            if let Ok(ToCore::World(compiled)) = self.core.recv_timeout(Duration::from_millis(50)) {
+                all.push(compiled.world.clone());
+            }
+        }
+        all
     }
 
     /// Waits until this holds of what was compiled last; says how long that took.
@@ -187,4 +208,89 @@ fn a_policy_that_went_with_a_namespace_whose_end_a_hung_watch_does_not_tell_hold
     while Instant::now() < until {
         assert_eq!(touch(running.world().unwrap(), ip), Some(Touch::Isolated));
     }
+}
+
+/// A flood of changes is compiled as often as [`FLOOD`] says and no more, and each compile is about what changed since the
+/// one before: all else is what it was, not made anew.
+#[test]
+fn a_flood_of_pod_changes_costs_what_it_touches() {
+    const PODS: u16 = 1000;
+    let ip = |n: u16| IpAddr::from([10, 8, (n >> 8) as u8, n as u8]);
+    let calm = IpAddr::from([10, 9, 0, 1]);
+    let pod = |namespace: &str, name: &str, ip: IpAddr, on: &str| {
+        json!({"metadata": {"namespace": namespace, "name": name, "uid": name, "labels": {"on": on}},
+            "spec": {"nodeName": "n1"}, "status": {"phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}]}})
+    };
+    let flood = |n: u16, on: &str| pod("flood", &format!("p{n}"), ip(n), on);
+    let namespace = |name: &str| json!({"metadata": {"name": name, "uid": name}});
+    let policy = |namespace: &str| {
+        json!({"metadata": {"namespace": namespace, "name": "p", "uid": namespace, "generation": 1},
+            "spec": {"podSelector": {"matchLabels": {"on": "yes"}}, "egress": [
+                {"toFQDNs": [{"matchName": "api.example.com"}], "toPorts": [{"protocol": "TCP", "port": 443}]}]}})
+    };
+    let (sender, changes) = mpsc::channel(4 * usize::from(PODS));
+    let running = Running::over(cluster().kubeconfig(), |_| changes);
+    let mut version = 0;
+    let mut change = |feed, event| {
+        version += 1;
+        Change { feed, event, reached: Some(version), newest: Some(version) }
+    };
+    let first = |feed| match feed {
+        Feed::Namespaces => vec![namespace("flood"), namespace("calm")],
+        Feed::EgressPolicies => vec![policy("flood"), policy("calm")],
+        // The last one is selected from the beginning: nobody's group is new later.
+        Feed::Pods => {
+            let all = (0..PODS).map(|n| flood(n, "no"));
+            all.chain([flood(PODS, "yes"), pod("calm", "c", calm, "yes")]).collect()
+        }
+        _ => Vec::new(),
+    };
+    for feed in Feed::ALL {
+        let objects = first(feed);
+        let text = |o: &Value, key: &str| o["metadata"][key].as_str().unwrap_or_default().to_owned();
+        let seen = objects.iter().map(|o| (text(o, "namespace"), text(o, "name"))).collect();
+        for object in objects {
+            sender.blocking_send(change(feed, Event::Applied(Box::new(object)))).unwrap();
+        }
+        sender.blocking_send(change(feed, Event::Restarted(seen))).unwrap();
+    }
+    let is = |w: &World, ip, touched| touch(w, ip) == Some(touched);
+    let quiet = |w: &World| {
+        [ip(PODS), calm].iter().all(|ip| is(w, *ip, Touch::Isolated))
+            && (0..PODS).all(|n| is(w, ip(n), Touch::Untouched))
+    };
+    let before = running.all_until("the lists", quiet).pop().unwrap();
+
+    let mut flip = |pods: std::ops::Range<u16>, on: &str, touched: Touch| {
+        let changes: Vec<_> =
+            pods.clone().map(|n| change(Feed::Pods, Event::Applied(Box::new(flood(n, on))))).collect();
+        let (begun, mut pauses, mut last) = (Instant::now(), 0, Instant::now());
+        for change in changes {
+            // While this thread has to wait for a CPU there is no flood.
+            pauses += usize::from(last.elapsed() >= SETTLE);
+            last = Instant::now();
+            sender.blocking_send(change).unwrap();
+        }
+        let worlds = running.all_until("the flood", |w| pods.clone().all(|n| is(w, ip(n), touched)));
+        (worlds, begun.elapsed(), pauses)
+    };
+    let (worlds, took, pauses) = flip(0..PODS, "yes", Touch::Isolated);
+    println!("{PODS} changes were {} compiles in {took:?}, with {pauses} pauses", worlds.len());
+    let most = (took.as_millis() / FLOOD.as_millis()) as usize + 1 + pauses;
+    assert!(worlds.len() <= most, "{} compiles in {took:?}", worlds.len());
+    let one = flip(7..8, "no", Touch::Untouched).0;
+    assert_eq!(one.len(), 1);
+    let all: Vec<&Arc<World>> = [&before].into_iter().chain(&worlds).chain(&one).collect();
+    let mut changed = Vec::new();
+    for pair in all.windows(2) {
+        let changes = pair[1].changes(pair[0]);
+        changed.extend(changes.endpoints.clone());
+        let rest = tidegate_policy::world::Changes { endpoints: changes.endpoints.clone(), ..Default::default() };
+        assert_eq!(changes, rest, "nothing but pods changed");
+        let [old, new] = [pair[0], pair[1]].map(|w| w.group_of(calm).unwrap());
+        assert!(Arc::ptr_eq(old, new), "another namespace was compiled anew");
+    }
+    assert_eq!(changed.pop(), Some(ip(7)));
+    changed.sort_unstable();
+    assert_eq!(changed, (0..PODS).map(ip).collect::<Vec<_>>(), "each once");
 }
