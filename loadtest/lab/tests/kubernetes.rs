@@ -311,6 +311,14 @@ fn the_order_of_objects_decides_nothing(lab: &mut Lab) {
     soon("the shop's name", || seen(lab, pod, Family::V4, "www.example.com") == Some(of(POOL_A, Family::V4)));
 }
 
+/// Whether a gateway says that it holds the pair of this address.
+fn holds(lab: &Lab, gateway: &str, address: &str) -> bool {
+    let status: Value = serde_json::from_str(&lab.admin(gateway, "/status").unwrap().1).unwrap();
+    let pairs = status["core"]["pairs"].as_array().cloned().unwrap_or_default();
+    let of = |p: &Value| p["pair"].as_str().is_some_and(|pair| pair.contains(address));
+    pairs.iter().any(|p| of(p) && p["owner"] == gateway && p["held"] == true)
+}
+
 /// Nothing comes by a gateway's watch any more, and nothing says so: its peer knows more, and within 5 s it stands back.
 fn a_watch_that_hangs_helps_nobody(lab: &Lab) {
     let pod = "billing/pay";
@@ -320,7 +328,7 @@ fn a_watch_that_hangs_helps_nobody(lab: &Lab) {
         {"name": "rest", "toFQDNs": [{"matchName": "api.example.com"}], "toPorts": [{"protocol": "TCP", "port": 443}]},
     ]}});
     let mut longest = Duration::ZERO;
-    for quiet in GATEWAYS {
+    for (quiet, other) in [(GATEWAYS[0], GATEWAYS[1]), (GATEWAYS[1], GATEWAYS[0])] {
         soon("billing's pool", || seen(lab, pod, Family::V4, "bank.example.com") == Some(of(POOL_B, Family::V4)));
         cut(lab, &[quiet]);
         let apart = (&lab.pod("untouched/app"), named(Family::V4, 22, 7000));
@@ -334,7 +342,8 @@ fn a_watch_that_hangs_helps_nobody(lab: &Lab) {
         let stale = wait_for(SOON, || (lab.admin(quiet, "/readyz").unwrap().0 != 200).then_some(()));
         assert!(stale.is_some(), "{quiet} does not notice that it hears nothing");
         soon("the rule's end", || denied(lab, pod, "bank.example.com"));
-        // Names are asked of the other one before it has the addresses.
+        // Names are asked of the other one before it has the pairs: what begins in between ends when they move.
+        soon("the pairs at the other one", || holds(lab, other, POOL_A[0]));
         soon("the other one's egress", || seen(lab, "shop/web", Family::V4, "api.example.com").is_some());
         for _ in 0..10 {
             assert!(denied(lab, pod, "bank.example.com"), "{quiet} still helps");
