@@ -76,8 +76,6 @@ pub struct Facts {
     pub batch: Option<(FactsBatch, Ack)>,
     /// The stream ended: the opposite of a sign of life.
     pub away: bool,
-    /// The gateway wants others to be asked for names.
-    pub steps_back: bool,
 }
 
 /// Why a stream ended.
@@ -190,7 +188,7 @@ impl Client {
             let name = spoke.as_ref().map(|(name, _)| Arc::clone(name));
             if let Some(gateway) = &name {
                 let gateway = Arc::clone(gateway);
-                let away = Facts { gateway, at: Instant::now(), batch: None, away: true, steps_back: false };
+                let away = Facts { gateway, at: Instant::now(), batch: None, away: true };
                 if out.send(away).await.is_err() {
                     return;
                 }
@@ -319,7 +317,6 @@ impl Client {
             let message = message.map_err(|_| StreamError::Silent)??.ok_or(StreamError::Closed)?;
             let at = Instant::now();
             let part = FactsBatch::try_from(message)?;
-            let steps_back = part.steps_back;
             if let Some(held) = held.take() {
                 *spoke = Some((Arc::clone(&gateway), held));
             }
@@ -332,7 +329,7 @@ impl Client {
             } else {
                 None
             };
-            let facts = Facts { gateway: Arc::clone(&gateway), at, batch, away: false, steps_back };
+            let facts = Facts { gateway: Arc::clone(&gateway), at, batch, away: false };
             out.send(facts).await.map_err(|_| StreamError::Stopping)?;
         }
     }

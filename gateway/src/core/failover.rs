@@ -205,7 +205,7 @@ impl Run {
         if self.settled && was.is_some_and(|s| s.closed) {
             self.open_view();
         }
-        self.heartbeat();
+        self.beat_peers();
     }
 
     /// Puts our program in the place of another layout's. Until that has worked this gateway is not able: packets are
