@@ -358,6 +358,10 @@ impl Ownership {
         for (pair, epoch) in epochs {
             let lowest = follows.entry(pair.clone()).or_insert(epoch);
             *lowest = epoch.min(*lowest);
+            // Nobody has claimed it yet: the node follows the first of the order.
+            if epoch == 0 {
+                continue;
+            }
             // A node may follow an epoch that no gateway knows any more; one that lies must not use the numbers up.
             let most = self.known.get(&pair).map_or(0, |k| k.epoch).saturating_add(MAX_STEP);
             let floor = self.floors.entry(pair).or_default();

@@ -619,6 +619,8 @@ fn a_candidate_that_is_not_able_is_waited_for_and_then_passed_over() {
     let b = s.gateways.get_mut("b").unwrap();
     b.synced("a");
     b.beat("a", &Beat::default(), now);
+    // Nodes follow the first of the order until somebody has claimed it.
+    b.seen("n1", ["a", "b"].map(String::from).into(), [(pair(1), 0), (pair(2), 0)]);
     b.tick(now);
     assert!(!b.holds(&pair(1)) && b.holds(&pair(2)));
     for i in 0..120 {
