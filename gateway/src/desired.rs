@@ -183,11 +183,12 @@ impl Desired {
         self.claims.load_full()
     }
 
-    /// What the core decided of ownership. While owners change, nodes go on hearing what they were `told` of pairs.
+    /// What the core decided of ownership. While what this gateway takes is not in place, nodes go on hearing what they were `told` of
+    /// it. What it loses they hear at once: its node's agent goes by its word, and would let go what else it holds.
     pub fn set_claims(&self, claims: BTreeMap<Pair, Ownership>, told: Option<&BTreeMap<Pair, Ownership>>) {
         let claims = Arc::new(claims);
         let was = |(pair, now): (&Pair, &Ownership)| {
-            let said = told.and_then(|told| told.get(pair)).unwrap_or(now);
+            let said = told.filter(|_| now.held).and_then(|told| told.get(pair)).unwrap_or(now);
             (pair.clone(), said.clone())
         };
         let said = if told.is_some() { Arc::new(claims.iter().map(was).collect()) } else { claims.clone() };

@@ -373,11 +373,12 @@ fn cluster<'a>(all: impl Iterator<Item = &'a Cluster>) -> Cluster {
 }
 
 /// Whether `gateway` may still hold egress addresses by the node's view of ownership: it claims no scope with an
-/// egress pair, or it still owns one of those that it claims.
+/// egress pair, or it still owns one of those that it claims. What nobody has claimed yet, at epoch 0, it does not lose
+/// to who does.
 pub fn may_hold(gateway: &str, claims: Option<&NodeState>, merged: &NodeState) -> bool {
     let Some(claims) = claims else { return true };
     let mut claimed = false;
-    for (key, scope) in claims.scopes.iter().filter(|(_, s)| s.owner == gateway && s.pair != 0) {
+    for (key, scope) in claims.scopes.iter().filter(|(_, s)| s.owner == gateway && s.pair != 0 && s.epoch > 0) {
         claimed = true;
         if merged.scopes.get(key).is_none_or(|m| m.owner == gateway && m.epoch <= scope.epoch) {
             return true;

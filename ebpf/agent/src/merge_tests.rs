@@ -315,6 +315,10 @@ fn addresses_are_let_go_when_every_claim_was_taken_over() {
     assert!(!may_hold("a", Some(&own), &merged));
     assert!(may_hold("a", None, &merged), "a gateway that has not spoken yet is believed");
     assert!(may_hold("c", Some(&own), &merged), "no claims, nothing to lose");
+    for scope in own.scopes.values_mut() {
+        scope.epoch = 0;
+    }
+    assert!(may_hold("a", Some(&own), &merged), "the first of the order has not claimed it");
 }
 
 #[test]
