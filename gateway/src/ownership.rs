@@ -502,6 +502,11 @@ impl Ownership {
         self.known.get(pair).cloned().or_else(first)
     }
 
+    /// Whether every pair that policy has, and some gateway may hold, is somebody's.
+    pub fn all_owned(&self) -> bool {
+        self.pairs.iter().all(|(pair, candidates)| candidates.is_empty() || self.known.contains_key(pair))
+    }
+
     /// Every claim known, for the beat and the journal.
     pub fn claims(&self) -> Vec<Claim> {
         let known = self.known.iter().filter(|(p, _)| self.pairs.contains_key(*p));

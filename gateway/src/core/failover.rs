@@ -22,7 +22,7 @@ use crate::report::thread::Origin;
 
 /// How long a gateway that is told to end waits at most until others have its pairs.
 const LEAVE: Duration = Duration::from_secs(4);
-/// How long a gateway that starts waits at most for the agents of all nodes before it is ready. They find it by a name that they ask
+/// How long a gateway that starts waits at most for the agents of all nodes, and for the owners of all pairs, before it is ready. They find it by a name that they ask
 /// for every 5 s, and that the cluster's DNS remembers for as long.
 pub(super) const MEET: Duration = Duration::from_secs(12);
 /// So long a gateway that is stale still answers names at most until others have its pairs.
@@ -92,7 +92,7 @@ impl Run {
             // One that waits for this to end holds the same addresses until it hears of it.
             self.beat_peers();
         }
-        if in_place && self.attached && self.is_met(now) {
+        if in_place && self.attached && self.is_owned(now) && self.is_met(now) {
             self.core.starting = None;
         }
         self.write();
@@ -117,6 +117,12 @@ impl Run {
             // Nobody waits any more only if the process ends anyway.
             let _ = leaving.reply.send(());
         }
+    }
+
+    /// Whether packets that come have a way out: nodes go by the first of the order before anybody has claimed a pair. For one that
+    /// nobody takes this does not wait longer than for agents.
+    fn is_owned(&self, now: Duration) -> bool {
+        now.saturating_sub(self.begun) >= MEET || self.core.ownership.all_owned()
     }
 
     /// Whether nodes would go on without a gap if the gateways that serve ended now, as they do one by one when a Deployment replaces
