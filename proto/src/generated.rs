@@ -372,6 +372,9 @@ pub struct FactsUpdate {
     /// The facts.
     #[prost(message, repeated, tag = "6")]
     pub facts: ::prost::alloc::vec::Vec<Fact>,
+    /// While it says so others are to be asked for names, if there are any: they know more of policy. It carries on with packets.
+    #[prost(bool, tag = "7")]
+    pub steps_back: bool,
 }
 /// What a scope learnt of an address.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

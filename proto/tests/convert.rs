@@ -123,6 +123,7 @@ fn facts_survive_the_wire() {
         more: false,
         grants: vec![GrantEntry { group: GroupKey(1), class: ClassKey(5), ports: ports() }],
         facts: (0..10).map(fact).collect(),
+        steps_back: true,
     };
     let messages = batch.clone().into_messages();
     assert_eq!(FactsBatch::try_from(over(&messages[0])).unwrap(), batch);
@@ -143,6 +144,7 @@ fn a_heartbeat_is_small_and_known_as_such() {
     let m = FactsBatch::heartbeat(u64::MAX, 3).into_messages();
     assert!(m.len() == 1 && m[0].encoded_len() < 16);
     assert!(FactsBatch::try_from(over(&m[0])).unwrap().is_heartbeat());
+    assert!(FactsBatch { steps_back: true, ..FactsBatch::heartbeat(1, 1) }.is_heartbeat());
     // An empty snapshot is none: it deletes everything.
     assert!(!FactsBatch { snapshot: true, ..FactsBatch::heartbeat(1, 1) }.is_heartbeat());
 }

@@ -56,8 +56,6 @@ const GATHER: Duration = Duration::from_millis(20);
 /// nothing of a scope whose owner answers last is taken away and put back.
 const SETTLE: Duration = Duration::from_secs(1);
 
-/// A gateway that says nothing for so long is silent: heartbeats come every 200 ms.
-const QUIET: Duration = Duration::from_millis(600);
 /// A gateway that said something within this time is seen.
 const SEEN: Duration = Duration::from_secs(1);
 
@@ -277,10 +275,13 @@ impl Node {
         let mut look: Option<Instant> = None;
         inputs.started.send_replace(Arc::new(self.pods.started()));
         loop {
+            // Names wait for it: not for the next step.
+            let silence = self.gateways.next_silence(&self.silent);
             tokio::select! {
                 biased;
                 _ = &mut inputs.stop => return self.write_standing(Duration::ZERO),
                 Some(facts) = inputs.facts.recv() => self.facts(facts),
+                () = sleep_until(silence.unwrap_or_else(Instant::now)), if silence.is_some() => self.stand_in(),
                 Some(request) = inputs.plugs.recv() => self.plug(request).await,
                 Some(first) = inputs.cni.recv() => {
                     let mut from = Questions { asked: &mut inputs.cni, told: &inputs.started };
@@ -370,7 +371,8 @@ impl Node {
         }
         gateway.sign = Some((facts.at, false));
         let in_sync = gateway.in_sync;
-        if self.silent.contains(&*facts.gateway) {
+        let turned = std::mem::replace(&mut gateway.steps_back, facts.steps_back) != facts.steps_back;
+        if turned || self.silent.contains(&*facts.gateway) {
             self.stand_in();
         }
         if let Some((batch, ack)) = facts.batch {
@@ -426,12 +428,10 @@ impl Node {
         held
     }
 
-    /// Steers the DNS of silent gateways' scopes to those that stand in, and back. One that was never heard is silent.
+    /// Steers the DNS of silent gateways' scopes to those that stand in, and back.
     fn stand_in(&mut self) {
-        let silent = |sign: Option<(Instant, bool)>| sign.is_none_or(|(at, ended)| ended || at.elapsed() >= QUIET);
         let told = self.merged.gateways.keys().filter(|name| self.gateways.index(name).is_none()).cloned();
-        let heard = self.gateways.iter().filter(|g| silent(g.sign)).map(|g| g.name.to_string());
-        let now: BTreeSet<String> = heard.chain(told).collect();
+        let now: BTreeSet<String> = self.gateways.silent(Instant::now()).into_iter().chain(told).collect();
         if now == self.silent {
             return;
         }

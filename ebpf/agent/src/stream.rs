@@ -76,6 +76,8 @@ pub struct Facts {
     pub batch: Option<(FactsBatch, Ack)>,
     /// The stream ended: the opposite of a sign of life.
     pub away: bool,
+    /// The gateway wants others to be asked for names.
+    pub steps_back: bool,
 }
 
 /// Why a stream ended.
@@ -188,7 +190,7 @@ impl Client {
             let name = spoke.as_ref().map(|(name, _)| Arc::clone(name));
             if let Some(gateway) = &name {
                 let gateway = Arc::clone(gateway);
-                let away = Facts { gateway, at: Instant::now(), batch: None, away: true };
+                let away = Facts { gateway, at: Instant::now(), batch: None, away: true, steps_back: false };
                 if out.send(away).await.is_err() {
                     return;
                 }
@@ -317,6 +319,7 @@ impl Client {
             let message = message.map_err(|_| StreamError::Silent)??.ok_or(StreamError::Closed)?;
             let at = Instant::now();
             let part = FactsBatch::try_from(message)?;
+            let steps_back = part.steps_back;
             if let Some(held) = held.take() {
                 *spoke = Some((Arc::clone(&gateway), held));
             }
@@ -329,7 +332,7 @@ impl Client {
             } else {
                 None
             };
-            let facts = Facts { gateway: Arc::clone(&gateway), at, batch, away: false };
+            let facts = Facts { gateway: Arc::clone(&gateway), at, batch, away: false, steps_back };
             out.send(facts).await.map_err(|_| StreamError::Stopping)?;
         }
     }

@@ -211,7 +211,7 @@ impl Run {
         if self.settled && was.is_some_and(|s| s.closed) {
             self.open_view();
         }
-        self.beat_peers();
+        self.heartbeat();
     }
 
     /// Puts our program in the place of another layout's. Until that has worked this gateway is not able: packets are

@@ -334,6 +334,28 @@ fn one_that_knows_less_answers_until_another_has_its_pairs() {
 }
 
 #[test]
+fn nodes_ask_others_before_one_that_knows_less_ceases_to_answer() {
+    let mut test = Test::new();
+    let (out, mut facts) = mpsc::channel(1 << 10);
+    let mut steps_back = || {
+        let mut last = None;
+        while let Ok(update) = facts.try_recv() {
+            last = Some(FactsBatch::try_from(update).unwrap().steps_back);
+        }
+        last
+    };
+    test.run.take(ToCore::FactsUp { node: NODE.into(), id: 2, boot_id: 3, out });
+    assert_eq!(steps_back(), Some(false));
+    test.fall_behind();
+    assert!(test.answers());
+    assert_eq!(steps_back(), Some(true), "at once");
+    let version = Version { newest: 6, reached: 6 };
+    test.run.take(ToCore::Versions([(Feed::EgressPolicies, version)].into()));
+    test.run.decide();
+    assert_eq!((test.answers(), steps_back()), (true, Some(false)));
+}
+
+#[test]
 fn one_that_knows_less_answers_not_much_longer_although_nobody_takes_its_pairs() {
     let mut test = Test::new();
     test.fall_behind();

@@ -114,7 +114,8 @@ impl Run {
         let named = n.sent.name(&self.core.gateway, self.core.boot_id, &grants);
         n.uses.pushed(grants.iter().map(|g| (g.group, g.class)));
         n.facts_seq = seq;
-        let batch = FactsBatch { boot_id: self.core.boot_id, sequence: seq, snapshot, more: false, grants, facts };
+        let (boot_id, steps_back) = (self.core.boot_id, self.stale.is_some());
+        let batch = FactsBatch { boot_id, sequence: seq, snapshot, more: false, grants, facts, steps_back };
         if let Some(named) = named {
             self.say(&name, named);
         }
@@ -236,11 +237,13 @@ impl Run {
         if let Err(error) = self.core.datapath.heartbeat(&gateway) {
             tracing::error!(%error, "cannot write the heartbeat");
         }
+        // One that knows less than another one is not to be asked any more: that one answers before this one ceases to.
+        let steps_back = self.stale.is_some();
         let mut down = Vec::new();
         for (name, n) in &mut self.nodes {
             n.status.connected = n.state.is_some() && n.facts.is_some();
             if let Some((_, out)) = &n.facts {
-                let beat = FactsBatch::heartbeat(boot_id, n.facts_seq);
+                let beat = FactsBatch { steps_back, ..FactsBatch::heartbeat(boot_id, n.facts_seq) };
                 if beat.into_messages().into_iter().any(|m| out.try_send(m).is_err()) {
                     down.push(name.clone());
                 }

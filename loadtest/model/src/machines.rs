@@ -134,7 +134,7 @@ impl Gateway {
             to_wire(named.into_messages(), &mut n.state_out);
         }
         n.uses.pushed(grants.iter().map(|g| (g.group, g.class)));
-        let batch = FactsBatch { boot_id: self.boot, sequence: seq, snapshot, more: false, grants, facts };
+        let batch = FactsBatch { boot_id: self.boot, sequence: seq, snapshot, grants, facts, ..FactsBatch::default() };
         if n.facts {
             to_wire(batch.into_messages(), &mut n.facts_out);
         }

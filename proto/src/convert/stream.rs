@@ -229,6 +229,8 @@ pub struct FactsBatch {
     pub grants: Vec<GrantEntry>,
     /// Facts. Lives longer than [`MAX_TTL_MS`] are cut to it when sent; parts of a millisecond are dropped.
     pub facts: Vec<FactUpdate>,
+    /// Others are to be asked for names, if there are any.
+    pub steps_back: bool,
 }
 
 impl FactsBatch {
@@ -237,7 +239,7 @@ impl FactsBatch {
         Self { boot_id, sequence, ..Self::default() }
     }
 
-    /// Whether it says nothing but that the gateway lives.
+    /// Whether it says nothing but that the gateway lives, and whether it steps back.
     pub fn is_heartbeat(&self) -> bool {
         !self.snapshot && !self.more && self.grants.is_empty() && self.facts.is_empty()
     }
@@ -248,6 +250,7 @@ impl FactsBatch {
             boot_id: self.boot_id,
             sequence: self.sequence,
             snapshot: self.snapshot,
+            steps_back: self.steps_back,
             ..Default::default()
         };
         let mut parts = Parts::new(empty, self.more);
@@ -307,6 +310,7 @@ impl TryFrom<wire::FactsUpdate> for FactsBatch {
             more: u.more,
             grants: u.grants.iter().map(grant).collect::<Result<_, _>>()?,
             facts: u.facts.into_iter().map(fact_from_wire).collect::<Result<_, _>>()?,
+            steps_back: u.steps_back,
         })
     }
 }

@@ -1,6 +1,6 @@
 //! What this node knows of each gateway, by a small number that facts are marked with.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +12,9 @@ use crate::merge::Model;
 /// A gateway that was found, has gone, and owns nothing is forgotten after so long.
 const FORGET: Duration = Duration::from_secs(600);
 
+/// A gateway that says nothing for so long is silent: heartbeats come every 200 ms.
+const QUIET: Duration = Duration::from_millis(600);
+
 /// What is known of one gateway.
 #[derive(Debug)]
 pub(super) struct Heard {
@@ -19,12 +22,21 @@ pub(super) struct Heard {
     pub model: Model,
     /// When its `Facts` stream last said something, and whether it ended since.
     pub sign: Option<(Instant, bool)>,
+    /// Whether it said that others are to be asked for names.
+    pub steps_back: bool,
     /// Whether its `Facts` stream is up and in the kernel, from its first snapshot on.
     pub in_sync: bool,
     /// Whether the configuration names it.
     fixed: bool,
     /// Since when it has neither stream.
     gone: Option<Instant>,
+}
+
+impl Heard {
+    /// When it is silent if it says nothing more; none where its stream ended, or never was.
+    fn quiet(&self) -> Option<Instant> {
+        self.sign.filter(|(_, ended)| !ended).map(|(at, _)| at + QUIET)
+    }
 }
 
 /// All of them.
@@ -38,6 +50,7 @@ impl Gateways {
             name: name.into(),
             model: Model::default(),
             sign: None,
+            steps_back: false,
             in_sync: false,
             fixed: true,
             gone: None,
@@ -63,6 +76,7 @@ impl Gateways {
             name: Arc::clone(name),
             model: Model::default(),
             sign: None,
+            steps_back: false,
             in_sync: false,
             fixed: false,
             gone: None,
@@ -103,6 +117,18 @@ impl Gateways {
 
     pub fn iter(&self) -> impl Iterator<Item = &Heard> {
         self.0.values()
+    }
+
+    /// Those whose scopes others stand in for: who says nothing, or was never heard, and who steps back from others that do not.
+    pub fn silent(&self, now: Instant) -> BTreeSet<String> {
+        let speaks = |h: &&Heard| h.quiet().is_some_and(|at| now < at);
+        let any = self.iter().filter(speaks).any(|h| !h.steps_back);
+        self.iter().filter(|h| !speaks(h) || any && h.steps_back).map(|h| h.name.to_string()).collect()
+    }
+
+    /// When the next of them falls silent if it says nothing more, beside those that are `known` to be.
+    pub fn next_silence(&self, known: &BTreeSet<String>) -> Option<Instant> {
+        self.iter().filter(|h| !known.contains(&*h.name)).filter_map(Heard::quiet).min()
     }
 
     /// Those whose `Facts` streams are up and in the kernel, a bit for each.
@@ -146,6 +172,35 @@ mod tests {
         assert_eq!(g.forget(late, |_| false), [(1, "a".into())]);
         assert_eq!((g.index("fixed"), g.index("a")), (Some(0), None));
         assert_eq!(g.enter(&"c".into(), |_| false), Some((1, false)));
+    }
+
+    #[test]
+    fn who_is_silent_or_steps_back_is_stood_in_for_as_long_as_another_one_answers() {
+        let start = Instant::now();
+        let mut g = Gateways::new(["a", "b", "never"].into_iter());
+        let say = |g: &mut Gateways, index: usize, at: Instant, steps_back: bool| {
+            let heard = g.get_mut(index).unwrap();
+            (heard.sign, heard.steps_back) = (Some((at, false)), steps_back);
+        };
+        let silent = |g: &Gateways, at: Instant| g.silent(at).into_iter().collect::<Vec<_>>().join(" ");
+        assert_eq!((silent(&g, start).as_str(), g.next_silence(&BTreeSet::new())), ("a b never", None));
+        let late = start + Duration::from_millis(200);
+        say(&mut g, 0, start, false);
+        say(&mut g, 1, late, false);
+        assert_eq!(silent(&g, start + QUIET - Duration::from_millis(1)), "never");
+        assert_eq!(g.next_silence(&BTreeSet::new()), Some(start + QUIET));
+        assert_eq!(silent(&g, start + QUIET), "a never");
+        // One that is late to be looked at is due at once, and only once.
+        assert_eq!(g.next_silence(&g.silent(start + QUIET)), Some(late + QUIET));
+        // Who steps back is heard, and others are asked: as long as there are any.
+        say(&mut g, 0, late, true);
+        assert_eq!(silent(&g, late), "a never");
+        say(&mut g, 1, late, true);
+        assert_eq!(silent(&g, late), "never");
+        say(&mut g, 1, late, false);
+        assert_eq!(silent(&g, late + QUIET), "a b never");
+        g.get_mut(1).unwrap().sign = Some((late, true));
+        assert_eq!((silent(&g, late).as_str(), g.next_silence(&g.silent(late))), ("b never", Some(late + QUIET)));
     }
 
     #[test]
