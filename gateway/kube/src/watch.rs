@@ -100,7 +100,9 @@ pub struct Health {
     pub followed: Option<Instant>,
     /// Since when it fails, and why.
     pub failing: Option<(Instant, String)>,
-    /// When it was last got back after it had failed for a second or longer.
+    /// Whether it is not known since when changes were missed: it is read anew, or its watch broke off after a silence.
+    pub lost: bool,
+    /// When it was last got back after it had been lost, or had failed for a second or longer.
     pub back: Option<Instant>,
     /// Lists that came in whole since the start.
     pub lists: u64,
@@ -111,9 +113,17 @@ pub struct Health {
 impl Health {
     /// It works.
     fn works(&mut self) {
-        if self.failing.take().is_some_and(|(since, _)| since.elapsed() >= LIVED) {
+        let failed = self.failing.take().is_some_and(|(since, _)| since.elapsed() >= LIVED);
+        if std::mem::take(&mut self.lost) || failed {
             self.back = Some(Instant::now());
         }
+    }
+
+    /// It fails. What was said last may be long ago: packets are lost without a word.
+    fn fails(&mut self, why: String) {
+        self.lost |= self.heard.is_some_and(|at| at.elapsed() >= LIVED);
+        let since = self.failing.as_ref().map_or_else(Instant::now, |(since, _)| *since);
+        self.failing = Some((since, why));
     }
 }
 
@@ -138,10 +148,11 @@ impl<F: Ord + Copy> Watched<F> {
         self.0.iter().map(|(feed, shared)| (*feed, shared.health().clone())).collect()
     }
 
-    /// For how long a list that had failed is back: nothing while it fails, absent if it never did.
+    /// For how long a list that was lost is back: nothing while it is, absent if it never was.
     pub fn back_for(&self, feed: F) -> Option<Duration> {
         let health = self.0.get(&feed)?.health();
-        if health.failing.is_some() { Some(Duration::ZERO) } else { health.back.map(|at| at.elapsed()) }
+        let away = health.lost || health.failing.is_some();
+        if away { Some(Duration::ZERO) } else { health.back.map(|at| at.elapsed()) }
     }
 
     /// Gives the list's connection up for another one, or the pause before that: this one is behind.
@@ -278,6 +289,8 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
                 End::Anew(why) => {
                     tracing::info!(list = ?feed, why, "the list is read again");
                     version = None;
+                    // What went unheard until then others may have missed, too.
+                    shared.health().lost = true;
                     // A server that says so again and again is not to be asked without a pause.
                     next(&mut wait)
                 }
@@ -292,12 +305,11 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
                     ABSENT
                 }
                 End::Failed(error) => {
-                    let mut health = shared.health();
-                    let since = health.failing.as_ref().map_or_else(Instant::now, |(since, _)| *since);
-                    if health.failing.as_ref().is_none_or(|(_, why)| *why != error.to_string()) {
-                        tracing::warn!(list = ?feed, %error, "the API server cannot be followed; trying again");
+                    let (mut health, error) = (shared.health(), error.to_string());
+                    if health.failing.as_ref().is_none_or(|(_, why)| *why != error) {
+                        tracing::warn!(list = ?feed, error, "the API server cannot be followed; trying again");
                     }
-                    health.failing = Some((since, error.to_string()));
+                    health.fails(error);
                     drop(health);
                     next(&mut wait)
                 }
@@ -446,6 +458,7 @@ impl<F: Ord + Copy + std::fmt::Debug + Send + Sync + 'static> Follow<F> {
             match read {
                 Err(_) => {
                     tracing::warn!(list = ?feed, "the watch said nothing for {} s: another one takes its place", SILENT.as_secs());
+                    shared.health().lost = true;
                     return End::Again;
                 }
                 Ok(Err(error)) => return End::Failed(Error::Broken(error.to_string())),
@@ -512,6 +525,28 @@ fn next(wait: &mut Duration) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_list_is_back_when_nobody_knows_what_was_missed() {
+        let ago = |ms| Instant::now().checked_sub(Duration::from_millis(ms));
+        let back = |health: &mut Health| {
+            health.works();
+            (health.back.take().is_some(), health.lost, health.failing.is_some())
+        };
+        let mut health = Health { heard: ago(10), ..Health::default() };
+        assert_eq!(back(&mut health), (false, false, false), "it never failed");
+        health.fails("reset".into());
+        assert_eq!(back(&mut health), (false, false, false), "it has just been heard");
+        health.heard = ago(1000);
+        health.fails("reset".into());
+        assert_eq!(back(&mut health), (true, false, false), "nobody knows since when nothing came");
+        health.heard = ago(10);
+        health.failing = ago(1000).map(|at| (at, "refused".into()));
+        health.fails("refused".into());
+        assert_eq!(back(&mut health), (true, false, false), "it was away for long");
+        health.lost = true;
+        assert_eq!(back(&mut health), (true, false, false), "it was read anew");
+    }
 
     #[test]
     fn waits_grow_to_a_bound_and_differ() {
