@@ -440,6 +440,48 @@ impl Drop for Kubelet {
     }
 }
 
+/// A node that was away until its certificate and whom it trusted were of no use any more, and that finds no gateway when it is back. It says so,
+/// its kernel enforces all the time, and it joins when there are gateways.
+fn a_certificate_expires(lab: &mut Lab) {
+    const NODE: &str = "node-2";
+    let pod = "shop/worker";
+    assert_eq!(lab.scenario().pod(pod).unwrap().node, NODE);
+    let outside: [IpAddr; 2] = ["198.51.100.14", "2001:db8:100::14"].map(|ip| ip.parse().unwrap());
+    let watches = outside.map(|ip| lab.watch(ip, "").unwrap());
+    let tries = |lab: &Lab| {
+        for ip in outside {
+            let url = format!("http://{}/", SocketAddr::new(ip, 8080));
+            let seen = curl(&lab.pod(pod), Family::of(ip), &url, &["--max-time", "0.3"]);
+            assert_eq!(seen.source(), None, "{ip} is reached");
+        }
+    };
+    kill(lab, NODE);
+    let expired = Instant::now() + Duration::from_secs(CERTIFICATE + 1);
+    while Instant::now() < expired {
+        tries(lab);
+    }
+    for g in GATEWAYS {
+        kill(lab, g);
+    }
+    lab.start(NODE).unwrap();
+    let said = wait_for(READY, || {
+        tries(lab);
+        let status: Value = serde_json::from_str(&lab.admin(NODE, "/status").ok()?.1).ok()?;
+        let all = status["conditions"].as_array()?.iter();
+        all.filter_map(|c| c.as_str()).find(|c| c.starts_with("this node's certificate is missing")).map(str::to_owned)
+    });
+    println!("after its certificate has expired: {said:?}");
+    assert!(said.is_some(), "{:?}", lab.admin(NODE, "/status"));
+    assert_ne!(lab.admin(NODE, "/readyz").unwrap().0, 200);
+    for g in GATEWAYS {
+        lab.start(g).unwrap();
+    }
+    lab.wait_ready(NODE, READY).unwrap();
+    GATEWAYS.iter().for_each(|g| lab.wait_ready(g, READY).unwrap());
+    tries(lab);
+    assert_eq!(watches.map(|w| w.packets().unwrap()), [0, 0], "packets got out");
+}
+
 /// Certificates that hold for seconds, and an authority that is followed by another one: streams end with their
 /// certificates and come back, and traffic does not notice. Who comes after it is all over is taken in.
 #[test]
@@ -473,11 +515,7 @@ fn the_authority_is_rotated() {
         };
         assert!(wait_for(SOON, connected).is_some(), "{g}: {}", status(&lab, g)["core"]["nodes"]);
     }
-    // A node that was away all the time: its certificate and whom it trusted are of no use any more.
-    kill(&lab, "node-2");
-    std::thread::sleep(Duration::from_secs(CERTIFICATE + 1));
-    lab.start("node-2").unwrap();
-    lab.wait_ready("node-2", READY).unwrap();
+    a_certificate_expires(&mut lab);
     learn(&lab, &["tcp.example.com"]);
     assert_eq!(story::play(&lab, &[1], false).unwrap(), 0, "surprises");
     lab.down().unwrap();
