@@ -267,7 +267,9 @@ fn hello(mut stream: TcpStream, sni: &str) -> std::io::Result<StreamOwned<Client
 /// Fetches a path; HTTP/1.0, so that the answer comes in one piece.
 fn ask(stream: &mut (impl Read + Write), host: &str, path: &str) -> std::io::Result<String> {
     let agent = concat!("tidegate/", env!("CARGO_PKG_VERSION"));
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: {host}\r\nUser-Agent: {agent}\r\nAccept: */*\r\n\r\n")?;
+    // In one piece: a server that answers and closes after the first octets would reset the connection over the rest.
+    let request = format!("GET {path} HTTP/1.0\r\nHost: {host}\r\nUser-Agent: {agent}\r\nAccept: */*\r\n\r\n");
+    stream.write_all(request.as_bytes())?;
     let mut all = Vec::new();
     let ended = stream.take(BODY).read_to_end(&mut all);
     let text = String::from_utf8_lossy(&all);
