@@ -189,9 +189,11 @@ fn first_place_is_taken_back(lab: &mut Lab) {
         let device = world::veth(lab.scenario(), pod);
         let netns = lab.place(&pod.node).unwrap().netns().to_owned();
         let look = || foreign::programs(&netns, &device).unwrap();
-        let first = wait_for(FIRST, || look().first().is_some_and(|p| p == "pod_egress").then_some(()));
-        assert!(first.is_some(), "{key}: {:?}", look());
-        assert_eq!(look().iter().filter(|p| *p == "pod_egress").count(), 1, "{:?}", look());
+        // The new attachment is there before the old one goes: never is there none.
+        let first = |all: &[String]| {
+            all.first().is_some_and(|p| p == "pod_egress") && all.iter().filter(|p| *p == "pod_egress").count() == 1
+        };
+        assert!(wait_for(FIRST, || first(&look()).then_some(())).is_some(), "{key}: {:?}", look());
         assert!(look().iter().any(|p| p == "foreign"), "{:?}", look());
     }
     silent(lab, &pods);
