@@ -10,8 +10,8 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{
-    CALM, PODS, READY, Wire, facts, facts_hold, gaps, kill, learn, log, owner, owner_is_cut_off, owner_of, status,
-    under_traffic, up, wait_owner,
+    CALM, PODS, READY, Wire, facts, facts_hold, gaps, is_apart, kill, learn, log, owner, owner_is_cut_off, owner_of,
+    status, under_traffic, up, wait_owner,
 };
 use nix::sys::signal::Signal;
 use tidegate_lab::Lab;
@@ -27,8 +27,10 @@ const GATEWAYS: [&str; 2] = ["gw-a", "gw-b"];
 #[test]
 fn partition() {
     let mut lab = up("partition");
+    assert!(is_apart(&lab), "each gateway has a pair of its own");
     let wire = Wire::watch(&lab);
     learn(&lab, &["tcp.example.com", "www.example.com", "api.example.com"]);
+    wire.wait_quiet();
     gateways_lose_each_other(&mut lab, &wire);
     owner_is_cut_off(&mut lab, &wire);
     owner_is_told_to_end(&mut lab, &wire);

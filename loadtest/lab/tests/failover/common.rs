@@ -17,6 +17,7 @@ use tidegate_lab::netns::ip_batch;
 use tidegate_lab::probe::{curl, dig};
 use tidegate_lab::steady::gaps::{Asked, Recorder};
 pub use tidegate_lab::steady::gaps::{Traffic, connect};
+use tidegate_lab::story::{POOL_B, of};
 use tidegate_lab::{Lab, Options, Scenario};
 
 /// Pods of the namespace whose egress pair is looked at, on the nodes without a gateway.
@@ -30,6 +31,8 @@ pub const ADDRESSES: Duration = Duration::from_secs(3);
 pub const CALM: (Duration, Duration) = (Duration::from_millis(700), Duration::from_secs(1));
 /// A pod that is nobody's business: what its traffic notices is the machine's doing.
 const CONTROL: &str = "untouched/app";
+/// A pod whose egress pair gw-b has.
+const BILLING: &str = "billing/pay";
 /// The shop's pool.
 pub const POOL: &str = "/apis/tidegate.dev/v1alpha1/egresspools/partner-a";
 /// A gateway must be ready so soon after its start.
@@ -210,8 +213,34 @@ pub fn wait_recorded(lab: &Lab, gateway: &str, least: u64) -> u64 {
     found.unwrap_or_else(|| panic!("{:?} is recorded; {gateway} says {:?}", recorded(lab), owner(lab, gateway)))
 }
 
-/// The link of the node of gw-a, the owner, fails: it hears nobody and withdraws, gw-b serves. Back again, it takes
-/// nothing. Gives the epoch of gw-b.
+/// Whether gw-b has billing's pair, not gw-a both. On a machine that is so busy that one gateway comes long after the other,
+/// the first has all.
+pub fn is_apart(lab: &Lab) -> bool {
+    owner_of(lab, "gw-b", "203.0.113.20").0 == "gw-b"
+}
+
+/// Records [`CONTROL`], beside what no node of the cluster has to do with: the router, outside.
+fn record_untouched(lab: &Lab) -> Recorder {
+    let asked = Asked { name: "api.example.com", dns, to: tcp };
+    Recorder::start(&[(lab.pod(CONTROL), asked)], (&lab.place("router").unwrap(), named(Family::V4, 23, 7000)))
+}
+
+/// A pod that something is no business of does not notice it: names and new connections go on, with the same address.
+#[track_caller]
+fn notices_nothing(what: &str, traffic: &[Traffic], pod: &str, since: Instant, source: impl Fn(Family) -> IpAddr) {
+    let own: Vec<&Traffic> = traffic.iter().filter(|t| t.pod == pod).collect();
+    assert_eq!(own.len(), FAMILIES.len(), "{pod} is recorded");
+    for t in own {
+        let (dns, flows) = (t.names.longest(since), t.flows.longest(since));
+        println!("{what}: {pod} {:?}: longest DNS gap {dns:?}, of connections {flows:?}", t.family);
+        let limits = (t.limit(CALM.0, since), t.limit(CALM.1, since));
+        assert!(dns < limits.0 && flows < limits.1, "{what}: {pod} notices it: not within {limits:?}");
+        assert_eq!(t.flows.sources(None), [source(t.family)], "{what}: {pod}, no other source address");
+    }
+}
+
+/// The link of the node of gw-a, the owner, fails: it hears nobody and withdraws, gw-b serves, and neither whom gw-b served
+/// before nor who is untouched notices it. Back again, it takes nothing. Gives the epoch of gw-b.
 #[track_caller]
 pub fn owner_is_cut_off(lab: &mut Lab, wire: &Wire) -> u64 {
     let (who, epoch) = owner(lab, "gw-a");
@@ -219,7 +248,15 @@ pub fn owner_is_cut_off(lab: &mut Lab, wire: &Wire) -> u64 {
     let node = "gw-node-a";
     let port = lab.scenario().nodes.iter().position(|n| n.name == node).unwrap();
     let fabric = lab.place("fabric").unwrap().netns().to_owned();
-    let (cut, traffic) = under_traffic(lab, &PODS, |lab| {
+    let home = lab.scenario().pod(CONTROL).unwrap().node.clone();
+    let home = lab.scenario().node(&home).unwrap().clone();
+    let apart = is_apart(lab);
+    for family in FAMILIES {
+        assert_eq!(dig(&lab.pod(BILLING), "tcp.example.com", family.record(), &[]).answers.len(), 1);
+    }
+    let ((cut, untouched), traffic) = under_traffic(lab, &[PODS[0], PODS[1], BILLING], |lab| {
+        let untouched = record_untouched(lab);
+        std::thread::sleep(Duration::from_secs(1));
         let cut = Instant::now();
         ip_batch(&fabric, &[format!("link set port{port} down")]).unwrap();
         wait_owner(lab, "gw-b", "gw-b", Duration::from_secs(10));
@@ -228,9 +265,13 @@ pub fn owner_is_cut_off(lab: &mut Lab, wire: &Wire) -> u64 {
         let held = || (lab.metric(node, "tidegate_held_addresses", &[]).unwrap() == 0.0).then_some(());
         assert!(wait_for(Duration::from_secs(5), held).is_some(), "its node holds nothing");
         std::thread::sleep(Duration::from_secs(1));
-        cut
+        (cut, untouched.finish())
     });
     gaps("owner cut off", &traffic, cut, NAMES, ADDRESSES);
+    if apart {
+        notices_nothing("owner cut off", &traffic, BILLING, cut, |f| of(POOL_B, f));
+    }
+    notices_nothing("owner cut off", &untouched, CONTROL, cut, |f| f.pick(home.ipv4.into(), home.ipv6.into()));
     assert_eq!(owner(lab, "gw-b"), ("gw-b".into(), epoch + 1));
     let (back, traffic) = under_traffic(lab, &PODS, |lab| {
         let back = Instant::now();
@@ -355,6 +396,15 @@ impl Wire {
             }
         });
         Self { seen, end, thread: Some(thread), nodes }
+    }
+
+    /// Waits until nobody has announced anything for a second: an announcement is repeated a few times.
+    #[track_caller]
+    pub fn wait_quiet(&self) {
+        let begun = Instant::now();
+        let last = || self.seen.lock().unwrap().last().map_or(begun, |(at, ..)| begun.max(*at));
+        let quiet = || (last().elapsed() >= Duration::from_secs(1)).then_some(());
+        assert!(wait_for(Duration::from_secs(10), quiet).is_some(), "somebody announces on and on");
     }
 
     /// Who announced it since then, one after the other: two that do so at the same time alternate.
