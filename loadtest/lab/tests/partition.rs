@@ -10,8 +10,8 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{
-    CALM, PODS, READY, Wire, facts, facts_hold, gaps, is_apart, kill, learn, log, owner, owner_is_cut_off, owner_of,
-    status, under_traffic, up, wait_owner,
+    CALM, HANDED, PODS, READY, Wire, facts, facts_hold, gaps, is_apart, kill, learn, log, owner, owner_is_cut_off,
+    owner_of, status, under_traffic, up, wait_owner,
 };
 use nix::sys::signal::Signal;
 use tidegate_lab::Lab;
@@ -107,7 +107,7 @@ fn owner_is_told_to_end(lab: &mut Lab, wire: &Wire) {
         });
         wait_owner(lab, "gw-a", "gw-a", Duration::from_secs(3));
         let took = told.elapsed();
-        assert!(took < Duration::from_millis(1500), "not by silence, which takes two seconds: {took:?}");
+        assert!(took < HANDED, "not by silence, which takes two seconds: {took:?}");
         let process = lab.process("gw-b").unwrap();
         assert!(process.wait(Duration::from_secs(8)), "it ends");
         process.reap();

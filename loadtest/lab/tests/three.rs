@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{
-    ADDRESSES, CALM, NAMES, PLAIN, PODS, POOL, READY, Traffic, Wire, egress, gaps, kill, learn, owner, owner_of,
-    pod_network, recorded, start, status, under_traffic, wait_recorded,
+    ADDRESSES, CALM, HANDED, NAMES, PLAIN, PODS, POOL, READY, Traffic, Wire, egress, gaps, kill, learn, owner,
+    owner_of, pod_network, recorded, start, status, under_traffic, wait_recorded,
 };
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -24,8 +24,6 @@ use tidegate_lab::steady::gaps::Threads;
 
 /// Those whose traffic is looked at: by the pool's address, and by the nodes'.
 const ALL: [&str; 3] = [PODS[0], PODS[1], PLAIN];
-/// A pair that is handed over moves so soon: nobody waits the two seconds after which silence means death.
-const HANDED: Duration = Duration::from_millis(1500);
 /// Octets of a long download, and how many a second: longer than a pod's replacement takes.
 const DOWNLOAD: (u64, &str) = (6_000_000, "600k");
 

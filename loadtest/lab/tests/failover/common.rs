@@ -27,6 +27,9 @@ pub const PLAIN: &str = "annotated/app";
 /// Names are back so soon when a gateway has died, and egress addresses.
 pub const NAMES: Duration = Duration::from_secs(1);
 pub const ADDRESSES: Duration = Duration::from_secs(3);
+/// A pair that is handed over moves so soon. By silence it could not: that takes two seconds, from a beat that came 200 ms before
+/// at the earliest.
+pub const HANDED: Duration = Duration::from_millis(1800);
 /// What traffic may notice of what should not touch it, on a busy machine.
 pub const CALM: (Duration, Duration) = (Duration::from_millis(700), Duration::from_secs(1));
 /// A pod that is nobody's business: what its traffic notices is the machine's doing.
