@@ -1,4 +1,4 @@
-//! Random numbers for tests that are the same in every run: SplitMix64 (Steele, Lea and Flood, 2014).
+//! Random numbers for tests that are the same in every run: SplitMix64 (Steele, Lea and Flood, 2014), and what is thrown at servers.
 #![forbid(unsafe_code)]
 
 /// What numbers come from; the field is the seed.
@@ -23,6 +23,24 @@ impl Random {
     pub fn of<T: Copy>(&mut self, all: &[T]) -> T {
         all[self.below(all.len() as u64) as usize]
     }
+}
+
+/// Octets that every server must survive: none, one, noise, much noise, and heads of HTTP and TLS that go wrong after them.
+pub fn hostile() -> Vec<Vec<u8>> {
+    let noise = |seed: u64, length: usize| -> Vec<u8> {
+        let mut random = Random(seed);
+        (0..length).map(|_| random.below(256) as u8).collect()
+    };
+    let mut all = vec![vec![], vec![0], vec![0xff; 3], noise(1, 64), noise(2, 5_000), noise(3, 300_000)];
+    all.push([b"GET /".as_slice(), &[b'a'; 100_000]].concat());
+    all.push(b"POST /config HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n".to_vec());
+    // TLS records: a hello cut short, one longer than any, one of noise, an alert.
+    all.push([&[22, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc, 3, 3][..], &noise(4, 200)].concat());
+    all.push([&[22, 3, 1, 0xff, 0xff, 1, 0xff, 0xff, 0xff][..], &noise(5, 70_000)].concat());
+    all.push([&[22, 3, 3, 0, 200][..], &noise(6, 200)].concat());
+    all.push(vec![21, 3, 3, 0, 2, 2, 40]);
+    all.push([b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".as_slice(), &noise(7, 500)].concat());
+    all
 }
 
 #[cfg(test)]

@@ -48,17 +48,9 @@ fn shower(lab: &Lab, place: &str, to: SocketAddr, head: &[u8]) {
         .unwrap();
 }
 
-/// What is thrown at TCP ports: nothing, a byte, noise, much noise, and heads of protocols that go wrong after them.
+/// What is thrown at TCP ports.
 fn throws() -> Vec<Vec<u8>> {
-    let mut all = vec![vec![], vec![0], vec![0xff; 3], noise(1, 64), noise(2, 5_000), noise(3, 300_000)];
-    all.push([b"GET /".as_slice(), &[b'a'; 100_000]].concat());
-    all.push(b"POST /config HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n".to_vec());
-    // TLS records: a hello cut short, one longer than any, one of noise, an alert.
-    all.push([&[22, 3, 1, 0x40, 0, 1, 0, 0x3f, 0xfc, 3, 3][..], &noise(4, 200)].concat());
-    all.push([&[22, 3, 1, 0xff, 0xff, 1, 0xff, 0xff, 0xff][..], &noise(5, 70_000)].concat());
-    all.push([&[22, 3, 3, 0, 200][..], &noise(6, 200)].concat());
-    all.push(vec![21, 3, 3, 0, 2, 2, 40]);
-    all.push([b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".as_slice(), &noise(7, 500)].concat());
+    let mut all = tidegate_random::hostile();
     // Lengths of DNS over TCP that promise too little and too much.
     all.push(vec![0, 0, 0, 0]);
     all.push([&[0xff, 0xff][..], &noise(8, 1000)].concat());
