@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -16,6 +16,7 @@ use tidegate_lab::lab::wait_for;
 use tidegate_lab::observe::Watch;
 use tidegate_lab::probe::curl;
 use tidegate_lab::steady::{Servers, Steady};
+use tidegate_lab::story::named;
 use tidegate_lab::{Lab, Options, Scenario, foreign, world};
 
 static ONE: Mutex<()> = Mutex::new(());
@@ -30,11 +31,6 @@ fn up(name: &str) -> (MutexGuard<'static, ()>, Lab) {
     let scenario = Scenario::load(file.as_ref()).unwrap();
     let options = Options { lab: Some(env!("CARGO_BIN_EXE_tidegate-lab").into()), ..Options::unique(name) };
     (one, Lab::up(scenario, &options).unwrap())
-}
-
-fn named(family: Family, n: u8, port: u16) -> SocketAddr {
-    let ip: IpAddr = format!("{}{n}", family.pick("198.51.100.", "2001:db8:100::")).parse().unwrap();
-    SocketAddr::new(ip, port)
 }
 
 fn egress(family: Family) -> IpAddr {

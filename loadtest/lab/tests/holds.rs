@@ -12,6 +12,7 @@ use nix::sys::signal::Signal;
 use tidegate_lab::family::{FAMILIES, Family};
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::probe::{self, Echo, Knock, curl, dig, knock};
+use tidegate_lab::story::named;
 use tidegate_lab::{Lab, Options, Scenario};
 
 static ONE: Mutex<()> = Mutex::new(());
@@ -33,12 +34,6 @@ fn up_in(name: &str, scenario: &str, full_pass: Option<u64>) -> (MutexGuard<'sta
     }
     let options = Options { lab: Some(env!("CARGO_BIN_EXE_tidegate-lab").into()), ..Options::unique(name) };
     (one, Lab::up(scenario, &options).unwrap())
-}
-
-/// A server of the demo's internet.
-fn named(family: Family, n: u16, port: u16) -> SocketAddr {
-    let ip: IpAddr = format!("{}{n}", family.pick("198.51.100.", "2001:db8:100::")).parse().unwrap();
-    SocketAddr::new(ip, port)
 }
 
 fn egress(family: Family) -> IpAddr {

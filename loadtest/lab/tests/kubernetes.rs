@@ -3,9 +3,13 @@
 //! One lab, one test: each step begins where the last one ended.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "failover/common.rs"]
+mod common;
+
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use common::owner_of;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tidegate_lab::family::{FAMILIES, Family};
@@ -14,7 +18,7 @@ use tidegate_lab::lab::wait_for;
 use tidegate_lab::netns::nft;
 use tidegate_lab::probe::{Echo, curl, dig};
 use tidegate_lab::steady::gaps::{Asked, Recorder};
-use tidegate_lab::story::{self, POOL_A, POOL_B};
+use tidegate_lab::story::{self, POOL_A, POOL_B, named, of};
 use tidegate_lab::{Lab, Options, Scenario};
 
 /// How soon a change holds everywhere, on a busy machine.
@@ -40,16 +44,6 @@ fn kubernetes() {
     assert!(["etcd", "kube-apiserver"].iter().all(|name| processes.iter().any(|p| p.name == *name && p.is_alive())));
     lab.down().unwrap();
     assert!(!processes.iter().any(|p| p.is_alive()), "the control plane goes with the lab");
-}
-
-/// A server of the demo's internet.
-fn named(family: Family, n: u16, port: u16) -> SocketAddr {
-    let ip: IpAddr = format!("{}{n}", family.pick("198.51.100.", "2001:db8:100::")).parse().unwrap();
-    SocketAddr::new(ip, port)
-}
-
-fn of(pair: [&str; 2], family: Family) -> IpAddr {
-    family.pick(pair[0], pair[1]).parse().unwrap()
 }
 
 /// Whom a server saw; `None` when the pod did not get there.
@@ -311,14 +305,6 @@ fn the_order_of_objects_decides_nothing(lab: &mut Lab) {
     soon("the shop's name", || seen(lab, pod, Family::V4, "www.example.com") == Some(of(POOL_A, Family::V4)));
 }
 
-/// Whether a gateway says that it holds the pair of this address.
-fn holds(lab: &Lab, gateway: &str, address: &str) -> bool {
-    let status: Value = serde_json::from_str(&lab.admin(gateway, "/status").unwrap().1).unwrap();
-    let pairs = status["core"]["pairs"].as_array().cloned().unwrap_or_default();
-    let of = |p: &Value| p["pair"].as_str().is_some_and(|pair| pair.contains(address));
-    pairs.iter().any(|p| of(p) && p["owner"] == gateway && p["held"] == true)
-}
-
 /// Nothing comes by a gateway's watch any more, and nothing says so: its peer knows more, and within 5 s it stands back.
 fn a_watch_that_hangs_helps_nobody(lab: &Lab) {
     let pod = "billing/pay";
@@ -343,7 +329,10 @@ fn a_watch_that_hangs_helps_nobody(lab: &Lab) {
         assert!(stale.is_some(), "{quiet} does not notice that it hears nothing");
         soon("the rule's end", || denied(lab, pod, "bank.example.com"));
         // Names are asked of the other one before it has the pairs: what begins in between ends when they move.
-        soon("the pairs at the other one", || holds(lab, other, POOL_A[0]));
+        soon("the pairs at the other one", || {
+            let (owner, _, held) = owner_of(lab, other, POOL_A[0]);
+            owner == other && held
+        });
         soon("the other one's egress", || seen(lab, "shop/web", Family::V4, "api.example.com").is_some());
         for _ in 0..10 {
             assert!(denied(lab, pod, "bank.example.com"), "{quiet} still helps");

@@ -18,7 +18,7 @@ use tidegate_lab::lab::wait_for;
 use tidegate_lab::observe::Watch;
 use tidegate_lab::probe::{Knock, curl, datagram, dig, knock};
 use tidegate_lab::scenario::Pod;
-use tidegate_lab::story::{self, POOL_A, POOL_B};
+use tidegate_lab::story::{self, POOL_A, POOL_B, named, of};
 use tidegate_lab::{Lab, Options, Scenario, foreign, world};
 
 /// One lab at a time: what these tests wait for has its limits in real time.
@@ -39,16 +39,6 @@ fn up(variant: &str) -> (MutexGuard<'static, ()>, Lab) {
     scenario.tidegate.as_mut().unwrap().agent.insert("unknownPods".into(), json!("Drop"));
     let options = Options { lab: Some(env!("CARGO_BIN_EXE_tidegate-lab").into()), ..Options::unique(variant) };
     (one, Lab::up(scenario, &options).unwrap())
-}
-
-/// A named server of the demo.
-fn named(family: Family, n: u16, port: u16) -> SocketAddr {
-    let ip: IpAddr = format!("{}{n}", family.pick("198.51.100.", "2001:db8:100::")).parse().unwrap();
-    SocketAddr::new(ip, port)
-}
-
-fn of(pair: [&str; 2], family: Family) -> IpAddr {
-    family.pick(pair[0], pair[1]).parse().unwrap()
 }
 
 fn families(lab: &Lab) -> Vec<Family> {

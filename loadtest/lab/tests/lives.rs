@@ -12,7 +12,7 @@ use tidegate_lab::family::{FAMILIES, Family};
 use tidegate_lab::kube::{Guest, Kubernetes};
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::probe::{Dig, Echo, Knock, curl, dig, knock};
-use tidegate_lab::story::{POOL_A, POOL_B};
+use tidegate_lab::story::{POOL_A, POOL_B, named, of};
 use tidegate_lab::{Lab, Options, Scenario};
 
 /// How soon a change holds everywhere, on a busy machine.
@@ -38,18 +38,8 @@ fn with(test: impl FnOnce(&Lab)) {
     test(lab);
 }
 
-/// A server of the demo's internet.
-fn named(family: Family, n: u16, port: u16) -> SocketAddr {
-    let ip: IpAddr = format!("{}{n}", family.pick("198.51.100.", "2001:db8:100::")).parse().unwrap();
-    SocketAddr::new(ip, port)
-}
-
 fn named_http(family: Family) -> SocketAddr {
     named(family, 14, 8080)
-}
-
-fn of(pair: [&str; 2], family: Family) -> IpAddr {
-    family.pick(pair[0], pair[1]).parse().unwrap()
 }
 
 /// The address of a pod's node: what the world sees of a pod that nothing touches.

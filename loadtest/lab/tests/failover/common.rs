@@ -17,6 +17,7 @@ use tidegate_lab::netns::ip_batch;
 use tidegate_lab::probe::{curl, dig};
 use tidegate_lab::steady::gaps::{Asked, Recorder};
 pub use tidegate_lab::steady::gaps::{Traffic, connect};
+pub use tidegate_lab::story::named;
 use tidegate_lab::story::{POOL_B, of};
 use tidegate_lab::{Lab, Options, Scenario};
 
@@ -44,12 +45,6 @@ pub const READY: Duration = Duration::from_secs(20);
 /// tcp.example.com, which policy lets through without inspection.
 pub fn tcp(family: Family) -> SocketAddr {
     named(family, 12, 7000)
-}
-
-/// A server of the demo's internet.
-pub fn named(family: Family, n: u16, port: u16) -> SocketAddr {
-    let ip: IpAddr = format!("{}{n}", family.pick("198.51.100.", "2001:db8:100::")).parse().unwrap();
-    SocketAddr::new(ip, port)
 }
 
 fn dns(family: Family) -> SocketAddr {
