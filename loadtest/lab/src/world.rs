@@ -334,6 +334,9 @@ impl Place {
     /// A node's second network card, and the routes of what belongs to it.
     fn second(&mut self, scenario: &Scenario, node: &Node) {
         let ((card, table), (router, _)) = (SECOND, scenario.router());
+        // The VPC leads each address to its own card. Linux answers for every address on every card unless it is told so: what
+        // is for the first one would come in by the one that answers sooner.
+        self.after("net/ipv4/conf/all/arp_ignore", "1");
         self.address(format!("addr add {}/{} dev {card}", second_address(node), scenario.underlay.ipv4.prefix_len()));
         self.address(format!("link set {card} up"));
         self.address(format!("route add {router} dev {card} scope link table {table}"));
