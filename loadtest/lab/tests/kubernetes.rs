@@ -328,12 +328,18 @@ fn a_watch_that_hangs_helps_nobody(lab: &Lab) {
         let stale = wait_for(SOON, || (lab.admin(quiet, "/readyz").unwrap().0 != 200).then_some(()));
         assert!(stale.is_some(), "{quiet} does not notice that it hears nothing");
         soon("the rule's end", || denied(lab, pod, "bank.example.com"));
-        // Names are asked of the other one before it has the pairs: what begins in between ends when they move.
+        // Names are asked of the other one before it has the pairs, and nodes follow it when all is in place there: what begins
+        // in between ends when they do.
         soon("the pairs at the other one", || {
             let (owner, _, held) = owner_of(lab, other, POOL_A[0]);
             owner == other && held
         });
-        soon("the other one's egress", || seen(lab, "shop/web", Family::V4, "api.example.com").is_some());
+        let mark = lab.mark();
+        let opened = |r: &Value| r["kind"] == "open" && r["pod"] == "web" && r["sni"] == "api.example.com";
+        soon("the other one's egress", || {
+            seen(lab, "shop/web", Family::V4, "api.example.com").is_some()
+                && lab.audit(other, &mark).unwrap().iter().any(opened)
+        });
         for _ in 0..10 {
             assert!(denied(lab, pod, "bank.example.com"), "{quiet} still helps");
             assert!(seen(lab, "shop/web", Family::V4, "api.example.com").is_some(), "the other one serves all");
