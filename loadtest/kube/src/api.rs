@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::process::Server;
 
@@ -33,6 +33,18 @@ impl Api {
     /// By the socket of a proxy that somebody else started.
     pub fn at(socket: PathBuf) -> Self {
         Self { socket, _server: None }
+    }
+
+    /// Asks whether the API server is ready, and has made its own namespaces, which come a moment later.
+    ///
+    /// # Errors
+    /// With what it, or the proxy, says instead.
+    pub fn ready(&self) -> Result<()> {
+        for path in ["/readyz", "/api/v1/namespaces/default", "/api/v1/namespaces/kube-system"] {
+            let answer = self.send("GET", path, &[], "")?;
+            ensure!(answer.status == 200, "{path}: {} {}", answer.status, answer.body);
+        }
+        Ok(())
     }
 
     /// Sends a request. `headers` are further ones, such as `Impersonate-User`; `body` may be YAML.

@@ -8,7 +8,7 @@ mod pods;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -167,10 +167,10 @@ impl Lab {
             site.write_credentials()?;
         }
         self.launch_control("etcd", site.etcd()?)?;
-        self.start_api_server()?;
         let socket = proxy(site.folder());
         let server = self.launch_control("kubectl proxy", site.proxy(&socket)?)?;
         self.wait_control(&server, || UnixStream::connect(&socket).map(drop).map_err(Into::into))?;
+        self.start_api_server()?;
         let names = self.scenario().kubernetes.clone().unwrap_or_default().controllers;
         if !names.is_empty() {
             let names: Vec<&str> = names.iter().map(String::as_str).collect();
@@ -186,16 +186,8 @@ impl Lab {
     pub fn start_api_server(&mut self) -> Result<()> {
         let site = self.site()?;
         let server = self.launch_control("kube-apiserver", site.api_server()?)?;
-        let netns = self.place(PLACE)?.netns().to_owned();
-        self.wait_control(&server, || {
-            netns::within(&netns, || TcpStream::connect_timeout(&site.endpoint(), Duration::from_secs(1)))??;
-            // Namespaces that it makes itself come a moment after it says that it is ready.
-            for args in [&["get", "--raw", "/readyz"][..], &["get", "namespaces", "default", "kube-system"]] {
-                let mut command = site.kubectl(args)?;
-                Output::of(netns::spawn(&netns, None, &mut command)?, "")?.success()?;
-            }
-            Ok(())
-        })
+        let api = self.api()?;
+        self.wait_control(&server, || api.ready())
     }
 
     /// Kills the API server, as an outage does. What it stored stays.
