@@ -85,6 +85,8 @@ pub enum About {
         pair: String,
         /// The epoch since when.
         epoch: u64,
+        /// Whether this gateway is the new owner, which says so whoever leads: who leads next may only just have begun.
+        own: bool,
     },
     /// A node's agent is away, or back.
     Agent {
@@ -126,6 +128,11 @@ impl About {
             About::Denied { .. } | About::Moved { .. } | About::Agent { .. } => ONCE,
             About::Audit { .. } => AUDITED,
         }
+    }
+
+    /// Whether it is told by a gateway that does not lead, too.
+    fn needs_no_lead(&self) -> bool {
+        matches!(self, About::Moved { own: true, .. })
     }
 
     /// Whether it is about what has no namespace, and nobody brings about by what he sends.
@@ -210,12 +217,12 @@ impl Sieve {
     }
 }
 
-/// Writes events while this gateway leads, until the channel ends.
+/// Writes events while this gateway leads, and of what it has taken over at any time, until the channel ends.
 pub async fn write(connection: Connection, mut news: mpsc::Receiver<News>, leading: Leads) {
     let start = Instant::now();
     let mut sieve = Sieve::default();
     while let Some(n) = news.recv().await {
-        if !leads(&leading) || !sieve.lets(&n, start.elapsed()) {
+        if !(leads(&leading) || n.about.needs_no_lead()) || !sieve.lets(&n, start.elapsed()) {
             continue;
         }
         if let Err(error) = one(&connection, &n, &leading).await {
@@ -249,8 +256,11 @@ async fn one(connection: &Connection, n: &News, leading: &Leads) -> Result<(), E
     let Some(uid) = found.and_then(|m| m.uid) else { return Ok(()) };
     let events: Api<Event> = Api::namespaced(connection.client.clone(), &n.namespace);
     let event = event(n, uid, &connection.name, Timestamp::now());
-    match while_leading(leading, events.create(&PostParams::default(), &event)).await {
-        // An earlier leader has said it.
+    let params = PostParams::default();
+    let create = events.create(&params, &event);
+    let created = if n.about.needs_no_lead() { within(create).await } else { while_leading(leading, create).await };
+    match created {
+        // An earlier leader has said it, or the new owner.
         Err(error) if error.code() == Some(409) => Ok(()),
         other => other.map(drop),
     }
@@ -265,7 +275,7 @@ fn event(n: &News, uid: String, reporter: &str, now: Timestamp) -> Event {
             let own = format!("{NAME}.{called}.{until}");
             ("NamespaceEgress", "tidegate.dev/v1alpha1", NAME, "EndAudit", reason, "Normal", Some(own))
         }
-        About::Moved { pool, pair, epoch } => {
+        About::Moved { pool, pair, epoch, .. } => {
             let end = format!(".{pair}.{}.{epoch}", MOVED.to_lowercase());
             let own = cut(pool, MAX_NAME.saturating_sub(end.len())).trim_end_matches(['.', '-']).to_owned() + &end;
             ("EgressPool", "tidegate.dev/v1alpha1", pool.as_str(), "Move", MOVED, "Normal", Some(own))
@@ -378,7 +388,7 @@ mod tests {
     }
 
     fn moved(pool: &str, epoch: u64) -> News {
-        let about = About::Moved { pool: pool.into(), pair: "203.0.113.10-2001.db8..10".into(), epoch };
+        let about = About::Moved { pool: pool.into(), pair: "203.0.113.10-2001.db8..10".into(), epoch, own: false };
         News { namespace: CLUSTER.into(), about, note: "n".into() }
     }
 

@@ -356,6 +356,12 @@ fn a_write_that_gets_no_answer_ends_with_the_lead() {
     assert!(led.elapsed() < Duration::from_secs(6), "nothing of the former lead is waited for: {:?}", led.elapsed());
 }
 
+/// Egress addresses of a pool have moved, `own` to who says so.
+fn moved_to(pool: &str, epoch: u64, own: bool) -> events::News {
+    let about = events::About::Moved { pool: pool.into(), pair: "2001xdb8xx10".into(), epoch, own };
+    events::News { namespace: events::CLUSTER.into(), about, note: "It moved.".into() }
+}
+
 #[test]
 fn objects_come_and_go_and_pods_hear_of_denials() {
     let test = Test::new();
@@ -418,12 +424,18 @@ fn objects_come_and_go_and_pods_hear_of_denials() {
         "spec": {"allowedNamespaces": {}, "addressSource": "Static", "static": {"addresses": [{"ipv6": "2001:db8::10"}]}}});
     test.kubectl(&["apply", "-f", "-"], &pool.to_string());
     for (epoch, pool) in [(2, "p"), (2, "p"), (3, "p"), (3, "gone")] {
-        let about = events::About::Moved { pool: pool.into(), pair: "2001xdb8xx10".into(), epoch };
-        let news = events::News { namespace: events::CLUSTER.into(), about, note: "It moved.".into() };
-        gateway.denials.blocking_send(news).unwrap();
+        gateway.denials.blocking_send(moved_to(pool, epoch, false)).unwrap();
     }
     let moved = || test.kubectl(&["describe", "egresspool", "p"], "");
     soon("the moves", || moved().matches("EgressMoved").count() == 2);
+    // Who took them over says so without a lead, and nothing else.
+    let follower = test.gateway("gw-b");
+    for (epoch, own) in [(3, true), (4, false), (5, true)] {
+        follower.denials.blocking_send(moved_to("p", epoch, own)).unwrap();
+    }
+    soon("the new owner's word", || moved().matches("EgressMoved").count() == 3);
+    assert!(!follower.leads());
+    drop(follower);
 
     // A policy that is deleted and made anew is another one.
     test.kubectl(&["delete", "egresspolicy", "-n", "shop", "a"], "");

@@ -127,7 +127,7 @@ impl Outlet {
         self.told = told.unwrap_or_else(|| std::mem::take(&mut self.told));
     }
 
-    /// Tells what happened. May be repeated: each is said once, by whoever leads.
+    /// Tells what happened. May be repeated: each is said once, by whoever leads, or by the new owner of addresses that moved.
     pub fn happened(&self, news: &events::News) {
         let _ = self.events.try_send(news.clone());
     }
@@ -168,7 +168,7 @@ fn news(now: &PairStatus, from: &str) -> events::News {
     );
     // An address in the names of objects.
     let pair = addresses.split(' ').next().unwrap_or_default().replace(':', "x");
-    let about = events::About::Moved { pool: pool.to_owned(), pair, epoch: now.epoch };
+    let about = events::About::Moved { pool: pool.to_owned(), pair, epoch: now.epoch, own: now.held };
     events::News { namespace: events::CLUSTER.to_owned(), about, note }
 }
 
@@ -319,8 +319,10 @@ mod tests {
             "{}",
             said.note
         );
-        let about = events::About::Moved { pool: "a".into(), pair: "192.0.2.1".into(), epoch: 2 };
-        assert_eq!((said.namespace.as_str(), &said.about), ("default", &about));
+        let about = |own| events::About::Moved { pool: "a".into(), pair: "192.0.2.1".into(), epoch: 2, own };
+        assert_eq!((said.namespace.as_str(), &said.about), ("default", &about(false)));
+        let here = now.clone().map(|p| PairStatus { held: p.owner == "y", ..p });
+        assert_eq!(moves(&before, &here)[0].about, about(true));
     }
 
     #[test]
