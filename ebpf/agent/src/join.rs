@@ -25,7 +25,10 @@ use crate::stream::random;
 const CONNECT: Duration = Duration::from_secs(5);
 const ANSWER: Duration = Duration::from_secs(15);
 const BACKOFF_FIRST: Duration = Duration::from_secs(1);
+/// The longest time between two tries while there is a certificate that holds, and while there is none: without it the node hears of
+/// nothing.
 const BACKOFF_LAST: Duration = Duration::from_secs(30);
+const MISSING_LAST: Duration = Duration::from_secs(10);
 /// How often the files are looked at while nothing is due.
 const LOOK: Duration = Duration::from_secs(5);
 /// The least and most time to the next renewal, whatever a gateway says.
@@ -174,7 +177,7 @@ impl Joiner {
                     if let Some(left) = PATIENCE.checked_sub(started.elapsed()) {
                         wait = wait.min(left);
                     }
-                    backoff = (backoff * 2).min(BACKOFF_LAST);
+                    backoff = (backoff * 2).min(if valid { BACKOFF_LAST } else { MISSING_LAST });
                     // A first gateway is not kept waiting.
                     tokio::select! {
                         () = sleep(wait) => {}
