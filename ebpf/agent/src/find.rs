@@ -115,7 +115,7 @@ struct Entrance {
 }
 
 /// Keeps a task of `streams` for each address, forever. The name is resolved so often, and when a connection ends after a
-/// fifth of that; `entrance` is asked for when it says nothing and nobody is connected, or when nobody is for half of that.
+/// fifth of that; `entrance` is asked for when it says nothing and nobody is connected, or as soon as nobody was for half of that.
 /// The known addresses go to `targets`.
 pub async fn find<R, E, S>(
     every: Duration,
@@ -188,8 +188,10 @@ pub async fn find<R, E, S>(
             });
             running.insert(address, task.id());
         }
+        // It is looked once more when the entrance's time has come: who is there may be known to nobody's DNS server yet.
+        let next = alone.map(|since: Instant| since + every / 2).filter(|due| entered.is_none() && *due > now);
         tokio::select! {
-            () = sleep(every) => {}
+            () = sleep(next.map_or(every, |due| due.duration_since(now))) => {}
             () = async {
                 names.0.ended.notified().await;
                 sleep(every / 5).await;
@@ -352,6 +354,21 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_entrance_is_tried_as_soon_as_nobody_was_connected_for_long_enough() {
+        let t = Test::with(|| async { Ok(vec![at(ENTRANCE)]) });
+        let _ = t.answer.send_replace(Ok(vec![at(1)]));
+        let held = t.names.hold(&"gw-a".into(), at(1)).unwrap();
+        sleep(SHORT * 3).await;
+        drop(held);
+        // The name is looked at after a fifth, and says what it said: nobody else is known.
+        sleep(SHORT / 5 + SHORT / 4).await;
+        assert_eq!(*t.live.lock(), [at(1)].into());
+        sleep(SHORT / 2).await;
+        assert_eq!(*t.live.lock(), [at(1), at(ENTRANCE)].into(), "it waits for the next question");
+        t.task.abort();
+    }
+
+    #[tokio::test]
     async fn the_name_is_asked_again_when_a_connection_ends() {
         let asked = Arc::new(Mutex::new(0));
         let resolve = {
@@ -363,10 +380,9 @@ mod tests {
         };
         let (names, (targets, _known)) = (Names::default(), watch::channel(vec![]));
         let long = Duration::from_secs(1);
-        let task = tokio::spawn(find(long, resolve, nowhere, names.clone(), targets, |_| std::future::pending()));
-        sleep(Duration::from_millis(100)).await;
         let held = names.hold(&"gw-a".into(), at(1));
-        sleep(Duration::from_millis(100)).await;
+        let task = tokio::spawn(find(long, resolve, nowhere, names.clone(), targets, |_| std::future::pending()));
+        sleep(Duration::from_millis(200)).await;
         assert_eq!(*asked.lock(), 1);
         drop(held);
         sleep(Duration::from_millis(400)).await;
