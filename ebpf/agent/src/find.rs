@@ -134,7 +134,7 @@ pub async fn find<R, E, S>(
     let mut running = BTreeMap::new();
     let mut failing = false;
     let mut known = BTreeSet::new();
-    let mut alone = None;
+    let mut alone: Option<Instant> = None;
     let mut entered: Option<Entrance> = None;
     loop {
         let answer = timeout(ANSWER, resolve()).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
@@ -160,7 +160,8 @@ pub async fn find<R, E, S>(
         alone = if names.nobody() { alone.or(Some(now)) } else { None };
         // The name knows better by now: each of them is found where it is, with both of its streams.
         entered = entered.filter(|e| e.known == known && now.duration_since(e.since) < ENTERED);
-        if entered.is_none() && alone.is_some_and(|since| failing || now.duration_since(since) >= every / 2) {
+        let due = alone.map(|since| since + every / 2);
+        if entered.is_none() && due.is_some_and(|due| failing || due <= now) {
             let found = timeout(ANSWER, entrance()).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
             let addresses = first(found.unwrap_or_default());
             entered = (!addresses.is_empty()).then(|| Entrance { addresses, known: known.clone(), since: now });
@@ -188,10 +189,10 @@ pub async fn find<R, E, S>(
             });
             running.insert(address, task.id());
         }
-        // It is looked once more when the entrance's time has come: who is there may be known to nobody's DNS server yet.
-        let next = alone.map(|since: Instant| since + every / 2).filter(|due| entered.is_none() && *due > now);
+        // When the entrance's time comes it is not waited for the next question.
+        let entering = due.filter(|due| entered.is_none() && *due > now);
         tokio::select! {
-            () = sleep(next.map_or(every, |due| due.duration_since(now))) => {}
+            () = sleep(entering.map_or(every, |due| due.duration_since(now))) => {}
             () = async {
                 names.0.ended.notified().await;
                 sleep(every / 5).await;

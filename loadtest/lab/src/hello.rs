@@ -15,8 +15,8 @@ use rustls::{ClientConfig, ClientConnection, Error, NamedGroup, RootCertStore, S
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, ServerName};
 use serde_json::Value;
+use tidegate_random::noise;
 
-use crate::liar::noise;
 use crate::place::Place;
 
 /// Octets of an ML-KEM-768 encapsulation key.

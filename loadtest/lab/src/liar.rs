@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use tidegate_random::noise;
 
 use crate::netns;
 
@@ -91,18 +92,6 @@ pub fn query(id: u16, name: &str, qtype: u16) -> Vec<u8> {
     out.extend(qtype.to_be_bytes());
     out.extend(IN.to_be_bytes());
     out
-}
-
-/// Octets that look random and are the same in every run.
-pub fn noise(seed: u64, length: usize) -> Vec<u8> {
-    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let next = || {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        (x >> 32) as u8
-    };
-    std::iter::repeat_with(next).take(length).collect()
 }
 
 fn record(owner: &[u8], rtype: u16, class: u16, ttl: u32, data: &[u8]) -> Vec<u8> {
@@ -303,6 +292,5 @@ mod tests {
         assert_eq!(of("half", true).map(|m| m.len()), of("drip", true).map(|m| m.len()));
         let long = of("ttl31", false).unwrap();
         assert_eq!(long[long.len() - 10..long.len() - 6], [0x80, 0, 0, 0]);
-        assert_eq!(noise(1, 8), noise(1, 8));
     }
 }

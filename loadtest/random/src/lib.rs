@@ -25,12 +25,14 @@ impl Random {
     }
 }
 
+/// Octets that look random.
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut random = Random(seed);
+    (0..length).map(|_| random.below(256) as u8).collect()
+}
+
 /// Octets that every server must survive: none, one, noise, much noise, and heads of HTTP and TLS that go wrong after them.
 pub fn hostile() -> Vec<Vec<u8>> {
-    let noise = |seed: u64, length: usize| -> Vec<u8> {
-        let mut random = Random(seed);
-        (0..length).map(|_| random.below(256) as u8).collect()
-    };
     let mut all = vec![vec![], vec![0], vec![0xff; 3], noise(1, 64), noise(2, 5_000), noise(3, 300_000)];
     all.push([b"GET /".as_slice(), &[b'a'; 100_000]].concat());
     all.push(b"POST /config HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n".to_vec());
@@ -53,5 +55,10 @@ mod tests {
         let mut r = Random(1_234_567);
         let first: Vec<u64> = (0..3).map(|_| r.next()).collect();
         assert_eq!(first, [6_457_827_717_110_365_317, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423]);
+    }
+    #[test]
+    fn noise_is_the_same_in_every_run() {
+        assert_eq!(noise(1, 8), noise(1, 8));
+        assert_ne!(noise(1, 8), noise(2, 8));
     }
 }

@@ -12,8 +12,8 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tidegate_lab::Lab;
 use tidegate_lab::family::FAMILIES;
-use tidegate_lab::liar::noise;
 use tidegate_lab::probe::dig;
+use tidegate_random::noise;
 
 use crate::{address, unaffected, up};
 

@@ -7,8 +7,9 @@ use std::time::Duration;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tidegate_lab::Mark;
 use tidegate_lab::lab::wait_for;
-use tidegate_lab::liar::{self, noise};
+use tidegate_lab::liar;
 use tidegate_lab::probe::dig;
+use tidegate_random::noise;
 
 use crate::{GATEWAYS, unaffected, up};
 
