@@ -15,7 +15,7 @@ use tidegate_policy::model::{self, AddressSource, Labels, Node, Objects, Selecto
 use tidegate_policy::state::{self, NodeState};
 use tidegate_policy::world::{NodeStateParts, Scope, Sight, World};
 use tidegate_policy::{ClassKey, GroupKey, PortSet, ScopeKey};
-use tidegate_proto::Pair;
+use tidegate_proto::{MAX_GATEWAY_ADDRESSES, Pair};
 
 use crate::config::Config;
 use crate::egress::nft::HeldPair;
@@ -355,7 +355,11 @@ impl Desired {
             out.nodes.insert(name.clone(), state::Node { addresses: n.addresses.clone() });
         }
         for g in self.members.load().all() {
-            out.gateways.insert(g.name.clone(), state::Gateway { node: g.node.clone() });
+            let gateway = state::Gateway {
+                node: g.node.clone(),
+                control: g.addresses.iter().copied().take(MAX_GATEWAY_ADDRESSES).collect(),
+            };
+            out.gateways.insert(g.name.clone(), gateway);
         }
         out
     }

@@ -27,6 +27,8 @@ pub use stream::{FactsBatch, FactsUp, GrantEntry, Joiner, Part, StateBatch, Up};
 pub const MAX_NAME: usize = 253;
 /// The most gateways of a cluster.
 pub const MAX_GATEWAYS: usize = 64;
+/// The most control endpoints of one gateway.
+pub const MAX_GATEWAY_ADDRESSES: usize = 8;
 /// The most egress pairs of a cluster.
 pub const MAX_CLAIMS: usize = 1 << 16;
 /// The most nodes that one fact names.

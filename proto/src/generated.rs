@@ -535,13 +535,16 @@ pub struct Node {
     pub addresses: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
 }
 /// A gateway.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Gateway {
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
     /// The node that it runs on.
     #[prost(string, tag = "2")]
     pub node: ::prost::alloc::string::String,
+    /// Where it listens for agents; at most 8. An agent that finds its gateways by a DNS name goes there, too.
+    #[prost(message, repeated, tag = "3")]
+    pub control: ::prost::alloc::vec::Vec<SocketAddress>,
 }
 /// One address of a pod.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

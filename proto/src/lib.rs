@@ -16,8 +16,9 @@ pub mod convert;
 pub mod wire;
 
 pub use convert::{
-    Beat, Claim, FactsBatch, FactsUp, GrantEntry, Joiner, MAX_DENIED, MAX_ORPHANS, Pair, PeerFact, PeerMessage,
-    Problem, ScopeClaim, Seen, StartedPod, StateBatch, Up, WireError, decode_peer, denials, encode_peer, started,
+    Beat, Claim, FactsBatch, FactsUp, GrantEntry, Joiner, MAX_DENIED, MAX_GATEWAY_ADDRESSES, MAX_ORPHANS, Pair,
+    PeerFact, PeerMessage, Problem, ScopeClaim, Seen, StartedPod, StateBatch, Up, WireError, decode_peer, denials,
+    encode_peer, started,
 };
 
 /// The most octets of one gRPC message; both sides set their decoding limit to it.

@@ -47,7 +47,13 @@ fn state() -> NodeState {
             Node { addresses: vec!["192.0.2.1".parse().unwrap(), "2001:db8::1".parse().unwrap()] },
         ),
         Entry::Node("node-2".into(), Node { addresses: vec![] }),
-        Entry::Gateway("gw-a".into(), Gateway { node: "node-2".into() }),
+        Entry::Gateway(
+            "gw-a".into(),
+            Gateway {
+                node: "node-2".into(),
+                control: vec!["192.0.2.1:7443".parse().unwrap(), "[2001:db8::1]:7443".parse().unwrap()],
+            },
+        ),
         Entry::Endpoint(
             "10.244.3.4".parse().unwrap(),
             endpoint(Touch::Isolated, Some((ScopeKey(1), GroupKey(u128::MAX)))),
@@ -266,7 +272,9 @@ fn bad_entries_are_refused() {
     let scope = |pair| wire::Scope { key: vec![0; 16], owner: "g".into(), epoch: 1, pair, standbys: vec![] };
     let set = |prefixes| entry(Kind::Prefixes(wire::PrefixSet { key: vec![0; 16], prefixes }));
     let one = wire::PrefixPorts { prefix: Some(net(&[10, 0, 0, 0], 8)), ports: vec![], other: 0 };
-    let gateway = |name: &str| entry(Kind::Gateway(wire::Gateway { name: name.into(), node: "n".into() }));
+    let gateway =
+        |name: &str, control| entry(Kind::Gateway(wire::Gateway { name: name.into(), node: "n".into(), control }));
+    let socket = |port| wire::SocketAddress { ip: vec![192, 0, 2, 1], port };
     let node_ports = |first, last| {
         let node_ports = Some(wire::NodePorts { first, last });
         entry(Kind::Cluster(wire::Cluster { node_ports, ..Default::default() }))
@@ -291,9 +299,11 @@ fn bad_entries_are_refused() {
         (end(|e| e.pod = "a\nb".into()), "endpoint.pod", Problem::Name),
         (end(|e| e.namespace.clear()), "endpoint.namespace", Problem::Name),
         (end(|e| e.member = Some(wire::Member::default())), "member.scope", Problem::Length(0)),
-        (gateway("../x"), "gateway.name", Problem::Name),
-        (gateway("x."), "gateway.name", Problem::Name),
-        (gateway(&"x".repeat(254)), "gateway.name", Problem::TooMany(254)),
+        (gateway("../x", vec![]), "gateway.name", Problem::Name),
+        (gateway("x.", vec![]), "gateway.name", Problem::Name),
+        (gateway(&"x".repeat(254), vec![]), "gateway.name", Problem::TooMany(254)),
+        (gateway("x", vec![socket(1); 9]), "gateway.control", Problem::TooMany(9)),
+        (gateway("x", vec![socket(65536)]), "gateway.control", Problem::Range(65536)),
         (entry(Kind::Scope(scope(256))), "scope.pair", Problem::Range(256)),
         (
             entry(Kind::Group(wire::Group { key: vec![0; 16], admin: vec![1], ..Default::default() })),

@@ -1,22 +1,23 @@
-//! Which gateways there are: those of the configuration, or whoever a DNS name leads to.
+//! Which gateways there are: those of the configuration, or whoever a DNS name leads to, and those that they tell of.
 //!
-//! An address that is new gets its streams at once. One that the name lost keeps them while they are up: a gateway that
-//! ends says so itself. While the name cannot be resolved the known ones stay.
+//! An address that is new gets its streams at once. One that nobody names any more keeps them while they are up: a gateway
+//! that ends says so itself. While the name cannot be resolved the known ones stay.
 //!
 //! A DNS server remembers for half a minute that a Service without pods has no addresses, or the addresses of pods that are
-//! gone. While no gateway is connected the agent therefore tries an entrance, too: one address behind which any of them
-//! answers.
+//! gone. Gateways hear of each other from the API server, and say where: whoever is connected to one of them goes to all.
+//! While no gateway is connected the agent tries an entrance, too: one address behind which any of them answers.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
-use tokio::task::JoinSet;
+use tokio::task::{Id, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
 
 /// The most gateways.
@@ -109,45 +110,117 @@ pub async fn resolve(service: String, port: u16) -> io::Result<Vec<SocketAddr>> 
 /// The entrance while nobody is connected.
 struct Entrance {
     addresses: BTreeSet<SocketAddr>,
-    /// What the name said when it was begun with.
+    /// Who was known when it was begun with.
     known: BTreeSet<SocketAddr>,
     since: Instant,
 }
 
+/// A task of streams for each address.
+struct Finder<F> {
+    names: Names,
+    targets: watch::Sender<Vec<SocketAddr>>,
+    streams: F,
+    wanted: watch::Sender<BTreeSet<SocketAddr>>,
+    tasks: JoinSet<()>,
+    running: BTreeMap<SocketAddr, Id>,
+    /// What the name said last.
+    named: BTreeSet<SocketAddr>,
+    /// What gateways tell of each other.
+    told: watch::Receiver<BTreeSet<SocketAddr>>,
+    entered: Option<Entrance>,
+}
+
+impl<F, S> Finder<F>
+where
+    F: FnMut(SocketAddr) -> S,
+    S: Future<Output = ()> + Send + 'static,
+{
+    fn known(&self) -> BTreeSet<SocketAddr> {
+        first(self.named.iter().chain(&*self.told.borrow()).copied())
+    }
+
+    /// Goes to who is known now.
+    fn follow(&mut self) {
+        while let Some(ended) = self.tasks.try_join_next_with_id() {
+            // Of a task that panicked too: its address is free again.
+            let id = ended.map_or_else(|e| e.id(), |(id, ())| id);
+            self.running.retain(|_, running| *running != id);
+        }
+        let known = self.known();
+        // Others know better by now: each gateway is found where it is, with both of its streams.
+        self.entered = self.entered.take().filter(|e| e.known == known && e.since.elapsed() < ENTERED);
+        let through = self.entered.as_ref().map(|e| e.addresses.clone()).unwrap_or_default();
+        let all: BTreeSet<SocketAddr> = known.union(&through).copied().collect();
+        if *self.wanted.borrow() != all {
+            tracing::info!(addresses = ?known, entrance = ?through, "gateways found");
+            self.targets.send_replace(all.iter().copied().collect());
+            self.wanted.send_replace(all.clone());
+        }
+        for address in all {
+            // Those that nobody names and that are still connected count too.
+            if self.running.contains_key(&address) || self.running.len() >= 2 * MAX {
+                continue;
+            }
+            let stays = (!through.contains(&address)).then(|| self.names.clone());
+            let (work, over) = ((self.streams)(address), abandoned(address, self.wanted.subscribe(), stays));
+            let task = self.tasks.spawn(async move {
+                tokio::select! {
+                    () = work => {}
+                    () = over => tracing::info!(%address, "no gateway here any more"),
+                }
+            });
+            self.running.insert(address, task.id());
+        }
+    }
+
+    /// Waits for something, and goes meanwhile to whom gateways tell of: a DNS server that is slow holds nobody up.
+    async fn follow_until<T>(&mut self, end: impl Future<Output = T>) -> T {
+        let mut end = pin!(end);
+        loop {
+            tokio::select! {
+                end = &mut end => return end,
+                Ok(()) = self.told.changed() => self.follow(),
+            }
+        }
+    }
+}
+
 /// Keeps a task of `streams` for each address, forever. The name is resolved so often, and when a connection ends after a
-/// fifth of that; `entrance` is asked for when it says nothing and nobody is connected, or as soon as nobody was for half of that.
-/// The known addresses go to `targets`.
+/// fifth of that; `told` is what gateways tell of each other. `entrance` is asked for when the name says nothing and nobody is
+/// connected, or as soon as nobody was for half of that. The known addresses go to `targets`.
 pub async fn find<R, E, S>(
     every: Duration,
     mut resolve: impl FnMut() -> R,
     mut entrance: impl FnMut() -> E,
     names: Names,
+    told: watch::Receiver<BTreeSet<SocketAddr>>,
     targets: watch::Sender<Vec<SocketAddr>>,
-    mut streams: impl FnMut(SocketAddr) -> S,
+    streams: impl FnMut(SocketAddr) -> S,
 ) where
     R: Future<Output = io::Result<Vec<SocketAddr>>>,
     E: Future<Output = io::Result<Vec<SocketAddr>>>,
     S: Future<Output = ()> + Send + 'static,
 {
-    let (wanted_tx, wanted) = watch::channel(BTreeSet::new());
-    let mut tasks = JoinSet::new();
-    let mut running = BTreeMap::new();
+    let mut finder = Finder {
+        names: names.clone(),
+        targets,
+        streams,
+        wanted: watch::Sender::default(),
+        tasks: JoinSet::new(),
+        running: BTreeMap::new(),
+        named: BTreeSet::new(),
+        told,
+        entered: None,
+    };
     let mut failing = false;
-    let mut known = BTreeSet::new();
     let mut alone: Option<Instant> = None;
-    let mut entered: Option<Entrance> = None;
     loop {
-        let answer = timeout(ANSWER, resolve()).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-        while let Some(ended) = tasks.try_join_next_with_id() {
-            // Of a task that panicked too: its address is free again.
-            let id = ended.map_or_else(|e| e.id(), |(id, ())| id);
-            running.retain(|_, running| *running != id);
-        }
-        match answer {
+        let answer = finder.follow_until(timeout(ANSWER, resolve())).await;
+        match answer.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
             // No address is no answer: the gateways that were there may still be.
             Ok(all) if !all.is_empty() => {
                 failing = false;
-                known = first(all);
+                finder.named = first(all);
             }
             answer => {
                 if !std::mem::replace(&mut failing, true) {
@@ -156,53 +229,33 @@ pub async fn find<R, E, S>(
                 }
             }
         }
+        finder.follow();
         let now = Instant::now();
         alone = if names.nobody() { alone.or(Some(now)) } else { None };
-        // The name knows better by now: each of them is found where it is, with both of its streams.
-        entered = entered.filter(|e| e.known == known && now.duration_since(e.since) < ENTERED);
         let due = alone.map(|since| since + every / 2);
-        if entered.is_none() && due.is_some_and(|due| failing || due <= now) {
+        if finder.entered.is_none() && due.is_some_and(|due| failing || due <= now) {
             let found = timeout(ANSWER, entrance()).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
             let addresses = first(found.unwrap_or_default());
-            entered = (!addresses.is_empty()).then(|| Entrance { addresses, known: known.clone(), since: now });
-        }
-        let through = entered.as_ref().map(|e| e.addresses.clone()).unwrap_or_default();
-        let all: BTreeSet<SocketAddr> = known.union(&through).copied().collect();
-        if *wanted_tx.borrow() != all {
-            tracing::info!(addresses = ?known, entrance = ?through, "gateways found");
-            targets.send_replace(all.iter().copied().collect());
-            wanted_tx.send_replace(all);
-        }
-        let new: Vec<SocketAddr> = wanted.borrow().iter().filter(|a| !running.contains_key(*a)).copied().collect();
-        for address in new {
-            // Those that the name lost and that are still connected count too.
-            if running.len() >= 2 * MAX {
-                break;
-            }
-            let stays = (!through.contains(&address)).then(|| names.clone());
-            let (work, over) = (streams(address), abandoned(address, wanted.clone(), stays));
-            let task = tasks.spawn(async move {
-                tokio::select! {
-                    () = work => {}
-                    () = over => tracing::info!(%address, "no gateway here any more"),
-                }
-            });
-            running.insert(address, task.id());
+            finder.entered = (!addresses.is_empty()).then(|| Entrance { addresses, known: finder.known(), since: now });
+            finder.follow();
         }
         // When the entrance's time comes it is not waited for the next question.
-        let entering = due.filter(|due| entered.is_none() && *due > now);
-        tokio::select! {
-            () = sleep(entering.map_or(every, |due| due.duration_since(now))) => {}
-            () = async {
-                names.0.ended.notified().await;
-                sleep(every / 5).await;
-            } => {}
-        }
+        let entering = due.filter(|due| finder.entered.is_none() && *due > now);
+        let next = async {
+            tokio::select! {
+                () = sleep(entering.map_or(every, |due| due.duration_since(now))) => {}
+                () = async {
+                    names.0.ended.notified().await;
+                    sleep(every / 5).await;
+                } => {}
+            }
+        };
+        finder.follow_until(next).await;
     }
 }
 
 /// The first of these that count.
-fn first(all: Vec<SocketAddr>) -> BTreeSet<SocketAddr> {
+fn first(all: impl IntoIterator<Item = SocketAddr>) -> BTreeSet<SocketAddr> {
     all.into_iter().collect::<BTreeSet<_>>().into_iter().take(MAX).collect()
 }
 
@@ -244,6 +297,7 @@ mod tests {
         answer: watch::Sender<Answer>,
         live: Arc<Mutex<BTreeSet<SocketAddr>>>,
         names: Names,
+        tell: watch::Sender<BTreeSet<SocketAddr>>,
         targets: watch::Receiver<Vec<SocketAddr>>,
         task: tokio::task::JoinHandle<()>,
     }
@@ -282,8 +336,9 @@ mod tests {
                     std::future::pending::<()>().await;
                 }
             };
-            let task = tokio::spawn(find(SHORT, resolve, entrance, names.clone(), targets_tx, streams));
-            Self { answer, live, names, targets, task }
+            let (tell, told) = watch::channel(BTreeSet::new());
+            let task = tokio::spawn(find(SHORT, resolve, entrance, names.clone(), told, targets_tx, streams));
+            Self { answer, live, names, tell, targets, task }
         }
 
         async fn after(&self, answer: Answer) -> Vec<SocketAddr> {
@@ -370,6 +425,45 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn gateways_lead_to_each_other_at_once_whatever_the_name_says() {
+        let t = Test::with(|| async { Ok(vec![at(ENTRANCE)]) });
+        t.after(Ok(vec![at(1)])).await;
+        let held = t.names.hold(&"gw-a".into(), at(1));
+        let soon = Duration::from_millis(50);
+        t.tell.send_replace([at(1), at(2)].into());
+        sleep(soon).await;
+        assert_eq!(*t.live.lock(), [at(1), at(2)].into());
+        assert_eq!(*t.targets.borrow(), [at(1), at(2)]);
+        assert_eq!(t.after(Err(())).await, [at(1), at(2)]);
+        // One that is not named any more goes, unless it is connected.
+        t.tell.send_replace([at(3)].into());
+        sleep(soon).await;
+        assert_eq!(*t.live.lock(), [at(1), at(3)].into());
+        // Whom the entrance leads to, he leads to all: it is left as soon as one tells who there is.
+        drop(held);
+        assert_eq!(t.after(Err(())).await, [at(1), at(3), at(ENTRANCE)]);
+        let _through = t.names.hold(&"gw-b".into(), at(ENTRANCE));
+        t.tell.send_replace([at(4), at(5)].into());
+        sleep(soon).await;
+        assert_eq!(*t.live.lock(), [at(1), at(4), at(5)].into());
+        t.task.abort();
+    }
+
+    #[tokio::test]
+    async fn a_dns_server_that_hangs_holds_nobody_up() {
+        let (targets, mut known) = watch::channel(vec![]);
+        let (tell, told) = watch::channel(BTreeSet::new());
+        let hangs = || std::future::pending::<io::Result<Vec<SocketAddr>>>();
+        let streams = |_| std::future::pending();
+        let task = tokio::spawn(find(SHORT, hangs, nowhere, Names::default(), told, targets, streams));
+        sleep(SHORT / 10).await;
+        tell.send_replace([at(1)].into());
+        timeout(SHORT, known.changed()).await.unwrap().unwrap();
+        assert_eq!(*known.borrow(), [at(1)]);
+        task.abort();
+    }
+
+    #[tokio::test]
     async fn the_name_is_asked_again_when_a_connection_ends() {
         let asked = Arc::new(Mutex::new(0));
         let resolve = {
@@ -380,9 +474,10 @@ mod tests {
             }
         };
         let (names, (targets, _known)) = (Names::default(), watch::channel(vec![]));
+        let (_tell, told) = watch::channel(BTreeSet::new());
         let long = Duration::from_secs(1);
         let held = names.hold(&"gw-a".into(), at(1));
-        let task = tokio::spawn(find(long, resolve, nowhere, names.clone(), targets, |_| std::future::pending()));
+        let task = tokio::spawn(find(long, resolve, nowhere, names.clone(), told, targets, |_| std::future::pending()));
         sleep(Duration::from_millis(200)).await;
         assert_eq!(*asked.lock(), 1);
         drop(held);

@@ -35,6 +35,7 @@ pub mod stream;
 pub mod sysctl;
 mod told;
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -123,6 +124,7 @@ pub async fn run(
     let (cni_tx, cni) = mpsc::channel(cni::MAX_WAITING);
     let (seen_tx, seen) = watch::channel(Seen::default());
     let (started_pods, begun) = watch::channel(Arc::default());
+    let (control, told) = watch::channel(BTreeSet::new());
     let (denials, denied) = Denials::new();
     let emit: Arc<dyn Emit> = Arc::new(Tee { log: emit, denials: denials.clone() });
     let (stop_tx, stop) = oneshot::channel();
@@ -141,6 +143,7 @@ pub async fn run(
         stop,
         seen: seen_tx,
         started: started_pods,
+        control,
         identity,
         installed,
     };
@@ -225,7 +228,7 @@ pub async fn run(
                     }
                 }
             };
-            tasks.spawn(find::find(find::EVERY, resolve, entrance, names, targets, streams));
+            tasks.spawn(find::find(find::EVERY, resolve, entrance, names, told, targets, streams));
         }
     }
     drop((state_tx, facts_tx));

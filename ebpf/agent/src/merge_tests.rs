@@ -216,9 +216,9 @@ fn cluster_values_are_a_union_that_only_narrows_what_must_narrow() {
         ..NodeState::default()
     };
     let mut a = with(&["10.0.0.0/8"], (30000, 31000), true);
-    a.gateways.insert("b".into(), Gateway { node: "wrong".into() });
+    a.gateways.insert("b".into(), Gateway { node: "wrong".into(), control: vec![] });
     let mut b = with(&["10.0.0.0/8", "fd00::/8"], (30500, 32767), false);
-    b.gateways.insert("b".into(), Gateway { node: "right".into() });
+    b.gateways.insert("b".into(), Gateway { node: "right".into(), control: vec![] });
     let m = merge(&[src("a", true, &a), src("b", true, &b)]);
     assert_eq!(m.cluster.prefixes.len(), 2);
     assert_eq!(m.cluster.suffixes, ["cluster.local"]);

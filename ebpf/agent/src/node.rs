@@ -11,7 +11,7 @@ use gateways::Gateways;
 use starts::Questions;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -77,6 +77,8 @@ pub struct Inputs {
     pub seen: watch::Sender<Seen>,
     /// Where it goes which pods have started, for gateways that know no address of them yet.
     pub started: watch::Sender<Arc<Vec<StartedPod>>>,
+    /// Where they go, the control endpoints of the gateways that gateways tell of.
+    pub control: watch::Sender<BTreeSet<SocketAddr>>,
     /// What is wrong with the agent's own certificate.
     pub identity: watch::Receiver<Option<String>>,
     /// Why the CNI plugin is not installed.
@@ -295,6 +297,8 @@ impl Node {
                         all.push(more);
                     }
                     self.state(all, Questions { asked: &mut inputs.cni, told: &inputs.started }).await;
+                    let control = self.merged.gateways.values().flat_map(|g| &g.control).copied().collect();
+                    inputs.control.send_if_modified(|known| std::mem::replace(known, control) != *known);
                 }
                 _ = step.tick() => {
                     steps += 1;

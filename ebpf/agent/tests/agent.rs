@@ -93,7 +93,7 @@ fn state(gateway_node: &str, pair: u8) -> NodeState {
     };
     s.nodes.insert("n1".into(), Node { addresses: vec![ip("192.0.2.1")] });
     s.nodes.insert("n2".into(), Node { addresses: vec![ip("192.0.2.9")] });
-    s.gateways.insert("gw-a".into(), Gateway { node: gateway_node.into() });
+    s.gateways.insert("gw-a".into(), Gateway { node: gateway_node.into(), control: vec![] });
     s.scopes.insert(SCOPE, Scope { owner: "gw-a".into(), epoch: 1, pair, standbys: vec![] });
     s.groups.insert(GROUP, Group { isolated: true, audit: false, admin: None, own: None });
     for (address, pod, touch, member) in [

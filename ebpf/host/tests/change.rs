@@ -33,7 +33,7 @@ fn state(mut n: u64) -> NodeState {
     };
     let mut s = NodeState::default();
     s.nodes.insert("n1".into(), Node { addresses: vec![[192, 0, 2, 1].into()] });
-    s.gateways.insert("gw-a".into(), Gateway { node: "n1".into() });
+    s.gateways.insert("gw-a".into(), Gateway { node: "n1".into(), control: vec![] });
     for i in 0..8 {
         let ip: IpAddr = [10, 0, 0, i].into();
         if below(3) > 0 {

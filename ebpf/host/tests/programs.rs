@@ -58,7 +58,7 @@ fn state() -> NodeState {
     };
     s.nodes.insert("n1".into(), Node { addresses: vec![ip("192.0.2.1")] });
     s.nodes.insert("n2".into(), Node { addresses: vec![ip("192.0.2.2"), ip("2001:db8:ffff::2")] });
-    s.gateways.insert("gw".into(), Gateway { node: "n2".into() });
+    s.gateways.insert("gw".into(), Gateway { node: "n2".into(), control: vec![] });
     s.scopes.insert(SCOPE, Scope { owner: "gw".into(), epoch: 1, pair: 3, standbys: vec![] });
     let pods = [
         (ISOLATED, 1, Touch::Isolated, false),
@@ -698,7 +698,7 @@ fn a_gateway_reports_flows_without_a_place_and_keeps_silent_about_its_devices() 
 fn a_gateway_of_this_node_needs_no_tunnel() {
     let mut f = world(Role::Node);
     let mut s = state();
-    s.gateways.insert("gw".into(), Gateway { node: "n1".into() });
+    s.gateways.insert("gw".into(), Gateway { node: "n1".into(), control: vec![] });
     let plugged =
         Local { plugged: Some(Plugged { gateway: "gw".into(), tgq: 1, tgh: 1 }), tunnel_ifindex: 0, ..local() };
     f.path_mut().apply(&s, &plugged, false).unwrap();

@@ -34,7 +34,7 @@ fn state() -> NodeState {
     let mut s = NodeState::default();
     s.nodes.insert("n1".into(), Node { addresses: vec![ip("192.0.2.1")] });
     s.nodes.insert("n2".into(), Node { addresses: vec![ip("192.0.2.2")] });
-    s.gateways.insert("gw".into(), Gateway { node: "n2".into() });
+    s.gateways.insert("gw".into(), Gateway { node: "n2".into(), control: vec![] });
     s.scopes.insert(SCOPE, Scope { owner: "gw".into(), epoch: 1, pair: 1, standbys: vec![] });
     let group = GroupKey(1);
     s.groups.insert(group, Group { isolated: true, audit: false, admin: None, own: None });

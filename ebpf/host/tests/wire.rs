@@ -33,7 +33,7 @@ fn state() -> NodeState {
     let mut s = NodeState { cluster: Cluster { prefixes, ..Cluster::default() }, ..NodeState::default() };
     s.nodes.insert("a".into(), Node { addresses: vec![ip("192.0.2.1")] });
     s.nodes.insert("b".into(), Node { addresses: vec![ip("192.0.2.2")] });
-    s.gateways.insert("gw".into(), Gateway { node: "a".into() });
+    s.gateways.insert("gw".into(), Gateway { node: "a".into(), control: vec![] });
     s.scopes.insert(ScopeKey(1), Scope { owner: "gw".into(), epoch: 1, pair: 1, standbys: vec![] });
     s.groups.insert(GroupKey(1), Group { isolated: true, audit: false, admin: None, own: None });
     for (address, node) in

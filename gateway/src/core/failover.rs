@@ -23,8 +23,8 @@ use crate::report::thread::Origin;
 /// How long a gateway that is told to end waits at most until others have its pairs.
 const LEAVE: Duration = Duration::from_secs(4);
 /// How long a gateway that starts waits at most for the agents of all nodes, and for the owners of all pairs, before it is ready.
-/// Agents find it by a name that they ask for every 5 s, and that the cluster's DNS often remembers for as long. Where it does so for
-/// longer, an upgrade does not wait.
+/// Other gateways lead agents to it as soon as the API server knows its address. Those that they are no longer connected to find
+/// it by a name that they ask for every 5 s, and that the cluster's DNS often remembers for longer: an upgrade does not wait for them.
 pub(super) const MEET: Duration = Duration::from_secs(12);
 /// So long a gateway that is stale still answers names at most until others have its pairs.
 pub(super) const HAND_OVER: Duration = Duration::from_millis(400);

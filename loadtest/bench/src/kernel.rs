@@ -29,7 +29,7 @@ fn state() -> NodeState {
     let mut s = NodeState::default();
     s.nodes.insert("n1".into(), Node { addresses: vec![IpAddr::from([192, 0, 2, 1])] });
     s.nodes.insert("n2".into(), Node { addresses: vec![IpAddr::from([192, 0, 2, 2])] });
-    s.gateways.insert("gw".into(), Gateway { node: "n2".into() });
+    s.gateways.insert("gw".into(), Gateway { node: "n2".into(), control: vec![] });
     s.scopes.insert(SCOPE, Scope { owner: "gw".into(), standbys: Vec::new(), epoch: 1, pair: 1 });
     s.groups.insert(GroupKey(1), Group { isolated: true, audit: false, admin: None, own: None });
     let ports =

@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
+use crate::cluster::gateway_service;
 use crate::lab::Lab;
 use crate::scenario::{Gateway, Pod, SYSTEM_NAMESPACE};
 use crate::{netns, product, world};
@@ -90,6 +91,22 @@ impl Lab {
         state.scenario.gateways.retain(|g| g.name != name);
         state.processes.retain(|p| p.name != name);
         state.save()
+    }
+
+    /// Says which gateways the cluster's DNS names from now on. It follows none that come or go, as one that remembers old answers.
+    ///
+    /// # Errors
+    /// When there is no such gateway.
+    pub fn name_gateways(&self, names: &[&str]) -> Result<()> {
+        let pods = names.iter().map(|n| self.scenario().pod(&format!("{SYSTEM_NAMESPACE}/{n}")));
+        let pods = pods.collect::<Result<Vec<_>>>()?;
+        let service = gateway_service();
+        self.edit_zone("cluster", |zone| {
+            for spec in zone.names.iter_mut().filter(|n| n.name == service) {
+                spec.ipv4 = pods.iter().filter_map(|p| p.ipv4).collect();
+                spec.ipv6 = pods.iter().filter_map(|p| p.ipv6).collect();
+            }
+        })
     }
 
     /// Starts a gateway in a pod of its own. [`Lab::wait_ready`] waits for it.

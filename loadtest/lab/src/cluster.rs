@@ -20,12 +20,16 @@ pub fn resolv_conf(scenario: &Scenario, namespace: &str) -> String {
     text
 }
 
+/// The name that leads agents to gateways.
+pub fn gateway_service() -> String {
+    format!("{GATEWAY_SERVICE}.{SYSTEM_NAMESPACE}.svc.{CLUSTER_DOMAIN}")
+}
+
 /// What the cluster DNS is the authority for: services, and the pods' reverse names.
 pub fn cluster_zone(scenario: &Scenario) -> Result<Zone> {
     let mut names = Vec::new();
     if scenario.kubernetes.is_some() {
-        let name = format!("{GATEWAY_SERVICE}.{SYSTEM_NAMESPACE}.svc.{CLUSTER_DOMAIN}");
-        let mut spec = NameSpec { name, ttl: 5, ..NameSpec::default() };
+        let mut spec = NameSpec { name: gateway_service(), ttl: 5, ..NameSpec::default() };
         for gateway in &scenario.gateways {
             let pod = scenario.pod(&format!("{SYSTEM_NAMESPACE}/{}", gateway.name))?;
             spec.ipv4.extend(pod.ipv4);

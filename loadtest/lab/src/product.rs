@@ -8,7 +8,8 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use crate::certs::{Authority, Files};
-use crate::kube::{self, GATEWAY_SERVICE, agent_token, gateway_kubeconfig, trust};
+use crate::cluster::gateway_service;
+use crate::kube::{self, agent_token, gateway_kubeconfig, trust};
 use crate::scenario::{CLUSTER_DOMAIN, Pod, SYSTEM_NAMESPACE, Scenario};
 
 /// Where agents find gateways, on the gateway pod's own address.
@@ -204,8 +205,7 @@ fn agent(scenario: &Scenario, layout: &Layout, node: &str) -> Result<Value> {
         "audit": {"file": layout.audit(node)},
     });
     if scenario.kubernetes.is_some() {
-        let service = format!("{GATEWAY_SERVICE}.{SYSTEM_NAMESPACE}.svc.{CLUSTER_DOMAIN}");
-        config["discover"] = json!({"service": service, "port": CONTROL_PORT});
+        config["discover"] = json!({"service": gateway_service(), "port": CONTROL_PORT});
         config["join"] = json!({
             "token": agent_token(&layout.control(), node),
             "ca": trust(&layout.control()),

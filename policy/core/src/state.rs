@@ -90,6 +90,8 @@ pub struct Node {
 pub struct Gateway {
     /// The node that it runs on.
     pub node: String,
+    /// Where it listens for agents, so that those that know one gateway know all; empty where they are told otherwise.
+    pub control: Vec<SocketAddr>,
 }
 
 /// An endpoint: one address of a pod.

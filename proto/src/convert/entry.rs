@@ -6,9 +6,9 @@ use tidegate_policy::state::{Cluster, Endpoint, Entry, EntryKey, Gateway, Group,
 use tidegate_policy::{ClassKey, GroupKey, PortSet, PrefixSetKey, ScopeKey};
 
 use super::{
-    MAX_DNS, MAX_GATEWAYS, MAX_NODE_ADDRESSES, MAX_PREFIXES, MAX_SUFFIXES, Problem, WireError, bounded, ip_from_wire,
-    ip_to_wire, key_from_wire, key_to_wire, name_from_wire, names_from_wire, ports_from_wire, ports_to_wire,
-    prefix_from_wire, prefix_to_wire, socket_from_wire, socket_to_wire, u16_from_wire,
+    MAX_DNS, MAX_GATEWAY_ADDRESSES, MAX_GATEWAYS, MAX_NODE_ADDRESSES, MAX_PREFIXES, MAX_SUFFIXES, Problem, WireError,
+    bounded, ip_from_wire, ip_to_wire, key_from_wire, key_to_wire, name_from_wire, names_from_wire, ports_from_wire,
+    ports_to_wire, prefix_from_wire, prefix_to_wire, socket_from_wire, socket_to_wire, u16_from_wire,
 };
 use crate::wire;
 use wire::entry::Kind;
@@ -41,7 +41,11 @@ impl From<&Entry> for wire::Entry {
                 name: name.clone(),
                 addresses: n.addresses.iter().copied().map(ip_to_wire).collect(),
             }),
-            Entry::Gateway(name, g) => Kind::Gateway(wire::Gateway { name: name.clone(), node: g.node.clone() }),
+            Entry::Gateway(name, g) => Kind::Gateway(wire::Gateway {
+                name: name.clone(),
+                node: g.node.clone(),
+                control: g.control.iter().copied().map(socket_to_wire).collect(),
+            }),
             Entry::Endpoint(ip, e) => Kind::Endpoint(endpoint_to_wire(*ip, e)),
             Entry::Scope(key, s) => Kind::Scope(wire::Scope {
                 key: key_to_wire(key.0),
@@ -103,10 +107,13 @@ impl TryFrom<wire::Entry> for Entry {
                     n.addresses.iter().map(|a| ip_from_wire(a, "node.addresses")).collect::<Result<_, _>>()?;
                 Entry::Node(name_from_wire(n.name, "node.name")?, Node { addresses })
             }
-            Kind::Gateway(g) => Entry::Gateway(
-                name_from_wire(g.name, "gateway.name")?,
-                Gateway { node: name_from_wire(g.node, "gateway.node")? },
-            ),
+            Kind::Gateway(g) => {
+                bounded(g.control.len(), MAX_GATEWAY_ADDRESSES, "gateway.control")?;
+                let control =
+                    g.control.iter().map(|a| socket_from_wire(a, "gateway.control")).collect::<Result<_, _>>()?;
+                let node = name_from_wire(g.node, "gateway.node")?;
+                Entry::Gateway(name_from_wire(g.name, "gateway.name")?, Gateway { node, control })
+            }
             Kind::Endpoint(e) => endpoint_from_wire(e)?,
             Kind::Scope(s) => Entry::Scope(
                 ScopeKey(key_from_wire(&s.key, "scope.key")?),
