@@ -56,11 +56,16 @@ impl Test {
     fn new() -> Self {
         let cluster = Cluster::start().unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let test = Self { api: cluster.api().unwrap(), cluster, runtime };
+        let test = Self { api: cluster.api(), cluster, runtime };
         test.cluster.define().unwrap();
-        test.kubectl(&["create", "namespace", "shop"], "");
+        test.make_namespace("shop");
         soon("the resources", || test.get(&format!("{GROUP}/namespaceegresses")).is_some());
         test
+    }
+
+    fn make_namespace(&self, name: &str) {
+        let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
+        self.api.apply(&format!("/api/v1/namespaces/{name}"), &object.to_string()).unwrap();
     }
 
     fn kubectl(&self, args: &[&str], stdin: &str) -> String {
@@ -123,13 +128,12 @@ impl Test {
 
     /// Makes policies; their names and UIDs.
     fn create_policies(&self, names: &[String]) -> Vec<(String, String)> {
-        let one = |n: &String| {
-            format!(
-                "---\napiVersion: tidegate.dev/v1alpha1\nkind: EgressPolicy\n\
-                 metadata: {{name: {n}, namespace: shop}}\nspec: {{podSelector: {{}}}}\n"
-            )
-        };
-        self.kubectl(&["apply", "--server-side", "-f", "-"], &names.iter().map(one).collect::<String>());
+        for name in names {
+            let policy = json!({"apiVersion": "tidegate.dev/v1alpha1", "kind": "EgressPolicy",
+                "metadata": {"name": name, "namespace": "shop"}, "spec": {"podSelector": {}}});
+            let path = format!("{GROUP}/namespaces/shop/egresspolicies/{name}");
+            self.api.apply(&path, &policy.to_string()).unwrap();
+        }
         let list = self.get(&format!("{GROUP}/namespaces/shop/egresspolicies")).unwrap();
         let uid = |o: &Value| {
             let text = |k: &str| o["metadata"][k].as_str().unwrap().to_owned();
@@ -368,7 +372,7 @@ fn objects_come_and_go_and_pods_hear_of_denials() {
     let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "web", "namespace": "shop"},
         "spec": {"containers": [{"name": "c", "image": "i"}]}});
     test.kubectl(&["apply", "-f", "-"], &pod.to_string());
-    test.kubectl(&["create", "namespace", "old"], "");
+    test.make_namespace("old");
     for name in ["tidegate", "somebodys"] {
         let kind = "apiVersion: tidegate.dev/v1alpha1\nkind: NamespaceEgress";
         test.kubectl(&["apply", "-f", "-"], &format!("{kind}\nmetadata: {{name: {name}, namespace: old}}\n"));

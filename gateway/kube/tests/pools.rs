@@ -127,6 +127,10 @@ impl Drop for Gateway {
     }
 }
 
+fn path(pool: &str) -> String {
+    format!("/apis/tidegate.dev/v1alpha1/egresspools/{pool}")
+}
+
 fn make(cluster: &Cluster, name: &str, lasts: &[u8]) {
     let addresses: Vec<Value> = lasts.iter().map(|l| json!({"ipv4": format!("203.0.113.{l}")})).collect();
     apply(cluster, name, &json!({"addressSource": "Static", "static": {"addresses": addresses}}));
@@ -136,24 +140,22 @@ fn apply(cluster: &Cluster, name: &str, spec: &Value) {
     let pool = json!({
         "apiVersion": "tidegate.dev/v1alpha1", "kind": "EgressPool", "metadata": {"name": name}, "spec": spec,
     });
-    cluster
-        .kubectl(&["apply", "--server-side", "--force-conflicts", "-f", "-"], &pool.to_string())
-        .unwrap()
-        .success()
-        .unwrap();
+    cluster.api().apply(&path(name), &pool.to_string()).unwrap();
 }
 
 /// Says who owns the first pair of a pool, as another gateway does.
 fn set_owner(cluster: &Cluster, name: &str, gateway: &str, epoch: u64) {
     let addresses = json!([{"ipv4": "203.0.113.1", "owner": gateway, "epoch": epoch, "namespaces": 0}]);
     let patch = json!({"status": {"addresses": addresses}}).to_string();
-    let args = ["patch", "egresspool", name, "--subresource=status", "--type=merge", "-p", &patch];
-    cluster.kubectl(&args, "").unwrap().success().unwrap();
+    let merge = [("Content-Type", "application/merge-patch+json")];
+    let answer = cluster.api().send("PATCH", &format!("{}/status", path(name)), &merge, &patch).unwrap();
+    assert_eq!(answer.status, 200, "{}", answer.body);
 }
 
 fn get(cluster: &Cluster, name: &str) -> Value {
-    let out = cluster.kubectl(&["get", "egresspool", name, "-o", "json"], "").unwrap().success().unwrap();
-    serde_json::from_str(&out).unwrap()
+    let answer = cluster.api().send("GET", &path(name), &[], "").unwrap();
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    serde_json::from_str(&answer.body).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -83,22 +83,33 @@ impl Follower {
     }
 }
 
-fn map(namespace: &str, name: &str, value: &str) -> String {
-    format!(
-        "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{watched: 'yes'}}}}\ndata: {{v: '{value}'}}\n---\n"
-    )
+fn map(namespace: &str, name: &str, value: &str) -> Value {
+    let metadata = json!({"name": name, "namespace": namespace, "labels": {"watched": "yes"}});
+    json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"v": value}})
 }
 
-fn apply(cluster: &Cluster, text: &str) {
-    cluster.kubectl(&["apply", "--server-side", "-f", "-"], text).unwrap().success().unwrap();
+/// The same, but not one that is asked for.
+fn other(mut map: Value) -> Value {
+    map["metadata"]["labels"]["watched"] = json!("no");
+    map
+}
+
+fn path(namespace: &str, name: &str) -> String {
+    format!("/api/v1/namespaces/{namespace}/configmaps/{name}")
+}
+
+fn apply(cluster: &Cluster, map: &Value) {
+    let text = |key: &str| map["metadata"][key].as_str().unwrap();
+    cluster.api().apply(&path(text("namespace"), text("name")), &map.to_string()).unwrap();
 }
 
 fn delete(cluster: &Cluster, namespace: &str, name: &str) {
-    cluster.kubectl(&["delete", "configmap", "-n", namespace, name], "").unwrap().success().unwrap();
+    assert_eq!(cluster.api().send("DELETE", &path(namespace, name), &[], "").unwrap().status, 200);
 }
 
 fn made(cluster: &Cluster, namespace: &str) {
-    cluster.kubectl(&["create", "namespace", namespace], "").unwrap().success().unwrap();
+    let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}});
+    cluster.api().apply(&format!("/api/v1/namespaces/{namespace}"), &object.to_string()).unwrap();
 }
 
 const SOON: Duration = Duration::from_secs(20);
@@ -107,8 +118,9 @@ const SOON: Duration = Duration::from_secs(20);
 async fn changes_come_in_order_and_only_those_that_were_asked_for() {
     let cluster = Cluster::shared().unwrap();
     made(&cluster, "order");
-    apply(&cluster, &(map("order", "a", "1") + &map("order", "b", "1")));
-    apply(&cluster, &map("order", "other", "1").replace("'yes'", "'no'"));
+    apply(&cluster, &map("order", "a", "1"));
+    apply(&cluster, &map("order", "b", "1"));
+    apply(&cluster, &other(map("order", "other", "1")));
     let mut f = Follower::new(cluster.kubeconfig(), "order").await;
     f.until(SOON, "the list", |f| f.lists == 1).await;
     assert!(f.has(&[("a", "1"), ("b", "1")]));
@@ -119,7 +131,7 @@ async fn changes_come_in_order_and_only_those_that_were_asked_for() {
     let took = f.until(SOON, "the changes", |f| f.has(&[("a", "2"), ("c", "1")])).await;
     assert!(took < Duration::from_secs(2), "{took:?}");
     // What leaves the selector is gone.
-    apply(&cluster, &map("order", "c", "1").replace("'yes'", "'no'"));
+    apply(&cluster, &other(map("order", "c", "1")));
     f.until(SOON, "the label", |f| f.has(&[("a", "2")])).await;
     assert_eq!(f.newest, f.reached, "a deletion has a version, too");
     let health = f.watched.health()[MAPS].clone();
@@ -176,14 +188,12 @@ async fn octets_that_are_no_text_stop_no_list() {
 async fn a_list_of_many_pages_and_a_flood_come_whole() {
     let cluster = Cluster::shared().unwrap();
     made(&cluster, "flood");
-    let many = |range: std::ops::Range<u32>, value: &str| {
-        range.map(|n| map("flood", &format!("m{n}"), value)).collect::<String>()
-    };
-    apply(&cluster, &many(0..700, "1"));
+    let many = |value: &str| (0..700).for_each(|n| apply(&cluster, &map("flood", &format!("m{n}"), value)));
+    many("1");
     let mut f = Follower::new(cluster.kubeconfig(), "flood").await;
     // Nobody takes anything for a while: the queue is full, and stays bounded.
     tokio::time::sleep(Duration::from_secs(1)).await;
-    apply(&cluster, &many(0..700, "2"));
+    many("2");
     f.until(Duration::from_secs(60), "all", |f| f.held.len() == 700 && f.held.values().all(|v| v == "2")).await;
     assert_eq!(f.lists, 1, "a flood is no reason to list again");
 }
@@ -192,7 +202,8 @@ async fn a_list_of_many_pages_and_a_flood_come_whole() {
 async fn an_outage_takes_nothing_away_and_its_changes_come_after_it() {
     let cluster = Cluster::start().unwrap();
     made(&cluster, "outage");
-    apply(&cluster, &(map("outage", "a", "1") + &map("outage", "b", "1")));
+    apply(&cluster, &map("outage", "a", "1"));
+    apply(&cluster, &map("outage", "b", "1"));
     let mut f = Follower::new(cluster.kubeconfig(), "outage").await;
     f.until(SOON, "the list", |f| f.lists == 1).await;
     // While it is away for this client alone, others change things.
@@ -266,7 +277,7 @@ async fn a_watch_that_hangs_is_replaced_in_half_a_minute_and_one_that_has_nothin
     let heard = |f: &Follower| f.watched.health()[MAPS].heard.unwrap().elapsed();
     let first = quiet.watched.health()[MAPS].version;
     // It is not asked for, and still a version of the list.
-    apply(&cluster, &map("silent", "other", "1").replace("'yes'", "'no'"));
+    apply(&cluster, &other(map("silent", "other", "1")));
     let mut longest = Duration::ZERO;
     for _ in 0..55 {
         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -303,7 +314,8 @@ async fn a_watch_on_gateways_that_hangs_is_replaced_in_half_a_minute() {
         "ports": [{"name": "control", "port": 7443}],
         "endpoints": [{"addresses": ["192.0.2.1"], "nodeName": "n", "targetRef": {"kind": "Pod", "name": "gw-a"}}],
     });
-    apply(&cluster, &slice.to_string());
+    let path = "/apis/discovery.k8s.io/v1/namespaces/hung/endpointslices/s";
+    cluster.api().apply(path, &slice.to_string()).unwrap();
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert!(told.try_recv().is_err(), "nothing comes through");
     proxy.forward_new();
@@ -345,7 +357,8 @@ async fn after_an_outage_it_does_not_wait_when_others_are_back() {
 async fn a_version_that_is_too_old_leads_to_a_new_list() {
     let cluster = Cluster::start().unwrap();
     made(&cluster, "old");
-    apply(&cluster, &(map("old", "a", "1") + &map("old", "b", "1")));
+    apply(&cluster, &map("old", "a", "1"));
+    apply(&cluster, &map("old", "b", "1"));
     let proxy = Proxy::start(&cluster);
     let mut f = Follower::new(proxy.kubeconfig(), "old").await;
     f.until(SOON, "the list", |f| f.lists == 1).await;
@@ -366,7 +379,8 @@ async fn a_version_that_is_too_old_leads_to_a_new_list() {
 async fn a_restored_backup_is_read_anew() {
     let cluster = Cluster::start().unwrap();
     made(&cluster, "back");
-    apply(&cluster, &(map("back", "a", "1") + &map("back", "b", "1")));
+    apply(&cluster, &map("back", "a", "1"));
+    apply(&cluster, &map("back", "b", "1"));
     let backup = cluster.back_up().unwrap();
     support::write_much(&cluster);
     apply(&cluster, &map("back", "a", "2"));

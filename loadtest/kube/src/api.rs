@@ -7,13 +7,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::process::Server;
-
-/// The administrator's way to the API. The proxy of one that [`crate::Cluster::api`] made ends when it is dropped.
-#[derive(Debug)]
+/// The administrator's way to the API.
+#[derive(Clone, Debug)]
 pub struct Api {
     socket: PathBuf,
-    _server: Option<Server>,
 }
 
 /// What the API server answered.
@@ -26,13 +23,9 @@ pub struct Answer {
 }
 
 impl Api {
-    pub(crate) fn new(server: Server, socket: PathBuf) -> Self {
-        Self { socket, _server: Some(server) }
-    }
-
-    /// By the socket of a proxy that somebody else started.
+    /// By the socket of a running proxy.
     pub fn at(socket: PathBuf) -> Self {
-        Self { socket, _server: None }
+        Self { socket }
     }
 
     /// Asks whether the API server is ready, and has made its own namespaces, which come a moment later.
@@ -44,6 +37,18 @@ impl Api {
             let answer = self.send("GET", path, &[], "")?;
             ensure!(answer.status == 200, "{path}: {} {}", answer.status, answer.body);
         }
+        Ok(())
+    }
+
+    /// Applies an object on the server's side, as kubectl does; whoever else set its fields loses them. `path` is its own,
+    /// `object` YAML.
+    ///
+    /// # Errors
+    /// When there is no answer, or a refusal.
+    pub fn apply(&self, path: &str, object: &str) -> Result<()> {
+        let headers = [("Content-Type", "application/apply-patch+yaml")];
+        let answer = self.send("PATCH", &format!("{path}?fieldManager=kubectl&force=true"), &headers, object)?;
+        ensure!(matches!(answer.status, 200 | 201), "{path}: {} {}", answer.status, answer.body);
         Ok(())
     }
 

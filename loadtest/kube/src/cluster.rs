@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use ipnet::{IpNet, Ipv4Net};
+use serde_json::Value;
 
 use crate::api::Api;
 use crate::process::Server;
@@ -26,6 +27,8 @@ const READY: Duration = Duration::from_secs(120);
 const SERVICES: IpNet = IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(10, 96, 0, 0), 16));
 /// What `default/kubernetes` names as the API server: endpoints may not be loopback. Nothing listens there (RFC 5737).
 const ADVERTISED: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+/// The socket of kubectl's proxy, in a cluster's folder.
+const PROXY: &str = "proxy";
 /// Folders of clusters are `PREFIX-PID-NUMBER`, so that those of dead processes are known.
 const PREFIX: &str = "tidegate-kube";
 
@@ -37,6 +40,7 @@ const PREFIX: &str = "tidegate-kube";
 pub struct Cluster {
     site: Site,
     // Dropped in this order.
+    _proxy: Server,
     api_server: Mutex<Option<Server>>,
     etcd: Mutex<Option<Server>>,
     folder: Folder,
@@ -67,7 +71,8 @@ impl Cluster {
         };
         let site = Site::new(&folder.0, addresses);
         site.write_credentials()?;
-        let this = Self { site, api_server: Mutex::new(None), etcd: Mutex::new(None), folder };
+        let proxy = start_proxy(&site, &folder.0)?;
+        let this = Self { site, _proxy: proxy, api_server: Mutex::new(None), etcd: Mutex::new(None), folder };
         this.start_etcd()?;
         this.start_api_server()?;
         Ok(this)
@@ -118,9 +123,24 @@ impl Cluster {
     /// What kubectl said.
     pub fn define(&self) -> Result<()> {
         let definitions = concat!(env!("CARGO_MANIFEST_DIR"), "/../../helm/tidegate/files/crds");
-        self.kubectl(&["apply", "--server-side", "-f", definitions], "")?.success()?;
-        let wait = ["wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"];
-        self.kubectl(&wait, "")?.success().map(drop)
+        let api = self.api();
+        let mut paths = Vec::new();
+        for file in fs::read_dir(definitions).context(definitions)? {
+            let file = file?.path();
+            // Files are called as what they define.
+            let name = file.file_stem().and_then(|s| s.to_str()).context("a definition's name is not UTF-8")?;
+            let path = format!("/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}");
+            api.apply(&path, &fs::read_to_string(&file)?)?;
+            paths.push(path);
+        }
+        let deadline = Instant::now() + READY;
+        for path in paths {
+            while !is_established(&api.send("GET", &path, &[], "")?.body)? {
+                anyhow::ensure!(Instant::now() < deadline, "{path} is not established");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+        Ok(())
     }
 
     /// Runs kubectl as the administrator, with `stdin`. `--as USER` and `--as-group GROUP` make it somebody else.
@@ -131,18 +151,9 @@ impl Cluster {
         Output::of(self.site.kubectl(args)?.spawn().context("cannot run kubectl")?, stdin)
     }
 
-    /// A way to speak to the API as the administrator, without a client: for tests that ask often.
-    ///
-    /// # Errors
-    /// When kubectl's proxy does not come up.
-    pub fn api(&self) -> Result<Api> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("proxy-{}", NEXT.fetch_add(1, Ordering::Relaxed));
-        let socket = self.folder.0.join(&name);
-        let log = self.folder.0.join(format!("{name}.log"));
-        let mut server = Server::start("kubectl proxy", self.site.proxy(&socket)?, log)?;
-        wait(&mut server, || Ok(UnixStream::connect(&socket).map(drop).map_err(|e| e.to_string())))?;
-        Ok(Api::new(server, socket))
+    /// A way to speak to the API as the administrator, without a client: for tests that ask often. Good as long as the cluster.
+    pub fn api(&self) -> Api {
+        Api::at(self.folder.0.join(PROXY))
     }
 
     /// Runs controllers of kube-controller-manager, by their names. They end when the guard is dropped.
@@ -229,7 +240,7 @@ impl Cluster {
         let mut slot = self.api_server.lock().unwrap_or_else(PoisonError::into_inner);
         let mut server = Server::start("kube-apiserver", command, self.folder.0.join("kube-apiserver.log"))?;
         // A kubectl for each look would cost more than the server's own start.
-        let api = self.api()?;
+        let api = self.api();
         wait(&mut server, || Ok(api.ready().map_err(|e| format!("{e:#}"))))?;
         *slot = Some(server);
         Ok(())
@@ -239,6 +250,20 @@ impl Cluster {
 /// Of what a cluster stored; goes with it.
 #[derive(Debug)]
 pub struct Backup(PathBuf);
+
+fn start_proxy(site: &Site, folder: &Path) -> Result<Server> {
+    let socket = folder.join(PROXY);
+    let mut server = Server::start("kubectl proxy", site.proxy(&socket)?, folder.join("proxy.log"))?;
+    wait(&mut server, || Ok(UnixStream::connect(&socket).map(drop).map_err(|e| e.to_string())))?;
+    Ok(server)
+}
+
+/// Whether objects of the definition can be made.
+fn is_established(definition: &str) -> Result<bool> {
+    let definition: Value = serde_json::from_str(definition).context("a definition is not JSON")?;
+    let conditions = definition["status"]["conditions"].as_array();
+    Ok(conditions.into_iter().flatten().any(|c| c["type"] == "Established" && c["status"] == "True"))
+}
 
 fn copy_folder(from: &Path, to: &Path) -> Result<()> {
     let said = Command::new("cp").arg("-a").args([from, to]).status().context("cannot run cp")?;

@@ -120,7 +120,7 @@ items:
   subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: carol}]
 "#,
     );
-    let api = cluster.api().unwrap();
+    let api = cluster.api();
     (cluster, api)
 }
 
@@ -346,7 +346,7 @@ items:
 #[test]
 fn a_kubelets_pods_are_marked_and_it_can_relabel_none() {
     let cluster = Cluster::shared().unwrap();
-    let api = cluster.api().unwrap();
+    let api = cluster.api();
     let say = |user: &str, groups: &[&str], method: &str, path: &str, body: &Value| {
         let kind = if method == "PATCH" { "application/strategic-merge-patch+json" } else { "application/json" };
         let mut headers = vec![("Content-Type", kind), ("Impersonate-User", user)];

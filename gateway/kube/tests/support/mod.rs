@@ -173,7 +173,7 @@ fn carry(state: &State, number: u64, says: bool, mut from: TcpStream, mut to: Tc
 
 /// Makes versions go up by more than an API server does by itself when it starts.
 pub fn write_much(cluster: &Cluster) {
-    let api = cluster.api().unwrap();
+    let api = cluster.api();
     let path = "/api/v1/namespaces/default/configmaps";
     let map = r#"{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "much"}}"#;
     assert_eq!(api.send("POST", path, &[], map).unwrap().status, 201);

@@ -59,7 +59,7 @@ fn a_second_installation_is_refused_and_says_where_the_first_is() {
 #[test]
 fn an_upgrade_from_the_chart_before_keeps_policies_and_takes_new_values() {
     let cluster = Cluster::start().unwrap();
-    let api = cluster.api().unwrap();
+    let api = cluster.api();
     let before = root().join(BEFORE);
     let with = |verb: &str, chart: &Path, values: &str| {
         let namespace = ["--namespace", NAMESPACE, "--create-namespace", "--values", "-"];
@@ -177,7 +177,7 @@ const T: &str = "tidegate.dev";
 fn rights_are_these_and_no_more() {
     let cluster = Arc::new(Cluster::start().unwrap());
     install(&cluster, "tidegate", NAMESPACE, "").success().unwrap();
-    let api = cluster.api().unwrap();
+    let api = cluster.api();
     let t = |resource: &str| format!("{T}/{resource}");
     // Who, verb, resource, namespace (none: all of them), name.
     let allowed: &[(&str, &[&str], &str, &str, &str)] = &[

@@ -72,7 +72,7 @@ pub fn cluster(replicas: u32) -> (Cluster, tidegate_kube::Controllers, Api) {
     let cluster = Cluster::start().unwrap();
     let names = ["daemonset-controller", "deployment-controller", "disruption-controller", "replicaset-controller"];
     let controllers = cluster.start_controllers(&names).unwrap();
-    let api = cluster.api().unwrap();
+    let api = cluster.api();
     for node in NODES {
         let labels = json!({"kubernetes.io/os": "linux", "kubernetes.io/hostname": node});
         let object = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node, "labels": labels}});

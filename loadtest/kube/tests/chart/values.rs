@@ -142,7 +142,7 @@ fn cluster() -> (Arc<Cluster>, Api) {
     cluster.define().unwrap();
     let namespace = format!(r#"{{"apiVersion": "v1", "kind": "Namespace", "metadata": {{"name": "{NAMESPACE}"}}}}"#);
     cluster.kubectl(&["apply", "--server-side", "-f", "-"], &namespace).unwrap().success().unwrap();
-    let api = cluster.api().unwrap();
+    let api = cluster.api();
     (cluster, api)
 }
 

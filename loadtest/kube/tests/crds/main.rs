@@ -27,7 +27,7 @@ fn root() -> PathBuf {
 fn cluster() -> (Arc<Cluster>, Api) {
     let cluster = Cluster::shared().unwrap();
     cluster.define().unwrap();
-    let api = cluster.api().unwrap();
+    let api = cluster.api();
     namespace(&api, "shop");
     // Established means that the schema holds; a moment later the path does.
     for _ in 0..200 {

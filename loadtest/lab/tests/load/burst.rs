@@ -11,7 +11,8 @@ use tidegate_lab::observe::sum_metric;
 use tidegate_lab::probe::dig;
 use tidegate_lab::{Lab, Place};
 
-use crate::{A, AAAA, GATEWAYS, dns, name, netstat, parse, percentile, pod, policy, scenario, up};
+use crate::support::{GATEWAYS, name, netstat, policy, scenario, up};
+use crate::{A, AAAA, dns, parse, percentile, pod};
 
 /// A bound of the barrier's wait by the gateways' histograms, in seconds.
 fn barrier(lab: &Lab, p: f64) -> f64 {

@@ -8,7 +8,7 @@ use tidegate_lab::family::FAMILIES;
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::probe::{Knock, dig, knock};
 
-use crate::{GATEWAYS, name, policy, scenario, up};
+use crate::support::{GATEWAYS, name, policy, scenario, up};
 
 /// A Go client that fetches a URL over one family and says how long it took.
 const GO: &str = r#"package main

@@ -14,7 +14,8 @@ use tidegate_lab::scenario::{NameSpec, Namespace};
 use tidegate_lab::{Lab, Mark, Place};
 
 use crate::burst::{Took, burst};
-use crate::{A, GATEWAYS, dns, name, percentile, pod, policy, scenario, up};
+use crate::support::{GATEWAYS, name, policy, scenario, up};
+use crate::{A, dns, percentile, pod};
 
 const FACTS: usize = 150;
 const NAMES: usize = 100;

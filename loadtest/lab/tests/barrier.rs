@@ -1,6 +1,11 @@
 //! A node that does not confirm what it was told, of names or of an edit: no answer before its time is over, and then
 //! answers that do not need it.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+#[path = "load/support.rs"]
+mod support;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -11,7 +16,7 @@ use tidegate_lab::lab::wait_for;
 use tidegate_lab::probe::{Knock, dig, knock};
 use tidegate_lab::{Lab, Place};
 
-use crate::{GATEWAYS, name, netstat, policy, scenario, up};
+use self::support::{GATEWAYS, name, netstat, policy, scenario, up};
 
 /// An agent that does nothing until this is dropped.
 struct Frozen<'a>(&'a Lab, &'static str);
