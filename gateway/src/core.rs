@@ -238,8 +238,6 @@ struct Run {
     problems: Vec<String>,
     /// What the journal has of claims.
     written: Vec<Claim>,
-    /// Who owned pairs before those who own them, where that was seen.
-    before: BTreeMap<Pair, String>,
     /// Where the pods of the present world's scopes are.
     placement: Placement,
     /// What all machines hold alike.
@@ -320,7 +318,6 @@ impl Run {
             used: None,
             problems: Vec::new(),
             written: Vec::new(),
-            before: BTreeMap::new(),
             compiled: Arc::new(Compiled::new(core.shared.world.load_full(), &Objects::default(), 0)),
             classes: Classes::default(),
             placement: Placement::default(),
@@ -530,7 +527,7 @@ impl Run {
         if let Some(n) = self.nodes.get_mut(node) {
             (n.facts, n.seen) = (None, None);
         }
-        self.core.ownership.agent_gone(node);
+        self.core.ownership.agent_gone(node, self.core.shared.now());
         self.settled_without(node);
         let node = NodeId(self.core.shared.nodes.id(node));
         self.feed(Input::NodeDown { node });
@@ -640,7 +637,7 @@ impl Run {
     fn publish(&self) {
         let pair = |c: &Claim| PairStatus {
             pair: c.pair.to_string(),
-            from: self.before.get(&c.pair).cloned(),
+            from: self.core.ownership.before(&c.pair).cloned(),
             owner: c.owner.clone(),
             epoch: c.epoch,
             held: c.held,

@@ -6,7 +6,8 @@
 //!   takes nothing.
 //! - A gateway is dead when nothing came from it for 2 s and most of the connected agents do not see it either. While
 //!   only one of the two holds, nothing moves: two gateways that cannot see each other are not two owners. An agent that
-//!   does not see this gateway yet, to which it speaks, says of nobody that he is dead. Where the other one was and nothing
+//!   does not see this gateway yet, to which it speaks, says of nobody that he is dead. One whose stream has ended saw whom it
+//!   saw for 2 s more: of a gateway that is being cut off, links end one after the other, its own node's agent stays. Where the other one was and nothing
 //!   listens any more, its process has ended: 1 s is enough, in which one that is started again at once takes up what it had.
 //! - A pair that no live gateway holds goes to the first candidate that lives and is able, with the highest epoch that
 //!   anybody knows plus one.
@@ -114,6 +115,8 @@ struct Agent {
     sees: BTreeSet<String>,
     /// The lowest epoch that its node follows, of each pair.
     follows: BTreeMap<Pair, u64>,
+    /// When its stream ended, if it did.
+    gone: Option<Duration>,
 }
 
 /// A pair that was taken from this gateway while it served.
@@ -150,12 +153,15 @@ pub struct Ownership {
     listed: bool,
     /// What stands in the status of pools; absent without Kubernetes.
     records: Option<Records>,
+    /// Those that are connected, or were lately.
     agents: BTreeMap<String, Agent>,
     /// Every agent that was ever connected, of nodes that are part of the cluster.
     ever: BTreeSet<String>,
     /// Pairs that policy has, with their candidates.
     pairs: BTreeMap<Pair, Vec<String>>,
     known: BTreeMap<Pair, Known>,
+    /// Who owned pairs before those who own them, where that was heard.
+    before: BTreeMap<Pair, String>,
     /// Higher claims of others that are not in place yet, and when they were first heard.
     coming: BTreeMap<Pair, (Known, Duration)>,
     /// What was held and known at the last decision.
@@ -190,6 +196,7 @@ impl Ownership {
             ever: BTreeSet::new(),
             pairs: BTreeMap::new(),
             known: BTreeMap::new(),
+            before: BTreeMap::new(),
             coming: BTreeMap::new(),
             decided: Default::default(),
             floors: BTreeMap::new(),
@@ -307,7 +314,7 @@ impl Ownership {
     pub fn left(&self, now: Duration) -> bool {
         let follows =
             |a: &Agent| a.follows.iter().all(|(p, epoch)| self.known.get(p).is_none_or(|k| *epoch >= k.epoch));
-        !self.has_heir(now) || self.held.is_empty() && self.agents.values().all(follows)
+        !self.has_heir(now) || self.held.is_empty() && self.connected().all(follows)
     }
 
     /// A beat of another gateway came.
@@ -367,12 +374,18 @@ impl Ownership {
             let floor = self.floors.entry(pair).or_default();
             *floor = (*floor).max(epoch.min(most));
         }
-        self.agents.insert(node.to_owned(), Agent { sees, follows });
+        self.agents.insert(node.to_owned(), Agent { sees, follows, gone: None });
     }
 
     /// An agent's stream ended.
-    pub fn agent_gone(&mut self, node: &str) {
-        self.agents.remove(node);
+    pub fn agent_gone(&mut self, node: &str, now: Duration) {
+        if let Some(agent) = self.agents.get_mut(node) {
+            agent.gone = agent.gone.or(Some(now));
+        }
+    }
+
+    fn connected(&self) -> impl Iterator<Item = &Agent> {
+        self.agents.values().filter(|a| a.gone.is_none())
     }
 
     /// Whether the start is over: every peer's facts have come, or the time for that is over.
@@ -390,6 +403,7 @@ impl Ownership {
                 self.note(pair, claim);
             }
         }
+        self.agents.retain(|_, a| a.gone.is_none_or(|gone| now.saturating_sub(gone) < SILENCE));
         let gone: Vec<String> = self.peers.iter().filter(|(_, p)| !p.listed).map(|(n, _)| n.clone()).collect();
         for peer in gone.iter().filter(|p| !self.lives(p, now)).collect::<Vec<_>>() {
             self.peers.remove(peer);
@@ -468,9 +482,27 @@ impl Ownership {
     }
 
     fn claim(&mut self, pair: Pair, epoch: u64, now: Duration) {
-        self.coming.remove(&pair);
-        self.known.insert(pair.clone(), Known { owner: self.me.clone(), epoch });
+        self.note(pair.clone(), Known { owner: self.me.clone(), epoch });
         self.held.insert(pair, now);
+    }
+
+    /// Goes by a claim from now on, if it beats what is known.
+    fn follow(&mut self, pair: Pair, claim: Known) {
+        let old = self.known.get(&pair);
+        if old.is_some_and(|old| !claim.beats(old)) {
+            return;
+        }
+        match old.filter(|old| old.owner != claim.owner) {
+            Some(old) => self.before.insert(pair.clone(), old.owner.clone()),
+            None => self.before.remove(&pair),
+        };
+        self.known.insert(pair, claim);
+    }
+
+    /// Who owned a pair before the one who owns it. Not known of one that was heard of by one claim alone, or whose owner has
+    /// claimed it again.
+    pub fn before(&self, pair: &Pair) -> Option<&String> {
+        self.before.get(pair)
     }
 
     fn forget_wishes(&mut self, wanted: impl Fn(&Pair) -> bool) {
@@ -520,14 +552,14 @@ impl Ownership {
             .collect()
     }
 
-    /// Notes a claim if it beats what is known.
+    /// Notes a claim if it beats what is known, and what was to come.
     fn note(&mut self, pair: Pair, claim: Known) {
-        if self.coming.get(&pair).is_some_and(|(k, _)| !k.beats(&claim)) {
-            self.coming.remove(&pair);
+        if self.coming.get(&pair).is_some_and(|(k, _)| !k.beats(&claim))
+            && let Some((coming, _)) = self.coming.remove(&pair)
+        {
+            self.follow(pair.clone(), coming);
         }
-        if self.known.get(&pair).is_none_or(|k| claim.beats(k)) {
-            self.known.insert(pair, claim);
-        }
+        self.follow(pair, claim);
     }
 
     /// Whether a peer lives: it was heard lately, or most agents see it.
@@ -590,11 +622,11 @@ impl Ownership {
         now.saturating_sub(cut_off) >= SILENCE || self.peers.values().any(|p| p.heard.is_some_and(|at| at > cut_off))
     }
 
-    /// How many agents see a gateway, and how many do not. One that does not see this gateway either, to which it speaks,
-    /// has only just begun to look.
+    /// How many agents see a gateway, or did when their streams ended lately, and how many do not. One that does not see this
+    /// gateway either, to which it speaks, has only just begun to look.
     fn witnesses(&self, gateway: &str) -> (usize, usize) {
         let see = self.agents.values().filter(|a| a.sees.contains(gateway)).count();
-        let others = self.agents.values().filter(|a| a.sees.contains(&self.me) && !a.sees.contains(gateway)).count();
+        let others = self.connected().filter(|a| a.sees.contains(&self.me) && !a.sees.contains(gateway)).count();
         (see, others)
     }
 
@@ -613,7 +645,9 @@ impl Ownership {
 
     /// Whether this gateway has lost every peer and most of its agents.
     fn is_cut_off(&self, now: Duration) -> bool {
-        !self.peers.is_empty() && self.peers.values().all(|p| p.silent(now)) && self.agents.len() * 2 < self.ever.len()
+        !self.peers.is_empty()
+            && self.peers.values().all(|p| p.silent(now))
+            && self.connected().count() * 2 < self.ever.len()
     }
 }
 

@@ -173,8 +173,9 @@ impl Sim {
             let epochs: Vec<(Pair, u64)> =
                 self.follows.iter().filter(|((n, _), _)| n == node).map(|((_, p), k)| (p.clone(), k.epoch)).collect();
             for g in &names {
+                let now = self.local(g);
                 let o = self.gateways.get_mut(g).unwrap();
-                if heard.contains(g) { o.seen(node, heard.clone(), epochs.clone()) } else { o.agent_gone(node) }
+                if heard.contains(g) { o.seen(node, heard.clone(), epochs.clone()) } else { o.agent_gone(node, now) }
             }
         }
         self.ask_api(&names);
@@ -670,14 +671,76 @@ fn nodes_that_left_the_cluster_are_not_lost() {
     let now = s.now + Duration::from_secs(5);
     let a = s.gateways.get_mut("a").unwrap();
     for node in &NODES[1..] {
-        a.agent_gone(node);
+        a.agent_gone(node, now);
     }
     a.set_nodes(|n| n == "n1");
     a.tick(now);
     assert!(a.holds(&pair(1)));
-    a.agent_gone("n1");
+    a.agent_gone("n1", now);
     a.tick(now);
     assert!(!a.holds(&pair(1)));
+}
+
+/// Links of one that is being cut off end one after the other; its own node's agent stays, and sees nobody else.
+#[test]
+fn one_that_is_being_cut_off_takes_nothing() {
+    for held_up in ["n2", "n3", "n4"] {
+        let mut s = two();
+        s.pass(1.0);
+        let (mut now, end) = (s.now, s.now + Duration::from_secs(6));
+        let cut = now;
+        let a = s.gateways.get_mut("a").unwrap();
+        a.seen("n1", ["a".to_owned()].into(), []);
+        while now < end {
+            now += Duration::from_millis(20);
+            let since = now - cut;
+            for node in NODES[1..].iter().filter(|n| **n != held_up) {
+                if since > Duration::from_millis(1900) {
+                    a.agent_gone(node, now);
+                }
+            }
+            if since > Duration::from_millis(2150) {
+                a.agent_gone(held_up, now);
+            }
+            a.tick(now);
+            assert!(!a.holds(&pair(2)), "{since:?}");
+        }
+        assert_eq!(a.owner(&pair(2)), Some(Known { owner: "b".into(), epoch: 1 }));
+        assert!(!a.holds(&pair(1)), "who is with the agents takes over");
+    }
+}
+
+/// Also by who has only just begun, and takes at once what nobody holds.
+#[test]
+fn who_owned_a_pair_before_is_known_until_it_is_claimed_again() {
+    let known = |owner: &str, epoch| Known { owner: owner.into(), epoch };
+    let stands = |owner: &str, epoch| vec![(pair(1), known(owner, epoch))];
+    let mut now = Duration::from_secs(1000);
+    let mut o = Ownership::new("new", [], now).recorded(true);
+    // The first word is no move, nor is an older one.
+    for (owner, epoch, expected) in [
+        ("x", 1, None),
+        ("y", 2, Some("x")),
+        ("y", 2, Some("x")),
+        ("x", 1, Some("x")),
+        ("z", 3, Some("y")),
+        ("z", 4, None),
+    ] {
+        o.set_records("p", Some(&stands(owner, epoch)), now);
+        now += PLACE;
+        o.tick(now);
+        assert_eq!(o.before(&pair(1)).map(String::as_str), expected, "{owner} {epoch}");
+    }
+    // The last one's claim was never in place as far as it knows.
+    o.set_pairs([(pair(1), vec!["new".to_owned()])].into());
+    o.set_records("p", Some(&stands("w", 5)), now);
+    o.set_able(true);
+    o.api_answered(now);
+    o.tick(now);
+    assert!(o.writes().iter().any(|w| w.claim == known("new", 6)));
+    o.set_records("p", Some(&stands("new", 6)), now);
+    assert!(o.holds(&pair(1)));
+    assert_eq!(o.before(&pair(1)).map(String::as_str), Some("w"));
 }
 
 #[test]

@@ -9,7 +9,7 @@ use tidegate_ledger::{FactRecord, Input, NodeId, OwnerId};
 use tidegate_policy::Reason;
 use tidegate_policy::denied::Denied;
 use tidegate_proto::wire::PeerUpdate;
-use tidegate_proto::{Beat, Claim, Pair, PeerFact, PeerMessage, ScopeClaim};
+use tidegate_proto::{Beat, Pair, PeerFact, PeerMessage, ScopeClaim};
 use tidegate_sni::Live;
 use tokio::sync::{mpsc, oneshot};
 
@@ -48,16 +48,6 @@ pub(super) struct Stale {
     since: Duration,
     /// Whether it answers nobody any more.
     pub closed: bool,
-}
-
-/// Who owned each pair before its owner of `now`: by the last change, which is what is new since `old`, or was seen before that.
-fn before(seen: &BTreeMap<Pair, String>, old: &[Claim], now: &[Claim]) -> BTreeMap<Pair, String> {
-    let from = |c: &Claim| match old.iter().find(|o| o.pair == c.pair) {
-        Some(o) if o.epoch < c.epoch && o.owner != c.owner => Some(o.owner.clone()).filter(|o| !o.is_empty()),
-        Some(o) if o.epoch == c.epoch && o.owner == c.owner => seen.get(&c.pair).cloned(),
-        _ => None,
-    };
-    now.iter().filter_map(|c| Some((c.pair.clone(), from(c)?))).collect()
 }
 
 impl Run {
@@ -102,7 +92,6 @@ impl Run {
             for c in claims.iter().filter(|c| !self.written.contains(c)) {
                 tracing::info!(pair = %c.pair, owner = c.owner, epoch = c.epoch, held = c.held, "ownership");
             }
-            self.before = before(&self.before, &self.written, &claims);
             self.written = claims.clone();
             self.publish();
             if let Some(journal) = &self.core.journal {
@@ -471,32 +460,4 @@ fn aged(mut fact: PeerFact, by: Duration) -> PeerFact {
     fact.remaining = fact.remaining.saturating_sub(by);
     fact.ttl = fact.ttl.saturating_sub(by);
     fact
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn who_owned_a_pair_before_is_known_until_it_moves_again() {
-        let pair = Pair { pool: "a".into(), ipv4: Some([192, 0, 2, 1].into()), ipv6: None };
-        let claim = |owner: &str, epoch| vec![Claim { pair: pair.clone(), owner: owner.into(), epoch, held: false }];
-        let mut seen = BTreeMap::new();
-        let mut old = Vec::new();
-        let from = |f: &str| Some(f.to_owned());
-        // The first word is no move, nor is an older one, or a new epoch of the same owner.
-        for (owner, epoch, expected) in [
-            ("x", 1, None),
-            ("y", 2, from("x")),
-            ("y", 2, from("x")),
-            ("z", 3, from("y")),
-            ("z", 4, None),
-            ("y", 2, None),
-        ] {
-            let now = claim(owner, epoch);
-            seen = before(&seen, &old, &now);
-            assert_eq!(seen.get(&pair).cloned(), expected, "{owner} {epoch}");
-            old = now;
-        }
-    }
 }

@@ -409,7 +409,7 @@ impl Gateway {
         let n = self.nodes.entry(node).or_default();
         (n.facts, n.seen) = (false, None);
         n.facts_out.clear();
-        self.ownership.agent_gone(node);
+        self.ownership.agent_gone(node, now);
         self.settling.forget(node_id(node));
         self.hear_late(now);
         self.feed(Input::NodeDown { node: node_id(node) }, now);
