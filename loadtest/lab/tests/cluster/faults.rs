@@ -197,12 +197,14 @@ fn cut_off(lab: &mut Lab, ground: &mut Ground) {
     let (_, at) = busy(lab);
     ground.step(lab, &format!("{at} cut off"), MOVES, |lab| {
         lab.set_link(&at, false).unwrap();
-        std::thread::sleep(AWAY);
+        // Who led may be there, too: another one needs the Lease first, and then sees who is away.
+        std::thread::sleep(4 * AWAY);
     });
     ground.step(lab, &format!("{at} back"), UNNOTICED, |lab| {
         lab.set_link(&at, true).unwrap();
         std::thread::sleep(AWAY);
     });
+    ground.agent_was_away(&at);
 }
 
 fn drained(lab: &mut Lab, ground: &mut Ground) {

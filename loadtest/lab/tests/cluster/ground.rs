@@ -15,7 +15,7 @@ use tidegate_lab::steady::gaps::{Asked, Recorder, Traffic, connect};
 use tidegate_lab::steady::{Servers, Steady};
 use tidegate_lab::story::{POOL_A, POOL_B, bare, named, of};
 
-use crate::install::node;
+use crate::install::{gateways, node};
 
 /// Names are back so soon while a gateway is left, and egress addresses.
 const NAMES: Duration = Duration::from_secs(1);
@@ -36,6 +36,8 @@ const TRY: Duration = Duration::from_millis(300);
 
 /// The label of gateways' nodes.
 pub const LABEL: &str = "tidegate.dev/gateway";
+/// The pools.
+const POOLS: [[&str; 2]; 2] = [POOL_A, POOL_B];
 /// Pods with traffic: of two pools, and of none, on both workers.
 const PODS: [(&str, Option<[&str; 2]>); 3] =
     [("shop/node-2", Some(POOL_A)), ("billing/client", Some(POOL_B)), ("annotated/client", None)];
@@ -146,6 +148,12 @@ impl Ground {
                 let to = named(family, n, 0).ip();
                 leaks.push((format!("to {to} from nobody's pool"), lab.watch(to, &others).unwrap()));
             }
+            // Who has no pool leaves by a gateway all the same.
+            let nodes: Vec<String> = gateway_nodes(lab, family).iter().map(IpAddr::to_string).collect();
+            let others =
+                format!("{} saddr != {{ {} }} meta l4proto {{ tcp, udp }}", family.pick("ip", "ip6"), nodes.join(", "));
+            let to = bare(family, 40, 0).ip();
+            leaks.push((format!("to {to} past the gateways"), lab.watch(to, &others).unwrap()));
         }
         let long = LONG.iter().map(|pod| (*pod, long(lab, pod))).collect();
         Self { recorder: record(lab), leaks, long, bad: Vec::new(), told: Vec::new(), rows: Vec::new() }
@@ -193,8 +201,7 @@ impl Ground {
 
     /// Something happens. Traffic notices no more than this, and nothing gets past the policy.
     pub fn step(&mut self, lab: &mut Lab, what: &str, expected: Expected, work: impl FnOnce(&mut Lab)) {
-        let pools = [POOL_A, POOL_B];
-        let before = pools.map(|pool| owner(lab, pool));
+        let before = POOLS.map(|pool| owner(lab, pool));
         let is_gone = |pod: &str| expected.gone.is_some_and(|gone| gone.contains(&pod));
         // Without a network they would end late.
         self.long.retain(|pod, _| !is_gone(pod));
@@ -209,9 +216,9 @@ impl Ground {
             worst = (worst.0.max(dns), worst.1.max(flow), worst.2.max(control));
             bad.extend(noticed(lab, t, since, expected));
         }
-        let after = pools.map(|pool| owner(lab, pool));
+        let after = POOLS.map(|pool| owner(lab, pool));
         let other = |n: &usize| before[*n].is_some() && after[*n].is_some() && before[*n] != after[*n];
-        let moved: Vec<_> = (0..2).filter(other).map(|n| pools[n]).collect();
+        let moved: Vec<_> = (0..2).filter(other).map(|n| POOLS[n]).collect();
         let mut ended = Vec::new();
         for (pod, flows) in &self.long {
             if let Err(e) = flows.goes_on(ON) {
@@ -221,14 +228,7 @@ impl Ground {
         }
         let past = self.past();
         self.row(what, [worst.0, worst.1, worst.2], !moved.is_empty(), past.len(), &ended);
-        for n in 0..2 {
-            if let (Some((from, above)), Some((to, until))) = (&before[n], &after[n])
-                && from != to
-                && !from.is_empty()
-            {
-                self.told.push(Told::Moved(name(pools[n]).to_owned(), to.clone(), *above, *until));
-            }
-        }
+        self.expect_moves(&before, &after);
         println!(
             "{what}, {took:.1?}: DNS gap {:.2?}, egress gap {:.2?} (untouched pod {:.2?}), {} packets past the policy; \
              long connections of {ended:?} ended; {before:?}, then {after:?}",
@@ -250,6 +250,7 @@ impl Ground {
     /// Every gateway is away for a while: `work` ends when one is ready again. Then names and egress addresses are back in time, for
     /// whoever asks for the name of what it wants. Nothing gets past the policy meanwhile.
     pub fn outage(&mut self, lab: &mut Lab, what: &str, work: impl FnOnce(&mut Lab)) {
+        let before = POOLS.map(|pool| owner(lab, pool));
         let since = Instant::now();
         work(lab);
         let (took, ready) = (since.elapsed(), Instant::now());
@@ -296,12 +297,33 @@ impl Ground {
             worst.1,
             past.len()
         );
+        // Statuses name who serves now, and Events tell of what has moved.
+        let named = || {
+            let (now, there) = (POOLS.map(|pool| owner(lab, pool)), gateways(lab));
+            now.iter().all(|o| o.as_ref().is_some_and(|(gateway, _)| there.contains_key(gateway))).then_some(now)
+        };
+        match wait_for(TOLD, named) {
+            Some(after) => self.expect_moves(&before, &after),
+            None => bad.push(format!("statuses name {:?}", POOLS.map(|pool| owner(lab, pool)))),
+        }
         if worst.0 > ADDRESSES + slack || worst.1 > ADDRESSES + slack {
             bad.push(format!("names back after {:?}, egress addresses after {:?}", worst.0, worst.1));
         }
         bad.extend(past);
         self.also(what, bad);
         self.renew(lab, &ended);
+    }
+
+    /// Events will have to tell of the pools that others own now.
+    fn expect_moves(&mut self, before: &[Option<(String, u64)>; 2], after: &[Option<(String, u64)>; 2]) {
+        for (pool, (before, after)) in POOLS.iter().zip(before.iter().zip(after)) {
+            if let (Some((from, above)), Some((to, until))) = (before, after)
+                && from != to
+                && !from.is_empty()
+            {
+                self.told.push(Told::Moved(name(*pool).to_owned(), to.clone(), *above, *until));
+            }
+        }
     }
 
     /// What got past the policy since the beginning.
@@ -325,6 +347,12 @@ fn record(lab: &Lab) -> Recorder {
     Recorder::start(&pods, (&lab.pod("untouched/client"), named(Family::V4, 22, 7000)))
 }
 
+/// The addresses of the nodes that gateways may run on.
+fn gateway_nodes(lab: &Lab, family: Family) -> Vec<IpAddr> {
+    let nodes = lab.scenario().nodes.iter().filter(|n| n.labels.contains_key(LABEL));
+    nodes.map(|n| node(lab, &n.name, family)).collect()
+}
+
 /// What of a pod's traffic is not as it should be.
 fn noticed(lab: &Lab, t: &Traffic, since: Instant, expected: Expected) -> Vec<String> {
     let mut bad = Vec::new();
@@ -340,10 +368,9 @@ fn noticed(lab: &Lab, t: &Traffic, since: Instant, expected: Expected) -> Vec<St
     if dns > names || flow > addresses || silent > t.limit(NAMES, since) {
         bad.push(format!("{} {:?}: DNS gap {dns:?}, egress gap {flow:?}, silent {silent:?}", t.pod, t.family));
     }
-    let gateways = || lab.scenario().nodes.iter().filter(|n| n.labels.contains_key(LABEL));
     let allowed: Vec<IpAddr> = match pool(&t.pod) {
         Some(pool) => vec![of(pool, t.family)],
-        None => gateways().map(|n| node(lab, &n.name, t.family)).collect(),
+        None => gateway_nodes(lab, t.family),
     };
     if seen.iter().any(|ip| !allowed.contains(ip)) {
         bad.push(format!("{} {:?}: seen as {seen:?}, not {allowed:?}", t.pod, t.family));
