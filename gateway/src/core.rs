@@ -238,6 +238,8 @@ struct Run {
     problems: Vec<String>,
     /// What the journal has of claims.
     written: Vec<Claim>,
+    /// Who owned pairs before those who own them by that.
+    before: BTreeMap<Pair, String>,
     /// Where the pods of the present world's scopes are.
     placement: Placement,
     /// What all machines hold alike.
@@ -318,6 +320,7 @@ impl Run {
             used: None,
             problems: Vec::new(),
             written: Vec::new(),
+            before: BTreeMap::new(),
             compiled: Arc::new(Compiled::new(core.shared.world.load_full(), &Objects::default(), 0)),
             classes: Classes::default(),
             placement: Placement::default(),
@@ -637,7 +640,7 @@ impl Run {
     fn publish(&self) {
         let pair = |c: &Claim| PairStatus {
             pair: c.pair.to_string(),
-            from: self.core.ownership.before(&c.pair).cloned(),
+            from: self.before.get(&c.pair).cloned(),
             owner: c.owner.clone(),
             epoch: c.epoch,
             held: c.held,

@@ -354,10 +354,13 @@ impl Desired {
         for (name, n) in compiled.nodes.iter() {
             out.nodes.insert(name.clone(), state::Node { addresses: n.addresses.clone() });
         }
-        for g in self.members.load().all() {
+        let members = self.members.load();
+        // To those that were, nobody is led: somebody else may have their addresses.
+        let gateways = members.listed.iter().map(|g| (g, g.addresses.as_slice()));
+        for (g, control) in gateways.chain(members.lingering.iter().map(|g| (g, [].as_slice()))) {
             let gateway = state::Gateway {
                 node: g.node.clone(),
-                control: g.addresses.iter().copied().take(MAX_GATEWAY_ADDRESSES).collect(),
+                control: control.iter().copied().take(MAX_GATEWAY_ADDRESSES).collect(),
             };
             out.gateways.insert(g.name.clone(), gateway);
         }

@@ -106,3 +106,20 @@ fn what_is_held_beside_a_pair_that_drains_is_in_place_before_a_scope_goes_there(
     desired.set_claims(claims(&[(1, "gw-b"), (3, "gw-a")]), None);
     assert_eq!(addresses(&drains), [3]);
 }
+
+#[test]
+fn agents_are_led_to_gateways_that_are_there_and_not_to_those_that_were() {
+    let desired = desired();
+    let told = |desired: &Desired| {
+        let gateways = desired.frame(&compiled(&[])).gateways;
+        gateways.into_iter().map(|(name, g)| (name, g.control.len())).collect::<Vec<_>>()
+    };
+    assert_eq!(told(&desired), GATEWAYS.map(|g| (g.to_owned(), 1)));
+    let mut members = (*desired.members()).clone();
+    members.lingering = vec![members.listed.pop().unwrap()];
+    members.listed[0].addresses = (0..20).map(|n| ([192, 0, 2, n], 7443).into()).collect();
+    desired.set_members(members);
+    // No message has room for more.
+    let expected = [("gw-a", MAX_GATEWAY_ADDRESSES), ("gw-b", 1), ("gw-c", 0)];
+    assert_eq!(told(&desired), expected.map(|(g, n)| (g.to_owned(), n)));
+}

@@ -6,8 +6,9 @@
 //!   takes nothing.
 //! - A gateway is dead when nothing came from it for 2 s and most of the connected agents do not see it either. While
 //!   only one of the two holds, nothing moves: two gateways that cannot see each other are not two owners. An agent that
-//!   does not see this gateway yet, to which it speaks, says of nobody that he is dead. One whose stream has ended saw whom it
-//!   saw for 2 s more: of a gateway that is being cut off, links end one after the other, its own node's agent stays. Where the other one was and nothing
+//!   does not see this gateway yet, to which it speaks, says of nobody that he is dead. For a gateway
+//!   that hears no other one, agents whose streams have ended see whom they saw for 2 s more: when it is being cut off they end
+//!   one after the other, and its own node's agent stays. Where the other one was and nothing
 //!   listens any more, its process has ended: 1 s is enough, in which one that is started again at once takes up what it had.
 //! - A pair that no live gateway holds goes to the first candidate that lives and is able, with the highest epoch that
 //!   anybody knows plus one.
@@ -280,6 +281,7 @@ impl Ownership {
     pub fn set_pairs(&mut self, pairs: BTreeMap<Pair, Vec<String>>) {
         self.held.retain(|p, _| pairs.contains_key(p));
         self.floors.retain(|p, _| pairs.contains_key(p));
+        self.before.retain(|p, _| pairs.contains_key(p));
         self.lost.retain(|p, _| pairs.contains_key(p));
         self.pairs = pairs;
     }
@@ -492,17 +494,15 @@ impl Ownership {
         if old.is_some_and(|old| !claim.beats(old)) {
             return;
         }
-        match old.filter(|old| old.owner != claim.owner) {
-            Some(old) => self.before.insert(pair.clone(), old.owner.clone()),
-            None => self.before.remove(&pair),
-        };
+        if let Some(old) = old.filter(|old| old.owner != claim.owner) {
+            self.before.insert(pair.clone(), old.owner.clone());
+        }
         self.known.insert(pair, claim);
     }
 
-    /// Who owned a pair before the one who owns it. Not known of one that was heard of by one claim alone, or whose owner has
-    /// claimed it again.
-    pub fn before(&self, pair: &Pair) -> Option<&String> {
-        self.before.get(pair)
+    /// Who owned pairs before those who own them. Not known of those that only one was heard to own.
+    pub fn before(&self) -> &BTreeMap<Pair, String> {
+        &self.before
     }
 
     fn forget_wishes(&mut self, wanted: impl Fn(&Pair) -> bool) {
@@ -565,7 +565,7 @@ impl Ownership {
     /// Whether a peer lives: it was heard lately, or most agents see it.
     fn lives(&self, peer: &str, now: Duration) -> bool {
         let Some(p) = self.peers.get(peer) else { return peer == self.me };
-        !p.silent(now) || self.is_seen(peer)
+        !p.silent(now) || self.is_seen(peer, now)
     }
 
     /// Whether a pair falls to this gateway.
@@ -624,22 +624,26 @@ impl Ownership {
 
     /// How many agents see a gateway, or did when their streams ended lately, and how many do not. One that does not see this
     /// gateway either, to which it speaks, has only just begun to look.
-    fn witnesses(&self, gateway: &str) -> (usize, usize) {
-        let see = self.agents.values().filter(|a| a.sees.contains(gateway)).count();
+    fn witnesses(&self, gateway: &str, now: Duration) -> (usize, usize) {
+        // Who hears another gateway is not being cut off.
+        let heard = |p: &Peer| p.heard.is_some_and(|at| now.saturating_sub(at) < ENDED);
+        let alone = !self.peers.values().any(heard);
+        let see =
+            self.agents.values().filter(|a| alone || a.gone.is_none()).filter(|a| a.sees.contains(gateway)).count();
         let others = self.connected().filter(|a| a.sees.contains(&self.me) && !a.sees.contains(gateway)).count();
         (see, others)
     }
 
     /// Whether most of the agents see a gateway.
-    fn is_seen(&self, gateway: &str) -> bool {
-        let (see, others) = self.witnesses(gateway);
+    fn is_seen(&self, gateway: &str, now: Duration) -> bool {
+        let (see, others) = self.witnesses(gateway, now);
         see > others
     }
 
     /// Whether a gateway that is listed was never heard, and may hold something: the agents see it, or none can say.
     fn is_unmet(&self, now: Duration) -> bool {
         let unheard = |p: &Peer| p.listed && !p.leaves() && p.heard.is_none() && now.saturating_sub(p.since) < UNHEARD;
-        let may_hold = |name: &str| self.witnesses(name) == (0, 0) || self.is_seen(name);
+        let may_hold = |name: &str| self.witnesses(name, now) == (0, 0) || self.is_seen(name, now);
         self.peers.iter().any(|(name, p)| unheard(p) && may_hold(name))
     }
 

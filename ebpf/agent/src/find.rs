@@ -26,12 +26,12 @@ pub const MAX: usize = 64;
 pub const EVERY: Duration = Duration::from_secs(5);
 /// How long a question may take.
 const ANSWER: Duration = Duration::from_secs(10);
-/// How often an address whose gateway is connected elsewhere is looked at again.
-const LOOK: Duration = Duration::from_millis(500);
-/// After so long it is asked again who is there.
-const LOOKS: u32 = 120;
-/// The entrance is left after so long at the latest: DNS servers have forgotten what they knew before.
+/// After so long it is asked again who is at an address whose gateway is connected elsewhere.
+const AGAIN: Duration = Duration::from_secs(60);
+/// An entrance behind which nobody answers is looked up again after so long.
 const ENTERED: Duration = Duration::from_secs(60);
+/// So long streams may take to say that they end.
+const STOP: Duration = Duration::from_secs(2);
 
 /// At which address each gateway is connected. A gateway with an IPv4 and an IPv6 address is one gateway: its streams go
 /// to the address that was first. Cheap to clone.
@@ -40,11 +40,19 @@ pub struct Names(Arc<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
-    /// By name: the address, and how many streams.
-    by: Mutex<HashMap<Arc<str>, (SocketAddr, usize)>>,
+    by: Mutex<HashMap<Arc<str>, Place>>,
     /// Told when the last stream of an address ends.
     ended: Notify,
     changed: watch::Sender<()>,
+}
+
+/// Where a gateway is connected.
+#[derive(Debug)]
+struct Place {
+    address: SocketAddr,
+    streams: usize,
+    /// Another address at which it answered meanwhile.
+    other: Option<SocketAddr>,
 }
 
 /// One stream to a gateway.
@@ -58,22 +66,21 @@ impl Names {
     /// Says that a stream to `name` goes to `address`. None if others go to another one.
     pub fn hold(&self, name: &Arc<str>, address: SocketAddr) -> Option<Held> {
         let mut by = self.0.by.lock();
-        let (at, streams) = by.entry(Arc::clone(name)).or_insert((address, 0));
-        if *at != address {
+        let place = by.entry(Arc::clone(name)).or_insert(Place { address, streams: 0, other: None });
+        if place.address != address {
+            place.other = Some(address);
             return None;
         }
-        *streams += 1;
+        place.streams += 1;
         Some(Held { names: self.clone(), name: Arc::clone(name) })
     }
 
     /// Waits until no stream goes to another address of this gateway, or a minute.
     pub async fn free(&self, name: &str, address: SocketAddr) {
-        for _ in 0..LOOKS {
-            if self.0.by.lock().get(name).is_none_or(|(at, _)| *at == address) {
-                return;
-            }
-            sleep(LOOK).await;
-        }
+        let mut changed = self.0.changed.subscribe();
+        let elsewhere = || self.0.by.lock().get(name).is_some_and(|place| place.address != address);
+        let free = async { while elsewhere() && changed.changed().await.is_ok() {} };
+        let _ = timeout(AGAIN, free).await;
     }
 
     /// Whether no gateway is connected.
@@ -82,16 +89,23 @@ impl Names {
     }
 
     fn connected(&self, address: SocketAddr) -> bool {
-        self.0.by.lock().values().any(|(at, _)| *at == address)
+        self.0.by.lock().values().any(|place| place.address == address)
+    }
+
+    /// Whether some gateway is connected, or could be, without these addresses.
+    fn reached_without(&self, addresses: &BTreeSet<SocketAddr>) -> bool {
+        let by = self.0.by.lock();
+        let all = by.values().flat_map(|place| [Some(place.address), place.other]);
+        all.flatten().any(|a| !addresses.contains(&a))
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
         let mut by = self.names.0.by.lock();
-        let Some((_, streams)) = by.get_mut(&self.name) else { return };
-        *streams -= 1;
-        if *streams == 0 {
+        let Some(place) = by.get_mut(&self.name) else { return };
+        place.streams -= 1;
+        if place.streams == 0 {
             by.remove(&self.name);
             self.names.0.ended.notify_one();
             self.names.0.changed.send_replace(());
@@ -110,8 +124,6 @@ pub async fn resolve(service: String, port: u16) -> io::Result<Vec<SocketAddr>> 
 /// The entrance while nobody is connected.
 struct Entrance {
     addresses: BTreeSet<SocketAddr>,
-    /// Who was known when it was begun with.
-    known: BTreeSet<SocketAddr>,
     since: Instant,
 }
 
@@ -132,23 +144,20 @@ struct Finder<F> {
 
 impl<F, S> Finder<F>
 where
-    F: FnMut(SocketAddr) -> S,
+    F: FnMut(SocketAddr, watch::Receiver<bool>) -> S,
     S: Future<Output = ()> + Send + 'static,
 {
-    fn known(&self) -> BTreeSet<SocketAddr> {
-        first(self.named.iter().chain(&*self.told.borrow()).copied())
-    }
-
     /// Goes to who is known now.
     fn follow(&mut self) {
-        while let Some(ended) = self.tasks.try_join_next_with_id() {
-            // Of a task that panicked too: its address is free again.
-            let id = ended.map_or_else(|e| e.id(), |(id, ())| id);
-            self.running.retain(|_, running| *running != id);
-        }
-        let known = self.known();
-        // Others know better by now: each gateway is found where it is, with both of its streams.
-        self.entered = self.entered.take().filter(|e| e.known == known && e.since.elapsed() < ENTERED);
+        // What the name says comes first: what one gateway tells must not be in its way.
+        let mut known = self.named.clone();
+        let told = self.told.borrow().clone();
+        known.extend(told.difference(&self.named).take(MAX.saturating_sub(self.named.len())));
+        // Once a gateway is reached where it is, each is to be found there, with both of its streams.
+        let stays = |e: &Entrance| {
+            !self.names.reached_without(&e.addresses) && (e.since.elapsed() < ENTERED || !self.names.nobody())
+        };
+        self.entered = self.entered.take().filter(stays);
         let through = self.entered.as_ref().map(|e| e.addresses.clone()).unwrap_or_default();
         let all: BTreeSet<SocketAddr> = known.union(&through).copied().collect();
         if *self.wanted.borrow() != all {
@@ -162,30 +171,42 @@ where
                 continue;
             }
             let stays = (!through.contains(&address)).then(|| self.names.clone());
-            let (work, over) = ((self.streams)(address), abandoned(address, self.wanted.subscribe(), stays));
+            let (stop, stopped) = watch::channel(false);
+            let (work, over) = ((self.streams)(address, stopped), abandoned(address, self.wanted.subscribe(), stays));
             let task = self.tasks.spawn(async move {
+                let mut work = pin!(work);
                 tokio::select! {
-                    () = work => {}
+                    () = &mut work => return,
                     () = over => tracing::info!(%address, "no gateway here any more"),
                 }
+                // Who listens to them has to hear of their end.
+                stop.send_replace(true);
+                let _ = timeout(STOP, work).await;
             });
             self.running.insert(address, task.id());
         }
     }
 
-    /// Waits for something, and goes meanwhile to whom gateways tell of: a DNS server that is slow holds nobody up.
+    /// Waits for something, and goes meanwhile to whom gateways tell of: a DNS server that is slow holds nobody up. An address whose
+    /// streams have ended is gone to anew if it is one again.
     async fn follow_until<T>(&mut self, end: impl Future<Output = T>) -> T {
         let mut end = pin!(end);
         loop {
             tokio::select! {
                 end = &mut end => return end,
-                Ok(()) = self.told.changed() => self.follow(),
+                Ok(()) = self.told.changed() => {}
+                Some(ended) = self.tasks.join_next_with_id() => {
+                    // Of a task that panicked too: its address is free again.
+                    let id = ended.map_or_else(|e| e.id(), |(id, ())| id);
+                    self.running.retain(|_, running| *running != id);
+                }
             }
+            self.follow();
         }
     }
 }
 
-/// Keeps a task of `streams` for each address, forever. The name is resolved so often, and when a connection ends after a
+/// Keeps a task of `streams` for each address, forever; what they are given says when they have to end. The name is resolved so often, and when a connection ends after a
 /// fifth of that; `told` is what gateways tell of each other. `entrance` is asked for when the name says nothing and nobody is
 /// connected, or as soon as nobody was for half of that. The known addresses go to `targets`.
 pub async fn find<R, E, S>(
@@ -195,7 +216,7 @@ pub async fn find<R, E, S>(
     names: Names,
     told: watch::Receiver<BTreeSet<SocketAddr>>,
     targets: watch::Sender<Vec<SocketAddr>>,
-    streams: impl FnMut(SocketAddr) -> S,
+    streams: impl FnMut(SocketAddr, watch::Receiver<bool>) -> S,
 ) where
     R: Future<Output = io::Result<Vec<SocketAddr>>>,
     E: Future<Output = io::Result<Vec<SocketAddr>>>,
@@ -220,7 +241,7 @@ pub async fn find<R, E, S>(
             // No address is no answer: the gateways that were there may still be.
             Ok(all) if !all.is_empty() => {
                 failing = false;
-                finder.named = first(all);
+                finder.named = all.into_iter().collect::<BTreeSet<_>>().into_iter().take(MAX).collect();
             }
             answer => {
                 if !std::mem::replace(&mut failing, true) {
@@ -234,9 +255,11 @@ pub async fn find<R, E, S>(
         alone = if names.nobody() { alone.or(Some(now)) } else { None };
         let due = alone.map(|since| since + every / 2);
         if finder.entered.is_none() && due.is_some_and(|due| failing || due <= now) {
-            let found = timeout(ANSWER, entrance()).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-            let addresses = first(found.unwrap_or_default());
-            finder.entered = (!addresses.is_empty()).then(|| Entrance { addresses, known: finder.known(), since: now });
+            let found = finder.follow_until(timeout(ANSWER, entrance())).await;
+            let found = found.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).unwrap_or_default();
+            let addresses: BTreeSet<SocketAddr> = found.into_iter().take(MAX).collect();
+            let needed = names.nobody() && !addresses.is_empty();
+            finder.entered = needed.then(|| Entrance { addresses, since: Instant::now() });
             finder.follow();
         }
         // When the entrance's time comes it is not waited for the next question.
@@ -252,11 +275,6 @@ pub async fn find<R, E, S>(
         };
         finder.follow_until(next).await;
     }
-}
-
-/// The first of these that count.
-fn first(all: impl IntoIterator<Item = SocketAddr>) -> BTreeSet<SocketAddr> {
-    all.into_iter().collect::<BTreeSet<_>>().into_iter().take(MAX).collect()
 }
 
 /// Waits until nobody wants the address any more and, if it stays that long, nothing is connected to it.
@@ -327,13 +345,13 @@ mod tests {
                 async move { now }
             };
             let alive = live.clone();
-            let streams = move |address| {
+            let streams = move |address, mut stop: watch::Receiver<bool>| {
                 let alive = alive.clone();
                 assert!(alive.lock().insert(address), "one task for each address");
                 let alive = Alive(address, alive);
                 async move {
                     let _alive = alive;
-                    std::future::pending::<()>().await;
+                    let _ = stop.wait_for(|stop| *stop).await;
                 }
             };
             let (tell, told) = watch::channel(BTreeSet::new());
@@ -381,7 +399,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_entrance_is_tried_while_nobody_is_connected_and_left_when_the_name_knows_better() {
+    async fn the_entrance_is_tried_while_nobody_is_connected_and_left_when_somebody_is_reached_without_it() {
         let t = Test::with(|| async { Ok(vec![at(ENTRANCE)]) });
         // Nobody had the time to connect yet, and the name is fine.
         let _ = t.answer.send_replace(Ok(vec![at(1), at(2)]));
@@ -396,14 +414,22 @@ mod tests {
         sleep(SHORT / 2).await;
         assert_eq!(*t.live.lock(), [at(1), at(2), at(ENTRANCE)].into());
         assert_eq!(*t.targets.borrow(), [at(1), at(2), at(ENTRANCE)]);
-        // Whoever answers there stays connected as long as the name is silent, or says what it said.
+        // Whoever answers there stays connected, whatever the name says: only who answers is known to be there.
         let through = t.names.hold(&a, at(ENTRANCE)).unwrap();
         for said in [Err(()), Ok(vec![at(1), at(2)]), Err(())] {
             assert_eq!(t.after(said).await, [at(1), at(2), at(ENTRANCE)]);
         }
+        assert_eq!(t.after(Ok(vec![at(3), at(4)])).await, [at(3), at(4), at(ENTRANCE)]);
+        // It is found where it is, too, and takes its place at once.
+        assert!(t.names.hold(&a, at(3)).is_none());
+        let waits = {
+            let names = t.names.clone();
+            tokio::spawn(async move { names.free("gw-a", at(3)).await })
+        };
         assert_eq!(t.after(Ok(vec![at(3), at(4)])).await, [at(3), at(4)], "also those that are connected through it");
         drop(through);
-        // A name that says the same for too long may be wrong.
+        timeout(SHORT / 10, waits).await.unwrap().unwrap();
+        // Nobody is connected.
         sleep(SHORT * 2).await;
         assert_eq!(*t.live.lock(), [at(3), at(4), at(ENTRANCE)].into());
         t.task.abort();
@@ -439,13 +465,19 @@ mod tests {
         t.tell.send_replace([at(3)].into());
         sleep(soon).await;
         assert_eq!(*t.live.lock(), [at(1), at(3)].into());
-        // Whom the entrance leads to, he leads to all: it is left as soon as one tells who there is.
+        // Whom the entrance leads to, he leads to all: it is left when one of them is connected.
         drop(held);
         assert_eq!(t.after(Err(())).await, [at(1), at(3), at(ENTRANCE)]);
         let _through = t.names.hold(&"gw-b".into(), at(ENTRANCE));
         t.tell.send_replace([at(4), at(5)].into());
         sleep(soon).await;
-        assert_eq!(*t.live.lock(), [at(1), at(4), at(5)].into());
+        assert_eq!(*t.live.lock(), [at(1), at(4), at(5), at(ENTRANCE)].into());
+        let _direct = t.names.hold(&"gw-c".into(), at(5));
+        assert_eq!(t.after(Err(())).await, [at(1), at(4), at(5)]);
+        // What is told is not in the way of what the name says.
+        t.tell.send_replace((100..=255).map(at).collect());
+        let all = t.after(Ok((0..4).map(at).collect())).await;
+        assert!((0..4).all(|n| all.contains(&at(n))) && all.len() <= MAX + 2, "{all:?}");
         t.task.abort();
     }
 
@@ -454,7 +486,7 @@ mod tests {
         let (targets, mut known) = watch::channel(vec![]);
         let (tell, told) = watch::channel(BTreeSet::new());
         let hangs = || std::future::pending::<io::Result<Vec<SocketAddr>>>();
-        let streams = |_| std::future::pending();
+        let streams = |_, _| std::future::pending();
         let task = tokio::spawn(find(SHORT, hangs, nowhere, Names::default(), told, targets, streams));
         sleep(SHORT / 10).await;
         tell.send_replace([at(1)].into());
@@ -477,7 +509,8 @@ mod tests {
         let (_tell, told) = watch::channel(BTreeSet::new());
         let long = Duration::from_secs(1);
         let held = names.hold(&"gw-a".into(), at(1));
-        let task = tokio::spawn(find(long, resolve, nowhere, names.clone(), told, targets, |_| std::future::pending()));
+        let task =
+            tokio::spawn(find(long, resolve, nowhere, names.clone(), told, targets, |_, _| std::future::pending()));
         sleep(Duration::from_millis(200)).await;
         assert_eq!(*asked.lock(), 1);
         drop(held);
@@ -497,10 +530,10 @@ mod tests {
             let names = names.clone();
             async move { names.free("gw-a", at(2)).await }
         });
-        sleep(LOOK * 2).await;
+        sleep(Duration::from_millis(50)).await;
         assert!(!waiting.is_finished());
         drop(first);
-        sleep(LOOK * 2).await;
+        sleep(Duration::from_millis(50)).await;
         assert!(waiting.is_finished());
         assert!(names.hold(&name, at(2)).is_some());
     }

@@ -189,7 +189,7 @@ pub async fn run(
     };
     let client = {
         let (node, boot, names) = (config.node.clone(), stream::random(), names.clone());
-        move |address, name| stream::Client {
+        move |address, name, stop| stream::Client {
             node: node.clone(),
             boot,
             address,
@@ -199,20 +199,23 @@ pub async fn run(
             seen: seen.clone(),
             denied: denied.clone(),
             started: begun.clone(),
+            stop,
         }
     };
+    // Those of the configuration are never left.
+    let (_stop, never) = watch::channel(false);
     match config.discover.clone() {
         None => {
             for gateway in &config.gateways {
-                let client = client(gateway.address, Some(gateway.name.clone()));
+                let client = client(gateway.address, Some(gateway.name.clone()), never.clone());
                 tasks.spawn(client.clone().state(state_tx.clone()));
                 tasks.spawn(client.facts(facts_tx.clone()));
             }
         }
         Some(config::Discover { service, port, entrance }) => {
             let (state_tx, facts_tx) = (state_tx.clone(), facts_tx.clone());
-            let streams = move |address| {
-                let client = client(address, None);
+            let streams = move |address, stop| {
+                let client = client(address, None, stop);
                 let (state, facts) = (client.clone().state(state_tx.clone()), client.facts(facts_tx.clone()));
                 async move {
                     tokio::join!(state, facts);

@@ -287,14 +287,21 @@ fn merge_policy(sources: &[Source<'_>]) -> NodeState {
             }
         }
         for (name, gateway) in &s.state.gateways {
+            let merged = out.gateways.entry(name.clone()).or_insert_with(|| gateway.clone());
             // A gateway's own word about itself is the best.
-            if name == s.name || !out.gateways.contains_key(name) {
-                out.gateways.insert(name.clone(), gateway.clone());
+            if name == s.name {
+                merged.node.clone_from(&gateway.node);
             }
+            merged.control.extend(gateway.control.iter().copied());
         }
     }
     for node in out.nodes.values_mut() {
         node.addresses.sort_unstable();
+    }
+    // One may not have heard of all of them yet.
+    for gateway in out.gateways.values_mut() {
+        gateway.control.sort_unstable();
+        gateway.control.dedup();
     }
     out.cluster = cluster(sources.iter().zip(&speaks).filter(|(_, speaks)| **speaks).map(|(s, _)| &s.state.cluster));
 

@@ -11,6 +11,11 @@ fn ip(last: u8) -> IpAddr {
     IpAddr::from([10, 0, 0, last])
 }
 
+/// Control endpoints of a gateway.
+fn control(lasts: &[u8]) -> Vec<std::net::SocketAddr> {
+    lasts.iter().map(|last| (ip(*last), 7443).into()).collect()
+}
+
 fn endpoint(touch: Touch, member: Option<(u128, u128)>) -> Endpoint {
     Endpoint {
         node: "n1".into(),
@@ -216,15 +221,15 @@ fn cluster_values_are_a_union_that_only_narrows_what_must_narrow() {
         ..NodeState::default()
     };
     let mut a = with(&["10.0.0.0/8"], (30000, 31000), true);
-    a.gateways.insert("b".into(), Gateway { node: "wrong".into(), control: vec![] });
+    a.gateways.insert("b".into(), Gateway { node: "wrong".into(), control: control(&[1]) });
     let mut b = with(&["10.0.0.0/8", "fd00::/8"], (30500, 32767), false);
-    b.gateways.insert("b".into(), Gateway { node: "right".into(), control: vec![] });
+    b.gateways.insert("b".into(), Gateway { node: "right".into(), control: control(&[2, 1]) });
     let m = merge(&[src("a", true, &a), src("b", true, &b)]);
     assert_eq!(m.cluster.prefixes.len(), 2);
     assert_eq!(m.cluster.suffixes, ["cluster.local"]);
     assert_eq!(m.cluster.node_ports, Some((30000, 32767)));
     assert!(!m.cluster.ping);
-    assert_eq!(m.gateways["b"].node, "right");
+    assert_eq!(m.gateways["b"], Gateway { node: "right".into(), control: control(&[1, 2]) });
     assert_eq!(merge(&[]), NodeState::default());
 }
 

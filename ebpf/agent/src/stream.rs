@@ -104,8 +104,8 @@ pub enum StreamError {
     /// Nothing came for [`SILENCE`].
     #[error("nothing came for 1.5 s")]
     Silent,
-    /// The agent is stopping.
-    #[error("the agent is stopping")]
+    /// The agent is stopping, or goes to this address no more.
+    #[error("nobody is to be connected to here any more")]
     Stopping,
 }
 
@@ -155,19 +155,37 @@ pub struct Client {
     pub denied: watch::Receiver<Arc<Vec<Denied>>>,
     /// Pods whose network was made.
     pub started: watch::Receiver<Arc<Vec<StartedPod>>>,
+    /// Says when nobody is to be connected to at this address any more.
+    pub stop: watch::Receiver<bool>,
 }
 
 /// Who has spoken on a stream, and that nobody else speaks for it meanwhile.
 type Spoke = Option<(Arc<str>, Held)>;
 
 impl Client {
-    /// Keeps a `State` stream until `out` is closed.
+    /// Waits until this client has to end.
+    async fn stopped(&self) {
+        let mut stop = self.stop.clone();
+        if stop.wait_for(|stop| *stop).await.is_err() {
+            // Nobody can say so any more.
+            std::future::pending::<()>().await;
+        }
+    }
+
+    fn is_stopped(&self) -> bool {
+        *self.stop.borrow()
+    }
+
+    /// Keeps a `State` stream until it is stopped or `out` is closed.
     pub async fn state(self, out: mpsc::Sender<State>) {
         let mut backoff = Backoff::default();
-        while !out.is_closed() {
+        while !out.is_closed() && !self.is_stopped() {
             let started = Instant::now();
             let mut spoke = None;
-            let Err(e) = self.state_once(&out, &mut spoke).await;
+            let e = tokio::select! {
+                Err(e) = self.state_once(&out, &mut spoke) => e,
+                () = self.stopped() => StreamError::Stopping,
+            };
             let name = spoke.as_ref().map(|(name, _)| Arc::clone(name));
             if let Some(gateway) = &name
                 && out.send(State::Away { gateway: Arc::clone(gateway) }).await.is_err()
@@ -176,17 +194,23 @@ impl Client {
             }
             // Only now: whoever else connects to it speaks after that.
             drop(spoke);
-            self.wait("State", &mut backoff, name, started, e).await;
+            tokio::select! {
+                () = self.wait("State", &mut backoff, name, started, e) => {}
+                () = self.stopped() => {}
+            }
         }
     }
 
-    /// Keeps a `Facts` stream until `out` is closed.
+    /// Keeps a `Facts` stream until it is stopped or `out` is closed.
     pub async fn facts(self, out: mpsc::Sender<Facts>) {
         let mut backoff = Backoff::default();
-        while !out.is_closed() {
+        while !out.is_closed() && !self.is_stopped() {
             let started = Instant::now();
             let mut spoke = None;
-            let Err(e) = self.facts_once(&out, &mut spoke).await;
+            let e = tokio::select! {
+                Err(e) = self.facts_once(&out, &mut spoke) => e,
+                () = self.stopped() => StreamError::Stopping,
+            };
             let name = spoke.as_ref().map(|(name, _)| Arc::clone(name));
             if let Some(gateway) = &name {
                 let gateway = Arc::clone(gateway);
@@ -196,7 +220,10 @@ impl Client {
                 }
             }
             drop(spoke);
-            self.wait("Facts", &mut backoff, name, started, e).await;
+            tokio::select! {
+                () = self.wait("Facts", &mut backoff, name, started, e) => {}
+                () = self.stopped() => {}
+            }
         }
     }
 

@@ -39,6 +39,7 @@ fn client(tls: Tls, address: std::net::SocketAddr) -> Client {
         seen: tokio::sync::watch::channel(Seen::default()).1,
         denied: tokio::sync::watch::channel(Arc::default()).1,
         started: tokio::sync::watch::channel(Arc::default()).1,
+        stop: tokio::sync::watch::channel(false).1,
     }
 }
 
@@ -106,6 +107,29 @@ async fn streams_come_up_with_mutual_tls_carry_acks_and_come_back() {
     drop((state_rx, facts_rx));
     timeout(WAIT, s).await.unwrap().unwrap();
     timeout(WAIT, f).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_client_that_is_stopped_says_that_its_streams_have_ended() {
+    let ca = Authority::new();
+    let (address, mut opened) = serve(&ca.sign("gw-a.gateway.tidegate"), "127.0.0.1:0").await;
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let client = Client { stop: stopped, ..client(ca.sign("n1.node.tidegate"), address) };
+    let (state_tx, mut state_rx) = mpsc::channel(8);
+    let (facts_tx, mut facts_rx) = mpsc::channel(8);
+    let s = tokio::spawn(client.clone().state(state_tx));
+    let f = tokio::spawn(client.facts(facts_tx));
+    let (state, facts) = both(&mut opened).await;
+    state.say(snapshot(1)).await;
+    facts.say(FactsBatch { boot_id: 5, sequence: 1, snapshot: true, ..FactsBatch::default() }).await;
+    assert!(matches!(next(&mut state_rx).await, State::Update { .. }));
+    assert!(next(&mut facts_rx).await.batch.is_some());
+    stop.send_replace(true);
+    assert!(matches!(next(&mut state_rx).await, State::Away { .. }));
+    assert!(next(&mut facts_rx).await.away);
+    timeout(WAIT, s).await.unwrap().unwrap();
+    timeout(WAIT, f).await.unwrap().unwrap();
+    assert!(opened.try_recv().is_err(), "they are not opened anew");
 }
 
 #[tokio::test]

@@ -92,6 +92,7 @@ impl Run {
             for c in claims.iter().filter(|c| !self.written.contains(c)) {
                 tracing::info!(pair = %c.pair, owner = c.owner, epoch = c.epoch, held = c.held, "ownership");
             }
+            self.before.clone_from(self.core.ownership.before());
             self.written = claims.clone();
             self.publish();
             if let Some(journal) = &self.core.journal {

@@ -203,6 +203,7 @@ pub(crate) fn stream(address: SocketAddr, node: &str, identity: Source) -> Clien
         seen: watch::channel(Seen::default()).1,
         denied: watch::channel(Arc::default()).1,
         started: watch::channel(Arc::default()).1,
+        stop: watch::channel(false).1,
     }
 }
 

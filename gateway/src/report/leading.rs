@@ -153,7 +153,7 @@ const ENDS: [(events::AuditEnd, i64, i64); 3] =
 
 /// The events of pairs that have moved since, or before anybody looked: who takes over from the last one that ends may just have begun.
 pub fn moves(before: &[PairStatus], now: &[PairStatus]) -> Vec<events::News> {
-    let told = |p: &PairStatus| before.iter().any(|b| b.pair == p.pair && b.epoch >= p.epoch);
+    let told = |p: &PairStatus| before.iter().any(|b| b.pair == p.pair && (b.epoch >= p.epoch || b.owner == p.owner));
     now.iter().filter(|p| !told(p)).filter_map(|p| Some(news(p, p.from.as_deref()?))).collect()
 }
 
