@@ -116,13 +116,11 @@ mod tests {
 
     fn scenario(more: &str) -> Scenario {
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../scenarios/cluster.yaml");
-        let folder = std::env::temp_dir().join(format!("kubelet-{}-{}", std::process::id(), more.len()));
-        std::fs::create_dir_all(&folder).unwrap();
-        let file = folder.join("x.yaml");
+        // Tests run beside each other.
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("x.yaml");
         std::fs::write(&file, format!("extends: {}\n{more}\n", path.display())).unwrap();
-        let scenario = Scenario::load(&file).unwrap();
-        std::fs::remove_dir_all(&folder).unwrap();
-        scenario
+        Scenario::load(&file).unwrap()
     }
 
     fn read(scenario: &Scenario, file: &str) -> Value {
