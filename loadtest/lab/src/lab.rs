@@ -91,7 +91,7 @@ fn preflight() -> Result<()> {
     let mut parts = release.split(['.', '-']).map_while(|p| p.parse::<u32>().ok());
     let version = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
     ensure!(version >= KERNEL, "this kernel is {release}; the lab needs {}.{} or newer (tcx)", KERNEL.0, KERNEL.1);
-    for (tool, package) in [("ip", "iproute2"), ("nft", "nftables"), ("timeout", "coreutils")] {
+    for (tool, package) in [("ip", "iproute2"), ("nft", "nftables")] {
         let found = std::env::var_os("PATH").unwrap_or_default();
         let found = std::env::split_paths(&found).any(|folder| folder.join(tool).is_file());
         ensure!(found, "`{tool}` is missing: apt-get install {package}");

@@ -6,16 +6,23 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 
 use crate::lab::{Lab, wait_for};
 use crate::state::MARKER;
 use crate::{kube, netns};
 
-/// How long a command in a place may run, in seconds.
-const RUN_SECONDS: &str = "60";
+/// How long a command in a place may run, and how long it may take to end when it is told so.
+const RUN: Duration = Duration::from_secs(60);
+const END: Duration = Duration::from_secs(1);
+/// The exit status of one that ran too long, as `timeout` has it.
+const LATE: i32 = 124;
 
 /// What a command gave.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,14 +76,29 @@ impl Place<'_> {
     /// # Errors
     /// When it cannot be started.
     pub fn try_run<S: AsRef<std::ffi::OsStr>>(&self, command: &[S]) -> Result<Output> {
-        let mut limited = Command::new("timeout");
-        limited.args(["-k", "1", RUN_SECONDS]).args(command);
-        limited.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let (program, arguments) = command.split_first().context("the command is empty")?;
+        let mut limited = Command::new(program);
+        limited.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        // With what it starts it ends.
+        limited.process_group(0);
         self.environment(&mut limited);
         let child = netns::spawn(&self.netns, self.resolv.as_deref(), &mut limited)?;
+        let group = Pid::from_raw(i32::try_from(child.id())?);
+        let (ended, end) = mpsc::channel::<()>();
+        let watch = thread::spawn(move || {
+            let runs = |limit| end.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
+            let late = runs(RUN);
+            // It may have ended just now: then nobody is told.
+            if late && killpg(group, Signal::SIGTERM).is_ok() && runs(END) {
+                let _ = killpg(group, Signal::SIGKILL);
+            }
+            late
+        });
         let out = child.wait_with_output()?;
+        drop(ended);
+        let late = watch.join().unwrap_or_default();
         Ok(Output {
-            status: exit_code(out.status),
+            status: if late { LATE } else { exit_code(out.status) },
             stdout: String::from_utf8_lossy(&out.stdout).into_owned(),
             stderr: String::from_utf8_lossy(&out.stderr).into_owned(),
         })
