@@ -133,7 +133,8 @@ struct Finder<F> {
     targets: watch::Sender<Vec<SocketAddr>>,
     streams: F,
     wanted: watch::Sender<BTreeSet<SocketAddr>>,
-    tasks: JoinSet<()>,
+    /// Each says whether it was left.
+    tasks: JoinSet<bool>,
     running: BTreeMap<SocketAddr, Id>,
     /// What the name said last.
     named: BTreeSet<SocketAddr>,
@@ -176,12 +177,13 @@ where
             let task = self.tasks.spawn(async move {
                 let mut work = pin!(work);
                 tokio::select! {
-                    () = &mut work => return,
+                    () = &mut work => return false,
                     () = over => tracing::info!(%address, "no gateway here any more"),
                 }
                 // Who listens to them has to hear of their end.
                 stop.send_replace(true);
                 let _ = timeout(STOP, work).await;
+                true
             });
             self.running.insert(address, task.id());
         }
@@ -197,8 +199,12 @@ where
                 Ok(()) = self.told.changed() => {}
                 Some(ended) = self.tasks.join_next_with_id() => {
                     // Of a task that panicked too: its address is free again.
-                    let id = ended.map_or_else(|e| e.id(), |(id, ())| id);
+                    let (id, left) = ended.unwrap_or_else(|e| (e.id(), false));
                     self.running.retain(|_, running| *running != id);
+                    // One that ended by itself would do so again: it has time until the next question.
+                    if !left {
+                        continue;
+                    }
                 }
             }
             self.follow();
@@ -206,9 +212,10 @@ where
     }
 }
 
-/// Keeps a task of `streams` for each address, forever; what they are given says when they have to end. The name is resolved so often, and when a connection ends after a
-/// fifth of that; `told` is what gateways tell of each other. `entrance` is asked for when the name says nothing and nobody is
-/// connected, or as soon as nobody was for half of that. The known addresses go to `targets`.
+/// Keeps a task of `streams` for each address, forever; what they are given says when they have to end. The name is resolved so
+/// often, and when a connection ends after a fifth of that; `told` is what gateways tell of each other. `entrance` is asked for
+/// when the name says nothing and nobody is connected, or as soon as nobody was for half of that. The known addresses go to
+/// `targets`.
 pub async fn find<R, E, S>(
     every: Duration,
     mut resolve: impl FnMut() -> R,
@@ -479,6 +486,35 @@ mod tests {
         let all = t.after(Ok((0..4).map(at).collect())).await;
         assert!((0..4).all(|n| all.contains(&at(n))) && all.len() <= MAX + 2, "{all:?}");
         t.task.abort();
+    }
+
+    #[tokio::test]
+    async fn who_is_left_and_named_again_is_gone_to_at_once_and_what_ends_by_itself_is_not() {
+        let t = Test::new();
+        t.after(Ok(vec![at(1)])).await;
+        for _ in 0..3 {
+            t.tell.send_replace([at(2)].into());
+            sleep(Duration::from_millis(20)).await;
+            t.tell.send_replace([].into());
+            // Not even so much later that it is gone.
+            tokio::task::yield_now().await;
+            t.tell.send_replace([at(2)].into());
+            sleep(Duration::from_millis(50)).await;
+            assert_eq!(*t.live.lock(), [at(1), at(2)].into());
+        }
+        t.task.abort();
+        let (begun, (targets, _known), (tell, told)) =
+            (Arc::new(Mutex::new(0)), watch::channel(vec![]), watch::channel([at(1)].into()));
+        let count = begun.clone();
+        let streams = move |_, _| {
+            *count.lock() += 1;
+            std::future::ready(())
+        };
+        let task = tokio::spawn(find(SHORT, nowhere, nowhere, Names::default(), told, targets, streams));
+        sleep(SHORT * 3).await;
+        assert!((2..8).contains(&*begun.lock()), "{} times", begun.lock());
+        task.abort();
+        drop(tell);
     }
 
     #[tokio::test]
