@@ -646,7 +646,7 @@ impl Run {
             held: c.held,
         };
         self.core.shared.status.store(Arc::new(Status {
-            // What came since then nobody has looked at: who owned it before is not known.
+            // With who owned them before, by the same decision: what came since then nobody has looked at.
             pairs: self.written.iter().map(pair).collect(),
             problems: self.problems(),
             nodes: self.nodes.iter().map(|(k, n)| (k.clone(), n.status.clone())).collect(),

@@ -6,10 +6,9 @@
 //!   takes nothing.
 //! - A gateway is dead when nothing came from it for 2 s and most of the connected agents do not see it either. While
 //!   only one of the two holds, nothing moves: two gateways that cannot see each other are not two owners. An agent that
-//!   does not see this gateway yet, to which it speaks, says of nobody that he is dead. For a gateway
-//!   that hears no other one, agents whose streams have ended see whom they saw for 2 s more: when it is being cut off they end
-//!   one after the other, and its own node's agent stays. Where the other one was and nothing
-//!   listens any more, its process has ended: 1 s is enough, in which one that is started again at once takes up what it had.
+//!   does not see this gateway yet, to which it speaks, says of nobody that he is dead. For a gateway that hears no other
+//!   one, agents whose streams have ended see whom they saw for 2 s more: when it is being cut off they end one after the
+//!   other, and its own node's agent stays. Where the other one was and nothing listens any more, its process has ended: 1 s is enough, in which one that is started again at once takes up what it had.
 //! - A pair that no live gateway holds goes to the first candidate that lives and is able, with the highest epoch that
 //!   anybody knows plus one.
 //! - A gateway that has lost its peers and most of its agents lets go: whoever is with the agents takes over. When some

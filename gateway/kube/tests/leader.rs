@@ -58,14 +58,9 @@ impl Test {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let test = Self { api: cluster.api(), cluster, runtime };
         test.cluster.define().unwrap();
-        test.make_namespace("shop");
+        test.api.make_namespace("shop").unwrap();
         soon("the resources", || test.get(&format!("{GROUP}/namespaceegresses")).is_some());
         test
-    }
-
-    fn make_namespace(&self, name: &str) {
-        let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
-        self.api.apply(&format!("/api/v1/namespaces/{name}"), &object.to_string()).unwrap();
     }
 
     fn kubectl(&self, args: &[&str], stdin: &str) -> String {
@@ -372,7 +367,7 @@ fn objects_come_and_go_and_pods_hear_of_denials() {
     let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "web", "namespace": "shop"},
         "spec": {"containers": [{"name": "c", "image": "i"}]}});
     test.kubectl(&["apply", "-f", "-"], &pod.to_string());
-    test.make_namespace("old");
+    test.api.make_namespace("old").unwrap();
     for name in ["tidegate", "somebodys"] {
         let kind = "apiVersion: tidegate.dev/v1alpha1\nkind: NamespaceEgress";
         test.kubectl(&["apply", "-f", "-"], &format!("{kind}\nmetadata: {{name: {name}, namespace: old}}\n"));

@@ -108,8 +108,7 @@ fn delete(cluster: &Cluster, namespace: &str, name: &str) {
 }
 
 fn made(cluster: &Cluster, namespace: &str) {
-    let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}});
-    cluster.api().apply(&format!("/api/v1/namespaces/{namespace}"), &object.to_string()).unwrap();
+    cluster.api().make_namespace(namespace).unwrap();
 }
 
 const SOON: Duration = Duration::from_secs(20);

@@ -6,9 +6,10 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::json;
 
 /// The administrator's way to the API.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Api {
     socket: PathBuf,
 }
@@ -50,6 +51,15 @@ impl Api {
         let answer = self.send("PATCH", &format!("{path}?fieldManager=kubectl&force=true"), &headers, object)?;
         ensure!(matches!(answer.status, 200 | 201), "{path}: {} {}", answer.status, answer.body);
         Ok(())
+    }
+
+    /// Makes a namespace; one that is there stays as it is.
+    ///
+    /// # Errors
+    /// As [`Api::apply`].
+    pub fn make_namespace(&self, name: &str) -> Result<()> {
+        let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
+        self.apply(&format!("/api/v1/namespaces/{name}"), &object.to_string())
     }
 
     /// Sends a request. `headers` are further ones, such as `Impersonate-User`; `body` may be YAML.

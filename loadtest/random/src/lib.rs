@@ -56,6 +56,7 @@ mod tests {
         let first: Vec<u64> = (0..3).map(|_| r.next()).collect();
         assert_eq!(first, [6_457_827_717_110_365_317, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423]);
     }
+
     #[test]
     fn noise_is_the_same_in_every_run() {
         assert_eq!(noise(1, 8), noise(1, 8));
