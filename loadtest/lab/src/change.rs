@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
-use crate::cluster::gateway_service;
+use crate::cluster;
 use crate::lab::Lab;
 use crate::scenario::{Gateway, Pod, SYSTEM_NAMESPACE};
 use crate::{netns, product, world};
@@ -98,15 +98,7 @@ impl Lab {
     /// # Errors
     /// When there is no such gateway.
     pub fn name_gateways(&self, names: &[&str]) -> Result<()> {
-        let pods = names.iter().map(|n| self.scenario().pod(&format!("{SYSTEM_NAMESPACE}/{n}")));
-        let pods = pods.collect::<Result<Vec<_>>>()?;
-        let service = gateway_service();
-        self.edit_zone("cluster", |zone| {
-            for spec in zone.names.iter_mut().filter(|n| n.name == service) {
-                spec.ipv4 = pods.iter().filter_map(|p| p.ipv4).collect();
-                spec.ipv6 = pods.iter().filter_map(|p| p.ipv6).collect();
-            }
-        })
+        self.set_name_of("cluster", cluster::gateways(self.scenario(), names.iter().copied())?)
     }
 
     /// Starts a gateway in a pod of its own. [`Lab::wait_ready`] waits for it.

@@ -25,17 +25,22 @@ pub fn gateway_service() -> String {
     format!("{GATEWAY_SERVICE}.{SYSTEM_NAMESPACE}.svc.{CLUSTER_DOMAIN}")
 }
 
+/// What the cluster's DNS says when it names these of them.
+pub fn gateways<'a>(scenario: &Scenario, names: impl IntoIterator<Item = &'a str>) -> Result<NameSpec> {
+    let mut spec = NameSpec { name: gateway_service(), ttl: 5, ..NameSpec::default() };
+    for name in names {
+        let pod = scenario.pod(&format!("{SYSTEM_NAMESPACE}/{name}"))?;
+        spec.ipv4.extend(pod.ipv4);
+        spec.ipv6.extend(pod.ipv6);
+    }
+    Ok(spec)
+}
+
 /// What the cluster DNS is the authority for: services, and the pods' reverse names.
 pub fn cluster_zone(scenario: &Scenario) -> Result<Zone> {
     let mut names = Vec::new();
     if scenario.kubernetes.is_some() {
-        let mut spec = NameSpec { name: gateway_service(), ttl: 5, ..NameSpec::default() };
-        for gateway in &scenario.gateways {
-            let pod = scenario.pod(&format!("{SYSTEM_NAMESPACE}/{}", gateway.name))?;
-            spec.ipv4.extend(pod.ipv4);
-            spec.ipv6.extend(pod.ipv6);
-        }
-        names.push(spec);
+        names.push(gateways(scenario, scenario.gateways.iter().map(|g| g.name.as_str()))?);
     }
     for service in &scenario.services {
         let name = format!("{}.{}.svc.{CLUSTER_DOMAIN}", service.name, service.namespace);

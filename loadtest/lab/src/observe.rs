@@ -178,7 +178,12 @@ impl Lab {
     /// # Errors
     /// When the zone cannot be replaced.
     pub fn set_name(&self, spec: NameSpec) -> Result<()> {
-        self.edit_zone("internet", |zone| {
+        self.set_name_of("internet", spec)
+    }
+
+    /// As [`Lab::set_name`], for the DNS servers of `internet` or `cluster`.
+    pub(crate) fn set_name_of(&self, of: &str, spec: NameSpec) -> Result<()> {
+        self.edit_zone(of, |zone| {
             zone.names.retain(|n| n.name != spec.name);
             zone.names.push(spec);
         })
