@@ -68,6 +68,10 @@ pub trait Tables {
     }
     /// The longest match in a prefix set.
     fn prefix(&self, key: &PrefixKey) -> Option<&Prefix>;
+    /// [`policy`]; the kernel gives it a function of its own, too.
+    fn judge(&self, p: &Packet, case: &Case) -> Judged {
+        policy(self, p, case)
+    }
     /// Flags of a flow, 0 if it is not known; a known flow was seen at `now`.
     fn flow(&self, key: &FlowKey, now: u32) -> u32;
     /// Remembers a flow within its endpoint's budget; false if that is used up.
@@ -218,7 +222,7 @@ pub fn scan<T: Tables + ?Sized>(t: &T, set: u32, question: u32) -> u8 {
 
 /// What a prefix set says of the packet.
 #[inline(always)]
-fn prefixes<T: Tables>(t: &T, set: u32, p: &Packet) -> u8 {
+fn prefixes<T: Tables + ?Sized>(t: &T, set: u32, p: &Packet) -> u8 {
     if set == 0 {
         return via::NONE;
     }
@@ -253,7 +257,7 @@ pub fn is_link_local(addr: &Addr) -> bool {
 /// Whether a cluster policy accepts a built-in deny: its prefix lies inside what is denied, so that
 /// an accepted default route does not open the metadata service.
 #[inline(always)]
-fn accepts<T: Tables>(t: &T, set: u32, p: &Packet, metadata: bool) -> bool {
+fn accepts<T: Tables + ?Sized>(t: &T, set: u32, p: &Packet, metadata: bool) -> bool {
     if set == 0 {
         return false;
     }
@@ -411,8 +415,10 @@ pub fn verdict<T: Tables>(parsed: Parsed, p: &Packet, ifindex: u32, t: &T, out: 
         out.report = true;
         return;
     }
-    let unsure = policy(p, t, ep, isolated, admin, own, known, now, out);
-    if unsure && !T::GATEWAY && isolated && !audit && !later {
+    let case = Case { scope: ep.scope, group: ep.group, admin, own, known, now, isolated };
+    let judged = t.judge(p, &case);
+    judged.tell(out);
+    if judged.unsure() && !T::GATEWAY && isolated && !audit && !later {
         // The gateway may know more than this node was told, and denies what it still denies.
         let gateway = owner(t, ep.scope);
         if gateway != 0 && now_ns.saturating_sub(t.heartbeat(gateway)) > STALE_NS {
@@ -451,93 +457,129 @@ pub fn verdict<T: Tables>(parsed: Parsed, p: &Packet, ifindex: u32, t: &T, out: 
     }
 }
 
-/// Steps 8 to 12, as if nothing were audited and every gateway alive. Gives whether it drops for want of a fact that
-/// holds: because nothing is known, or by the deny of a fact that has expired, of which a node that is cut off is not
-/// told that it has ended.
+/// What [`policy`] needs to know of who sends the packet.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Case {
+    /// The scope.
+    pub scope: u32,
+    /// The group.
+    pub group: u32,
+    /// The group's prefix set of cluster policies, 0 if it has none.
+    pub admin: u32,
+    /// The group's own prefix set, 0 if it has none.
+    pub own: u32,
+    /// The flow's flags, 0 if it is not known.
+    pub known: u32,
+    /// Seconds of the coarse clock.
+    pub now: u32,
+    /// Whether what nothing allows is denied.
+    pub isolated: bool,
+}
+
+/// What [`policy`] says: action, code, [`via`] and whether it is unsure, an octet each, in one word as the kernel's functions give it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Judged(pub u32);
+
+impl Judged {
+    #[inline(always)]
+    const fn new(action: Action, code: Code) -> Self {
+        Self(action as u32 | (code as u32) << 8)
+    }
+
+    #[inline(always)]
+    const fn by(self, via: u8, unsure: bool) -> Self {
+        Self(self.0 | (via as u32) << 16 | (unsure as u32) << 24)
+    }
+
+    /// Whether it drops for want of a fact that holds: because nothing is known, or by the deny of a fact that has
+    /// expired, of which a node that is cut off is not told that it has ended.
+    #[inline(always)]
+    const fn unsure(self) -> bool {
+        self.0 >> 24 != 0
+    }
+
+    #[inline(always)]
+    fn tell(self, out: &mut Decision) {
+        out.action = match self.0 as u8 {
+            x if x == Action::Pass as u8 => Action::Pass,
+            x if x == Action::Steer as u8 => Action::Steer,
+            _ => Action::Drop,
+        };
+        out.code = (self.0 >> 8) as u8;
+        out.via = (self.0 >> 16) as u8;
+        out.report = matches!(out.action, Action::Drop);
+    }
+}
+
+/// Steps 8 to 12, as if nothing were audited and every gateway alive.
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "always inlined; a struct of them would lie on the kernel's small stack")]
-fn policy<T: Tables>(
-    p: &Packet,
-    t: &T,
-    ep: &Endpoint,
-    isolated: bool,
-    admin: u32,
-    own: u32,
-    known: u32,
-    now: u32,
-    out: &mut Decision,
-) -> bool {
+pub fn policy<T: Tables + ?Sized>(t: &T, p: &Packet, case: &Case) -> Judged {
+    const fn drop(code: Code) -> Judged {
+        Judged::new(Action::Drop, code)
+    }
+    const PASS: Judged = Judged::new(Action::Pass, Code::Allowed);
+    let isolated = case.isolated;
     let later = p.has(mark::LATER_FRAGMENT);
     if isolated {
         // Step 8.
         if is_metadata(&p.dst) {
-            let accepted = !later && accepts(t, admin, p, true);
+            let accepted = !later && accepts(t, case.admin, p, true);
             // It passes on the node and is never steered: the gateway's own credentials live there.
-            if accepted {
-                out.set(Action::Pass, Code::Allowed);
-            } else {
-                out.drop(Code::Metadata);
-            }
-            return false;
+            return if accepted { PASS } else { drop(Code::Metadata) };
         }
         let transport = matches!(p.proto, proto::TCP | proto::UDP);
-        if transport && !later && p.dport == 853 && !accepts(t, admin, p, false) {
-            out.drop(Code::EncryptedDns);
-            return false;
+        if transport && !later && p.dport == 853 && !accepts(t, case.admin, p, false) {
+            return drop(Code::EncryptedDns);
         }
         if later {
-            out.drop(Code::Fragment);
-            return false;
+            return drop(Code::Fragment);
         }
         // Step 9.
         let ping = p.is_echo_request() && t.flags() & config::PING != 0;
         if !(transport || ping || p.is_path_mtu()) {
-            out.drop(Code::Protocol);
-            return false;
+            return drop(Code::Protocol);
         }
     } else if later {
-        out.set(Action::Pass, Code::Allowed);
-        return false;
+        return PASS;
     }
     // Step 10.
-    let key = FactKey { scope: ep.scope, addr: p.dst };
+    let key = FactKey { scope: case.scope, addr: p.dst };
     let mut expired = false;
     let mut denied = false;
     let mut found = via::NONE;
     if let Some(fact) = t.fact(&key) {
         let (class, expires) = (fact.class, fact.expires);
-        if let Some(set) = t.grant(&GrantKey { group: ep.group, class }) {
+        if let Some(set) = t.grant(&GrantKey { group: case.group, class }) {
             found = t.ports(set, question(p));
         }
-        let opens = p.is_syn() || (p.proto == proto::UDP && known & flow::STEERED == 0) || p.is_echo_request();
-        if opens && now >= expires && matches!(found, via::FORWARD | via::TLS | via::BLOCK) {
+        let opens = p.is_syn() || (p.proto == proto::UDP && case.known & flow::STEERED == 0) || p.is_echo_request();
+        if opens && case.now >= expires && matches!(found, via::FORWARD | via::TLS | via::BLOCK) {
             expired = true;
             found = via::NONE;
         }
-        denied = now >= expires && found == via::DENY;
+        denied = case.now >= expires && found == via::DENY;
         if T::GATEWAY && found != via::NONE {
-            t.carried(&key, now);
+            t.carried(&key, case.now);
         }
     }
     // Step 11.
     if found == via::NONE {
-        found = prefixes(t, admin, p);
+        found = prefixes(t, case.admin, p);
     }
     if found == via::NONE {
-        found = prefixes(t, own, p);
+        found = prefixes(t, case.own, p);
     }
     // Step 12.
-    out.via = found;
-    let miss = found == via::NONE && isolated;
-    match found {
-        via::FORWARD | via::TLS | via::BLOCK => out.set(Action::Steer, Code::Allowed),
-        via::DENY => out.drop(Code::DeniedByPolicy),
-        via::PASS => out.set(Action::Pass, Code::Allowed),
-        _ if !isolated => out.set(Action::Pass, Code::Allowed),
-        _ if expired => out.drop(Code::BindingExpired),
-        _ => out.drop(Code::NotAllowed),
-    }
-    miss || denied
+    let judged = match found {
+        via::FORWARD | via::TLS | via::BLOCK => Judged::new(Action::Steer, Code::Allowed),
+        via::DENY => drop(Code::DeniedByPolicy),
+        via::PASS => PASS,
+        _ if !isolated => PASS,
+        _ if expired => drop(Code::BindingExpired),
+        _ => drop(Code::NotAllowed),
+    };
+    judged.by(found, denied || (found == via::NONE && isolated))
 }
 
 /// The known gateway that owns the scope, 0 if there is none.

@@ -10,8 +10,8 @@ use tidegate_ebpf_common::layout::{
 use tidegate_ebpf_common::names::asks;
 use tidegate_ebpf_common::packet::ETH;
 use tidegate_ebpf_common::tunnel::Places;
-use tidegate_ebpf_common::verdict::scan;
-use tidegate_ebpf_common::{Code, Hook, Outcome, Packet, Tables};
+use tidegate_ebpf_common::verdict::{Case, Judged, policy, scan};
+use tidegate_ebpf_common::{Action, Code, Hook, Outcome, Packet, Tables};
 
 use crate::globals;
 use crate::skb::Skb;
@@ -147,6 +147,10 @@ impl<const G: bool> Tables for Kernel<G> {
         scan_ports(set, question) as u8
     }
     #[inline(always)]
+    fn judge(&self, p: &Packet, case: &Case) -> Judged {
+        Judged(if G { judge_again(p, case) } else { judge(p, case) })
+    }
+    #[inline(always)]
     fn prefix(&self, key: &PrefixKey) -> Option<&Prefix> {
         maps::PREFIXES.get(aya_ebpf::maps::lpm_trie::Key::new(PREFIX_BITS, *key))
     }
@@ -197,6 +201,29 @@ extern "C" fn scan_ports(set: u32, question: u32) -> u32 {
         Some(config) => u32::from(scan(&Kernel::<false>::new(config), set, question)),
         None => 0,
     }
+}
+
+/// Steps 8 to 12 on a node. A global function as [`scan_ports`] is.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn judge(p: *const Packet, case: *const Case) -> u32 {
+    judged::<false>(p, case)
+}
+
+/// The same at a gateway.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn judge_again(p: *const Packet, case: *const Case) -> u32 {
+    judged::<true>(p, case)
+}
+
+#[inline(always)]
+fn judged<const G: bool>(p: *const Packet, case: *const Case) -> u32 {
+    const DROP: u32 = Action::Drop as u32 | (Code::Malformed as u32) << 8;
+    // SAFETY: the verifier lets no other pass than null and a whole structure.
+    let (Some(p), Some(case)) = (unsafe { p.as_ref() }, unsafe { case.as_ref() }) else { return DROP };
+    let Some(config) = config() else { return DROP };
+    policy(&Kernel::<G>::new(config), p, case).0
 }
 
 /// A global function as [`scan_ports`] is.
