@@ -3,10 +3,11 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tidegate_kube::{Api, Cluster, Tool, tool};
+use tidegate_kube::{Api, Cluster, Controllers, Tool, tool};
 
 const GROUP: &str = "/apis/tidegate.dev/v1alpha1";
 
@@ -54,10 +55,21 @@ fn soon(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// The chart in a cluster, with users: `alice` edits the namespace `shop`, `vera` views it, `ned` may write every Namespace, and
-/// `carol` as well, who administers `shop`, and `pia`, who may update cluster policies. The label `team` is kept.
-fn cluster() -> (Cluster, Api) {
-    let cluster = Cluster::start().unwrap();
+/// The chart in the cluster that these tests share, with the controllers that they need.
+struct Installed {
+    // Dropped in this order.
+    _controllers: Controllers,
+    cluster: Arc<Cluster>,
+}
+
+/// As [`Cluster::shared`]: put in by the first that asks. The label `team` is kept, and `example.com/zone`.
+fn installed() -> Arc<Installed> {
+    static SHARED: Mutex<Weak<Installed>> = Mutex::new(Weak::new());
+    let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(installed) = shared.upgrade() {
+        return installed;
+    }
+    let cluster = Cluster::shared().unwrap();
     let chart = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../helm/tidegate");
     let helm = |args: &[&str]| {
         let out = Command::new(tool(Tool::Helm).unwrap()).args(args).arg(&chart).output().unwrap();
@@ -67,28 +79,11 @@ fn cluster() -> (Cluster, Api) {
     helm(&["lint", "--strict"]);
     let manifests =
         helm(&["template", "tidegate", "--no-hooks", "--set", "access.protectedLabels={team,example.com/zone}"]);
-    let apply = |text: &str| {
-        let out = cluster.kubectl(&["apply", "--server-side", "--validate=strict", "-f", "-"], text).unwrap();
-        assert!(out.ok, "{out}");
-    };
-    apply(&manifests);
-    apply(
-        r#"
+    apply(&cluster, &["--validate=strict"], &manifests);
+    let users = r#"
 apiVersion: v1
 kind: List
 items:
-- {apiVersion: v1, kind: Namespace, metadata: {name: shop, annotations: {tidegate.dev/managed: "true"}}}
-- {apiVersion: v1, kind: Namespace, metadata: {name: billing}}
-- apiVersion: rbac.authorization.k8s.io/v1
-  kind: RoleBinding
-  metadata: {name: alice, namespace: shop}
-  roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: edit}
-  subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: alice}]
-- apiVersion: rbac.authorization.k8s.io/v1
-  kind: RoleBinding
-  metadata: {name: vera, namespace: shop}
-  roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: view}
-  subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: vera}]
 - apiVersion: rbac.authorization.k8s.io/v1
   kind: ClusterRole
   metadata: {name: namespaces}
@@ -113,25 +108,78 @@ items:
   - {apiGroup: rbac.authorization.k8s.io, kind: User, name: ned}
   - {apiGroup: rbac.authorization.k8s.io, kind: User, name: carol}
   - {apiGroup: rbac.authorization.k8s.io, kind: User, name: pia}
+"#;
+    apply(&cluster, &[], users);
+    let controllers =
+        ["clusterrole-aggregation-controller", "namespace-controller", "validatingadmissionpolicy-status-controller"];
+    let installed = Arc::new(Installed { _controllers: cluster.start_controllers(&controllers).unwrap(), cluster });
+    *shared = Arc::downgrade(&installed);
+    installed
+}
+
+fn apply(cluster: &Cluster, args: &[&str], text: &str) {
+    let out = cluster.kubectl(&[&["apply", "--server-side", "-f", "-"], args].concat(), text).unwrap();
+    assert!(out.ok, "{out}");
+}
+
+/// Two namespaces of one test's own, with users: `alice` edits the managed one, `vera` views it, `ned` may write every Namespace,
+/// and `carol` as well, who administers the managed one, and `pia`, who may update cluster policies.
+struct Tenants {
+    installed: Arc<Installed>,
+    api: Api,
+    /// The managed one.
+    shop: String,
+    /// The other one.
+    billing: String,
+}
+
+impl Tenants {
+    fn new(of: &str) -> Self {
+        let installed = installed();
+        let (shop, billing) = (format!("shop-{of}"), format!("billing-{of}"));
+        let binding = |who: &str, role: &str| {
+            format!(
+                r#"
 - apiVersion: rbac.authorization.k8s.io/v1
   kind: RoleBinding
-  metadata: {name: carol, namespace: shop}
-  roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: tidegate-administer}
-  subjects: [{apiGroup: rbac.authorization.k8s.io, kind: User, name: carol}]
-"#,
-    );
-    let api = cluster.api();
-    (cluster, api)
+  metadata: {{name: {who}, namespace: {shop}}}
+  roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: {role}}}
+  subjects: [{{apiGroup: rbac.authorization.k8s.io, kind: User, name: {who}}}]"#
+            )
+        };
+        let mut text = format!(
+            r#"
+apiVersion: v1
+kind: List
+items:
+- {{apiVersion: v1, kind: Namespace, metadata: {{name: {shop}, annotations: {{tidegate.dev/managed: "true"}}}}}}
+- {{apiVersion: v1, kind: Namespace, metadata: {{name: {billing}}}}}"#
+        );
+        for (who, role) in [("alice", "edit"), ("vera", "view"), ("carol", "tidegate-administer")] {
+            text += &binding(who, role);
+        }
+        apply(&installed.cluster, &[], &text);
+        let api = installed.cluster.api();
+        Self { installed, api, shop, billing }
+    }
+
+    fn user(&self, name: &'static str) -> User<'_> {
+        User { api: &self.api, name }
+    }
+}
+
+/// The path of a namespace.
+fn path(name: &str) -> String {
+    format!("/api/v1/namespaces/{name}")
 }
 
 #[test]
 fn a_tenant_writes_policies_of_his_namespace_and_nothing_else() {
-    let (cluster, api) = cluster();
-    let _controllers = cluster
-        .start_controllers(&["clusterrole-aggregation-controller", "validatingadmissionpolicy-status-controller"])
-        .unwrap();
-    let (alice, vera) = (User { api: &api, name: "alice" }, User { api: &api, name: "vera" });
-    let shop = format!("{GROUP}/namespaces/shop/egresspolicies");
+    let tenants = Tenants::new("tenant");
+    let (api, cluster) = (&tenants.api, &tenants.installed.cluster);
+    let (alice, vera) = (tenants.user("alice"), tenants.user("vera"));
+    let (its, others) = (&tenants.shop, format!("{GROUP}/namespaces/{}", tenants.billing));
+    let shop = format!("{GROUP}/namespaces/{its}/egresspolicies");
     soon("the role of tenants", || alice.status("POST", &shop, &policy("own", "partner-a")) == 201);
     soon("the role of readers", || vera.status("GET", &shop, &json!(null)) == 200);
 
@@ -139,7 +187,7 @@ fn a_tenant_writes_policies_of_his_namespace_and_nothing_else() {
     let egress =
         json!({"apiVersion": "tidegate.dev/v1alpha1", "kind": "NamespaceEgress", "metadata": {"name": "tidegate"}});
     let own = format!("{shop}/own");
-    let denials = format!("{GROUP}/namespaces/shop/namespaceegresses");
+    let denials = format!("{GROUP}/namespaces/{its}/namespaceegresses");
     assert_eq!(admin("POST", &denials, &egress), 201);
     let denials_object = format!("{denials}/tidegate");
     let truth = json!({"status": {"nodes": {"desired": 1, "programmed": 1}}});
@@ -159,9 +207,9 @@ fn a_tenant_writes_policies_of_his_namespace_and_nothing_else() {
         (&vera, "PATCH", &own, json!({"spec": {"mode": "Enforce"}}), 403),
         (&vera, "DELETE", &own, json!(null), 403),
         // Other people's, and the platform's.
-        (&alice, "GET", &format!("{GROUP}/namespaces/billing/egresspolicies"), json!(null), 403),
-        (&alice, "POST", &format!("{GROUP}/namespaces/billing/egresspolicies"), policy("p", "default"), 403),
-        (&alice, "GET", &format!("{GROUP}/namespaces/billing/namespaceegresses/tidegate"), json!(null), 403),
+        (&alice, "GET", &format!("{others}/egresspolicies"), json!(null), 403),
+        (&alice, "POST", &format!("{others}/egresspolicies"), policy("p", "default"), 403),
+        (&alice, "GET", &format!("{others}/namespaceegresses/tidegate"), json!(null), 403),
         (
             &alice,
             "POST",
@@ -179,20 +227,8 @@ fn a_tenant_writes_policies_of_his_namespace_and_nothing_else() {
             403,
         ),
         // Weakening the own namespace, or labelling it into somebody's pool.
-        (
-            &alice,
-            "PATCH",
-            &"/api/v1/namespaces/shop".to_owned(),
-            json!({"metadata": {"labels": {"team": "payments"}}}),
-            403,
-        ),
-        (
-            &alice,
-            "PATCH",
-            &"/api/v1/namespaces/shop".to_owned(),
-            json!({"metadata": {"annotations": {"tidegate.dev/mode": "audit"}}}),
-            403,
-        ),
+        (&alice, "PATCH", &path(its), json!({"metadata": {"labels": {"team": "payments"}}}), 403),
+        (&alice, "PATCH", &path(its), json!({"metadata": {"annotations": {"tidegate.dev/mode": "audit"}}}), 403),
         (&alice, "DELETE", &own, json!(null), 200),
     ] {
         let (got, said) = who.send(method, path, &body);
@@ -210,9 +246,9 @@ fn a_tenant_writes_policies_of_his_namespace_and_nothing_else() {
 
 #[test]
 fn only_administrators_change_how_a_namespace_is_managed() {
-    let (_cluster, api) = cluster();
-    let (ned, carol) = (User { api: &api, name: "ned" }, User { api: &api, name: "carol" });
-    let (shop, billing) = ("/api/v1/namespaces/shop", "/api/v1/namespaces/billing");
+    let tenants = Tenants::new("managed");
+    let (ned, carol) = (tenants.user("ned"), tenants.user("carol"));
+    let (shop, billing) = (&path(&tenants.shop), &path(&tenants.billing));
     let mut number = 0;
     soon("the admission policy", || {
         number += 1;
@@ -230,7 +266,7 @@ fn only_administrators_change_how_a_namespace_is_managed() {
     refused(ned.annotate(shop, "tidegate.dev/managed", Some("false")), "tidegate.dev/managed");
     refused(ned.annotate(shop, "tidegate.dev/managed", None), "tidegate.dev/managed");
     refused(ned.annotate(&format!("{shop}/status"), "tidegate.dev/managed", None), "tidegate.dev/managed");
-    let finalize = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop"}, "spec": {"finalizers": ["kubernetes"]}});
+    let finalize = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": tenants.shop}, "spec": {"finalizers": ["kubernetes"]}});
     refused(ned.send("PUT", &format!("{shop}/finalize"), &finalize), "tidegate.dev/managed");
     let new = |annotations: Value| json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "new", "annotations": annotations}});
     let both = new(json!({"tidegate.dev/managed": "false", "tidegate.dev/pool": "partner-a"}));
@@ -251,15 +287,18 @@ fn only_administrators_change_how_a_namespace_is_managed() {
 
 #[test]
 fn nobody_leaves_a_cluster_policy_by_a_label_or_by_a_new_namespace() {
-    let (cluster, api) = cluster();
-    let (ned, carol, pia) =
-        (User { api: &api, name: "ned" }, User { api: &api, name: "carol" }, User { api: &api, name: "pia" });
-    let path = |name: &str| format!("/api/v1/namespaces/{name}");
+    let tenants = Tenants::new("labelled");
+    let (ned, carol, pia) = (tenants.user("ned"), tenants.user("carol"), tenants.user("pia"));
     let label = |who: &User, path: &str, key: &str, value: Value| {
         who.send("PATCH", path, &json!({"metadata": {"labels": {key: value}}}))
     };
-    let (shop, billing) = (path("shop"), path("billing"));
-    soon("the admission policy", || label(&ned, &billing, "team", json!("a")).0 == 403);
+    let (shop, billing) = (path(&tenants.shop), path(&tenants.billing));
+    let mut number = 0;
+    soon("the admission policy", || {
+        // What is there already would be no change.
+        number += 1;
+        label(&ned, &billing, "team", json!(number.to_string())).0 == 403
+    });
     let refused = |(status, said): (u16, String), ending: &str| {
         let words = "only those who may update clusteregresspolicies.tidegate.dev may ";
         assert!(status == 403 && said.contains(words) && said.ends_with(ending), "{status} {said}");
@@ -285,31 +324,31 @@ fn nobody_leaves_a_cluster_policy_by_a_label_or_by_a_new_namespace() {
     taken(carol.send("DELETE", &shop, &json!({})));
     taken(pia.send("DELETE", &billing, &json!({})));
     // What ends a namespace is not kept from it.
-    let _controllers = cluster.start_controllers(&["namespace-controller"]).unwrap();
     soon("the end of the namespaces", || {
-        [&shop, &billing].iter().all(|p| api.send("GET", p, &[], "").unwrap().status == 404)
+        [&shop, &billing].iter().all(|p| tenants.api.send("GET", p, &[], "").unwrap().status == 404)
     });
 }
 
 /// What the admin API asks before it shows a tenant anything, with the rights that the chart gives to gateways.
 #[test]
 fn a_gateway_may_ask_what_a_tenant_may_see_and_that_is_his_own() {
-    let (cluster, api) = cluster();
-    let _controllers = cluster.start_controllers(&["clusterrole-aggregation-controller"]).unwrap();
-    let objects = r#"
+    let tenants = Tenants::new("token");
+    let (api, cluster, shop) = (&tenants.api, &tenants.installed.cluster, &tenants.shop);
+    let objects = format!(
+        r#"
 apiVersion: v1
 kind: List
 items:
-- {apiVersion: v1, kind: ServiceAccount, metadata: {name: tenant, namespace: shop}}
+- {{apiVersion: v1, kind: ServiceAccount, metadata: {{name: tenant, namespace: {shop}}}}}
 - apiVersion: rbac.authorization.k8s.io/v1
   kind: RoleBinding
-  metadata: {name: tenant, namespace: shop}
-  roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: view}
-  subjects: [{kind: ServiceAccount, name: tenant, namespace: shop}]
-"#;
-    let out = cluster.kubectl(&["apply", "--server-side", "-f", "-"], objects).unwrap();
-    assert!(out.ok, "{out}");
-    let token = cluster.kubectl(&["create", "token", "tenant", "-n", "shop"], "").unwrap().success().unwrap();
+  metadata: {{name: tenant, namespace: {shop}}}
+  roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: view}}
+  subjects: [{{kind: ServiceAccount, name: tenant, namespace: {shop}}}]
+"#
+    );
+    apply(cluster, &[], &objects);
+    let token = cluster.kubectl(&["create", "token", "tenant", "-n", shop], "").unwrap().success().unwrap();
     let gateway = |path: &str, body: &Value| {
         let headers = [
             ("Content-Type", "application/json"),
@@ -328,7 +367,7 @@ items:
     let user = review(token.trim());
     assert_eq!(
         (&user["authenticated"], &user["user"]["username"]),
-        (&json!(true), &json!("system:serviceaccount:shop:tenant"))
+        (&json!(true), &json!(format!("system:serviceaccount:{shop}:tenant")))
     );
     assert_ne!(review("stranger")["authenticated"], json!(true));
     let sees = |namespace: &str| {
@@ -338,8 +377,8 @@ items:
             "user": user["user"]["username"], "groups": user["user"]["groups"], "resourceAttributes": about}});
         gateway("/apis/authorization.k8s.io/v1/subjectaccessreviews", &body)["allowed"] == true
     };
-    soon("the role of readers", || sees("shop"));
-    assert!(!sees("billing") && !sees("default") && !sees(""), "his own namespace only");
+    soon("the role of readers", || sees(shop));
+    assert!(!sees(&tenants.billing) && !sees("default") && !sees(""), "his own namespace only");
 }
 
 /// What policy believes of pods, a kubelet cannot change: `mirrorPods` rests on the first part of it.
