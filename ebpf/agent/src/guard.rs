@@ -120,19 +120,6 @@ pub fn remove() -> Result<(), GuardError> {
     run(vec![json!({"delete": {"table": {"family": FAMILY, "name": TABLE}}})])
 }
 
-/// The counters of the table: name, packets.
-///
-/// # Errors
-/// `nft` failed.
-pub fn counters() -> Result<Vec<(String, u64)>, GuardError> {
-    let items = list(&["list", "counters", "table", FAMILY, TABLE])?;
-    let counter = |i: &Value| {
-        let c = i.get("counter")?;
-        Some((c.get("name")?.as_str()?.to_owned(), c.get("packets")?.as_u64()?))
-    };
-    Ok(items.iter().filter_map(counter).collect())
-}
-
 /// Input chains of other tables that drop by default and name the tunnel's port nowhere: tunnel packets may not
 /// arrive. Best effort, for a warning at start.
 ///
@@ -161,8 +148,17 @@ pub fn closed_inputs(tunnel_port: u16) -> Result<Vec<String>, GuardError> {
 pub struct Table {
     settings: Settings,
     written: Option<Desired>,
-    /// The kernel's rules right after they were written, for comparison.
-    listing: Vec<Value>,
+    /// The rules are the kernel's right after they were written, for comparison; the counters those of the last look.
+    listing: Listing,
+}
+
+/// The table, as the kernel has it.
+#[derive(Debug, Default)]
+pub struct Listing {
+    /// It, without what changes by itself.
+    pub rules: Vec<Value>,
+    /// Its counters: name, packets.
+    pub counters: Vec<(String, u64)>,
 }
 
 /// What [`Table::apply`] did.
@@ -181,7 +177,7 @@ pub enum Done {
 impl Table {
     /// Knows nothing of the kernel yet.
     pub fn new(settings: Settings) -> Self {
-        Self { settings, written: None, listing: Vec::new() }
+        Self { settings, written: None, listing: Listing::default() }
     }
 
     /// Makes the kernel hold `desired`.
@@ -221,8 +217,8 @@ impl Table {
             }
             _ => self.replace(desired)?,
         };
+        self.listing = read()?.ok_or_else(|| GuardError::Nft(format!("table {FAMILY} {TABLE} is gone again")))?;
         self.written = Some(desired.clone());
-        self.listing = canonical()?;
         Ok(done)
     }
 
@@ -245,12 +241,18 @@ impl Table {
     }
 
     /// Whether the kernel's table is not as it was after it was written.
-    fn is_changed(&self) -> Result<bool, GuardError> {
-        let changed = !table_exists()? || canonical()? != self.listing;
-        if changed {
+    fn is_changed(&mut self) -> Result<bool, GuardError> {
+        let same = match read()? {
+            Some(now) => {
+                self.listing.counters = now.counters;
+                self.listing.rules == now.rules
+            }
+            None => false,
+        };
+        if !same {
             tracing::warn!("the nftables table {FAMILY} {TABLE} was changed by somebody else; writing it anew");
         }
-        Ok(changed)
+        Ok(!same)
     }
 
     fn replace(&self, desired: &Desired) -> Result<Done, GuardError> {
@@ -270,11 +272,23 @@ fn same_rules(a: &Desired, b: &Desired) -> bool {
     rules(a) == rules(b)
 }
 
-/// The table without what changes by itself.
-fn canonical() -> Result<Vec<Value>, GuardError> {
-    let mut items = list(&["list", "table", FAMILY, TABLE])?;
-    items.retain(|i| i.get("metainfo").is_none());
-    for item in &mut items {
+/// Reads the table; `None` if it is not there.
+///
+/// # Errors
+/// `nft` failed.
+pub fn read() -> Result<Option<Listing>, GuardError> {
+    let mut rules = match list(&["list", "table", FAMILY, TABLE]) {
+        Ok(items) => items,
+        // It may be that there is none.
+        Err(e) => return if table_exists()? { Err(e) } else { Ok(None) },
+    };
+    let counter = |i: &Value| {
+        let c = i.get("counter")?;
+        Some((c.get("name")?.as_str()?.to_owned(), c.get("packets")?.as_u64()?))
+    };
+    let counters = rules.iter().filter_map(counter).collect();
+    rules.retain(|i| i.get("metainfo").is_none());
+    for item in &mut rules {
         for body in item.as_object_mut().into_iter().flat_map(|o| o.values_mut()) {
             if let Some(body) = body.as_object_mut() {
                 for key in ["handle", "packets", "bytes"] {
@@ -286,7 +300,7 @@ fn canonical() -> Result<Vec<Value>, GuardError> {
             }
         }
     }
-    Ok(items)
+    Ok(Some(Listing { rules, counters }))
 }
 
 fn object(kind: &str, mut body: Value) -> Value {
@@ -578,13 +592,13 @@ fn keep(shared: &(Mutex<Wish>, Condvar), mut table: Table, check: Duration) {
         if matches!(outcome, Ok(Done::Repaired)) {
             crate::events::repaired("table", 1);
         }
-        match outcome.and_then(|_| counters()) {
-            Ok(counters) => {
+        match outcome {
+            Ok(_) => {
                 up.set(1.0);
                 wish.lock().taken(desired);
                 wait = check;
-                for (rule, packets) in counters {
-                    metrics::counter!(crate::events::GUARD_PACKETS, "rule" => rule).absolute(packets);
+                for (rule, packets) in &table.listing.counters {
+                    metrics::counter!(crate::events::GUARD_PACKETS, "rule" => rule.clone()).absolute(*packets);
                 }
             }
             Err(e) => {
@@ -618,7 +632,7 @@ mod tests {
         let settings = Settings { tunnel_port: 8475, mark: Mark::default(), overlay_ports: [8472].into() };
         // No device has such a name: nft refuses it, if there is an nft that may write at all.
         let old = Desired { uplinks: vec!["x".repeat(99)], ..Desired::default() };
-        let mut table = Table { settings, written: Some(old.clone()), listing: Vec::new() };
+        let mut table = Table { settings, written: Some(old.clone()), listing: Listing::default() };
         assert_eq!(table.apply(&old).unwrap(), Done::Unchanged);
         assert!(table.is_written());
         let isolated = BTreeSet::from([IpAddr::from([10, 0, 0, 1])]);

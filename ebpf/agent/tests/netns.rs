@@ -311,7 +311,7 @@ fn the_guard_drops_what_an_isolated_pod_sends_unmarked_and_nothing_else() {
     w.node.sh("nft 'add table ip marker; add chain ip marker pre { type filter hook prerouting priority mangle; };
          add rule ip marker pre udp dport 5003 meta mark set meta mark | 0x00200000'");
     assert!(w.reaches(0, &w.server, "192.0.2.9:5003"));
-    let counters = w.node.run(|| guard::counters().unwrap());
+    let counters = w.node.run(|| guard::read().unwrap().unwrap().counters);
     assert!(counters.iter().any(|(n, packets)| n == "isolated" && *packets > 0), "{counters:?}");
     // A change of members changes elements only, at once.
     assert_eq!(w.node.run(|| table.apply(&desired(&["10.0.1.2"])).unwrap()), Done::Elements);
@@ -371,7 +371,7 @@ fn the_guard_holds_what_passed_to_the_cluster_to_it_after_translation() {
     mark(&w, Mark::default().cluster());
     assert!(!arrives("10.96.0.1", "198.51.100.1:5001"), "outside");
     assert!(!arrives("10.96.0.4", "192.0.2.9:30080"), "a node port");
-    let counters = w.node.run(|| guard::counters().unwrap());
+    let counters = w.node.run(|| guard::read().unwrap().unwrap().counters);
     assert!(counters.iter().any(|(n, packets)| n == "translated" && *packets >= 2), "{counters:?}");
     assert!(arrives("10.96.0.2", "10.7.7.7:5001"), "another pod");
     assert!(arrives("10.96.0.3", "192.0.2.9:5001"), "a node");
