@@ -251,7 +251,7 @@ pub fn run(path: &Path) -> Result<()> {
                 emit.emit(r.into_event(who));
             })
         },
-        pairs: shared.pairs.clone(),
+        pairs: shared.pairs.subscribe(),
         applied: shared.applied.clone(),
         lost: shared.lost.clone(),
         core: to_core.clone(),
@@ -491,6 +491,7 @@ pub fn run(path: &Path) -> Result<()> {
     });
     // Held addresses go with the handover's connection, kernel maps and rules stay: what is forwarded goes on.
     stop.store(true, Ordering::Relaxed);
+    shared.pairs.send_modify(|_| {});
     let _ = to_core.send(ToCore::Stop);
     drop((end_dns, end_events));
     for t in [way_thread, policy_thread, report_thread, core_thread, dns_thread, events_thread]

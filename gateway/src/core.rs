@@ -92,8 +92,8 @@ pub struct Shared {
     pub world: ArcSwap<World>,
     /// The DNS service's view of it.
     pub view: Arc<ArcSwap<DnsView>>,
-    /// The pairs that this gateway holds.
-    pub pairs: Arc<ArcSwap<Vec<HeldPair>>>,
+    /// The pairs that this gateway holds. Who follows them is told, too, when `lost` has become more.
+    pub pairs: watch::Sender<Vec<HeldPair>>,
     /// Those of them whose addresses and rules are in place.
     pub applied: Arc<ArcSwap<Vec<HeldPair>>>,
     /// Egress addresses that went elsewhere: their flows here are dead.
@@ -120,7 +120,7 @@ impl Shared {
         Self {
             world: ArcSwap::new(empty.clone()),
             view: Arc::new(ArcSwap::from_pointee(DnsView::empty(empty))),
-            pairs: Arc::default(),
+            pairs: watch::Sender::default(),
             applied: Arc::default(),
             lost: Arc::default(),
             egress: ArcSwap::default(),
@@ -559,7 +559,7 @@ impl Run {
         self.compiled = compiled;
         self.set_claims();
         self.record();
-        self.core.shared.pairs.store(Arc::new(self.core.desired.held(&world)));
+        self.hold(self.core.desired.held(&world));
         for scope in changes.scopes.iter().filter(|k| world.scope(**k).is_none()) {
             self.feed(Input::ScopeGone { scope: *scope });
         }

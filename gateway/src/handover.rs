@@ -102,6 +102,11 @@ impl Handover {
         written.context("the agent does not read")?.context("the agent hung up")
     }
 
+    /// When the lease is to be renewed next.
+    pub fn due(&self) -> Instant {
+        self.lease.due
+    }
+
     /// Waits for the agent's next answer; one that is not waited for to the end is not lost.
     ///
     /// # Errors

@@ -14,8 +14,8 @@ use arc_swap::ArcSwap;
 use crossbeam_channel::Sender;
 use parking_lot::Mutex;
 use tidegate_agent::events::repaired;
-use tokio::sync::oneshot;
-use tokio::time::{MissedTickBehavior, timeout};
+use tokio::sync::{oneshot, watch};
+use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::admin::{Guard, Readiness};
 use crate::core::ToCore;
@@ -24,9 +24,6 @@ use crate::egress::nft::{HeldPair, Rules};
 use crate::egress::refused::{self, Refused};
 use crate::egress::{TOWARDS_PODS, TOWARDS_UPLINK, Way, load_rules, loaded_rules};
 use crate::handover::{Handover, RENEW};
-
-/// How often it is looked whether other pairs are ours: a failover waits for it.
-const LOOK: Duration = Duration::from_millis(50);
 
 /// How long the core may take to attach its program. While that lasts the lease is renewed: not for longer than a core may hang.
 const ATTACHED: Duration = Duration::from_secs(1);
@@ -50,8 +47,9 @@ pub struct Keeper {
     pub flow_idle_seconds: u64,
     /// Forwarded flows that one scope may have at the same time.
     pub flows_per_scope: u32,
-    /// Pairs that this gateway holds now.
-    pub pairs: Arc<ArcSwap<Vec<HeldPair>>>,
+    /// Pairs that this gateway holds now. A failover waits for the thread: it is told of each change of them and of `lost`, and of
+    /// `stop`.
+    pub pairs: watch::Receiver<Vec<HeldPair>>,
     /// Told which of them have their rules in place, and their addresses held by the node's agent.
     pub applied: Arc<ArcSwap<Vec<HeldPair>>>,
     /// Egress addresses that went elsewhere: the kernel forgets their flows.
@@ -97,7 +95,9 @@ impl Keeper {
                     said = text;
                 }
             }
-            std::thread::sleep(RENEW);
+            if !self.stop.load(Ordering::Relaxed) {
+                std::thread::sleep(RENEW);
+            }
         }
     }
 
@@ -117,7 +117,7 @@ impl Keeper {
                 mtu,
                 dns_ports: self.dns_ports.clone(),
                 relay_port: self.relay_port,
-                pairs: self.pairs.load().as_ref().clone(),
+                pairs: self.pairs.borrow().clone(),
                 flows_per_scope: self.flows_per_scope,
             },
             flow_idle_seconds: self.flow_idle_seconds,
@@ -125,6 +125,7 @@ impl Keeper {
     }
 
     async fn keep(&self, waiting: Guard) -> Result<()> {
+        let mut pairs = self.pairs.clone();
         let mut handover = Handover::connect(&self.socket, &self.gateway, TUNNEL_MTU, &self.way(TUNNEL_MTU))?;
         let mut way = self.way(handover.mtu);
         self.tell();
@@ -137,11 +138,21 @@ impl Keeper {
         let mut look = Instant::now() + RENEW;
         // Held while the namespace is not as it should be: what should leave may not, or not from its address.
         let mut failing = None;
+        // Whether there is something to say of what was just done.
+        let mut done = true;
         while !self.stop.load(Ordering::Relaxed) {
             // One that is ours no more is let go at once, one that is new is held once the rules are there.
             let (held, news) = (way.addresses(), handover.news());
-            let pause = async { drop(timeout(LOOK, news.notified()).await) };
-            self.holding(&mut handover, &held, pause).await?;
+            if !std::mem::take(&mut done) {
+                let pause = async {
+                    tokio::select! {
+                        () = news.notified() => {}
+                        () = told(&mut pairs) => {}
+                        () = sleep(RENEW) => {}
+                    }
+                };
+                self.holding(&mut handover, &held, pause).await?;
+            }
             let wanted = self.way(handover.mtu);
             // What is new does not wait for it, but for addresses that come back: what is dead must not go on with them.
             let back = || self.lost.lock().iter().any(|ip| wanted.addresses().contains(ip));
@@ -187,7 +198,7 @@ impl Keeper {
                         repaired("table", usize::from(damaged));
                     }
                     way = wanted;
-                    failing = None;
+                    (failing, done) = (None, true);
                 }
                 Err(error) => {
                     failing.get_or_insert_with(|| self.readiness.guard("way"));
@@ -206,15 +217,14 @@ impl Keeper {
         addresses: &[IpAddr],
         work: impl Future<Output = T>,
     ) -> Result<T> {
-        let mut work = pin!(work);
-        let mut look = tokio::time::interval(LOOK);
-        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (mut work, mut pairs) = (pin!(work), self.pairs.clone());
         loop {
+            pairs.mark_unchanged();
+            handover.hold(&addresses.iter().copied().filter(|ip| self.is_ours(*ip)).collect::<Vec<_>>()).await?;
             tokio::select! {
                 biased;
-                _ = look.tick() => {
-                    handover.hold(&addresses.iter().copied().filter(|ip| self.is_ours(*ip)).collect::<Vec<_>>()).await?;
-                }
+                () = sleep_until(handover.due()) => {}
+                () = told(&mut pairs) => {}
                 answer = handover.answer() => answer?,
                 done = &mut work => return Ok(done),
             }
@@ -231,7 +241,7 @@ impl Keeper {
 
     /// Whether the address is of a pair that this gateway holds now.
     fn is_ours(&self, ip: IpAddr) -> bool {
-        self.pairs.load().iter().any(|p| p.addresses().any(|o| o == ip))
+        self.pairs.borrow().iter().any(|p| p.addresses().any(|o| o == ip))
     }
 
     /// Has the kernel forget flows of addresses that went elsewhere. A client does not know that they are dead: one that gave up, and
@@ -274,6 +284,13 @@ impl Keeper {
             Ok(Ok(Err(error))) => bail!("cannot attach the kernel program: {error}"),
             Ok(Err(_)) | Err(_) => bail!("the core does not answer"),
         }
+    }
+}
+
+/// Waits for the next change; for ever, if nobody is there any more who could make one.
+async fn told(pairs: &mut watch::Receiver<Vec<HeldPair>>) {
+    if pairs.changed().await.is_err() {
+        std::future::pending::<()>().await;
     }
 }
 

@@ -57,7 +57,7 @@ fn pair(last: u8) -> HeldPair {
     HeldPair { index: last, ipv4: Some([203, 0, 113, last].into()), ipv6: None }
 }
 
-fn keeper(agent: &Agent, core: Sender<ToCore>, pairs: &[HeldPair]) -> Keeper {
+fn keeper(agent: &Agent, core: Sender<ToCore>, pairs: &watch::Sender<Vec<HeldPair>>) -> Keeper {
     Keeper {
         gateway: "gw-a".into(),
         socket: agent.socket.clone(),
@@ -66,7 +66,7 @@ fn keeper(agent: &Agent, core: Sender<ToCore>, pairs: &[HeldPair]) -> Keeper {
         relay_port: 15001,
         flow_idle_seconds: 7200,
         flows_per_scope: 1000,
-        pairs: Arc::new(ArcSwap::from_pointee(pairs.to_vec())),
+        pairs: pairs.subscribe(),
         applied: Arc::default(),
         lost: Arc::default(),
         refused: Box::new(|_| {}),
@@ -92,9 +92,9 @@ fn within(limit: Duration, mut what: impl FnMut() -> bool) -> bool {
 fn what_the_agent_does_not_hold_yet_is_not_in_place() {
     let agent = agent(false);
     let (core, inbox) = crossbeam_channel::unbounded();
-    let keeper = keeper(&agent, core, &[pair(10)]);
-    let (pairs, applied, readiness, stop) =
-        (keeper.pairs.clone(), keeper.applied.clone(), keeper.readiness.clone(), keeper.stop.clone());
+    let (pairs, _) = watch::channel(vec![pair(10)]);
+    let keeper = keeper(&agent, core, &pairs);
+    let (applied, readiness, stop) = (keeper.applied.clone(), keeper.readiness.clone(), keeper.stop.clone());
     let attached = std::thread::spawn(move || {
         let mut n = 0;
         while let Ok(message) = inbox.recv() {
@@ -121,7 +121,8 @@ fn what_the_agent_does_not_hold_yet_is_not_in_place() {
     // The same for one that is new; what is ours no more is let go whatever happens.
     agent.willing.store(false, Ordering::Relaxed);
     agent.renewals.lock().unwrap().clear();
-    pairs.store(Arc::new(vec![pair(20)]));
+    pairs.send_replace(vec![pair(20)]);
+    assert!(within(RENEW / 2, || !agent.renewals.lock().unwrap().is_empty()), "a failover waits for it");
     let last = || agent.renewals.lock().unwrap().last().cloned();
     assert!(within(Duration::from_secs(20), || last() == Some(pair(20).addresses().collect())));
     assert_eq!(agent.renewals.lock().unwrap()[0], [] as [IpAddr; 0]);
@@ -150,7 +151,8 @@ fn flows_are_forgotten_of_addresses_that_went_elsewhere_alone() {
         let live = |last: u8| live::addresses().unwrap().contains(&IpAddr::from([203, 0, 113, last]));
         let agent = agent(true);
         let (core, _inbox) = crossbeam_channel::unbounded();
-        let keeper = keeper(&agent, core, &[pair(10)]);
+        let (pairs, _) = watch::channel(vec![pair(10)]);
+        let keeper = keeper(&agent, core, &pairs);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let held: Vec<IpAddr> = [10, 20].into_iter().flat_map(|n| pair(n).addresses().collect::<Vec<_>>()).collect();
         let waits = |keeper: &Keeper| keeper.lost.lock().iter().copied().collect::<Vec<_>>();
@@ -174,7 +176,8 @@ fn flows_are_forgotten_of_addresses_that_went_elsewhere_alone() {
 fn the_lease_is_renewed_whatever_takes_long() {
     let agent = agent(true);
     let (core, _inbox) = crossbeam_channel::unbounded();
-    let keeper = keeper(&agent, core, &[pair(10), pair(20)]);
+    let (pairs, _) = watch::channel(vec![pair(10), pair(20)]);
+    let keeper = keeper(&agent, core, &pairs);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let way = keeper.way(TUNNEL_MTU);
@@ -183,8 +186,8 @@ fn the_lease_is_renewed_whatever_takes_long() {
         let long = async {
             tokio::time::sleep(plug::SILENCE + RENEW).await;
             // Another gateway has it now.
-            keeper.pairs.store(Arc::new(vec![pair(20)]));
-            tokio::time::sleep(2 * LOOK).await;
+            pairs.send_replace(vec![pair(20)]);
+            tokio::time::sleep(RENEW / 5).await;
         };
         keeper.holding(&mut handover, &way.addresses(), long).await.unwrap();
         assert_eq!(*agent.gone.lock().unwrap(), 0, "the agent hung up");

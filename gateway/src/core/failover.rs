@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use tidegate_ledger::{FactRecord, Input, NodeId, OwnerId};
@@ -16,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{MAX_PENDING, Run};
 use crate::admin::Guard;
 use crate::desired::{self, Desired, Order};
+use crate::egress::nft::HeldPair;
 use crate::generations::HURRY;
 use crate::ownership::PLACE;
 use crate::report::thread::Origin;
@@ -75,7 +75,7 @@ impl Run {
         }
         self.fall_silent(now);
         // Packets that come before the addresses and rules are there would be refused: nodes are told after that.
-        let in_place = **self.core.shared.applied.load() == **self.core.shared.pairs.load();
+        let in_place = **self.core.shared.applied.load() == *self.core.shared.pairs.borrow();
         if self.moved.is_some_and(|since| in_place || now.saturating_sub(since) >= PLACE) {
             self.moved = None;
             self.core.desired.tell_all();
@@ -139,14 +139,20 @@ impl Run {
     /// Brings our own kernel and the addresses to what ownership says, and if pairs `moved` ends their connections.
     pub(super) fn follow_owners(&mut self, moved: bool) {
         self.set_claims();
-        let pairs = self.core.desired.held(&self.compiled.world);
-        if **self.core.shared.pairs.load() != pairs {
-            self.core.shared.pairs.store(Arc::new(pairs));
-        }
+        self.hold(self.core.desired.held(&self.compiled.world));
         self.apply_own();
         if moved {
             self.cut_moved();
         }
+    }
+
+    /// Says which pairs this gateway holds.
+    pub(super) fn hold(&self, pairs: Vec<HeldPair>) {
+        self.core.shared.pairs.send_if_modified(|held| {
+            let changed = *held != pairs;
+            *held = pairs;
+            changed
+        });
     }
 
     /// Connections of pairs that moved away are dead: their packets go elsewhere.
@@ -268,7 +274,11 @@ impl Run {
         let mine = |pair: &Pair| before.get(pair).is_none_or(|claim| claim.owner == *me);
         let went = out.iter().filter(|(pair, claim)| claim.owner != *me && mine(pair)).map(|(pair, _)| pair);
         let ips = went.flat_map(|p| [p.ipv4.map(IpAddr::from), p.ipv6.map(IpAddr::from)]).flatten();
-        self.core.shared.lost.lock().extend(ips);
+        let ips: Vec<IpAddr> = ips.collect();
+        if !ips.is_empty() {
+            self.core.shared.lost.lock().extend(ips);
+            self.core.shared.pairs.send_modify(|_| {});
+        }
         // What a new owner needs may not be in place yet: until then nodes follow those whom they were told of.
         let told = self.moved.is_some().then_some(&*self.told);
         self.core.desired.set_claims(out, told);

@@ -320,7 +320,7 @@ impl Soak {
         NOW.store(self.now, Ordering::Relaxed);
         self.shared.clock.set.store(self.now, Ordering::Relaxed);
         // What the thread of the way out does.
-        self.shared.applied.store(self.shared.pairs.load_full());
+        self.shared.applied.store(Arc::new(self.shared.pairs.borrow().clone()));
         let beat = Beat { able: true, ..Beat::default() };
         let snapshot = self.now < START + MINUTE;
         let message = PeerMessage { boot_id: 9, snapshot, beat: Some(beat), ..PeerMessage::default() };
