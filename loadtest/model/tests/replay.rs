@@ -3,7 +3,7 @@
 use tidegate_model::{Stats, random, run};
 
 /// Runs, and octets of each.
-const RUNS: u64 = 180;
+const RUNS: u64 = 120;
 const OCTETS: usize = 1_500;
 
 #[test]
