@@ -208,7 +208,10 @@ fn a_backup_is_put_back(lab: &mut Lab) {
     lab.request("POST", POLICIES, &policy("forgotten", "neighbour.example.com")).unwrap();
     soon("the policy", || !denied(lab, PODS[0], "neighbour.example.com"));
     // Versions are far beyond those of the backup.
-    (0..100).for_each(|n| lab.annotate("untouched", &[("example.com/n", &n.to_string())]).unwrap());
+    for n in 0..100 {
+        let change = json!({"metadata": {"annotations": {"example.com/n": n.to_string()}}});
+        lab.request("PATCH", "/api/v1/namespaces/untouched", &change).unwrap();
+    }
     let newest = revision(lab);
     let (begun, traffic) = under_traffic(lab, &PODS, |lab| {
         let begun = Instant::now();
