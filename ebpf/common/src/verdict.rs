@@ -482,6 +482,9 @@ pub struct Case {
 pub struct Judged(pub u32);
 
 impl Judged {
+    /// Where there is nothing to judge by.
+    pub const REFUSED: Self = Self::new(Action::Drop, Code::Malformed);
+
     #[inline(always)]
     const fn new(action: Action, code: Code) -> Self {
         Self(action as u32 | (code as u32) << 8)

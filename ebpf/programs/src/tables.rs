@@ -11,7 +11,7 @@ use tidegate_ebpf_common::names::asks;
 use tidegate_ebpf_common::packet::ETH;
 use tidegate_ebpf_common::tunnel::Places;
 use tidegate_ebpf_common::verdict::{Case, Judged, policy, scan};
-use tidegate_ebpf_common::{Action, Code, Hook, Outcome, Packet, Tables};
+use tidegate_ebpf_common::{Code, Hook, Outcome, Packet, Tables};
 
 use crate::globals;
 use crate::skb::Skb;
@@ -148,7 +148,7 @@ impl<const G: bool> Tables for Kernel<G> {
     }
     #[inline(always)]
     fn judge(&self, p: &Packet, case: &Case) -> Judged {
-        Judged(if G { judge_again(p, case) } else { judge(p, case) })
+        Judged(if G { judge_gateway(p, case) } else { judge_node(p, case) })
     }
     #[inline(always)]
     fn prefix(&self, key: &PrefixKey) -> Option<&Prefix> {
@@ -206,23 +206,22 @@ extern "C" fn scan_ports(set: u32, question: u32) -> u32 {
 /// Steps 8 to 12 on a node. A global function as [`scan_ports`] is.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn judge(p: *const Packet, case: *const Case) -> u32 {
+extern "C" fn judge_node(p: *const Packet, case: *const Case) -> u32 {
     judged::<false>(p, case)
 }
 
 /// The same at a gateway.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn judge_again(p: *const Packet, case: *const Case) -> u32 {
+extern "C" fn judge_gateway(p: *const Packet, case: *const Case) -> u32 {
     judged::<true>(p, case)
 }
 
 #[inline(always)]
 fn judged<const G: bool>(p: *const Packet, case: *const Case) -> u32 {
-    const DROP: u32 = Action::Drop as u32 | (Code::Malformed as u32) << 8;
     // SAFETY: the verifier lets no other pass than null and a whole structure.
-    let (Some(p), Some(case)) = (unsafe { p.as_ref() }, unsafe { case.as_ref() }) else { return DROP };
-    let Some(config) = config() else { return DROP };
+    let (Some(p), Some(case)) = (unsafe { p.as_ref() }, unsafe { case.as_ref() }) else { return Judged::REFUSED.0 };
+    let Some(config) = config() else { return Judged::REFUSED.0 };
     policy(&Kernel::<G>::new(config), p, case).0
 }
 
