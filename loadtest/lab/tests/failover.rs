@@ -138,7 +138,7 @@ fn owner_dies(lab: &mut Lab, wire: &Wire) {
         assert_eq!(how, Err(ErrorKind::ConnectionReset), "{to}");
     }
     assert_eq!(owner(lab, "gw-b"), ("gw-b".into(), epoch + 1));
-    wire.only(killed, &["gw-b"]);
+    wire.after("gw-a", killed, &["gw-b"]);
     if plain == "gw-a" {
         pod_network(lab, PLAIN, &traffic, killed, "gw-b");
     }

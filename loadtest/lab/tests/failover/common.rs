@@ -338,6 +338,9 @@ pub struct Wire {
     nodes: Vec<(String, [u8; 6])>,
 }
 
+/// A node's agent has seen the end of its gateway within this.
+const LETS_GO: Duration = Duration::from_millis(300);
+
 /// ETH_P_ALL.
 const EVERY_PROTOCOL: u16 = 3;
 
@@ -405,24 +408,26 @@ impl Wire {
         assert!(wait_for(Duration::from_secs(10), quiet).is_some(), "somebody announces on and on");
     }
 
-    /// Who announced it since then, one after the other: two that do so at the same time alternate.
-    pub fn announcers(&self, family: Family, since: Instant) -> Vec<String> {
+    /// Only these announced both addresses since then, one after the other: two that do so at the same time alternate.
+    #[track_caller]
+    pub fn only(&self, since: Instant, gateways: &[&str]) {
+        self.after("", since, gateways);
+    }
+
+    /// As [`Wire::only`], after the end of a gateway: its node answers who asks for its addresses until it has let them go.
+    #[track_caller]
+    pub fn after(&self, ended: &str, since: Instant, gateways: &[&str]) {
         let seen = self.seen.lock().unwrap();
-        let late = seen.iter().filter(|(at, ip, _)| *at > since && *ip == egress(family));
         let name = |mac: &[u8; 6]| {
             let node = self.nodes.iter().find(|(_, m)| m == mac);
             node.map_or_else(|| format!("{mac:?}"), |(name, _)| name.clone())
         };
-        let mut names: Vec<String> = late.map(|(_, _, mac)| name(mac)).collect();
-        names.dedup();
-        names
-    }
-
-    /// Only these announced both addresses since then, one after the other.
-    #[track_caller]
-    pub fn only(&self, since: Instant, gateways: &[&str]) {
         for family in FAMILIES {
-            assert_eq!(self.announcers(family, since), gateways, "{}", egress(family));
+            let late = seen.iter().filter(|(at, ip, _)| *at > since && *ip == egress(family));
+            let mut names: Vec<(Instant, String)> = late.map(|(at, _, mac)| (*at, name(mac))).collect();
+            names.retain(|(at, name)| name != ended || *at > since + LETS_GO);
+            names.dedup_by(|(_, next), (_, name)| next == name);
+            assert!(names.iter().map(|(_, name)| name).eq(gateways), "{}: {names:?} since {since:?}", egress(family));
         }
     }
 }
