@@ -491,6 +491,7 @@ pub fn run(path: &Path) -> Result<()> {
     });
     // Held addresses go with the handover's connection, kernel maps and rules stay: what is forwarded goes on.
     stop.store(true, Ordering::Relaxed);
+    // The way out looks at `stop` when it is told of pairs.
     shared.pairs.send_modify(|_| {});
     let _ = to_core.send(ToCore::Stop);
     drop((end_dns, end_events));

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
-use crossbeam_channel::Sender;
 use tidegate_dns_core::{AddressDecision, Asker, BindRequest, Binder, NameDecision, View};
 use tidegate_ledger::{Bindings, NodeId, OwnerId};
 use tidegate_policy::shards::Shards;
@@ -113,7 +113,7 @@ pub struct CoreBinder {
     /// The ledger's read side.
     pub bindings: Arc<Bindings>,
     /// The core.
-    pub core: Sender<ToCore>,
+    pub core: SyncSender<ToCore>,
 }
 
 impl Binder for CoreBinder {

@@ -4,9 +4,9 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Duration;
 
-use crossbeam_channel::{Sender, TrySendError};
 use parking_lot::Mutex;
 use tidegate_kubernetes::Connection;
 use tidegate_kubernetes::members::{self, Member};
@@ -32,7 +32,7 @@ struct Running {
 
 /// Tells the core what stands in pools. What it has no room for is kept, the latest of each pool, until there is room.
 struct Teller {
-    core: Sender<ToCore>,
+    core: SyncSender<ToCore>,
     /// Bounded by the pools that there are.
     kept: Mutex<BTreeMap<String, Event>>,
 }
@@ -63,7 +63,7 @@ impl Teller {
 }
 
 /// Has who owns what recorded by the API server, and nothing more while this gateway is `stale`.
-pub fn record(kube: &Kube, core: Sender<ToCore>, stale: watch::Receiver<bool>) -> mpsc::Sender<pools::Command> {
+pub fn record(kube: &Kube, core: SyncSender<ToCore>, stale: watch::Receiver<bool>) -> mpsc::Sender<pools::Command> {
     let (commands, rx) = mpsc::channel(COMMANDS);
     let Connection { client, name, .. } = kube.connection();
     let teller = Arc::new(Teller { core, kept: Mutex::default() });
@@ -97,7 +97,7 @@ pub async fn keep(
     me: &str,
     mut members: watch::Receiver<Option<Vec<Member>>>,
     tell: bool,
-    core: Sender<ToCore>,
+    core: SyncSender<ToCore>,
     client: impl Fn(String, watch::Receiver<Vec<SocketAddr>>) -> Client,
 ) {
     let mut running: BTreeMap<String, Running> = BTreeMap::new();
@@ -141,14 +141,14 @@ mod tests {
         Event::Pool { name: name.into(), records: None, deleted }
     }
 
-    fn told(rx: &crossbeam_channel::Receiver<ToCore>) -> Vec<Event> {
+    fn told(rx: &std::sync::mpsc::Receiver<ToCore>) -> Vec<Event> {
         let event = |m| if let ToCore::Api(event) = m { event } else { panic!() };
         rx.try_iter().map(event).collect()
     }
 
     #[test]
     fn what_a_busy_core_has_no_room_for_is_told_when_there_is_room_and_once() {
-        let (core, rx) = crossbeam_channel::bounded(2);
+        let (core, rx) = std::sync::mpsc::sync_channel(2);
         let teller = Teller { core, kept: Mutex::default() };
         teller.tell(pool("a", false));
         teller.tell(Event::Answered);

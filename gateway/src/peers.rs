@@ -3,10 +3,10 @@
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
+use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use crossbeam_channel::Sender;
 use tidegate_identity::{Source, connect};
 use tidegate_proto::wire::PeerHello;
 use tidegate_proto::wire::control_client::ControlClient;
@@ -41,7 +41,7 @@ pub struct Client {
 
 impl Client {
     /// Keeps the stream as long as the other one is a gateway, and after that until it breaks.
-    pub async fn run(self, core: Sender<ToCore>) {
+    pub async fn run(self, core: SyncSender<ToCore>) {
         let mut said = String::new();
         let (mut turn, mut refused) = (0, 0);
         loop {
@@ -70,7 +70,7 @@ impl Client {
     async fn once(
         &self,
         address: SocketAddr,
-        core: &Sender<ToCore>,
+        core: &SyncSender<ToCore>,
         spoke: &mut bool,
     ) -> Result<std::convert::Infallible> {
         let own = self.identity.now()?;

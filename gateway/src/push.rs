@@ -5,10 +5,10 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use crossbeam_channel::{Sender, TrySendError};
 use futures_util::{Stream, StreamExt};
 use tidegate_identity::{Bearer, Role, Source};
 use tidegate_proto::wire::control_server::{Control, ControlServer};
@@ -60,7 +60,7 @@ pub struct Ack {
 
 /// The service.
 pub struct Streams {
-    core: Sender<ToCore>,
+    core: SyncSender<ToCore>,
     denials: Post,
     nodes: Nodes,
     starts: Starts,
@@ -71,7 +71,7 @@ type Out<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl Streams {
     /// A service that talks to this core, with those nodes that are there.
-    pub fn new(core: Sender<ToCore>, denials: Post, nodes: Nodes, starts: Starts) -> Self {
+    pub fn new(core: SyncSender<ToCore>, denials: Post, nodes: Nodes, starts: Starts) -> Self {
         Self { core, denials, nodes, starts, next: AtomicU64::new(1) }
     }
 
@@ -91,7 +91,7 @@ impl Streams {
 }
 
 /// Hands a message to the core. A core that is too far behind to take it must not grow without bound: the stream ends, and the node comes back.
-fn tell(core: &Sender<ToCore>, message: ToCore) -> Result<(), Status> {
+fn tell(core: &SyncSender<ToCore>, message: ToCore) -> Result<(), Status> {
     core.try_send(message).map_err(|e| match e {
         TrySendError::Full(_) => Status::resource_exhausted("the gateway is overloaded"),
         TrySendError::Disconnected(_) => Status::unavailable("the gateway stops"),

@@ -4,10 +4,10 @@ pub mod kubernetes;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
-use crossbeam_channel::Sender;
 use tidegate_api::Reader;
 use tidegate_policy::model::{self, Objects, Touched, UnixSeconds};
 use tidegate_policy::world::World;
@@ -52,7 +52,7 @@ pub fn settings(config: &Config) -> model::Settings {
 
 /// Compiles, and tells the core.
 pub struct Compiler {
-    core: Sender<ToCore>,
+    core: SyncSender<ToCore>,
     problems: Problems,
     /// Puts together what reports are made of.
     surveyor: Surveyor,
@@ -69,7 +69,7 @@ pub struct Ended;
 
 impl Compiler {
     /// Holds readiness back by `waiting` until there is a first compile.
-    pub fn new(core: Sender<ToCore>, problems: Problems, surveyor: Surveyor, waiting: Guard) -> Self {
+    pub fn new(core: SyncSender<ToCore>, problems: Problems, surveyor: Surveyor, waiting: Guard) -> Self {
         Self { core, problems, surveyor, waiting: Some(waiting), last: None, said: Vec::new() }
     }
 

@@ -7,11 +7,11 @@ use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use arc_swap::ArcSwap;
-use crossbeam_channel::Sender;
 use parking_lot::Mutex;
 use tidegate_agent::events::repaired;
 use tokio::sync::{oneshot, watch};
@@ -24,6 +24,9 @@ use crate::egress::nft::{HeldPair, Rules};
 use crate::egress::refused::{self, Refused};
 use crate::egress::{TOWARDS_PODS, TOWARDS_UPLINK, Way, load_rules, loaded_rules};
 use crate::handover::{Handover, RENEW};
+
+/// How long after a failure the way out is set up again: other gateways wait for it.
+const AGAIN: Duration = Duration::from_millis(50);
 
 /// How long the core may take to attach its program. While that lasts the lease is renewed: not for longer than a core may hang.
 const ATTACHED: Duration = Duration::from_secs(1);
@@ -57,7 +60,7 @@ pub struct Keeper {
     /// Told of each flow that the rules refused.
     pub refused: Box<dyn Fn(Refused) + Send>,
     /// The core, which attaches the program.
-    pub core: Sender<ToCore>,
+    pub core: SyncSender<ToCore>,
     /// Not ready while it is not plugged in.
     pub readiness: Readiness,
     /// What other programs changed in our namespace is repaired at least so often.
@@ -138,17 +141,17 @@ impl Keeper {
         let mut look = Instant::now() + RENEW;
         // Held while the namespace is not as it should be: what should leave may not, or not from its address.
         let mut failing = None;
-        // Whether there is something to say of what was just done.
-        let mut done = true;
+        // Whether there is something to say of what was just done, or more to do.
+        let mut more = true;
         while !self.stop.load(Ordering::Relaxed) {
             // One that is ours no more is let go at once, one that is new is held once the rules are there.
             let (held, news) = (way.addresses(), handover.news());
-            if !std::mem::take(&mut done) {
+            if !std::mem::take(&mut more) {
                 let pause = async {
                     tokio::select! {
                         () = news.notified() => {}
                         () = told(&mut pairs) => {}
-                        () = sleep(RENEW) => {}
+                        () = sleep(if failing.is_some() { AGAIN } else { RENEW }) => {}
                     }
                 };
                 self.holding(&mut handover, &held, pause).await?;
@@ -157,7 +160,7 @@ impl Keeper {
             // What is new does not wait for it, but for addresses that come back: what is dead must not go on with them.
             let back = || self.lost.lock().iter().any(|ip| wanted.addresses().contains(ip));
             if wanted == way || back() {
-                self.holding(&mut handover, &held, self.forget(&held)).await?;
+                more = self.holding(&mut handover, &held, self.forget(&held)).await?;
             }
             if wanted == way && handover.holds(&held) {
                 drop(waiting.take());
@@ -198,7 +201,7 @@ impl Keeper {
                         repaired("table", usize::from(damaged));
                     }
                     way = wanted;
-                    (failing, done) = (None, true);
+                    (failing, more) = (None, true);
                 }
                 Err(error) => {
                     failing.get_or_insert_with(|| self.readiness.guard("way"));
@@ -246,17 +249,17 @@ impl Keeper {
 
     /// Has the kernel forget flows of addresses that went elsewhere. A client does not know that they are dead: one that gave up, and
     /// uses its port again, would leave with the address of then. Those that are `held` still wait until they are let go; of those that
-    /// came back before that, flows live.
-    async fn forget(&self, held: &[IpAddr]) {
+    /// came back before that, flows live. Says whether there are more than it could forget at once.
+    async fn forget(&self, held: &[IpAddr]) -> bool {
         let mut lost = std::mem::take(&mut *self.lost.lock());
         if lost.is_empty() {
-            return;
+            return false;
         }
         let later =
             lost.extract_if(.., |ip| held.contains(ip)).filter(|ip| !self.is_ours(*ip)).collect::<BTreeSet<_>>();
         self.lost.lock().extend(later);
         if lost.is_empty() {
-            return;
+            return false;
         }
         let asked = lost.clone();
         let result = tokio::task::spawn_blocking(move || live::forget(&asked)).await;
@@ -270,10 +273,11 @@ impl Keeper {
                 tracing::warn!(%error, addresses = ?lost, "flows of addresses that went elsewhere stay for now")
             }
         }
-        if result.is_ok_and(|f| f.all) {
-            return;
+        let more = result.as_ref().is_ok_and(|f| !f.all);
+        if more || result.is_err() {
+            self.lost.lock().extend(lost);
         }
-        self.lost.lock().extend(lost);
+        more
     }
 
     async fn attach(&self) -> Result<()> {

@@ -57,7 +57,7 @@ fn pair(last: u8) -> HeldPair {
     HeldPair { index: last, ipv4: Some([203, 0, 113, last].into()), ipv6: None }
 }
 
-fn keeper(agent: &Agent, core: Sender<ToCore>, pairs: &watch::Sender<Vec<HeldPair>>) -> Keeper {
+fn keeper(agent: &Agent, core: SyncSender<ToCore>, pairs: &watch::Sender<Vec<HeldPair>>) -> Keeper {
     Keeper {
         gateway: "gw-a".into(),
         socket: agent.socket.clone(),
@@ -91,7 +91,7 @@ fn within(limit: Duration, mut what: impl FnMut() -> bool) -> bool {
 #[test]
 fn what_the_agent_does_not_hold_yet_is_not_in_place() {
     let agent = agent(false);
-    let (core, inbox) = crossbeam_channel::unbounded();
+    let (core, inbox) = std::sync::mpsc::sync_channel(64);
     let (pairs, _) = watch::channel(vec![pair(10)]);
     let keeper = keeper(&agent, core, &pairs);
     let (applied, readiness, stop) = (keeper.applied.clone(), keeper.readiness.clone(), keeper.stop.clone());
@@ -118,11 +118,18 @@ fn what_the_agent_does_not_hold_yet_is_not_in_place() {
     agent.willing.store(true, Ordering::Relaxed);
     assert!(within(Duration::from_secs(2), || **applied.load() == [pair(10)]), "{:?}", applied.load());
     assert!(readiness.waiting_for().is_empty());
+    // It is told of others, and does not find them when it renews by and by.
+    for last in [30, 10, 30, 10] {
+        agent.renewals.lock().unwrap().clear();
+        pairs.send_replace(vec![pair(last)]);
+        let let_go = || agent.renewals.lock().unwrap().contains(&Vec::new());
+        assert!(within(RENEW / 2, let_go), "a failover waits for it");
+        assert!(within(Duration::from_secs(20), || **applied.load() == [pair(last)]));
+    }
     // The same for one that is new; what is ours no more is let go whatever happens.
     agent.willing.store(false, Ordering::Relaxed);
     agent.renewals.lock().unwrap().clear();
     pairs.send_replace(vec![pair(20)]);
-    assert!(within(RENEW / 2, || !agent.renewals.lock().unwrap().is_empty()), "a failover waits for it");
     let last = || agent.renewals.lock().unwrap().last().cloned();
     assert!(within(Duration::from_secs(20), || last() == Some(pair(20).addresses().collect())));
     assert_eq!(agent.renewals.lock().unwrap()[0], [] as [IpAddr; 0]);
@@ -150,7 +157,7 @@ fn flows_are_forgotten_of_addresses_that_went_elsewhere_alone() {
         };
         let live = |last: u8| live::addresses().unwrap().contains(&IpAddr::from([203, 0, 113, last]));
         let agent = agent(true);
-        let (core, _inbox) = crossbeam_channel::unbounded();
+        let (core, _inbox) = std::sync::mpsc::sync_channel(64);
         let (pairs, _) = watch::channel(vec![pair(10)]);
         let keeper = keeper(&agent, core, &pairs);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -175,7 +182,7 @@ fn flows_are_forgotten_of_addresses_that_went_elsewhere_alone() {
 #[test]
 fn the_lease_is_renewed_whatever_takes_long() {
     let agent = agent(true);
-    let (core, _inbox) = crossbeam_channel::unbounded();
+    let (core, _inbox) = std::sync::mpsc::sync_channel(64);
     let (pairs, _) = watch::channel(vec![pair(10), pair(20)]);
     let keeper = keeper(&agent, core, &pairs);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

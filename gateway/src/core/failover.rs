@@ -15,7 +15,6 @@ use tokio::sync::{mpsc, oneshot};
 use super::{MAX_PENDING, Run};
 use crate::admin::Guard;
 use crate::desired::{self, Desired, Order};
-use crate::egress::nft::HeldPair;
 use crate::generations::HURRY;
 use crate::ownership::PLACE;
 use crate::report::thread::Origin;
@@ -139,20 +138,10 @@ impl Run {
     /// Brings our own kernel and the addresses to what ownership says, and if pairs `moved` ends their connections.
     pub(super) fn follow_owners(&mut self, moved: bool) {
         self.set_claims();
-        self.hold(self.core.desired.held(&self.compiled.world));
         self.apply_own();
         if moved {
             self.cut_moved();
         }
-    }
-
-    /// Says which pairs this gateway holds.
-    pub(super) fn hold(&self, pairs: Vec<HeldPair>) {
-        self.core.shared.pairs.send_if_modified(|held| {
-            let changed = *held != pairs;
-            *held = pairs;
-            changed
-        });
     }
 
     /// Connections of pairs that moved away are dead: their packets go elsewhere.
@@ -274,14 +263,18 @@ impl Run {
         let mine = |pair: &Pair| before.get(pair).is_none_or(|claim| claim.owner == *me);
         let went = out.iter().filter(|(pair, claim)| claim.owner != *me && mine(pair)).map(|(pair, _)| pair);
         let ips = went.flat_map(|p| [p.ipv4.map(IpAddr::from), p.ipv6.map(IpAddr::from)]).flatten();
-        let ips: Vec<IpAddr> = ips.collect();
-        if !ips.is_empty() {
-            self.core.shared.lost.lock().extend(ips);
-            self.core.shared.pairs.send_modify(|_| {});
-        }
+        let lost: Vec<IpAddr> = ips.collect();
         // What a new owner needs may not be in place yet: until then nodes follow those whom they were told of.
         let told = self.moved.is_some().then_some(&*self.told);
         self.core.desired.set_claims(out, told);
+        // Both in one step: who is told looks at both, and would take what is lost and still held for one that came back.
+        let (shared, pairs) = (&self.core.shared, self.core.desired.held(&self.compiled.world));
+        shared.pairs.send_if_modified(|held| {
+            let changed = *held != pairs || !lost.is_empty();
+            shared.lost.lock().extend(lost);
+            *held = pairs;
+            changed
+        });
         self.note_problems(&nobody);
     }
 

@@ -17,10 +17,10 @@ use std::collections::{BTreeMap, BinaryHeap};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::SyncSender;
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::Sender;
 use tidegate_dns_core::answer::{check, upstream_query};
 use tidegate_dns_core::budget::{Budget, BudgetLimits};
 use tidegate_dns_core::serve::{Decision, decide, plan, render};
@@ -127,7 +127,7 @@ struct Done {
 
 struct Soak {
     run: Run,
-    tx: Sender<ToCore>,
+    tx: SyncSender<ToCore>,
     shared: Arc<Shared>,
     binder: CoreBinder,
     store: Store,
@@ -537,7 +537,7 @@ impl Soak {
         put("scopes with facts", c.scopes);
         put("nodes of the ledger", c.nodes);
         put("held by nodes", c.held);
-        put("waiting", c.waiting + run.waiting.len() + run.core.rx.len());
+        put("waiting", c.waiting + run.waiting.len());
         put("classes of facts", run.classes.len().0);
         put("classes", run.classes.len().1);
         put("registered classes", run.compiled.world.class_count());

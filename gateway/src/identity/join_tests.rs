@@ -4,11 +4,11 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use crossbeam_channel::Receiver;
 use parking_lot::Mutex;
 use rcgen::{CertificateParams, KeyPair};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -124,7 +124,7 @@ pub(crate) fn free() -> SocketAddr {
 
 pub(crate) async fn gateway(own: Arc<Credentials>, joins: Option<Joins>, nodes: Nodes) -> Gateway {
     let (issued, source) = watch::channel(Some(own));
-    let (to_core, core) = crossbeam_channel::bounded(64);
+    let (to_core, core) = std::sync::mpsc::sync_channel(64);
     let address = free();
     let streams = Streams::new(to_core, crate::report::thread::post().0, nodes, crate::starts::Starts::default());
     let served = push::serve(address, Source::Issued(source), 64, streams, joins, std::future::pending());
@@ -371,11 +371,11 @@ async fn a_certificate_speaks_for_its_node_alone() {
     let world = world(DAY).await;
     let node = |name| own(&world.authority, Role::Node, name, now(), &DAY);
     let refused = |node: &'static str, own| {
-        let (client, core) = (world.client(node, own), world.gateway.core.clone());
+        let (client, core) = (world.client(node, own), &world.gateway.core);
         async move {
             let (tx, _rx) = tokio::sync::mpsc::channel(8);
             let task = tokio::spawn(client.state(tx));
-            let heard = heard(&core, Duration::from_millis(600)).await;
+            let heard = heard(core, Duration::from_millis(600)).await;
             task.abort();
             heard.is_none()
         }

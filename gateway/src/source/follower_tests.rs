@@ -5,10 +5,10 @@ mod support;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::mpsc::Receiver;
 use std::thread::JoinHandle;
 
 use arc_swap::ArcSwapOption;
-use crossbeam_channel::Receiver;
 use tidegate_kube::Cluster;
 use tidegate_policy::Proto;
 use tidegate_policy::model::UnixSeconds;
@@ -53,7 +53,7 @@ impl Running {
         let kubernetes = config.kubernetes.as_ref().unwrap();
         let kube = Kube::start(&config, kubernetes, runtime()).unwrap();
         let (changes, watched) = kube.watch(kubernetes);
-        let (to_core, core) = crossbeam_channel::unbounded();
+        let (to_core, core) = std::sync::mpsc::sync_channel(1024);
         let snapshot = Arc::new(ArcSwapOption::empty());
         let waiting = Readiness::default().guard("policy");
         let stop = Arc::<AtomicBool>::default();
