@@ -199,7 +199,8 @@ fn owner_hangs(lab: &mut Lab, wire: &Wire) {
 fn owner_hands_its_facts_over(lab: &mut Lab) {
     let name = "fresh.one.example.net";
     for family in FAMILIES {
-        assert_eq!(dig(&lab.pod(PODS[0]), name, family.record(), &[]).answers.len(), 1);
+        let found = dig(&lab.pod(PODS[0]), name, family.record(), &[]);
+        assert_eq!(found.answers.len(), 1, "{family:?}: {}", found.text());
     }
     // Batches of 20 ms, on a busy machine.
     let same = || (facts(lab, "gw-a") == facts(lab, "gw-b")).then_some(());
