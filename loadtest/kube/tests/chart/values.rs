@@ -140,9 +140,8 @@ const REFUSED: &[(&str, &[&str])] = &[
 fn cluster() -> (Arc<Cluster>, Api) {
     let cluster = Cluster::shared().unwrap();
     cluster.define().unwrap();
-    let namespace = format!(r#"{{"apiVersion": "v1", "kind": "Namespace", "metadata": {{"name": "{NAMESPACE}"}}}}"#);
-    cluster.kubectl(&["apply", "--server-side", "-f", "-"], &namespace).unwrap().success().unwrap();
     let api = cluster.api();
+    api.make_namespace(NAMESPACE).unwrap();
     (cluster, api)
 }
 
