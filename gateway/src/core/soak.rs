@@ -537,7 +537,7 @@ impl Soak {
         put("scopes with facts", c.scopes);
         put("nodes of the ledger", c.nodes);
         put("held by nodes", c.held);
-        put("waiting", c.waiting + run.waiting.len());
+        put("waiting", c.waiting + run.waiting.len() + run.core.rx.try_iter().count());
         put("classes of facts", run.classes.len().0);
         put("classes", run.classes.len().1);
         put("registered classes", run.compiled.world.class_count());
