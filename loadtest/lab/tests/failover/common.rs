@@ -326,7 +326,8 @@ pub fn log(lab: &Lab, name: &str) -> String {
     std::fs::read_to_string(lab.layout().log(name)).unwrap_or_default()
 }
 
-type Seen = (Instant, IpAddr, [u8; 6]);
+/// When, the address, whether somebody had asked for it, and the hardware address that said so.
+type Seen = (Instant, IpAddr, bool, [u8; 6]);
 
 /// Who said on the segment of nodes and router that an egress address is at which hardware address: gratuitous ARP
 /// and answers (RFC 826, RFC 5227), neighbour advertisements (RFC 4861, section 4.4).
@@ -344,18 +345,19 @@ const LETS_GO: Duration = Duration::from_millis(300);
 /// ETH_P_ALL.
 const EVERY_PROTOCOL: u16 = 3;
 
-/// The address that a frame announces.
-fn announces(frame: &[u8]) -> Option<IpAddr> {
+/// The address that a frame announces, and whether it answers a question.
+fn announces(frame: &[u8]) -> Option<(IpAddr, bool)> {
     match frame.get(12..14)? {
         // A request announces only where it asks for the sender's own address.
         [8, 6] => {
             let (operation, sender, target) = (frame.get(20..22)?, frame.get(28..32)?, frame.get(38..42)?);
             let sender: [u8; 4] = sender.try_into().ok()?;
-            (operation == [0, 2] || sender == target).then(|| sender.into())
+            (operation == [0, 2] || sender == target).then(|| (sender.into(), sender != target))
         }
         [0x86, 0xdd] if frame.get(20) == Some(&58) && frame.get(54) == Some(&136) => {
             let target: [u8; 16] = frame.get(62..78)?.try_into().ok()?;
-            Some(target.into())
+            // Solicited (RFC 4861, section 4.4).
+            Some((target.into(), frame[58] & 0x40 != 0))
         }
         _ => None,
     }
@@ -387,8 +389,9 @@ impl Wire {
             while !e.load(Ordering::Relaxed) {
                 match socket.read(&mut frame) {
                     Ok(n) => {
-                        if let Some(ip) = announces(&frame[..n]).filter(|ip| FAMILIES.map(egress).contains(ip)) {
-                            s.lock().unwrap().push((Instant::now(), ip, frame[6..12].try_into().unwrap()));
+                        let ours = |(ip, _): &(IpAddr, bool)| FAMILIES.map(egress).contains(ip);
+                        if let Some((ip, asked)) = announces(&frame[..n]).filter(ours) {
+                            s.lock().unwrap().push((Instant::now(), ip, asked, frame[6..12].try_into().unwrap()));
                         }
                     }
                     Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
@@ -423,9 +426,10 @@ impl Wire {
             node.map_or_else(|| format!("{mac:?}"), |(name, _)| name.clone())
         };
         for family in FAMILIES {
-            let late = seen.iter().filter(|(at, ip, _)| *at > since && *ip == egress(family));
-            let mut names: Vec<(Instant, String)> = late.map(|(at, _, mac)| (*at, name(mac))).collect();
-            names.retain(|(at, name)| name != ended || *at > since + LETS_GO);
+            let late = seen.iter().filter(|(at, ip, ..)| *at > since && *ip == egress(family));
+            let late = late.map(|(at, _, asked, mac)| (*at, *asked, name(mac)));
+            let counts = late.filter(|(at, asked, name)| name != ended || !asked || *at > since + LETS_GO);
+            let mut names: Vec<(Instant, String)> = counts.map(|(at, _, name)| (at, name)).collect();
             names.dedup_by(|(_, next), (_, name)| next == name);
             assert!(names.iter().map(|(_, name)| name).eq(gateways), "{}: {names:?} since {since:?}", egress(family));
         }
