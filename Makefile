@@ -41,7 +41,7 @@ test: setup
 
 # Kubelets, containerd and CoreDNS are built or installed on first use, and cached. Two of the variants are part of test-cluster.
 test-cluster: clusters
-	cargo test $(WORKSPACE) --test cluster -- --test-threads=1 --nocapture
+	@scripts/test-cluster
 
 test-cluster-variants: clusters
 	cargo test $(WORKSPACE) --test cluster -- --test-threads=1 --nocapture --include-ignored variants::

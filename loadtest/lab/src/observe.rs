@@ -37,6 +37,13 @@ impl Watch {
         let count = text.split_once("counter packets ").and_then(|(_, rest)| rest.split(' ').next()?.parse().ok());
         count.with_context(|| format!("no counter in {text}"))
     }
+
+    /// Who sent them: addresses, protocols and ports, as nft prints them. For the message of a test that fails.
+    pub fn senders(&self) -> String {
+        let text = netns::nft_list(&self.netns, &self.table).unwrap_or_default();
+        let elements = text.split_once("elements = {").and_then(|(_, rest)| rest.split('}').next());
+        elements.unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" ")
+    }
 }
 
 impl Drop for Watch {
@@ -60,8 +67,10 @@ impl Lab {
         netns::nft(
             &netns,
             &format!(
-                "table inet {table} {{ chain seen {{ type filter hook prerouting priority raw; policy accept; \
-                 {family} daddr {to} {matches} counter; }}; }}"
+                "table inet {table} {{ set senders {{ typeof {family} saddr . meta l4proto . th sport . th dport; \
+                 flags dynamic; size 64; }}; chain seen {{ type filter hook prerouting priority raw; policy accept; \
+                 {family} daddr {to} {matches} counter \
+                 update @senders {{ {family} saddr . meta l4proto . th sport . th dport }}; }}; }}"
             ),
         )?;
         Ok(Watch { netns, table })
@@ -109,11 +118,14 @@ impl Lab {
         let Ok(mut file) = File::open(self.layout().audit(name)) else {
             return Ok(Vec::new());
         };
-        file.seek(SeekFrom::Start(since.0.get(name).copied().unwrap_or(0)))?;
-        let mut text = String::new();
-        file.read_to_string(&mut text)?;
-        // The last line may still be on its way.
-        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        let since = since.0.get(name).copied().unwrap_or(0);
+        file.seek(SeekFrom::Start(since.saturating_sub(1)))?;
+        let mut text = Vec::new();
+        file.read_to_end(&mut text)?;
+        let text = String::from_utf8_lossy(&text);
+        // A line was on its way when the mark was set: it was written before. The last one may still be.
+        let begun = if since == 0 { Some(&*text) } else { text.split_once('\n').map(|(_, rest)| rest) };
+        let whole = begun.and_then(|text| Some(&text[..text.rfind('\n')?])).unwrap_or_default();
         whole.lines().map(|l| serde_json::from_str(l).with_context(|| format!("audit of {name}: {l}"))).collect()
     }
 

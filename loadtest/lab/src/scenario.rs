@@ -327,6 +327,9 @@ pub struct NameSpec {
     /// Never answer.
     #[serde(default)]
     pub silent: bool,
+    /// Each name has addresses of its own: 24 bits of its IPv4 ones and 64 of its IPv6 ones are added to those above.
+    #[serde(default)]
+    pub spread: bool,
 }
 
 /// An HTTPS record (RFC 9460).

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use tidegate_lab::family::{FAMILIES, Family};
 use tidegate_lab::kube::{Guest, Kubernetes};
 use tidegate_lab::lab::wait_for;
+use tidegate_lab::observe::Watch;
 use tidegate_lab::probe::{Dig, Echo, Knock, curl, dig, knock};
 use tidegate_lab::story::{POOL_A, POOL_B, named, of};
 use tidegate_lab::{Lab, Options, Scenario};
@@ -419,7 +420,9 @@ fn a_deleted_namespaces_pods_stay_isolated_while_they_end() {
             isolated(lab, place);
             assert!(seen(lab, place, Family::V4, "api.example.com").is_some());
 
-            let leaks: Vec<_> = FAMILIES.map(|f| lab.watch(named(f, 14, 0).ip(), "").unwrap()).into();
+            // What it tries: ends of connections that other tests' pods had there are sent again for minutes.
+            let tries = "tcp dport 443 tcp flags & (syn | ack) == syn";
+            let leaks = FAMILIES.map(|f| lab.watch(named(f, 14, 0).ip(), tries).unwrap());
             lab.kubectl(&["delete", "namespace", namespace, "--wait=false"]).unwrap();
             let pod = format!("/api/v1/namespaces/{namespace}/pods/app");
             lab.wait_object(&pod, Duration::from_secs(60), |p| p["metadata"]["deletionTimestamp"].is_string()).unwrap();
@@ -434,7 +437,8 @@ fn a_deleted_namespaces_pods_stay_isolated_while_they_end() {
                 }
                 std::thread::sleep(Duration::from_millis(500));
             }
-            assert!(leaks.iter().all(|l| l.packets().unwrap() == 0), "{namespace}");
+            let none = leaks.iter().all(|l| l.packets().unwrap() == 0);
+            assert!(none, "{namespace}: {:?}", leaks.each_ref().map(Watch::senders));
             lab.delete_pod(&key).unwrap();
             let gone = || lab.request("GET", &format!("/api/v1/namespaces/{namespace}"), &Value::Null).is_err();
             let end = wait_for(Duration::from_secs(60), || gone().then_some(()));

@@ -44,6 +44,16 @@ fn other(gateway: &str) -> &'static str {
     if gateway == "gw-a" { "gw-b" } else { "gw-a" }
 }
 
+/// The pool's status says that one of its pairs has drained.
+#[track_caller]
+fn has_drained(lab: &Lab, pair: usize) {
+    let drained = |p: &Value| p["status"]["addresses"][pair]["drained"] == true;
+    if let Err(error) = lab.wait_object(POOL, Duration::from_secs(30), drained) {
+        let flows = ["gw-a", "gw-b"].map(|g| lab.place(g).unwrap().run(&["cat", "/proc/net/nf_conntrack"]));
+        panic!("{error}\n{}\n{}", flows[0].stdout, flows[1].stdout);
+    }
+}
+
 /// The owner dies: names and the same addresses come from the other one, which is recorded.
 fn owner_dies(lab: &mut Lab, wire: &Wire) {
     let (who, epoch) = recorded(lab);
@@ -296,8 +306,7 @@ fn pair_drains_and_goes(lab: &mut Lab) {
     steady.goes_on(Duration::from_secs(10)).unwrap();
     drop(steady);
     // Its gateways lost and regained it, and flows from before that are nobody's: only those that lived counted.
-    let drained = |p: &Value| p["status"]["addresses"][0]["drained"] == true;
-    lab.wait_object(POOL, Duration::from_secs(30), drained).unwrap();
+    has_drained(lab, 0);
     // It is taken out.
     servers.iter_mut().for_each(|s| s.source = second(s.family));
     let steady = Steady::start(lab, PODS[0], &servers, true).unwrap();
@@ -329,8 +338,7 @@ fn pair_drains_and_goes(lab: &mut Lab) {
     assert_eq!(pool["status"]["addresses"][1]["drained"], false, "connections live: {pool}");
     steady.goes_on(Duration::from_secs(10)).unwrap();
     drop(steady);
-    let drained = |p: &Value| p["status"]["addresses"][1]["drained"] == true;
-    lab.wait_object(POOL, Duration::from_secs(30), drained).unwrap();
+    has_drained(lab, 1);
     // One that is in use is taken out all the same: new connections leave with the other one at once.
     let (swapped, traffic) = under_traffic(lab, &PODS, |lab| {
         let swapped = Instant::now();

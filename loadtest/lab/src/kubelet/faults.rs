@@ -1,11 +1,13 @@
 //! What happens to nodes: services and containers that are killed, links that fail, a machine that is switched off and on.
 
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::json;
 
 use crate::lab::{Lab, wait_for};
 use crate::{netns, world};
@@ -64,6 +66,33 @@ impl Lab {
         world::renew(self.state_mut(), node)?;
         let node = self.scenario().node(node)?.clone();
         self.start_node(&node, &images::folder(self.name()))
+    }
+
+    /// Puts another machine into the place of a node that is switched off: it has what its installer gives it, the credentials that are
+    /// good for its name included, and a Node of its own with a taint that keeps new pods off. [`Lab::switch_on`] starts it.
+    ///
+    /// # Errors
+    /// When what the old one had cannot be removed, or the API server refuses.
+    pub fn replace(&self, node: &str, taint: &str) -> Result<()> {
+        self.host_kubectl(&["delete", "node", node], "")?;
+        let node = self.scenario().node(node)?.clone();
+        let root = super::disk(self.name()).join(&node.name);
+        let clear = |folder: &Path, kept: &str| {
+            for entry in fs::read_dir(folder)?.flatten().filter(|e| e.file_name() != kept) {
+                if entry.file_type()?.is_dir() {
+                    fs::remove_dir_all(entry.path())?;
+                } else {
+                    fs::remove_file(entry.path())?;
+                }
+            }
+            std::io::Result::Ok(())
+        };
+        clear(&root, "etc")?;
+        clear(&root.join("etc"), "kubernetes")?;
+        self.write_disk(&node)?;
+        let mut object = self.node_object(&node);
+        object["spec"]["taints"] = json!([{"key": taint, "effect": "NoSchedule"}]);
+        self.host_kubectl(&["create", "-f", "-"], &object.to_string()).map(drop)
     }
 
     /// Takes a node's link to the underlay down, or brings it up again.

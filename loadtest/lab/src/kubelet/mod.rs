@@ -128,33 +128,12 @@ impl Lab {
 
     /// Writes what each node reads, and what it shows to the API server.
     pub(crate) fn write_nodes(&mut self) -> Result<()> {
-        let proxy = self.kubelets().cloned().unwrap_or_default().kube_proxy;
-        preflight(proxy)?;
-        let disk = disk(self.name());
-        self.claim_disk(&disk)?;
+        preflight(self.kubelets().cloned().unwrap_or_default().kube_proxy)?;
+        self.claim_disk(&disk(self.name()))?;
         let scenario = self.scenario().clone();
         let mut nodes = Vec::new();
         for node in &scenario.nodes {
-            let root = disk.join(&node.name);
-            let folders = [
-                "etc.work",
-                "etc/kubernetes",
-                "etc/cni/net.d",
-                "opt/cni/bin",
-                "opt/node/images",
-                "var/lib/kubelet",
-                "var/log",
-                "var/tmp",
-            ];
-            for folder in folders {
-                fs::create_dir_all(root.join(folder))?;
-            }
-            for (file, text) in files::of(&scenario, node, self.name(), proxy) {
-                fs::write(root.join(file), text).with_context(|| format!("cannot write {file}"))?;
-            }
-            for plugin in [Tool::Ptp, Tool::Bridge, Tool::Loopback, Tool::HostLocal] {
-                fs::copy(tool(plugin)?, root.join("opt/cni/bin").join(plugin.name()))?;
-            }
+            let root = self.write_disk(node)?;
             nodes.push((node.name.clone(), scenario.node_addresses(node), root.join("etc")));
         }
         let nodes: Vec<NodeFiles<'_>> =
@@ -162,6 +141,32 @@ impl Lab {
         let site = self.site()?;
         fs::create_dir_all(site.folder())?;
         site.write_cluster_credentials(&nodes)
+    }
+
+    /// Writes what is on a node's disk at first, but for its credentials; gives its folder.
+    fn write_disk(&self, node: &Node) -> Result<PathBuf> {
+        let root = disk(self.name()).join(&node.name);
+        let folders = [
+            "etc.work",
+            "etc/kubernetes",
+            "etc/cni/net.d",
+            "opt/cni/bin",
+            "opt/node/images",
+            "var/lib/kubelet",
+            "var/log",
+            "var/tmp",
+        ];
+        for folder in folders {
+            fs::create_dir_all(root.join(folder))?;
+        }
+        let proxy = self.kubelets().cloned().unwrap_or_default().kube_proxy;
+        for (file, text) in files::of(self.scenario(), node, self.name(), proxy) {
+            fs::write(root.join(file), text).with_context(|| format!("cannot write {file}"))?;
+        }
+        for plugin in [Tool::Ptp, Tool::Bridge, Tool::Loopback, Tool::HostLocal] {
+            fs::copy(tool(plugin)?, root.join("opt/cni/bin").join(plugin.name()))?;
+        }
+        Ok(root)
     }
 
     /// Starts controllers, scheduler and every node, and waits until pods can run and names resolve.

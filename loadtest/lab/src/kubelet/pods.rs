@@ -104,7 +104,7 @@ impl Lab {
     /// # Errors
     /// When kubectl fails, or one of them is not ready in time.
     pub fn make_clients(&self, pods: &[(&str, &str)]) -> Result<()> {
-        let items: Vec<Value> = pods.iter().map(|(key, node)| client(key, node)).collect();
+        let items: Vec<Value> = pods.iter().map(|(key, node)| client(key, json!({"nodeName": node}))).collect();
         let list = json!({"apiVersion": "v1", "kind": "List", "items": items});
         self.host_kubectl(&["apply", "-f", "-"], &list.to_string())?;
         for (key, _) in pods {
@@ -114,19 +114,26 @@ impl Lab {
         }
         Ok(())
     }
+
+    /// Makes such a pod, placed by this of its specification; does not wait for it.
+    ///
+    /// # Errors
+    /// When kubectl fails.
+    pub fn make_client(&self, key: &str, placed: Value) -> Result<()> {
+        self.host_kubectl(&["apply", "-f", "-"], &client(key, placed).to_string()).map(drop)
+    }
 }
 
-fn client(key: &str, node: &str) -> Value {
+fn client(key: &str, placed: Value) -> Value {
     let (namespace, name) = key.split_once('/').unwrap_or(("default", key));
-    json!({
+    let mut pod = json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {"name": name, "namespace": namespace, "labels": {"app": "web"}},
-        "spec": {
-            "nodeName": node,
-            "terminationGracePeriodSeconds": 0,
-            "containers": [{"name": "client", "image": CLIENT_IMAGE, "imagePullPolicy": "Never"}],
-        },
-    })
+        "spec": placed,
+    });
+    pod["spec"]["terminationGracePeriodSeconds"] = json!(0);
+    pod["spec"]["containers"] = json!([{"name": "client", "image": CLIENT_IMAGE, "imagePullPolicy": "Never"}]);
+    pod
 }
 
 #[cfg(test)]

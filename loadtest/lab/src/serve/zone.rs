@@ -1,7 +1,8 @@
 //! What a DNS server of the lab knows, and what it answers: pure.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use hickory_proto::op::ResponseCode;
 use hickory_proto::rr::rdata::svcb::{Alpn, EchConfigList, IpHint, SVCB, SvcParamKey, SvcParamValue};
@@ -134,7 +135,7 @@ impl Table {
                 owner = target;
                 continue;
             }
-            let data = records(spec, qtype);
+            let data = records(spec, qtype, &owner);
             out.answers.extend(data.into_iter().map(|d| Record::from_rdata(owner_name.clone(), spec.ttl, d)));
             break;
         }
@@ -146,10 +147,18 @@ impl Table {
     }
 }
 
-fn records(spec: &NameSpec, qtype: RecordType) -> Vec<RData> {
+/// The records of a name that has this entry.
+fn records(spec: &NameSpec, qtype: RecordType, name: &str) -> Vec<RData> {
+    let own = if spec.spread { BuildHasherDefault::<DefaultHasher>::default().hash_one(name) } else { 0 };
     match qtype {
-        RecordType::A => spec.ipv4.iter().map(|ip| RData::A(A(*ip))).collect(),
-        RecordType::AAAA => spec.ipv6.iter().map(|ip| RData::AAAA(AAAA(*ip))).collect(),
+        RecordType::A => {
+            let host = u32::try_from(own >> 40).unwrap_or_default();
+            spec.ipv4.iter().map(|ip| RData::A(A(Ipv4Addr::from_bits(ip.to_bits() | host)))).collect()
+        }
+        RecordType::AAAA => {
+            let host = u128::from(own);
+            spec.ipv6.iter().map(|ip| RData::AAAA(AAAA(Ipv6Addr::from_bits(ip.to_bits() | host)))).collect()
+        }
         RecordType::TXT => spec.txt.iter().map(|t| RData::TXT(TXT::new(vec![t.clone()]))).collect(),
         RecordType::PTR => spec.ptr.iter().filter_map(|n| Some(RData::PTR(PTR(wire(n)?)))).collect(),
         RecordType::HTTPS => spec.https.iter().filter_map(|h| Some(RData::HTTPS(HTTPS(svcb(h)?)))).collect(),
@@ -228,6 +237,24 @@ mod tests {
         assert_eq!(a("x.y.w.example").answers[0].data.to_string(), "198.51.100.2");
         assert_eq!(a("www.a.example").answers.len(), 2);
         assert_eq!(a("broken.a.example").rcode, Some(ResponseCode::ServFail));
+    }
+
+    #[test]
+    fn each_name_of_a_spread_has_addresses_of_its_own() {
+        let spec = NameSpec {
+            name: "*.s.example".into(),
+            ipv4: vec!["20.0.0.0".parse().unwrap()],
+            ipv6: vec!["2001:db8:1::".parse().unwrap()],
+            spread: true,
+            ..NameSpec::default()
+        };
+        let t = Table::new(Zone { suffixes: vec!["example".into()], names: vec![spec], any_name: None });
+        let of = |n: &str, qtype| t.answer(n, qtype).answers[0].data.to_string();
+        for (qtype, start) in [(RecordType::A, "20."), (RecordType::AAAA, "2001:db8:1:")] {
+            let (one, other) = (of("one.s.example", qtype), of("other.s.example", qtype));
+            assert!(one != other && one.starts_with(start) && other.starts_with(start), "{one} {other}");
+            assert_eq!(of("ONE.s.example.", qtype), one);
+        }
     }
 
     #[test]

@@ -105,7 +105,8 @@ fn eager(lab: &Lab, name: &str, node: &str) {
 #[track_caller]
 fn nothing(watches: &[Watch], when: &str) {
     let packets: Vec<u64> = watches.iter().map(|w| w.packets().unwrap()).collect();
-    assert!(packets.iter().all(|n| *n == 0), "{when}: packets got out: {packets:?}");
+    let senders = || watches.iter().map(Watch::senders).collect::<Vec<_>>();
+    assert!(packets.iter().all(|n| *n == 0), "{when}: packets got out: {packets:?} {:?}", senders());
 }
 
 #[test]

@@ -10,7 +10,7 @@ use tidegate_lab::story::POOL_A;
 use tidegate_lab::{Lab, kubelet};
 
 use crate::ground::{Ground, HANDED_OVER, MOVES, UNNOTICED, owner};
-use crate::install::{SYSTEM, gateways, typed};
+use crate::install::{SYSTEM, gateways, source, typed};
 use crate::upgrades;
 
 /// How long a cluster may take to be as before.
@@ -57,6 +57,7 @@ const STEPS: &[(&str, Step)] = &[
     ("cut-off", cut_off),
     // Its kubelet takes a while to notice that the API server is there again.
     ("rebooted", rebooted),
+    ("replaced", replaced),
     ("gateway-rebooted", gateway_rebooted),
     ("drained", drained),
     ("all-gateways", all_gateways_away),
@@ -67,7 +68,7 @@ pub fn happen(lab: &mut Lab) {
     let steps: Vec<_> =
         STEPS.iter().filter(|(name, _)| only.as_ref().is_none_or(|o| o.split(',').any(|n| n == *name))).collect();
     assert!(!steps.is_empty(), "{only:?} are no steps");
-    eager(lab);
+    eager(lab, "eager", json!({"nodeName": OFF.0}));
     let mut ground = Ground::new(lab);
     for (_, step) in steps {
         step(lab, &mut ground);
@@ -75,17 +76,16 @@ pub fn happen(lab: &mut Lab) {
     ground.finish(lab);
 }
 
-/// A pod that never ceases to try what is denied, on the node that is switched off.
-fn eager(lab: &Lab) {
-    let pod = json!({
-        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "eager", "namespace": "shop", "labels": {"app": "web"}},
-        "spec": {
-            "nodeName": OFF.0, "terminationGracePeriodSeconds": 0,
-            "containers": [{
-                "name": "eager", "image": kubelet::CLIENT_IMAGE, "imagePullPolicy": "Never", "command": ["sh", "-c", EAGER],
-            }],
-        },
+/// A pod of `shop` that never ceases to try what is denied, placed by this of its specification.
+fn eager(lab: &Lab, name: &str, placed: Value) {
+    let mut pod = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "shop", "labels": {"app": "web"}},
+        "spec": placed,
     });
+    pod["spec"]["terminationGracePeriodSeconds"] = json!(0);
+    pod["spec"]["containers"] = json!([{
+        "name": "eager", "image": kubelet::CLIENT_IMAGE, "imagePullPolicy": "Never", "command": ["sh", "-c", EAGER],
+    }]);
     lab.host_kubectl(&["apply", "-f", "-"], &pod.to_string()).unwrap();
 }
 
@@ -256,37 +256,14 @@ fn all_gateways_away(lab: &mut Lab, ground: &mut Ground) {
     ready(lab);
 }
 
-/// A pod that the scheduler has to place on the node, which is not yet fit for it.
-fn waits_for_its_node(lab: &Lab, node: &str) {
-    let pod = json!({
-        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "waits", "namespace": "shop", "labels": {"app": "web"}},
-        "spec": {
-            "nodeSelector": {"kubernetes.io/hostname": node}, "terminationGracePeriodSeconds": 0,
-            // That the node is away, it does not mind.
-            "tolerations": [{"key": "node.kubernetes.io/unreachable", "operator": "Exists"}, {"key": "node.kubernetes.io/not-ready", "operator": "Exists"}],
-            "containers": [{"name": "client", "image": kubelet::CLIENT_IMAGE, "imagePullPolicy": "Never"}],
-        },
-    });
-    lab.host_kubectl(&["apply", "-f", "-"], &pod.to_string()).unwrap();
-    std::thread::sleep(AWAY / 2);
-    assert!(!placed(lab), "nothing keeps pods off the node");
-}
-
-fn placed(lab: &Lab) -> bool {
-    lab.object(&["pod", "--namespace", "shop", "waits"]).unwrap()["spec"]["nodeName"].is_string()
-}
-
-/// Its pods begin again with what the disk has, beside one that tries to get past the policy before there is an agent. As a node that is
-/// new it has the startup taint: what the scheduler has to place waits until its agent enforces.
+/// Its pods begin again with what the disk has, beside one that tries to get past the policy before there is an agent.
 fn rebooted(lab: &mut Lab, ground: &mut Ground) {
     let (node, pods) = OFF;
     ground.step(lab, &format!("{node} rebooted"), UNNOTICED.without(pods), |lab| {
         let old: Vec<_> = pods.iter().map(|pod| lab.pod_processes(pod).unwrap()).collect();
         lab.switch_off(node).unwrap();
-        // Until gateways have noticed: a node that is new was never connected.
+        // Until gateways have noticed.
         std::thread::sleep(AWAY);
-        lab.host_kubectl(&["taint", "node", node, &format!("{TAINT}=:NoSchedule")], "").unwrap();
-        waits_for_its_node(lab, node);
         edit_waits_for(lab, node);
         lab.switch_on(node).unwrap();
         let begun = || {
@@ -295,18 +272,56 @@ fn rebooted(lab: &mut Lab, ground: &mut Ground) {
                 .all(|(pod, old)| lab.pod_processes(pod).is_ok_and(|now| !now.is_empty() && now != *old))
         };
         assert!(wait_for(BACK, || begun().then_some(())).is_some(), "the pods do not come back");
-        let placed = || placed(lab).then_some(());
-        assert!(
-            wait_for(BACK, placed).is_some(),
-            "the startup taint stays: {}",
-            lab.object(&["node", node]).unwrap()["spec"]
-        );
         ready(lab);
         programmed(lab, "true");
     });
     ground.agent_was_away(node);
     ground.again(lab, pods);
     ground.step(lab, &format!("{node} is back"), UNNOTICED, |_| {});
+}
+
+/// Another machine takes the node's place: nothing of Tidegate is on its disk, and its kubelet registers with the startup taint. What the
+/// scheduler has to place there waits until its agent enforces, and then tries to get past the policy; who tolerates the taint and is
+/// untouched runs meanwhile.
+fn replaced(lab: &mut Lab, ground: &mut Ground) {
+    let (node, pods) = OFF;
+    let what = format!("{node} replaced by a new machine");
+    ground.step(lab, &what, UNNOTICED.without(pods), |lab| {
+        lab.switch_off(node).unwrap();
+        // Who takes nodes away does this, too: what names its node would begin before the agent.
+        let on = format!("spec.nodeName={node}");
+        lab.host_kubectl(&["delete", "pods", "-A", "--field-selector", &on, "--force", "--grace-period=0"], "")
+            .unwrap();
+        lab.replace(node, TAINT).unwrap();
+        let at = json!({"kubernetes.io/hostname": node});
+        // That the node is not ready yet, neither minds.
+        let away = ["not-ready", "unreachable"]
+            .map(|key| json!({"key": format!("node.kubernetes.io/{key}"), "operator": "Exists"}));
+        eager(lab, "waits", json!({"nodeSelector": at, "tolerations": away}));
+        lab.make_client("untouched/first", json!({"nodeSelector": at, "tolerations": [{"operator": "Exists"}]}))
+            .unwrap();
+        std::thread::sleep(AWAY / 2);
+        assert!(placed(lab, "untouched/first") && !placed(lab, "shop/waits"), "nothing keeps pods off the node");
+        lab.switch_on(node).unwrap();
+        let reached = || source(lab, "untouched/first", Family::V4, "api.example.net");
+        let seen = wait_for(BACK, reached).expect("an untouched pod has its way out");
+        assert_eq!(seen, crate::install::node(lab, node, Family::V4));
+        let placed = || placed(lab, "shop/waits").then_some(());
+        let spec = || lab.object(&["node", node]).unwrap()["spec"].take();
+        assert!(wait_for(BACK, placed).is_some(), "the startup taint stays: {}", spec());
+        ready(lab);
+        programmed(lab, "true");
+        let again: Vec<_> = pods.iter().map(|pod| (*pod, node)).collect();
+        lab.make_clients(&again).unwrap();
+    });
+    ground.again(lab, pods);
+    ground.step(lab, &format!("what began on the new {node}"), UNNOTICED, |_| {});
+}
+
+/// Whether a pod has its node.
+fn placed(lab: &Lab, pod: &str) -> bool {
+    let (namespace, name) = pod.split_once('/').unwrap();
+    lab.object(&["pod", "--namespace", namespace, name]).unwrap()["spec"]["nodeName"].is_string()
 }
 
 /// Waits until the status of what `annotated` allows says that all nodes have it, or that not all have; gives all conditions.

@@ -328,8 +328,10 @@ impl Ground {
 
     /// What got past the policy since the beginning.
     fn past(&self) -> Vec<String> {
-        let past = self.leaks.iter().map(|(what, watch)| (what, watch.packets().unwrap()));
-        past.filter(|(_, n)| *n > 0).map(|(what, n)| format!("{n} packets {what}")).collect()
+        let past = self.leaks.iter().map(|(what, watch)| (what, watch, watch.packets().unwrap()));
+        past.filter(|(.., n)| *n > 0)
+            .map(|(what, watch, n)| format!("{n} packets {what}: {}", watch.senders()))
+            .collect()
     }
 
     /// Long connections of these pods begin anew.

@@ -138,7 +138,7 @@ fn clients(lab: &Lab) {
 #[test]
 fn the_chart_as_people_install_it() {
     let before = tunables();
-    let lab = up(scenario(), "chart");
+    let mut lab = up(scenario(), "chart");
     assert_eq!(tunables(), before, "the machine's own settings changed");
     commands(&lab);
     clients(&lab);
@@ -160,6 +160,7 @@ fn the_chart_as_people_install_it() {
     // Before agents come and go.
     tools::sysdump(&lab);
     tools::connectivity(&lab);
+    tools::without_an_agent(&mut lab);
     nodes::confined(&lab);
     nodes::evictions(&lab);
     nodes::uninstall(&lab, &nodes);

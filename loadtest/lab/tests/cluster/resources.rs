@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::probe::Client;
+use tidegate_lab::scenario::NameSpec;
 use tidegate_lab::{Lab, Options};
 
 use crate::install::{SYSTEM, gateways, source, typed};
@@ -17,6 +19,10 @@ const WINDOW: Duration = Duration::from_secs(20);
 /// How long load has run before.
 const WARM: Duration = Duration::from_secs(4);
 const MIB: f64 = 1024.0 * 1024.0;
+/// Namespaces that learn all they may: with one more the kernel's map of facts (`capacities.facts`) might not hold what they learn.
+const FULL: usize = 60;
+/// `quotas.names`.
+const NAMES: usize = 8192;
 
 /// A container of the product.
 struct Process {
@@ -122,7 +128,16 @@ fn counted(lab: &Lab, counter: &str, label: &str) -> f64 {
 #[test]
 #[ignore = "measures: TIDEGATE_BIN names a release build, and the machine does nothing else"]
 fn what_agents_and_gateways_take() {
-    let lab = Lab::up(crate::scenario(), &Options::unique("res")).unwrap();
+    let mut scenario = crate::scenario();
+    scenario.internet.names.push(NameSpec {
+        name: "*.spread.example.net".into(),
+        ttl: 3600,
+        ipv4: vec!["20.0.0.0".parse().unwrap()],
+        ipv6: vec!["2001:db8:100:1::".parse().unwrap()],
+        spread: true,
+        ..NameSpec::default()
+    });
+    let lab = Lab::up(scenario, &Options::unique("res")).unwrap();
     crate::clients(&lab);
     typed(&lab, "helm install tidegate helm/tidegate --namespace tidegate-system --create-namespace --wait");
     println!("| state | what | CPU | working set MiB | anonymous MiB | peak MiB |\n|---|---|---:|---:|---:|---:|");
@@ -167,4 +182,37 @@ fn what_agents_and_gateways_take() {
     load("bulk, four downloads", bulk, "kind=\"open\"");
     thread::sleep(Duration::from_secs(10));
     measure("at rest after it", &processes);
+    fill(&lab);
+    thread::sleep(Duration::from_secs(10));
+    measure("full", &processes);
+}
+
+/// So many namespaces learn as many names as their quotas let them, with an address of each family. Their pods are on one node, whose
+/// kernel then holds nearly as many facts as it can.
+fn fill(lab: &Lab) {
+    let spaces: Vec<String> = (0..FULL).map(|n| format!("full-{n}")).collect();
+    let object = |name: &String| {
+        let allow = json!({"tidegate.dev/allow": "*.spread.example.net"});
+        json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "annotations": allow}})
+    };
+    let list = json!({"apiVersion": "v1", "kind": "List", "items": spaces.iter().map(object).collect::<Vec<_>>()});
+    lab.host_kubectl(&["apply", "-f", "-"], &list.to_string()).unwrap();
+    let pods: Vec<String> = spaces.iter().map(|space| format!("{space}/client")).collect();
+    lab.make_clients(&pods.iter().map(|pod| (pod.as_str(), "node-1")).collect::<Vec<_>>()).unwrap();
+    let line = format!(
+        "i=0; while [ $i -lt {NAMES} ]; do echo n$i.spread.example.net A; echo n$i.spread.example.net AAAA; i=$((i+1)); done \
+         | dig -f /dev/stdin +noall +comments +time=3 +tries=5 | grep -c NOERROR"
+    );
+    let begun = Instant::now();
+    thread::scope(|scope| {
+        let all: Vec<_> = pods
+            .iter()
+            .map(|pod| {
+                scope.spawn(|| lab.cluster_pod(pod).command(&["sh", "-c", &line]).stdout.trim().parse::<usize>())
+            })
+            .collect();
+        let answers: usize = all.into_iter().map(|t| t.join().unwrap().unwrap_or_default()).sum();
+        println!("{answers} of {} answers in {:.0?}", 2 * NAMES * FULL, begun.elapsed());
+        assert!(answers > NAMES * FULL * 19 / 10);
+    });
 }

@@ -6,8 +6,11 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tidegate_lab::Lab;
-use tidegate_lab::family::FAMILIES;
+use tidegate_lab::family::{FAMILIES, Family};
 use tidegate_lab::lab::wait_for;
+use tidegate_lab::probe::curl;
+
+use crate::install::{self, source};
 
 /// How long a kubelet may take to start a pod and to say how it ended, on a busy machine.
 const STARTED: Duration = Duration::from_secs(60);
@@ -94,5 +97,46 @@ pub fn first_instruction(lab: &Lab) {
     }
     for (watch, family) in watches.iter().zip(FAMILIES) {
         assert_eq!(watch.packets().unwrap(), 0, "{family:?}: packets got out");
+    }
+}
+
+/// A node without an agent is switched off and on, and its pods begin anew with what the plugin has on the disk: who is untouched has its way
+/// out, who is isolated reaches the cluster alone.
+pub fn at_boot(lab: &mut Lab, node: &str) {
+    let (isolated, untouched) = (format!("shop/{node}"), "untouched/boot");
+    lab.make_clients(&[(untouched, node)]).unwrap();
+    let pods = [isolated.as_str(), untouched];
+    let old: Vec<_> = pods.iter().map(|pod| lab.pod_processes(pod).unwrap()).collect();
+    let name = |name: &str| lab.scenario().internet.names.iter().find(|n| n.name == name).unwrap().clone();
+    let allowed = name("api.example.com");
+    let (v4, v6): (IpAddr, IpAddr) = (allowed.ipv4[0].into(), allowed.ipv6[0].into());
+    lab.switch_off(node).unwrap();
+    // Nobody else asks for it now.
+    let watches = [v4, v6].map(|ip| lab.watch(ip, "").unwrap());
+    lab.switch_on(node).unwrap();
+    let begun = || {
+        let new = |(pod, old): (&&str, &Vec<_>)| lab.pod_processes(pod).is_ok_and(|now| now.len() > 1 && now != *old);
+        pods.iter().zip(&old).all(new).then_some(())
+    };
+    assert!(wait_for(STARTED, begun).is_some(), "the pods do not come back");
+    let own = |family| Some(install::node(lab, node, family));
+    for family in FAMILIES {
+        let reached = || (source(lab, untouched, family, "other.example.org") == own(family)).then_some(());
+        assert!(wait_for(STARTED, reached).is_some(), "{family:?}: an untouched pod has no way out");
+        let to = format!("api.example.com:443:{}", family.pick(v4, v6));
+        for more in [&["--resolve", &to][..], &[]] {
+            let seen = curl(&lab.cluster_pod(&isolated), family, "https://api.example.com/", more);
+            assert_eq!(seen.source(), None, "{family:?} {more:?}: an isolated pod has a way out");
+        }
+    }
+    let api = curl(&lab.cluster_pod(&isolated), Family::V4, "https://kubernetes.default/version", &["--insecure"]);
+    assert!(api.body["gitVersion"].is_string(), "an isolated pod does not reach the cluster: {}", api.text());
+    let packets: Vec<u64> = watches.iter().map(|w| w.packets().unwrap()).collect();
+    assert_eq!(packets, [0, 0], "packets got out");
+    // The watches see what goes the same way.
+    for (family, watch) in FAMILIES.into_iter().zip(&watches) {
+        let to = format!("api.example.com:443:{}", family.pick(v4, v6));
+        let seen = curl(&lab.cluster_pod(untouched), family, "https://api.example.com/", &["--resolve", &to]);
+        assert!(seen.source() == own(family) && watch.packets().unwrap() > 0, "{family:?}: {}", seen.text());
     }
 }

@@ -12,10 +12,12 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use tidegate_lab::Lab;
+use tidegate_lab::family::Family;
 use tidegate_lab::lab::wait_for;
 use tidegate_lab::traces::tree;
 
-use crate::install::SYSTEM;
+use crate::install::{SYSTEM, source};
+use crate::starts;
 
 /// How long a namespace of the test may take to be there.
 const BEGUN: Duration = Duration::from_secs(60);
@@ -128,8 +130,10 @@ pub fn connectivity(lab: &Lab) {
         row(&["denied", "name", family, "node-2", "ok"]);
     }
     assert!(table.contains("\nevery promise is kept: "), "{table}");
+}
 
-    // An installation that is broken on one node.
+/// An installation that is broken on one node.
+pub fn without_an_agent(lab: &mut Lab) {
     agents_but(lab, Some("node-2"));
     let (code, found, text) = said(&test(lab, &["--node", "node-1", "--node", "node-2"]));
     let broken = ended(&found, "broken");
@@ -145,7 +149,10 @@ pub fn connectivity(lab: &Lab) {
     let there = |check: &String| check.ends_with("node-2") || check == "policy programmed  ";
     assert!(broken.iter().all(there), "{broken:?}");
     assert_eq!(namespaces(lab), [""; 0]);
+    starts::at_boot(lab, "node-2");
     agents_but(lab, None);
+    let back = || source(lab, "shop/node-2", Family::V4, "api.example.com").map(drop);
+    assert!(wait_for(BEGUN, back).is_some(), "what the plugin closed at boot stays closed");
 }
 
 /// An archive's files, and how the command that made it ended.

@@ -13,7 +13,7 @@ use tidegate_lab::steady::gaps::Threads;
 use tidegate_lab::{Lab, kubelet};
 
 use crate::faults::ready;
-use crate::ground::{Ground, HANDED_OVER, MOVES};
+use crate::ground::{Ground, HANDED_OVER, MOVES, UNNOTICED};
 use crate::install::{SYSTEM, gateways, typed};
 
 /// What the other version is called.
@@ -40,7 +40,8 @@ fn upgrade(lab: &Lab, values: &str) {
 
 /// A value of the agents, which costs nobody a connection, and one of the gateways.
 pub fn of_values(lab: &mut Lab, ground: &mut Ground) {
-    ground.step(lab, "a value of agents changed", MOVES, |lab| upgrade(lab, "--set agent.config.fullPassSeconds=20"));
+    ground
+        .step(lab, "a value of agents changed", UNNOTICED, |lab| upgrade(lab, "--set agent.config.fullPassSeconds=20"));
     let before: Vec<String> = gateways(lab).into_keys().collect();
     ground.step(lab, "a value of gateways changed", HANDED_OVER, |lab| {
         upgrade(lab, "--set gateway.config.fullPassSeconds=20");
